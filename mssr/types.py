@@ -1,0 +1,104 @@
+"""The records that travel between the rooms: prompt rows, rollouts, training batches.
+
+Batches are ragged: one flat array of tokens and the offsets of the sequences in it. Nothing is
+padded. P is a prompt's length in tokens (vision placeholders included), T a response's, B the
+number of rollouts in a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How responses are sampled; the same for every request of a call.
+
+    Example: ``SamplingParams(temperature=1.0, max_tokens=2048, greedy=False)``
+    """
+
+    temperature: float
+    """Divides the logits, > 0. Ignored when ``greedy``."""
+    max_tokens: int
+    """Longest response in tokens, the end token included."""
+    greedy: bool = False
+    """Take the most likely token at every position (used by validation)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One response to be generated. Example: ``RolloutRequest("a1b2", sample_index=0, seed=77)``"""
+
+    prompt_id: str
+    """Which row of the data set."""
+    sample_index: int
+    """0 .. n-1, for the n responses of a prompt."""
+    seed: int
+    """Seed of this response alone, see `mssr.rollout.seeds.request_seed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One generated response.
+
+    Example: ``Rollout("a1b2", 0, prompt_token_ids=[5, 9], response_token_ids=[4, 2],
+    log_probs=[-0.1, -1.3], finish_reason="stop", policy_version=3, text="8")``
+    """
+
+    prompt_id: str
+    sample_index: int
+    prompt_token_ids: npt.NDArray[np.int32]
+    """(P,) as the engine saw the prompt, one placeholder token for every merged vision patch."""
+    response_token_ids: npt.NDArray[np.int32]
+    """(T,) the sampled tokens, the end token included when there is one."""
+    log_probs: npt.NDArray[np.float32]
+    """(T,) the engine's log-probs (nats) after temperature and token bans."""
+    finish_reason: str
+    """"stop" (end token) or "length" (cut at max_tokens)."""
+    policy_version: int
+    """Number of weight updates the engine had received."""
+    text: str
+    """The response without special tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """The rollouts of one step with their learning signal, ragged.
+
+    Example, two rollouts of prompt lengths 2 and 1 and response lengths 1 and 2:
+    ``tokens=[5, 9, 2, 5, 4, 2], offsets=[0, 3, 6], prompt_lengths=[2, 1]``.
+    """
+
+    prompt_ids: tuple[str, ...]
+    """(B,) row ids; workers read the pixels themselves."""
+    tokens: npt.NDArray[np.int32]
+    """(sum of P + T,) prompt and response of each rollout, one after the other."""
+    offsets: npt.NDArray[np.int64]
+    """(B + 1,) where each rollout starts in ``tokens``."""
+    prompt_lengths: npt.NDArray[np.int64]
+    """(B,) tokens of the prompt."""
+    advantages: npt.NDArray[np.float32]
+    """(B,) sequence-level advantage, normalised, before shaping."""
+    engine_log_probs: npt.NDArray[np.float32]
+    """(sum of T,) the engine's log-probs, for the mismatch metric."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(B,) tokens of prompt and response."""
+        return np.diff(self.offsets)
+
+    @property
+    def response_lengths(self) -> npt.NDArray[np.int64]:
+        """(B,) tokens of the response."""
+        return self.lengths - self.prompt_lengths
+
+    @property
+    def response_offsets(self) -> npt.NDArray[np.int64]:
+        """(B + 1,) where each response starts in an array over response tokens only."""
+        return np.concatenate([[0], np.cumsum(self.response_lengths)])
