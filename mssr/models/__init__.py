@@ -1,0 +1,1 @@
+"""A VLM as this project needs it: loading, packing, rope ids, the fused log-prob and entropy head."""
