@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained tiny model and its curves, on a CPU. Arguments go to `mssr train`:
+# scripts/quickstart.sh trainer.steps=20
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+phase() {
+    local title=$1 start=$SECONDS status=0
+    shift
+    echo "[quickstart] $title: $*"
+    "$@" || status=$?
+    if ((status)); then
+        echo "[quickstart] FAILED: $title (exit status $status)" >&2
+        exit "$status"
+    fi
+    echo "[quickstart] $title done in $((SECONDS - start)) s, $SECONDS s since the start"
+}
+
+phase "set-up" ./scripts/setup.sh
+export PATH=${MSSR_VENV:-$PWD/.venv}/bin:$PATH
+phase "data" mssr prepare digits --out data/digits
+phase "training" mssr train configs/digits/mssr.yaml "$@"
+phase "curves" mssr plot runs/digits-mssr

@@ -1,0 +1,185 @@
+#!/usr/bin/env bash
+# Make the virtual environment and install mssr in it. Run it again at any time: it does nothing while the
+# environment is up to date.
+#
+#   scripts/setup.sh [--cpu | --gpu]
+#
+# MSSR_DEVICE=cpu|gpu    like --cpu or --gpu; without either, gpu where nvidia-smi finds one
+# MSSR_VENV=DIR          the environment, default .venv in the repository
+# MSSR_TORCH_INDEX=URL   where torch's CPU wheels are, default https://download.pytorch.org/whl/cpu;
+#                        used only where it answers, beside what pip is configured with
+set -euo pipefail
+
+REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${MSSR_VENV:-$REPO/.venv}
+TORCH_INDEX=${MSSR_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+STAMP=$VENV/mssr-setup.stamp
+LOG=$VENV/mssr-setup.log
+HEARTBEAT_SECONDS=15
+
+say() { echo "[setup] $*"; }
+die() {
+    echo "[setup] error: $*" >&2
+    exit 1
+}
+
+choose_device() {
+    local device=${MSSR_DEVICE:-}
+    while (($#)); do
+        case $1 in
+            --cpu) device=cpu ;;
+            --gpu) device=gpu ;;
+            *) die "unknown argument $1; usage: scripts/setup.sh [--cpu | --gpu]" ;;
+        esac
+        shift
+    done
+    if [[ -z $device ]]; then
+        device=cpu
+        if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then device=gpu; fi
+    fi
+    [[ $device == cpu || $device == gpu ]] || die "MSSR_DEVICE is '$device', it must be cpu or gpu"
+    echo "$device"
+}
+
+find_python() {
+    local python
+    for python in python3 python3.11 python3.12 python3.13; do
+        if "$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+            2>/dev/null; then
+            command -v "$python"
+            return
+        fi
+    done
+    die "no Python 3.11, 3.12 or 3.13 with the venv module found; install one (on Debian: python3 python3-venv)"
+}
+
+# What the environment was made from: the same text again means that there is nothing to do.
+fingerprint() {
+    "$VENV/bin/python" -I -S - "$DEVICE" "$REPO" <<'PYTHON'
+import hashlib, pathlib, sys
+
+device, repo = sys.argv[1:]
+files = ["pyproject.toml", "constraints.txt", "scripts/setup.sh", "scripts/repair_env.py"]
+files += ["scripts/torchvision_cpu_repair.py"]
+digest = hashlib.sha256(f"{repo} {sys.version}".encode())
+for name in files:
+    digest.update(pathlib.Path(repo, name).read_bytes())
+print(device, digest.hexdigest())
+PYTHON
+}
+
+# Line 1 of the stamp is the fingerprint, line 2 the versions that were seen.
+is_up_to_date() {
+    [[ -f $STAMP ]] && [[ $(head -n 1 "$STAMP") == "$(fingerprint 2>/dev/null)" ]]
+}
+
+# phase TITLE COMMAND...: run it with its output in the log, and a line now and then that says what it does.
+phase() {
+    local title=$1 start=$SECONDS next_line=$HEARTBEAT_SECONDS status=0 pid
+    shift
+    say "$title"
+    echo "=== $title: $*" >>"$LOG"
+    "$@" >>"$LOG" 2>&1 &
+    pid=$!
+    trap 'kill "$pid" 2>/dev/null || true; exit 130' INT TERM
+    while kill -0 "$pid" 2>/dev/null; do
+        sleep 0.2
+        if ((SECONDS - start >= next_line)); then
+            say "  $((SECONDS - start)) s: $(last_line)"
+            next_line=$((next_line + HEARTBEAT_SECONDS))
+        fi
+    done
+    wait "$pid" || status=$?
+    trap - INT TERM
+    if ((status)); then
+        grep -v 'is ignored: it is neither' "$LOG" | tail -n 25 >&2
+        die "failed after $((SECONDS - start)) s: $title (everything is in $LOG)"
+    fi
+    say "  done in $((SECONDS - start)) s"
+}
+
+last_line() {
+    local line
+    line=$(grep -aoE '(Collecting|Downloading|Processing|Installing|Building|Using cached) [^ (]+( collected packages)?' \
+        "$LOG" | tail -n 1)
+    echo "${line:-working}"
+}
+
+# Asked without pip, because pip retries an index that does not answer for minutes.
+torch_index_answers() {
+    timeout 6 "$VENV/bin/python" -c '
+import sys, urllib.request
+urllib.request.urlopen(sys.argv[1].rstrip("/") + "/torch/", timeout=4).read(1)
+' "$TORCH_INDEX" 2>/dev/null
+}
+
+make_venv() {
+    if [[ -f $STAMP && $(head -n 1 "$STAMP") != "$DEVICE "* ]]; then
+        say "the environment was made for another device than $DEVICE: making it anew"
+        rm -rf "$VENV"
+    fi
+    if [[ ! -x $VENV/bin/python ]] || ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+        local python
+        python=$(find_python)
+        say "making $VENV with $("$python" --version)"
+        "$python" -m venv "$VENV" || die "$python -m venv $VENV failed"
+    fi
+}
+
+install() {
+    local arguments=(-e ".[$DEVICE,dev]" -c constraints.txt --progress-bar off)
+    if [[ $DEVICE == cpu ]]; then
+        if torch_index_answers; then
+            arguments+=(--extra-index-url "$TORCH_INDEX")
+            say "torch's CPU wheels: $TORCH_INDEX"
+        else
+            say "torch's CPU wheels: from pip's own configuration ($TORCH_INDEX does not answer)"
+        fi
+    fi
+    cd "$REPO"
+    phase "installing mssr[$DEVICE,dev] and its dependencies (the first time, some minutes)" \
+        "$VENV/bin/python" -m pip install "${arguments[@]}"
+}
+
+verify() {
+    "$VENV/bin/python" - "$DEVICE" <<'PYTHON'
+import importlib, logging, os, sys
+
+os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+logging.disable(logging.WARNING)
+names = ["torch", "torchvision", "transformers", "vllm", "ray"]
+modules = {name: importlib.import_module(name) for name in names}
+if sys.argv[1] == "gpu" and modules["torch"].version.cuda is None:
+    sys.exit(f"torch {modules['torch'].__version__} has no CUDA: pip found a CPU wheel first, look at its find-links")
+print(", ".join(f"{name} {module.__version__}" for name, module in modules.items()))
+PYTHON
+}
+
+DEVICE=$(choose_device "$@")
+if is_up_to_date; then
+    say "up to date ($DEVICE, $VENV): $(sed -n 2p "$STAMP")"
+    exit
+fi
+
+# One set-up at a time; whoever waited may find the work done.
+if command -v flock >/dev/null; then
+    exec 9<"$REPO/pyproject.toml"
+    flock -n 9 || { say "another set-up is running, waiting for it" && flock 9; }
+    if is_up_to_date; then
+        say "up to date ($DEVICE, $VENV): $(sed -n 2p "$STAMP")"
+        exit
+    fi
+fi
+
+say "device: $DEVICE"
+make_venv
+rm -f "$STAMP"
+: >"$LOG"
+install
+say "checking torchvision, torchaudio and torchcodec"
+"$VENV/bin/python" "$REPO/scripts/repair_env.py" | sed 's/^/[setup]   /'
+say "importing the main libraries"
+versions=$(verify) || die "the main libraries do not import"
+printf '%s\n%s\n' "$(fingerprint)" "$versions" >"$STAMP.partial"
+mv "$STAMP.partial" "$STAMP"
+say "ready in $SECONDS s ($DEVICE, $VENV): $versions"
