@@ -1,0 +1,44 @@
+"""Entropy shaping of advantages: uncertain tokens get a bonus that cannot outweigh the reward.
+
+Source: arXiv 2506.14758 (which fixes the constants), used by MSSR, arXiv 2512.18215.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def entropy_bonus(
+    advantages: torch.Tensor, entropy: torch.Tensor, coef: float = 0.4, divisor: float = 2.0
+) -> torch.Tensor:
+    """psi_t = min(coef * stopgrad(H_t), |A_t| / divisor); the caller trains on A_t + psi_t.
+
+    Applied after the advantages are normalised. With divisor > 1 the bonus is smaller than |A_t|, so
+    A_t + psi_t keeps the sign of A_t; where A_t = 0 there is no bonus. The MSSR paper's text, read
+    literally, is ``coef=2.0, divisor=0.4``, which can flip a negative advantage.
+
+    Args:
+        advantages: (T,) normalised advantage of each token, any float dtype and any shape.
+        entropy: Same shape, H_t >= 0 in nats, of the policy's next-token distribution.
+        coef: Multiplies the entropy, >= 0. With 0 there is no bonus.
+        divisor: Divides |A_t| in the cap, > 0.
+
+    Returns:
+        psi, same shape as the inputs, without gradient: shaping changes how strongly a token is
+        reinforced and is no entropy loss.
+
+    Raises:
+        ValueError: The shapes differ, or a number is out of its range.
+    """
+    if advantages.shape != entropy.shape:
+        raise ValueError(
+            f"advantages {tuple(advantages.shape)} and entropy {tuple(entropy.shape)} must have one shape:"
+            " shaping is by token"
+        )
+    if not (math.isfinite(coef) and coef >= 0):
+        raise ValueError(f"coef must be a finite number >= 0, not {coef}")
+    if not divisor > 0:
+        raise ValueError(f"divisor must be > 0, not {divisor}")
+    return torch.minimum(coef * entropy.detach(), advantages.detach().abs() / divisor)
