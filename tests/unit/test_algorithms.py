@@ -104,6 +104,14 @@ def test_group_methods_group_by_prompt_id(name: str) -> None:
         algorithm.advantages(["a", "b"], [1, 0], [1, 1])
 
 
+@pytest.mark.parametrize("name", ["grpo", "reinforce_pp"])
+def test_eps_reaches_the_advantages(name: str) -> None:
+    batch = (["a", "a"], [1.0, 0.0], [2, 2])
+    plain, _ = algorithms.create(name).advantages(*batch)
+    damped, _ = algorithms.create(name, eps=1.0).advantages(*batch)
+    assert 0 < damped[0] < 0.9 * plain[0]
+
+
 def test_reinforce_pp_reads_the_lengths() -> None:
     algorithm = algorithms.create("reinforce_pp")
     signal, metrics = algorithm.advantages(["a", "b"], [1, 0], [1, 3])
