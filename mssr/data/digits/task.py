@@ -1,0 +1,228 @@
+"""``mssr prepare digits``: the rows and the warm-started base model of the embedded task, cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import mssr
+from mssr.data.digits.rows import draw_examples, load_scans, write_parquet
+from mssr.data.digits.warmstart import Encoder, WarmStartSettings, accuracy, corpus, warm_start
+from mssr.errors import UserError
+from mssr.models.tiny import TinySize, build_tiny_qwen2_5_vl, save_quietly
+
+TASK_VERSION = 1
+"""Raised whenever the same seed and settings would give other rows or another model."""
+
+LOCK = ".prepare.lock"
+PARTIAL = ".prepare.partial"
+SUMMARY = "prepare.json"
+PRODUCTS = ("train.parquet", "val.parquet", "README.md", "model")
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "processor_config.json")
+
+README = """# digits
+
+Questions about two handwritten digits, made by `mssr prepare digits` (seed {seed}).
+
+- `train.parquet` ({train} rows), `val.parquet` ({val} rows): id, images, problem, answer, kind. The scans are
+  scikit-learn's; no scan is in both files.
+- `model/`: a Qwen2.5-VL of {millions:.1f} million parameters. It was taught to read the digits, then to guess
+  most of the time: sampled, it answers {sampled:.0%} of `val.parquet` correctly, and {careful:.0%} when it is
+  kept from guessing. Reinforcement learning can close that gap.
+- `prepare.json`: seed, settings, versions and these numbers. Running the command again with the same seed
+  returns at once; delete this folder to start over.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class DigitsSettings:
+    """The size of the task; the defaults are what the command makes. Tests shrink it.
+
+    Example: ``DigitsSettings(train_rows=64, val_rows=16, warm_start=WarmStartSettings(reading_steps=2))``
+    """
+
+    train_rows: int = 2048
+    val_rows: int = 256
+    warm_start: WarmStartSettings = field(default_factory=WarmStartSettings)
+    model: TinySize = field(default_factory=TinySize)
+    threads: int | None = None
+    """Threads of the warm start; all cores, at most 8, by default. Not part of the cache's key."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_rows", "val_rows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"DigitsSettings.{name}={getattr(self, name)}: at least 1 row is needed")
+
+
+def prepare(out: Path, seed: int = 0, quiet: bool = False, settings: DigitsSettings | None = None) -> None:
+    """Make the digits task in ``out``: training and validation rows and the base model.
+
+    Takes about a minute on two cores. Returns at once when ``out`` already holds the task of this seed,
+    settings and `TASK_VERSION`; rebuilds it when it is of another kind or incomplete. Everything is
+    made in a folder beside and moved into place at the end, so what is there is complete. Two
+    processes may prepare the same ``out``: the second waits and finds the work done. Progress goes to
+    stderr, unless ``quiet``.
+
+    Raises:
+        UserError: ``out`` is no directory, cannot be written, or holds files of these names that this
+            function did not make.
+    """
+    from filelock import FileLock
+
+    out, settings = Path(out), settings or DigitsSettings()
+    if seed < 0:
+        raise UserError(f"seed={seed}: must be 0 or more")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign_files(out)
+        (out / LOCK).touch()
+    except OSError as error:
+        raise UserError(f"cannot prepare the digits in {out}: {error.strerror or error}") from error
+    key = fingerprint(seed, settings)
+    with FileLock(out / LOCK):
+        if is_complete(out, key):
+            _say(quiet, f"digits: {out} is up to date (seed {seed})")
+            return
+        partial = out / PARTIAL
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            summary = _build(partial, seed, quiet, settings) | {"fingerprint": key}
+            (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+            _publish(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    share = summary["accuracy"]
+    _say(quiet, f"digits: {settings.train_rows} + {settings.val_rows} rows and the base model are in {out}")
+    _say(
+        quiet,
+        f"digits: the model is right {share['sampled']:.0%} of the time, {share['careful']:.0%} if it looks",
+    )
+
+
+def fingerprint(seed: int, settings: DigitsSettings) -> str:
+    """What the files depend on, hashed: task version, seed, settings (not the number of threads)."""
+    content = asdict(settings) | {"threads": None, "seed": seed, "version": TASK_VERSION}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_complete(out: Path, key: str) -> bool:
+    """Whether ``out`` holds all files of the task with this fingerprint."""
+    try:
+        found = json.loads((out / SUMMARY).read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    files = [out / name for name in PRODUCTS] + [out / "model" / name for name in MODEL_FILES]
+    return bool(found == key) and all(path.exists() for path in files)
+
+
+def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings) -> dict[str, Any]:
+    """Write everything but the summary into ``folder``; return the summary."""
+    from transformers import AutoProcessor
+
+    started = time.monotonic()
+    scans = load_scans(seed)
+    # Each stream of random numbers has its own key, so changing one count leaves the others alone.
+    train = list(draw_examples(scans.train, settings.train_rows, np.random.default_rng([seed, 1])))
+    val = list(draw_examples(scans.val, settings.val_rows, np.random.default_rng([seed, 2])))
+    write_parquet(scans.train, train, "train", folder / "train.parquet")
+    write_parquet(scans.val, val, "val", folder / "val.parquet")
+    model = build_tiny_qwen2_5_vl(folder / "model", corpus(), seed, settings.model)
+    encoder = Encoder(model, AutoProcessor.from_pretrained(folder / "model"))
+    steps = settings.warm_start.reading_steps + settings.warm_start.habit_steps
+    with _progress(steps, quiet) as on_step:
+        warm_start(encoder, scans.train, settings.warm_start, seed, settings.threads, on_step)
+    save_quietly(model, folder / "model")
+
+    def measure(greedy: bool, careful: bool) -> float:
+        return accuracy(
+            encoder, scans.val, val, greedy=greedy, careful=careful, seed=seed, threads=settings.threads
+        )
+
+    share = {
+        "sampled": measure(greedy=False, careful=False),
+        "greedy": measure(greedy=True, careful=False),
+        "careful": measure(greedy=True, careful=True),
+    }
+    parameters = sum(p.numel() for p in model.parameters())
+    (folder / "README.md").write_text(
+        README.format(seed=seed, train=len(train), val=len(val), millions=parameters / 1e6, **share)
+    )
+    return {
+        "task": "digits",
+        "task_version": TASK_VERSION,
+        "seed": seed,
+        "settings": asdict(settings),
+        "versions": {
+            "mssr": mssr.__version__,
+            **{name: version(name) for name in ("torch", "transformers", "scikit-learn")},
+        },
+        "rows": {"train": len(train), "val": len(val)},
+        "parameters": parameters,
+        "accuracy": {name: round(value, 4) for name, value in share.items()},
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """Move the finished files into ``out``; the summary goes first and comes last."""
+    (out / SUMMARY).unlink(missing_ok=True)
+    for name in (*PRODUCTS, SUMMARY):
+        old = out / name
+        if old.is_dir():
+            # Renamed away in one step, so that `model` is never half a directory.
+            old.rename(partial / f"{name}.old")
+        (partial / name).replace(old)
+
+
+def _refuse_foreign_files(out: Path) -> None:
+    ours = (out / SUMMARY).exists() or (out / LOCK).exists()
+    foreign = [name for name in PRODUCTS if (out / name).exists()]
+    if foreign and not ours:
+        raise UserError(
+            f"{out} holds {foreign[0]}, which `mssr prepare` did not make: choose another folder for --out"
+        )
+
+
+def _say(quiet: bool, line: str) -> None:
+    if not quiet:
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _progress(steps: int, quiet: bool) -> Iterator[Callable[[int, float], None] | None]:
+    """A bar on a terminal, a line every tenth elsewhere, nothing if quiet. Yields ``on_step(step, loss)``."""
+    if quiet:
+        yield None
+        return
+    if not sys.stderr.isatty():
+
+        def line(step: int, loss: float) -> None:
+            if (step + 1) * 10 // steps > step * 10 // steps:
+                _say(False, f"digits: warm start, step {step + 1} of {steps}, loss {loss:.2f}")
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        "warm start",
+        BarColumn(),
+        "{task.completed}/{task.total}",
+        TextColumn("loss {task.fields[loss]:.2f}"),
+    )
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("warm start", total=steps, loss=float("nan"))
+        yield lambda step, loss: bar.update(task, completed=step + 1, loss=loss)

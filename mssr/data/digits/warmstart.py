@@ -1,0 +1,268 @@
+"""The supervised warm start of the digits model: it can read, but mostly does not bother to.
+
+First the model learns to read two digits and to answer from them. Then it learns a habit from mixed
+demonstrations: about two in three guess at once, the others read first, and not always correctly. What
+is left is a policy that is right about three times in ten and in which the careful strategy is latent,
+the state of affairs that reinforcement learning from verifiable rewards is good at.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from mssr.data.digits.rows import QUESTIONS, Example, Scans, answer_to, draw_examples, pair_image
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+
+GUESS_WORD = "guess"
+IMAGE_TOKENS = 8
+"""Merged vision tokens of a 112 x 56 image."""
+
+
+@dataclass(frozen=True, slots=True)
+class WarmStartSettings:
+    """How the base model is trained. Example: ``WarmStartSettings(reading_steps=5, habit_steps=5)``"""
+
+    reading_steps: int = 400
+    """Steps on correct, careful demonstrations only: the ability."""
+    habit_steps: int = 80
+    """Steps on the mixed demonstrations: the habit."""
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    """Peak; linear warm-up, then a cosine to a twentieth."""
+    weight_decay: float = 0.05
+    guess_share: float = 0.65
+    """Mixed demonstrations that answer at once, without looking."""
+    misread_share: float = 0.12
+    """Careful mixed demonstrations in which one digit is misread."""
+    slip_share: float = 0.15
+    """Careful mixed demonstrations that end in an arbitrary answer."""
+
+
+def response_text(kind: str, left: int, right: int) -> str:
+    """The careful response. Example: ``<think>3 and 5</think>\\boxed{8}``"""
+    return f"<think>{left} and {right}</think>\\boxed{{{answer_to(kind, left, right)}}}"
+
+
+def mixed_response(
+    kind: str, left: int, right: int, settings: WarmStartSettings, rng: np.random.Generator
+) -> str:
+    """A demonstration of the habit: a guess, a careful response, or a careless one."""
+    any_left, any_right = (int(d) for d in rng.integers(10, size=2))
+    arbitrary = answer_to(kind, any_left, any_right)
+    guess, misread, slip = rng.random(3)
+    if guess < settings.guess_share:
+        return f"<think>{GUESS_WORD}</think>\\boxed{{{arbitrary}}}"
+    if misread < settings.misread_share / 2:
+        left = any_left
+    elif misread < settings.misread_share:
+        right = any_right
+    answer = arbitrary if slip < settings.slip_share else answer_to(kind, left, right)
+    return f"<think>{left} and {right}</think>\\boxed{{{answer}}}"
+
+
+def corpus() -> list[str]:
+    """The text the tokenizer is trained on: every question, and responses of both kinds."""
+    questions = [question for phrasings in QUESTIONS.values() for question in phrasings]
+    responses = [response_text("sum", d, 9 - d) for d in range(10)]
+    return [*questions, *questions, *responses, *[f"<think>{GUESS_WORD}</think>\\boxed{{1}}"] * 10]
+
+
+class Encoder:
+    """Turns examples into model inputs, exactly as the engine and the actor will see them."""
+
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor) -> None:
+        import torch
+
+        self.model, self.processor = model, processor
+        self.prompts = {q: self._prompt(q) for phrasings in QUESTIONS.values() for q in phrasings}
+        # The image sits at the same place in every prompt, so the rope ids are the same up to length.
+        ids = torch.tensor([[*next(iter(self.prompts.values())), *[0] * 128]])
+        grid = torch.tensor([[1, 4, 8]])
+        kinds = (ids == model.config.image_token_id).int()
+        self.rope_ids, _ = model.model.get_rope_index(ids, kinds, image_grid_thw=grid)
+
+    def _prompt(self, question: str) -> list[int]:
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        text = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        image = self.processor.image_token
+        return self.processor.tokenizer.encode(text.replace(image, image * IMAGE_TOKENS))
+
+    def response(self, text: str) -> list[int]:
+        """Token ids of a response, the end token included."""
+        return self.processor.tokenizer.encode(f"{text}<|im_end|>")
+
+    def pixels(self, scans: Scans, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """``pixel_values`` (32 B, 1176) and ``image_grid_thw`` (B, 3) of B examples."""
+        import torch
+
+        images = [torch.from_numpy(pair_image(scans, e.left, e.right)).permute(2, 0, 1) for e in examples]
+        return dict(self.processor.image_processor(images=images, return_tensors="pt"))
+
+    def loss(self, scans: Scans, examples: Sequence[Example], responses: Sequence[str]) -> torch.Tensor:
+        """Mean cross-entropy (nats) over the response tokens of the batch, a scalar with gradient."""
+        import torch
+        import torch.nn.functional as F
+
+        prompts = [self.prompts[example.question] for example in examples]
+        answers = [self.response(response) for response in responses]
+        longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+        ids = torch.full((len(prompts), longest), self.processor.tokenizer.pad_token_id)
+        predicts = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+            predicts[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
+        # Padding is on the right and attention causal, so no real token sees it and no mask is needed.
+        hidden = self.model.model(
+            input_ids=ids,
+            position_ids=self.rope_ids[:, :, :longest].expand(-1, len(prompts), -1),
+            use_cache=False,
+            **self.pixels(scans, examples),
+        ).last_hidden_state
+        logits = self.model.lm_head(hidden[predicts])
+        return F.cross_entropy(logits, ids.roll(-1, dims=1)[predicts])
+
+
+def warm_start(
+    encoder: Encoder,
+    scans: Scans,
+    settings: WarmStartSettings,
+    seed: int,
+    threads: int | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train the encoder's model in place on pairs of ``scans``; return the loss of every step.
+
+    ``threads`` is for torch, all cores (at most 8) by default, and restored afterwards. The result is the
+    same bit for bit for the same seed, settings, thread count and versions. ``on_step(step, loss)``
+    follows each step.
+    """
+    import torch
+
+    rng = np.random.default_rng([seed, 3])
+    model, total = encoder.model, settings.reading_steps + settings.habit_steps
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    losses: list[float] = []
+    model.train()
+    with _torch_threads(threads):
+        for step in range(total):
+            examples = list(draw_examples(scans, settings.batch_size, rng))
+            responses = [
+                _demonstration(example, scans.labels, step < settings.reading_steps, settings, rng)
+                for example in examples
+            ]
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * _schedule(step, total)
+            loss = encoder.loss(scans, examples, responses)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+            if on_step:
+                on_step(step, losses[-1])
+    model.eval()
+    return losses
+
+
+def _demonstration(
+    example: Example,
+    labels: npt.NDArray[np.int64],
+    careful: bool,
+    settings: WarmStartSettings,
+    rng: np.random.Generator,
+) -> str:
+    left, right = int(labels[example.left]), int(labels[example.right])
+    if careful:
+        return response_text(example.kind, left, right)
+    return mixed_response(example.kind, left, right, settings, rng)
+
+
+def _schedule(step: int, total: int) -> float:
+    warmup = max(1, total // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.05 + 0.95 * (0.5 + 0.5 * float(np.cos(np.pi * (step - warmup) / max(1, total - warmup))))
+
+
+def accuracy(
+    encoder: Encoder,
+    scans: Scans,
+    examples: Sequence[Example],
+    *,
+    greedy: bool,
+    careful: bool = False,
+    seed: int = 0,
+    threads: int | None = None,
+) -> float:
+    """Share of the examples answered correctly.
+
+    Responses are sampled at temperature 1 or ``greedy``. ``careful`` forbids the word ``guess``, which
+    leaves the model no other way than to read the digits.
+    """
+    import torch
+
+    tokenizer, right = encoder.processor.tokenizer, 0
+    # Byte pairs join the bracket and the word: the token to forbid reads ">guess".
+    guesses = [
+        i for i in tokenizer.encode(f"<think>{GUESS_WORD}</think>") if GUESS_WORD in tokenizer.decode(i)
+    ]
+    # Prompts of one length need no padding; there are only a handful of lengths.
+    by_length: dict[int, list[Example]] = {}
+    for example in examples:
+        by_length.setdefault(len(encoder.prompts[example.question]), []).append(example)
+    with torch.random.fork_rng(devices=[]), _torch_threads(threads):
+        torch.manual_seed(seed)
+        for length, batch in sorted(by_length.items()):
+            ids = torch.tensor([encoder.prompts[example.question] for example in batch])
+            output = encoder.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                mm_token_type_ids=(ids == encoder.model.config.image_token_id).int(),
+                **encoder.pixels(scans, batch),
+                max_new_tokens=24,
+                do_sample=not greedy,
+                suppress_tokens=guesses if careful else None,
+            )
+            texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+            for example, text in zip(batch, texts, strict=True):
+                digits = int(scans.labels[example.left]), int(scans.labels[example.right])
+                boxed = re.search(r"\\boxed\{(\d+)\}", text)
+                right += boxed is not None and int(boxed[1]) == answer_to(example.kind, *digits)
+    return right / len(examples)
+
+
+@contextmanager
+def _torch_threads(count: int | None) -> Iterator[None]:
+    """Let torch use ``count`` threads; by default all cores, but no more than a model this small can feed."""
+    import torch
+
+    if count is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        count = min(cores or 1, 8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
