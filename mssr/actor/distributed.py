@@ -1,0 +1,68 @@
+"""The process group of the actor ranks, and the sharding of a model over them."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from mssr.models.policy import PolicyModel
+
+
+def init_process_group(rank: int, ranks: int, init_method: str, device: torch.device) -> DeviceMesh:
+    """Join the group. gloo on CPU, nccl on GPUs.
+
+    Args:
+        init_method: "tcp://host:port" of rank 0, or "file:///path" on one machine.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=init_method,
+        rank=rank,
+        world_size=ranks,
+        timeout=datetime.timedelta(minutes=10),
+    )
+    return init_device_mesh(device.type, (ranks,))
+
+
+def shard(model: PolicyModel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> PolicyModel:
+    """FSDP2: every decoder layer and vision block is gathered alone, the rest with the root.
+
+    Parameters stay float32; forward and backward run in ``compute_dtype``, reductions in float32.
+    """
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    core = model.model.model
+    for block in (*core.visual.blocks, *core.language_model.layers):
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    # The root holds embedding, head and norms. It stays gathered from forward to backward, because
+    # the fused head reads the head's weight directly.
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+    return model
+
+
+def all_sum(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Sum each scalar tensor over the ranks; all ranks must pass the same keys."""
+    keys = sorted(values)
+    tensor = torch.stack([values[k].double() for k in keys])
+    dist.all_reduce(tensor)
+    return dict(zip(keys, tensor.tolist(), strict=True))
+
+
+def full_tensor(value: Any) -> torch.Tensor:
+    """The whole tensor behind a sharded one; a collective."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def clip_grad_norm(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:
+    """Scale the gradients to at most ``max_norm`` in global L2 norm; returns the norm before."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = full_tensor(norm)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)

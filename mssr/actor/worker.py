@@ -1,0 +1,134 @@
+"""One rank of the policy: model, reference, optimizer; update, export and checkpoint.
+
+A plain class: Ray wraps it, tests and the local launcher call it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from mssr.actor.distributed import full_tensor, init_process_group, shard
+from mssr.actor.prompts import PromptCache
+from mssr.actor.update import PolicyUpdater
+from mssr.config import Config
+from mssr.models.loading import load_model
+from mssr.models.policy import PolicyModel
+from mssr.rollout.prompts import PromptSource
+from mssr.types import TrainBatch
+
+
+class PolicyWorker:
+    """Rank ``rank`` of ``config.actor.num_ranks``. Every method is a collective: call it on all ranks.
+
+    Args:
+        device: "cpu" or "cuda".
+        init_method: where the ranks meet, see `init_process_group`.
+        local_rank: which GPU of its machine.
+    """
+
+    def __init__(
+        self, config: Config, rank: int, init_method: str, device: str = "cpu", local_rank: int = 0
+    ) -> None:
+        self.config = config
+        self.rank = rank
+        self.device = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+        if device == "cpu":
+            torch.set_num_threads(config.cluster.threads_per_actor)
+        torch.manual_seed(config.seed)
+        mesh = init_process_group(rank, config.actor.num_ranks, init_method, self.device)
+        compute_dtype = _compute_dtype(config.model.dtype, device)
+        self.policy = self._build(mesh, compute_dtype, trainable=True)
+        needs_reference = config.algorithm.kl_coef > 0
+        self.reference = self._build(mesh, compute_dtype, trainable=False) if needs_reference else None
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.policy.parameters() if p.requires_grad],
+            lr=config.actor.lr,
+            betas=(config.actor.betas[0], config.actor.betas[1]),
+            weight_decay=config.actor.weight_decay,
+        )
+        prompts = PromptCache(PromptSource(config), self.policy)
+        self.updater = PolicyUpdater(
+            config, self.policy, self.reference, self.optimizer, prompts, rank, self.device
+        )
+
+    def _build(self, mesh: Any, compute_dtype: torch.dtype, trainable: bool) -> PolicyModel:
+        hf_model = load_model(self.config.model, torch.float32)
+        if trainable and self.config.actor.activation_checkpointing:
+            hf_model.gradient_checkpointing_enable({"use_reentrant": False})
+            hf_model.train()  # transformers checkpoints only in train mode; Qwen2.5-VL has no dropout
+        hf_model.requires_grad_(trainable)
+        if self.config.model.freeze_vision:
+            hf_model.model.visual.requires_grad_(False)
+        model = PolicyModel(
+            hf_model.to(self.device),
+            temperature=self.config.rollout.temperature,
+            head_chunk=self.config.actor.head_chunk_tokens,
+        ).to(self.device)
+        return shard(model, mesh, compute_dtype)
+
+    def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
+        """See `PolicyUpdater.step`."""
+        metrics = self.updater.step(batch, step)
+        if self.device.type == "cuda":
+            metrics["memory/actor_gpu_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return metrics
+
+    def export_weights(self) -> dict[str, torch.Tensor] | None:
+        """All weights by Hugging Face name, on CPU, tied head included; None on ranks other than 0."""
+        weights = {}
+        for name, value in self.policy.model.state_dict().items():
+            tensor = full_tensor(value)
+            if self.rank == 0:
+                # A copy: what is sent must not change under the receiver during the next update.
+                weights[name] = tensor.detach().to("cpu", copy=True)
+        return weights if self.rank == 0 else None
+
+    def save(self, directory: str) -> None:
+        """Write parameters and optimizer, sharded, loadable on another number of ranks."""
+        dcp.save(self._state(), checkpoint_id=directory)
+
+    def load(self, directory: str) -> None:
+        """Take parameters and optimizer from a directory that `save` wrote."""
+        state = self._state()
+        dcp.load(state, checkpoint_id=directory)
+        set_model_state_dict(self.policy.model, state["model"])
+        set_optimizer_state_dict(self.policy.model, self.optimizer, optim_state_dict=state["optimizer"])
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": get_model_state_dict(self.policy.model),
+            "optimizer": get_optimizer_state_dict(self.policy.model, self.optimizer),
+        }
+
+
+def _compute_dtype(name: str, device: str) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if device == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def resolve_device(name: str) -> str:
+    """cluster.device -> "cpu" or "cuda"."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def checkpoint_exists(directory: Path) -> bool:
+    return (directory / ".metadata").is_file()

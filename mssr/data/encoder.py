@@ -1,0 +1,131 @@
+"""The one encoder: the same function turns a row into text and images for the engine and the actor.
+
+The engine gets (chat text, resized images) and tokenises them itself; the actor tokenises them here
+and asserts that both saw the same tokens. Images are resized once, by the rules of qwen-vl-utils, so
+that no later stage resizes them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from qwen_vl_utils import smart_resize
+
+from mssr.config import DataConfig
+from mssr.data.dataset import Row
+from mssr.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt as the actor needs it. P tokens, V vision patches, I images."""
+
+    token_ids: torch.Tensor
+    """(P,) int64, one placeholder for every merged patch."""
+    token_types: torch.Tensor
+    """(P,) int32, 0 text and 1 image, as transformers' rope index wants them."""
+    pixel_values: torch.Tensor | None
+    """(V, channels * temporal_patch * patch * patch) float32, None without images."""
+    image_grid_thw: torch.Tensor | None
+    """(I, 3) int64, patches in time, height and width, None without images."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.token_ids, self.pixel_values) if t is not None)
+
+
+class PromptEncoder:
+    """Rows to model inputs, with one processor and one set of pixel bounds."""
+
+    def __init__(self, processor: Any, config: DataConfig) -> None:
+        self.processor = processor
+        self.config = config
+        image_processor = processor.image_processor
+        # Images arrive resized; the same bounds here keep the processor from resizing them again.
+        image_processor.size = self.pixel_bounds
+        self._factor = image_processor.patch_size * image_processor.merge_size
+        self._image_token_id: int = processor.image_token_id
+
+    @property
+    def pixel_bounds(self) -> dict[str, int]:
+        """The bounds in the form in which image processors take them."""
+        return {"shortest_edge": self.config.min_pixels, "longest_edge": self.config.max_pixels}
+
+    def chat_text(self, row: Row) -> str:
+        """The prompt after the chat template, with one placeholder per image."""
+        messages: list[dict[str, Any]] = []
+        if self.config.system_prompt:
+            messages.append({"role": "system", "content": [_text(self.config.system_prompt)]})
+        messages.append({"role": "user", "content": self._content(row)})
+        return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+    def _content(self, row: Row) -> list[dict[str, Any]]:
+        """Images where the question marks them, else before it; then the instruction."""
+        question = row.problem
+        if "<image>" not in question:
+            question = "<image>" * len(row.images) + question
+        content: list[dict[str, Any]] = []
+        for k, part in enumerate(question.split("<image>")):
+            if k:
+                content.append({"type": "image"})
+            if part:
+                content.append(_text(part))
+        if self.config.instruction:
+            content.append(_text("\n" + self.config.instruction))
+        return content
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) after resizing. Raises ValueError for an aspect ratio above 200."""
+        h, w = smart_resize(
+            height,
+            width,
+            factor=self._factor,
+            min_pixels=self.config.min_pixels,
+            max_pixels=self.config.max_pixels,
+        )
+        return w, h
+
+    def images(self, row: Row) -> list[Image.Image]:
+        """RGB images in their final size."""
+        result = []
+        for k, source in enumerate(row.images):
+            try:
+                image = source.decode()
+            except Exception as error:  # PIL raises many types for a broken file
+                raise UserError(f"{row.where}: image {k} cannot be read ({error})") from error
+            size = self.resized(*image.size)
+            result.append(image if size == image.size else image.resize(size, Image.Resampling.BICUBIC))
+        return result
+
+    def length(self, row: Row, sizes: Sequence[tuple[int, int]]) -> int:
+        """P, computed from the (width, height) of the images alone."""
+        text_tokens = len(self.processor.tokenizer(self.chat_text(row))["input_ids"])
+        vision_tokens = 0
+        for width, height in sizes:
+            w, h = self.resized(width, height)
+            vision_tokens += (w // self._factor) * (h // self._factor)
+        return text_tokens - len(sizes) + vision_tokens
+
+    def encode(self, row: Row) -> EncodedPrompt:
+        """Tokens and pixels of a prompt."""
+        images = self.images(row)
+        out = self.processor(
+            text=[self.chat_text(row)],
+            images=images or None,
+            return_tensors="pt",
+        )
+        token_ids = out["input_ids"][0].long()
+        return EncodedPrompt(
+            token_ids=token_ids,
+            token_types=(token_ids == self._image_token_id).int(),
+            pixel_values=out["pixel_values"] if images else None,
+            image_grid_thw=out["image_grid_thw"].long() if images else None,
+        )
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}

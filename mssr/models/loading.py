@@ -1,0 +1,82 @@
+"""Opening a Hugging Face model directory, with one-line errors for what is no model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mssr.config import ModelConfig
+from mssr.errors import UserError
+
+MODEL_TYPE = "qwen2_5_vl"
+
+
+def check_model_path(config: ModelConfig) -> None:
+    """Refuse a directory that holds no Qwen2.5-VL, without importing torch.
+
+    A path that is no directory is left to transformers, as a hub name.
+
+    Raises:
+        UserError: names the directory and what is missing.
+    """
+    path = Path(config.path)
+    if not path.exists():
+        if path.is_absolute() or config.path.count("/") != 1 or config.path.startswith("."):
+            raise UserError(f"model.path: directory {config.path} does not exist")
+        return
+    try:
+        model_config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path: {config.path} is no Hugging Face model (config.json: {error})"
+        ) from error
+    if model_config.get("model_type") != MODEL_TYPE:
+        raise UserError(
+            f"model.path: {config.path} is a {model_config.get('model_type')} model; mssr trains {MODEL_TYPE}"
+        )
+    if not any(path.glob("*.safetensors")):
+        raise UserError(f"model.path: {config.path} holds no *.safetensors weights")
+
+
+def load_processor(config: ModelConfig) -> Any:
+    """`AutoProcessor` of the model.
+
+    Raises:
+        UserError: there is none, or it has no chat template.
+    """
+    import transformers
+
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(
+            config.path, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:  # transformers raises many types for an incomplete directory
+        raise UserError(f"model.path: no processor in {config.path} ({_reason(error)})") from error
+    if not getattr(processor, "chat_template", None):
+        raise UserError(f"model.path: the processor of {config.path} has no chat template")
+    return processor
+
+
+def load_model(config: ModelConfig, dtype: Any) -> Any:
+    """The model with its weights in ``dtype``, on CPU, in eval mode (no dropout anywhere).
+
+    Raises:
+        UserError: the weights cannot be read or do not fit the config.
+    """
+    import transformers
+
+    try:
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            config.path,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"model.path: {config.path} cannot be loaded ({_reason(error)})") from error
+    return model.eval()
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

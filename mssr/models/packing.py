@@ -1,0 +1,104 @@
+"""Several sequences as one: token ids, rope positions and images laid end to end, without padding.
+
+transformers keeps packed sequences apart when the position ids have four rows: the text positions,
+which restart at 0 with every sequence, and the three mrope rows (temporal, height, width).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mssr.data.encoder import EncodedPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One forward pass. S tokens, N response tokens, V patches and I images over all sequences."""
+
+    input_ids: torch.Tensor
+    """(1, S) int64."""
+    position_ids: torch.Tensor
+    """(4, 1, S) int64: text positions, then the three mrope rows."""
+    pixel_values: torch.Tensor | None
+    """(V, patch values) float32; None when no image is in the batch."""
+    image_grid_thw: torch.Tensor | None
+    """(I, 3) int64."""
+    feature_index: torch.Tensor
+    """(placeholder tokens,) which row of the image features each placeholder gets, in order."""
+    response_index: torch.Tensor
+    """(N,) position in S whose hidden state predicts a response token."""
+    targets: torch.Tensor
+    """(N,) int64 the response tokens."""
+    response_lengths: torch.Tensor
+    """(sequences,) int64, adding up to N."""
+
+    def to(self, device: torch.device) -> PackedBatch:
+        moved = {}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            moved[name] = None if value is None else value.to(device, non_blocking=True)
+        return PackedBatch(**moved)
+
+
+@dataclass(frozen=True, slots=True)
+class PackItem:
+    """A prompt with its rope positions and the response to it."""
+
+    prompt: EncodedPrompt
+    prompt_positions: torch.Tensor
+    """(3, P) int64 mrope rows."""
+    response: torch.Tensor
+    """(T,) int64."""
+    prompt_id: str
+    """Sequences with the same id share their images."""
+
+    def with_response(self, response: torch.Tensor) -> PackItem:
+        return PackItem(self.prompt, self.prompt_positions, response, self.prompt_id)
+
+
+def pack(sequences: Sequence[PackItem], merge_size: int) -> PackedBatch:
+    """Lay sequences end to end. Images of a prompt that occurs twice are held once.
+
+    Args:
+        sequences: at least one.
+        merge_size: patches per side of a merged vision token.
+    """
+    ids, positions, response_index, targets, lengths = [], [], [], [], []
+    pixels, grids, features = [], [], []
+    first_feature: dict[str, int] = {}
+    feature_count = 0
+    start = 0
+    for s in sequences:
+        p, t = len(s.prompt.token_ids), len(s.response)
+        ids += [s.prompt.token_ids, s.response]
+        text = torch.arange(p + t)
+        # A response is text: its mrope rows go on together after the largest of the prompt.
+        after = int(s.prompt_positions.max()) + 1 + torch.arange(t)
+        mrope = torch.cat([s.prompt_positions, after.expand(3, t)], dim=1)
+        positions.append(torch.cat([text[None], mrope]))
+        response_index.append(start + p - 1 + torch.arange(t))
+        targets.append(s.response)
+        lengths.append(t)
+        start += p + t
+        if s.prompt.image_grid_thw is not None:
+            assert s.prompt.pixel_values is not None
+            count = int(s.prompt.image_grid_thw.prod(-1).sum()) // merge_size**2
+            if s.prompt_id not in first_feature:
+                first_feature[s.prompt_id] = feature_count
+                feature_count += count
+                pixels.append(s.prompt.pixel_values)
+                grids.append(s.prompt.image_grid_thw)
+            features.append(first_feature[s.prompt_id] + torch.arange(count))
+    return PackedBatch(
+        input_ids=torch.cat(ids)[None],
+        position_ids=torch.cat(positions, dim=1)[:, None],
+        pixel_values=torch.cat(pixels) if pixels else None,
+        image_grid_thw=torch.cat(grids) if grids else None,
+        feature_index=torch.cat(features) if features else torch.empty(0, dtype=torch.int64),
+        response_index=torch.cat(response_index),
+        targets=torch.cat(targets),
+        response_lengths=torch.tensor(lengths),
+    )

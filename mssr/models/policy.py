@@ -1,0 +1,93 @@
+"""A Qwen2.5-VL as reinforcement learning needs it: packed in, log-probs and entropies out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mssr.data.encoder import EncodedPrompt
+from mssr.models.head import token_log_probs_and_entropy
+from mssr.models.packing import PackedBatch
+
+
+class PolicyModel(nn.Module):
+    """Wraps a transformers Qwen2.5-VL; the vision placeholder tokens have probability 0.
+
+    Args:
+        model: `Qwen2_5_VLForConditionalGeneration`.
+        temperature: the sampling temperature, so that log-probs are those of what was sampled.
+        head_chunk: response tokens whose logits exist at the same time.
+    """
+
+    def __init__(self, model: Any, temperature: float = 1.0, head_chunk: int = 1024) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.head_chunk = head_chunk
+        self.banned_ids = vision_placeholder_ids(model.config)
+        self.register_buffer("banned", torch.tensor(self.banned_ids), persistent=False)
+
+    @property
+    def merge_size(self) -> int:
+        return int(self.model.config.vision_config.spatial_merge_size)
+
+    def rope_positions(self, prompt: EncodedPrompt) -> torch.Tensor:
+        """(3, P) int64 mrope rows of a prompt."""
+        positions, _ = self.model.model.get_rope_index(
+            prompt.token_ids[None],
+            mm_token_type_ids=prompt.token_types[None],
+            image_grid_thw=prompt.image_grid_thw,
+        )
+        return positions[:, 0]
+
+    def forward(self, batch: PackedBatch, touch_vision: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies of the response tokens.
+
+        Args:
+            batch: packed sequences on the model's device.
+            touch_vision: run the vision tower on a blank image, with no effect on the result, when
+                the batch has none. Ranks that share a sharded tower must all run it or none.
+
+        Returns:
+            (N,) float32 log-probs and (N,) float32 exact entropies, in nats.
+        """
+        core = self.model.model
+        embeds = core.language_model.embed_tokens(batch.input_ids)
+        if batch.pixel_values is not None:
+            assert batch.image_grid_thw is not None
+            features = self._image_features(batch.pixel_values, batch.image_grid_thw)
+            placeholders = (batch.input_ids == self.model.config.image_token_id)[..., None]
+            features = features.to(embeds.dtype)[batch.feature_index]
+            embeds = embeds.masked_scatter(placeholders.expand_as(embeds), features)
+        elif touch_vision:
+            embeds = embeds + 0.0 * self._image_features(*self._blank_image()).sum().to(embeds.dtype)
+        hidden = core.language_model(
+            inputs_embeds=embeds, position_ids=batch.position_ids, attention_mask=None, use_cache=False
+        ).last_hidden_state
+        return token_log_probs_and_entropy(
+            hidden[0, batch.response_index],
+            self.model.lm_head.weight,
+            batch.targets,
+            temperature=self.temperature,
+            banned=self.banned,
+            chunk=self.head_chunk,
+        )
+
+    def _image_features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        """(merged patches, D)."""
+        visual = self.model.model.visual
+        return visual(pixel_values.to(visual.patch_embed.proj.weight.dtype), grid_thw=grid_thw).pooler_output
+
+    def _blank_image(self) -> tuple[torch.Tensor, torch.Tensor]:
+        vision, device = self.model.config.vision_config, self.banned.device
+        m = self.merge_size
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return torch.zeros(m * m, values, device=device), torch.tensor([[1, m, m]], device=device)
+
+
+def vision_placeholder_ids(config: Any) -> list[int]:
+    """Tokens that stand for pixels. A policy that samples one breaks every later forward pass."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return sorted({int(i) for n in names if (i := getattr(config, n, None)) is not None})

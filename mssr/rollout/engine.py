@@ -1,0 +1,47 @@
+"""What a generation engine can do, and how one is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from mssr.config import Config
+from mssr.types import Rollout, RolloutRequest, SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+
+
+class RolloutEngine(Protocol):
+    """Generates responses; holds its own copy of the policy."""
+
+    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
+        """One response a request, in the order of the requests.
+
+        What is sampled depends on the request's seed and the weights, not on the other requests.
+        """
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Take over all weights, by their Hugging Face names, and forget everything cached.
+
+        Args:
+            weights: pairs (name, tensor), tied heads included.
+            version: becomes the ``policy_version`` of later rollouts.
+        """
+        ...
+
+
+def make_engine(config: Config, device: str) -> RolloutEngine:
+    """The engine that ``rollout.engine`` names, with the base model's weights.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    if config.rollout.engine == "vllm":
+        from mssr.rollout.vllm_engine import VllmEngine
+
+        return VllmEngine(config, device)
+    from mssr.rollout.hf_engine import HfEngine
+
+    return HfEngine(config, device)

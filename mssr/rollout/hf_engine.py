@@ -1,0 +1,123 @@
+"""Generation with transformers, for machines without vLLM and for debugging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from mssr.config import Config
+from mssr.models.loading import load_model
+from mssr.models.policy import vision_placeholder_ids
+from mssr.rollout.prompts import PromptSource
+from mssr.types import Rollout, RolloutRequest, SamplingParams
+
+
+class HfEngine:
+    """`RolloutEngine` on ``model.generate``. See `mssr.rollout.engine.RolloutEngine`."""
+
+    def __init__(self, config: Config, device: str) -> None:
+        dtype = torch.bfloat16 if device == "cuda" and config.model.dtype != "float32" else torch.float32
+        if config.model.dtype == "bfloat16":
+            dtype = torch.bfloat16
+        self._model = load_model(config.model, dtype).to(device).requires_grad_(False)
+        self._prompts = PromptSource(config)
+        self._batch = config.rollout.max_num_seqs
+        self._version = 0
+        self._banned = vision_placeholder_ids(self._model.config)
+        tokenizer = self._prompts.encoder.processor.tokenizer
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        eos = self._model.generation_config.eos_token_id
+        eos = tokenizer.eos_token_id if eos is None else eos
+        self._eos = set(eos if isinstance(eos, list) else [eos])
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
+        rollouts: list[Rollout] = []
+        for start in range(0, len(requests), self._batch):
+            rollouts += self._generate_batch(requests[start : start + self._batch], params)
+        return rollouts
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        self._model.load_state_dict(dict(weights), strict=True)
+        self._version = version
+
+    def _generate_batch(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams
+    ) -> list[Rollout]:
+        prompts = [self._prompts.get(r.prompt_id) for r in requests]
+        images = [image for _, prompt_images in prompts for image in prompt_images]
+        inputs = self._prompts.encoder.processor(
+            text=[text for text, _ in prompts],
+            images=images or None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(self._model.device)
+        sampler = _SeededSampler([r.seed for r in requests], params, self._banned, self._model.device)
+        output = self._model.generate(
+            **inputs,
+            max_new_tokens=params.max_tokens,
+            do_sample=False,  # the seeded noise of the sampler makes the maximum a sample
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=self._pad,
+            eos_token_id=sorted(self._eos),
+            logits_processor=LogitsProcessorList([sampler]),
+        )
+        responses = output[:, inputs["input_ids"].shape[1] :].cpu()
+        chosen = torch.stack(
+            [lp.gather(1, t[:, None])[:, 0] for lp, t in zip(sampler.log_probs, responses.T, strict=True)], dim=1
+        )
+        mask = inputs["attention_mask"].bool().cpu()
+        result = []
+        for i, request in enumerate(requests):
+            tokens = responses[i].tolist()
+            end = next((k + 1 for k, token in enumerate(tokens) if token in self._eos), len(tokens))
+            finished = tokens[end - 1] in self._eos
+            result.append(
+                Rollout(
+                    prompt_id=request.prompt_id,
+                    sample_index=request.sample_index,
+                    prompt_token_ids=inputs["input_ids"][i].cpu()[mask[i]].numpy().astype(np.int32),
+                    response_token_ids=np.asarray(tokens[:end], dtype=np.int32),
+                    log_probs=chosen[i, :end].float().numpy(),
+                    finish_reason="stop" if finished else "length",
+                    policy_version=self._version,
+                    text=self._prompts.encoder.processor.tokenizer.decode(
+                        tokens[:end], skip_special_tokens=True
+                    ),
+                )
+            )
+        return result
+
+
+class _SeededSampler(LogitsProcessor):
+    """Bans tokens, applies the temperature, and adds Gumbel noise from a generator of each request.
+
+    argmax(log p + Gumbel noise) is an exact sample of p, so a greedy ``generate`` samples, and what a
+    request gets does not depend on its neighbours in the batch.
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], params: SamplingParams, banned: list[int], device: torch.device
+    ) -> None:
+        self._params = params
+        self._banned = torch.tensor(banned, device=device)
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.log_probs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.float().index_fill(1, self._banned, float("-inf"))
+        if not self._params.greedy:
+            scores = scores / self._params.temperature
+        log_probs = torch.log_softmax(scores, dim=-1)
+        self.log_probs.append(log_probs.cpu())
+        if self._params.greedy:
+            return log_probs
+        uniform = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self._generators])
+        gumbel = -torch.log(-torch.log(uniform.clamp_min(1e-20)))
+        return log_probs + gumbel.to(log_probs.device)

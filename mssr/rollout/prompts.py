@@ -1,0 +1,52 @@
+"""Prompt ids -> what an engine is fed with, from the worker's own view of the data set."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from PIL import Image
+
+from mssr.config import Config
+from mssr.data.dataset import PromptDataset, Row
+from mssr.data.encoder import PromptEncoder
+from mssr.models.loading import load_processor
+
+
+class PromptSource:
+    """Reads rows of the train and validation sets by id; remembers the most recent ones.
+
+    Args:
+        cache_pixels: pixels of prepared images to keep, 4 bytes each in the worst case.
+    """
+
+    def __init__(self, config: Config, cache_pixels: int = 64 * 2**20) -> None:
+        self.encoder = PromptEncoder(load_processor(config.model), config.data)
+        sources = [s for s in (config.data.train, config.data.val) if s]
+        self._datasets = [PromptDataset(s, config.data) for s in sources]
+        self._cache: OrderedDict[str, tuple[str, list[Image.Image]]] = OrderedDict()
+        self._pixels = 0
+        self._cache_pixels = cache_pixels
+
+    def get(self, prompt_id: str) -> tuple[str, list[Image.Image]]:
+        """(chat text, images in their final size)."""
+        if prompt_id in self._cache:
+            self._cache.move_to_end(prompt_id)
+            return self._cache[prompt_id]
+        row = self.row(prompt_id)
+        item = (self.encoder.chat_text(row), self.encoder.images(row))
+        self._cache[prompt_id] = item
+        self._pixels += _pixels(item[1])
+        while self._pixels > self._cache_pixels and len(self._cache) > 1:
+            _, (_, images) = self._cache.popitem(last=False)
+            self._pixels -= _pixels(images)
+        return item
+
+    def row(self, prompt_id: str) -> Row:
+        for dataset in self._datasets:
+            if prompt_id in dataset:
+                return dataset.row(prompt_id)
+        raise KeyError(f"prompt {prompt_id} is in no data set of this run")
+
+
+def _pixels(images: list[Image.Image]) -> int:
+    return sum(i.width * i.height for i in images)

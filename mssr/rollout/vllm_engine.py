@@ -1,0 +1,131 @@
+"""Generation with vLLM. The only file that imports it.
+
+vLLM rebinds threads and claims memory, so this belongs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mssr.config import Config
+from mssr.errors import TrainingError, UserError
+from mssr.models.policy import vision_placeholder_ids
+from mssr.rollout.prompts import PromptSource
+from mssr.types import Rollout, RolloutRequest, SamplingParams
+
+SUPPORTED_VLLM = "0.32"
+MAX_IMAGES_PER_PROMPT = 16
+
+
+class VllmEngine:
+    """`RolloutEngine` on vLLM, inside this process. See `mssr.rollout.engine.RolloutEngine`."""
+
+    def __init__(self, config: Config, device: str) -> None:
+        _prepare_environment(config, device)
+        import vllm
+
+        if not vllm.__version__.startswith(SUPPORTED_VLLM + "."):
+            raise UserError(f"vLLM {vllm.__version__} is installed; mssr works with {SUPPORTED_VLLM}.x")
+        self._vllm = vllm
+        self._prompts = PromptSource(config)
+        self._version = 0
+        rollout, data = config.rollout, config.data
+        options: dict[str, Any] = {
+            "model": config.model.path,
+            "dtype": "float32" if device == "cpu" and config.model.dtype == "auto" else config.model.dtype,
+            "trust_remote_code": config.model.trust_remote_code,
+            "max_model_len": data.max_prompt_length + rollout.max_response_length,
+            "max_num_seqs": rollout.max_num_seqs,
+            "limit_mm_per_prompt": {"image": MAX_IMAGES_PER_PROMPT, "video": 0},
+            "mm_processor_kwargs": {"size": self._prompts.encoder.pixel_bounds},
+            "logprobs_mode": "processed_logprobs",
+            "generation_config": "vllm",
+            "seed": config.seed,
+            "disable_log_stats": True,
+        }
+        if device == "cpu":
+            # Chunked prefill and per-request seeds together crash the CPU sampler of vLLM 0.32.
+            options |= {
+                "enforce_eager": True,
+                "enable_chunked_prefill": False,
+                "skip_mm_profiling": True,
+                "max_num_batched_tokens": max(options["max_model_len"], 16384),
+            }
+        else:
+            options |= {
+                "enforce_eager": rollout.enforce_eager,
+                "gpu_memory_utilization": rollout.gpu_memory_utilization,
+            }
+        self._llm = vllm.LLM(**(options | rollout.engine_options))
+        self._banned = vision_placeholder_ids(self._llm.llm_engine.model_config.hf_config)
+
+    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
+        inputs = [self._input(r.prompt_id) for r in requests]
+        sampling = [self._sampling(r, params) for r in requests]
+        try:
+            outputs = self._llm.generate(inputs, sampling, use_tqdm=False)
+        except Exception as error:  # a dead engine raises its own types, with megabytes of input
+            last = (str(error).strip() or type(error).__name__).splitlines()[-1][:300]
+            raise TrainingError(f"vLLM failed: {last}") from error
+        return [self._rollout(r, o) for r, o in zip(requests, outputs, strict=True)]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        # Plain model.load_weights is wrong on CPU, where the weights were prepacked at start.
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        # All three: the encoder cache alone left stale, the same image keeps its old embedding.
+        self._llm.llm_engine.reset_prefix_cache()
+        self._llm.llm_engine.reset_mm_cache()
+        self._llm.llm_engine.reset_encoder_cache()
+        self._version = version
+
+    def _input(self, prompt_id: str) -> dict[str, Any]:
+        text, images = self._prompts.get(prompt_id)
+        if not images:
+            return {"prompt": text}
+        # Known by name, an image need not be hashed to be found in the caches.
+        uuids = [f"{prompt_id}/{k}" for k in range(len(images))]
+        return {
+            "prompt": text,
+            "multi_modal_data": {"image": images},
+            "multi_modal_uuids": {"image": uuids},
+        }
+
+    def _sampling(self, request: RolloutRequest, params: SamplingParams) -> Any:
+        return self._vllm.SamplingParams(
+            temperature=0.0 if params.greedy else params.temperature,
+            seed=None if params.greedy else request.seed,
+            max_tokens=params.max_tokens,
+            logprobs=0,
+            logit_bias=dict.fromkeys(self._banned, float("-inf")),
+        )
+
+    def _rollout(self, request: RolloutRequest, output: Any) -> Rollout:
+        completion = output.outputs[0]
+        tokens = np.asarray(completion.token_ids, dtype=np.int32)
+        chosen = [position[token].logprob for token, position in zip(tokens, completion.logprobs, strict=True)]
+        return Rollout(
+            prompt_id=request.prompt_id,
+            sample_index=request.sample_index,
+            prompt_token_ids=np.asarray(output.prompt_token_ids, dtype=np.int32),
+            response_token_ids=tokens,
+            log_probs=np.asarray(chosen, dtype=np.float32),
+            finish_reason=completion.finish_reason or "length",
+            policy_version=self._version,
+            text=completion.text,
+        )
+
+
+def _prepare_environment(config: Config, device: str) -> None:
+    """Settings that vLLM reads from the environment, at import."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if device == "cpu":
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.rollout.kv_cache_gib)))
+        # Thread counts are ours (cluster.threads_per_rollout); vLLM would pin one thread a core.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
