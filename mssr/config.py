@@ -124,8 +124,8 @@ class AlgorithmConfig:
     """Read by mssr and mvsr."""
     shaping: ShapingConfig = field(default_factory=ShapingConfig)
     """Read where shaping is on."""
-    eps: float = 1e-6
-    """Added to the standard deviation wherever a method divides by one; rloo does not."""
+    eps: float | None = None
+    """Keeps a division by a standard deviation finite; null takes the method's own. rloo has none."""
     clip_low: float = 0.2
     """The policy ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.3
@@ -282,8 +282,10 @@ class Config:
     def estimator_options(self) -> dict[str, Any]:
         """Those of the configured options that the method takes, by the method's names for them."""
         candidates = to_dict(self.algorithm.baseline) | to_dict(self.algorithm.discount)
-        candidates["eps"] = self.algorithm.eps
-        return {name: candidates[name] for name in algorithms.options(self.algorithm.name)}
+        if self.algorithm.eps is not None:
+            candidates["eps"] = self.algorithm.eps
+        taken = algorithms.options(self.algorithm.name)
+        return {name: value for name, value in candidates.items() if name in taken}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

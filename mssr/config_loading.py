@@ -27,7 +27,7 @@ LOGGERS = ("wandb", "tensorboard")
 
 POSITIVE = (
     "algorithm.baseline.prior_strength algorithm.discount.kl_target algorithm.discount.window "
-    "algorithm.shaping.divisor algorithm.eps rollout.rollouts_per_step rollout.temperature "
+    "algorithm.shaping.divisor rollout.rollouts_per_step rollout.temperature "
     "rollout.max_response_length rollout.workers rollout.max_num_seqs rollout.kv_cache_gib "
     "actor.num_ranks actor.updates_per_step actor.lr actor.max_grad_norm actor.micro_batch_tokens "
     "actor.head_chunk_tokens actor.max_nonfinite_updates cluster.threads_per_actor "
@@ -146,6 +146,8 @@ def _check_values(config: Config, flat: dict[str, Any]) -> None:
         raise UserError(f"data.max_bad_fraction={config.data.max_bad_fraction} must lie in [0, 1]")
     if config.actor.kl_probe_fraction > 1:
         raise UserError(f"actor.kl_probe_fraction={config.actor.kl_probe_fraction} must be at most 1")
+    if config.algorithm.eps is not None and config.algorithm.eps <= 0:
+        raise UserError(f"algorithm.eps={config.algorithm.eps} must be greater than 0, or null")
     if config.algorithm.clip_low >= 1:
         raise UserError(f"algorithm.clip_low={config.algorithm.clip_low} must be less than 1")
     if config.algorithm.dual_clip is not None and config.algorithm.dual_clip <= 1:

@@ -5,7 +5,6 @@ A plain class: Ray wraps it, tests and the local launcher call it.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+
+from torch.distributed.device_mesh import DeviceMesh
 
 from mssr.actor.distributed import full_tensor, init_process_group, shard
 from mssr.actor.prompts import PromptCache
@@ -34,23 +35,30 @@ class PolicyWorker:
     Args:
         device: "cpu" or "cuda".
         init_method: where the ranks meet, see `init_process_group`.
-        local_rank: which GPU of its machine.
+        local_rank: which of the visible GPUs.
+        set_threads: give torch ``cluster.threads_per_actor`` threads.
     """
 
     def __init__(
-        self, config: Config, rank: int, init_method: str, device: str = "cpu", local_rank: int = 0
+        self,
+        config: Config,
+        rank: int,
+        init_method: str,
+        device: str = "cpu",
+        local_rank: int = 0,
+        set_threads: bool = True,
     ) -> None:
         self.config = config
         self.rank = rank
         self.device = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
-        if device == "cpu":
+        if set_threads and device == "cpu":
             torch.set_num_threads(config.cluster.threads_per_actor)
         torch.manual_seed(config.seed)
         mesh = init_process_group(rank, config.actor.num_ranks, init_method, self.device)
-        compute_dtype = _compute_dtype(config.model.dtype, device)
-        self.policy = self._build(mesh, compute_dtype, trainable=True)
+        self.compute_dtype = _compute_dtype(config.model.dtype, device)
+        self.policy = self._build(mesh, trainable=True)
         needs_reference = config.algorithm.kl_coef > 0
-        self.reference = self._build(mesh, compute_dtype, trainable=False) if needs_reference else None
+        self.reference = self._build(mesh, trainable=False) if needs_reference else None
         self.optimizer = torch.optim.AdamW(
             [p for p in self.policy.parameters() if p.requires_grad],
             lr=config.actor.lr,
@@ -62,7 +70,7 @@ class PolicyWorker:
             config, self.policy, self.reference, self.optimizer, prompts, rank, self.device
         )
 
-    def _build(self, mesh: Any, compute_dtype: torch.dtype, trainable: bool) -> PolicyModel:
+    def _build(self, mesh: DeviceMesh, trainable: bool) -> PolicyModel:
         hf_model = load_model(self.config.model, torch.float32)
         if trainable and self.config.actor.activation_checkpointing:
             hf_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -75,7 +83,7 @@ class PolicyWorker:
             temperature=self.config.rollout.temperature,
             head_chunk=self.config.actor.head_chunk_tokens,
         ).to(self.device)
-        return shard(model, mesh, compute_dtype)
+        return shard(model, mesh, self.compute_dtype)
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         """See `PolicyUpdater.step`."""
@@ -85,13 +93,14 @@ class PolicyWorker:
         return metrics
 
     def export_weights(self) -> dict[str, torch.Tensor] | None:
-        """All weights by Hugging Face name, on CPU, tied head included; None on ranks other than 0."""
+        """All weights by Hugging Face name, on CPU in the dtype of the forward pass, the tied head
+        included; None on ranks other than 0."""
         weights = {}
         for name, value in self.policy.model.state_dict().items():
             tensor = full_tensor(value)
             if self.rank == 0:
                 # A copy: what is sent must not change under the receiver during the next update.
-                weights[name] = tensor.detach().to("cpu", copy=True)
+                weights[name] = tensor.detach().to("cpu", self.compute_dtype, copy=True)
         return weights if self.rank == 0 else None
 
     def save(self, directory: str) -> None:
@@ -129,6 +138,3 @@ def resolve_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
 
-
-def checkpoint_exists(directory: Path) -> bool:
-    return (directory / ".metadata").is_file()

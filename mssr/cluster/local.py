@@ -1,0 +1,56 @@
+"""Everything in this process: for pdb, notebooks and machines without Ray."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from mssr.actor.worker import PolicyWorker, resolve_device
+from mssr.cluster.memory import rss_gib
+from mssr.config import Config
+from mssr.rollout.weights import pack_weights
+from mssr.rollout.worker import RolloutWorker
+from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
+
+
+class LocalCluster:
+    """One engine and one actor rank, called directly. See `mssr.cluster.base.Cluster`."""
+
+    def __init__(self, config: Config) -> None:
+        import torch
+
+        device = resolve_device(config.cluster.device)
+        self._scratch = tempfile.TemporaryDirectory(prefix="mssr-")
+        # vLLM replaces torch.set_num_threads; the count of the whole process is set before.
+        torch.set_num_threads(max(config.cluster.threads_per_actor, config.cluster.threads_per_rollout))
+        rendezvous = Path(self._scratch.name) / "rendezvous"
+        self._actor = PolicyWorker(
+            config, rank=0, init_method=f"file://{rendezvous}", device=device, set_threads=False
+        )
+        self._rollout = RolloutWorker(config, device)
+
+    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
+        return self._rollout.generate(requests, params)
+
+    def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
+        return self._actor.update(batch, step)
+
+    def sync_weights(self, version: int) -> None:
+        weights = self._actor.export_weights()
+        assert weights is not None
+        self._rollout.load_weights(pack_weights(weights), version)
+
+    def save(self, directory: str) -> None:
+        self._actor.save(directory)
+
+    def load(self, directory: str) -> None:
+        self._actor.load(directory)
+
+    def memory(self) -> dict[str, float]:
+        return {"memory/driver_rss_gib": rss_gib(os.getpid())}
+
+    def shutdown(self) -> None:
+        self._actor.close()
+        self._scratch.cleanup()

@@ -1,0 +1,96 @@
+"""The worker classes as Ray actors.
+
+Importing this imports no torch: an actor first sets its thread counts and log file, which libraries
+read when they are imported, and builds the real worker after that.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mssr.config import Config
+from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
+
+if TYPE_CHECKING:
+    from mssr.rollout.weights import PackedWeights
+
+
+class RayWorker:
+    """What both kinds of workers share: a log file of their own and thread counts."""
+
+    def __init__(self, log_file: str, threads: int) -> None:
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ[name] = str(threads)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        _redirect_output(log_file)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def rss_gib(self) -> float:
+        from mssr.cluster.memory import rss_gib
+
+        return rss_gib(os.getpid())
+
+
+class RayPolicyWorker(RayWorker):
+    """An actor rank. `rendezvous` on rank 0, then `start` on all, then the methods of `PolicyWorker`."""
+
+    def rendezvous(self) -> str:
+        """Where the ranks meet: an address of this machine with a free port."""
+        import ray
+
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return f"tcp://{host}:{s.getsockname()[1]}"
+
+    def start(self, config: Config, rank: int, init_method: str, device: str) -> None:
+        from mssr.actor.worker import PolicyWorker
+
+        self._worker = PolicyWorker(config, rank, init_method, device)
+
+    def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
+        return self._worker.update(batch, step)
+
+    def export_weights(self) -> PackedWeights | None:
+        from mssr.rollout.weights import pack_weights
+
+        weights = self._worker.export_weights()
+        return None if weights is None else pack_weights(weights)
+
+    def save(self, directory: str) -> None:
+        self._worker.save(directory)
+
+    def load(self, directory: str) -> None:
+        self._worker.load(directory)
+
+
+class RayRolloutWorker(RayWorker):
+    """An engine. `start`, then the methods of `RolloutWorker`."""
+
+    def start(self, config: Config, device: str, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        from mssr.rollout.worker import RolloutWorker
+
+        self._worker = RolloutWorker(config, device)
+
+    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
+        return self._worker.generate(requests, params)
+
+    def load_weights(self, weights: Any, version: int) -> None:
+        self._worker.load_weights(weights, version)
+
+
+def _redirect_output(log_file: str) -> None:
+    """Send everything that this process and its libraries print to a file."""
+    os.makedirs(os.path.dirname(log_file), exist_ok=True)
+    file = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)

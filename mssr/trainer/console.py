@@ -1,0 +1,96 @@
+"""What the user sees: a live line on a terminal, else little; library noise goes to a file."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+@contextmanager
+def captured_output(log_file: Path) -> Iterator[TextIO]:
+    """Send all output of this process and its libraries to a file; yields the real standard output.
+
+    File descriptors are swapped, not Python objects, so that C++ code and child processes are caught.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    real = os.fdopen(os.dup(saved[0]), "w", buffering=1)
+    try:
+        yield real
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        real.close()
+        for fd, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, fd)
+            os.close(original)
+
+
+class Console:
+    """Progress of a run.
+
+    Args:
+        stream: where to write.
+        mode: trainer.progress: auto, live, plain or off.
+    """
+
+    def __init__(self, stream: TextIO, mode: str, first_step: int, steps: int) -> None:
+        if mode == "auto":
+            mode = "live" if stream.isatty() else "off"
+        self._mode = mode
+        self._stream = stream
+        self._steps = steps
+        self._first = first_step
+        self._start = time.monotonic()
+        self._progress: Progress | None = None
+        if mode == "live":
+            self._progress = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=16),
+                TextColumn("{task.fields[line]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=RichConsole(file=stream, force_terminal=True),
+            )
+            self._task = self._progress.add_task("", total=steps, completed=first_step, line="")
+            self._progress.start()
+
+    def note(self, text: str) -> None:
+        """One line about what is going on."""
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False)
+        elif self._mode == "plain":
+            print(text, file=self._stream)
+
+    def step(self, step: int, metrics: dict[str, Any], val_accuracy: float | None) -> None:
+        """Show a finished step."""
+        line = (
+            f"acc {metrics['reward/accuracy']:.3f}"
+            + ("" if val_accuracy is None else f"  val {val_accuracy:.3f}")
+            + f"  entropy {metrics['policy/entropy']:.3f}  kl {metrics['policy/kl_update']:.4f}"
+            + f"  {metrics['perf/rollouts_per_s']:.0f} rollouts/s"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, line=line)
+        elif self._mode == "plain":
+            done = step - self._first
+            left = (time.monotonic() - self._start) / done * (self._steps - step)
+            print(f"step {step}/{self._steps}  {line}  {left / 60:.1f} min left", file=self._stream)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()

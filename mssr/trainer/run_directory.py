@@ -1,0 +1,117 @@
+"""The run directory: made, claimed, and protected from a run with another meaning."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mssr.config import Config, flatten, to_dict
+from mssr.config_loading import save_config
+from mssr.errors import UserError
+
+FREE_TO_CHANGE = (
+    "experiment_name",
+    "trainer.",
+    "cluster.",
+    "rollout.workers",
+    "rollout.max_num_seqs",
+    "rollout.kv_cache_gib",
+    "rollout.gpu_memory_utilization",
+    "rollout.enforce_eager",
+    "rollout.engine_options",
+    "actor.num_ranks",
+    "actor.micro_batch_tokens",
+    "actor.head_chunk_tokens",
+    "actor.activation_checkpointing",
+    "actor.max_nonfinite_updates",
+    "data.max_bad_fraction",
+)
+"""Keys (or their beginnings) that say how a run is computed and not what it computes."""
+
+
+def prepare_run_directory(config: Config) -> Path:
+    """Create the directory and write config.yaml.
+
+    Raises:
+        UserError: the directory holds a run that this config does not continue.
+    """
+    run_dir = config.run_dir
+    saved = run_dir / "config.yaml"
+    if saved.is_file():
+        _check_same_run(config, saved)
+    try:
+        for part in ("logs", "samples", "checkpoints"):
+            (run_dir / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"trainer.run_dir: {run_dir} cannot be made ({error.strerror})") from error
+    partial = saved.with_suffix(".yaml.partial")
+    save_config(config, partial)
+    os.replace(partial, saved)
+    return run_dir
+
+
+def _check_same_run(config: Config, saved: Path) -> None:
+    trainer = config.trainer
+    if trainer.resume == "never" and (saved.parent / "metrics.jsonl").is_file():
+        raise UserError(
+            f"trainer.run_dir: {saved.parent} already holds a run; choose another trainer.run_dir, or "
+            "trainer.resume=auto to continue it"
+        )
+    old: dict[str, Any] = flatten(OmegaConf.to_container(OmegaConf.load(saved)))  # type: ignore[arg-type]
+    new = flatten(to_dict(config))
+    changed = [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE)
+    ]
+    if changed and not trainer.resume_force:
+        raise UserError(
+            f"trainer.run_dir: {saved.parent} holds a run with another config ({'; '.join(changed)}); choose "
+            "another trainer.run_dir, or trainer.resume_force=true to go on from its state"
+        )
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a step, appended.
+
+    On resume the steps after the checkpoint are computed again; their old lines move to
+    metrics.discarded.jsonl, so that the file has neither gap nor duplicate and nothing is lost.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None) -> None:
+        """``resume_step``: last step that stands, None for a fresh run."""
+        if path.is_file():
+            lines = path.read_text().splitlines(keepends=True)
+            keep = [x for x in lines if resume_step is not None and _step_of(x) <= resume_step]
+            dropped = lines[len(keep) :]
+            if dropped:
+                with path.with_suffix(".discarded.jsonl").open("a") as file:
+                    file.writelines(dropped)
+                partial = path.with_suffix(".partial")
+                partial.write_text("".join(keep))
+                os.replace(partial, path)
+        self._file = path.open("a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut off by a crash
+
+
+def write_samples(path: Path, samples: Iterable[dict[str, Any]]) -> None:
+    """Questions, responses and scores of one step, one JSON object a line."""
+    path.write_text("".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))

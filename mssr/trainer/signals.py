@@ -1,0 +1,35 @@
+"""Ctrl-C and SIGTERM: end after the running step, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+from mssr.errors import EXIT_SIGINT, EXIT_SIGTERM
+
+
+class StopRequest:
+    """While entered, the first SIGINT or SIGTERM is remembered; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self) -> bool:
+        return self.exit_code is not None
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt
+        self.exit_code = EXIT_SIGTERM if number == signal.SIGTERM else EXIT_SIGINT
