@@ -73,7 +73,7 @@ is_up_to_date() {
     [[ -f $STAMP ]] && [[ $(head -n 1 "$STAMP") == "$(fingerprint 2>/dev/null)" ]]
 }
 
-# phase TITLE COMMAND...: run it with its output in the log, and a line now and then that says what it does.
+# phase TITLE COMMAND...: run it with its output in the log, and now and then a line that says what it does.
 phase() {
     local title=$1 start=$SECONDS next_line=$HEARTBEAT_SECONDS status=0 pid
     shift
@@ -85,7 +85,7 @@ phase() {
     while kill -0 "$pid" 2>/dev/null; do
         sleep 0.2
         if ((SECONDS - start >= next_line)); then
-            say "  $((SECONDS - start)) s: $(last_line)"
+            say "  $((SECONDS - start)) s: $(progress)"
             next_line=$((next_line + HEARTBEAT_SECONDS))
         fi
     done
@@ -98,11 +98,15 @@ phase() {
     say "  done in $((SECONDS - start)) s"
 }
 
-last_line() {
+# What pip does now: the package it looks at, or how many it has unpacked.
+progress() {
     local line
-    line=$(grep -aoE '(Collecting|Downloading|Processing|Installing|Building|Using cached) [^ (]+( collected packages)?' \
-        "$LOG" | tail -n 1)
-    echo "${line:-working}"
+    line=$(grep -aoE '^ *(Collecting|Downloading|Processing|Building|Using cached|Installing) [^ (]+' "$LOG" | tail -n 1)
+    if [[ $line == *Installing* ]]; then
+        echo "installing, $(find "$VENV/lib" -maxdepth 3 -name '*.dist-info' | wc -l) packages so far"
+    else
+        echo "${line##*[ /]}"
+    fi
 }
 
 # Asked without pip, because pip retries an index that does not answer for minutes.
@@ -127,7 +131,8 @@ make_venv() {
 }
 
 install() {
-    local arguments=(-e ".[$DEVICE,dev]" -c constraints.txt --progress-bar off)
+    # Compiling every module beforehand takes longer than all the rest; Python does it for those it imports.
+    local arguments=(-e ".[$DEVICE,dev]" -c constraints.txt --progress-bar off --no-compile)
     if [[ $DEVICE == cpu ]]; then
         if torch_index_answers; then
             arguments+=(--extra-index-url "$TORCH_INDEX")
