@@ -138,7 +138,8 @@ install() {
             arguments+=(--extra-index-url "$TORCH_INDEX")
             say "torch's CPU wheels: $TORCH_INDEX"
         else
-            say "torch's CPU wheels: from pip's own configuration ($TORCH_INDEX does not answer)"
+            say "torch's CPU wheels: from pip's own configuration, because $TORCH_INDEX does not answer"
+            say "  (if pip then finds no torch 2.13.0+cpu: set MSSR_TORCH_INDEX or PIP_FIND_LINKS to a mirror)"
         fi
     fi
     cd "$REPO"
