@@ -88,7 +88,7 @@ class MetricsFile:
         if path.is_file():
             lines = path.read_text().splitlines(keepends=True)
             keep = [x for x in lines if resume_step is not None and _step_of(x) <= resume_step]
-            dropped = lines[len(keep) :]
+            dropped = [x for x in lines if resume_step is None or _step_of(x) > resume_step]
             if dropped:
                 with path.with_suffix(".discarded.jsonl").open("a") as file:
                     file.writelines(dropped)
@@ -112,6 +112,10 @@ def _step_of(line: str) -> float:
         return float("inf")  # a line cut off by a crash
 
 
-def write_samples(path: Path, samples: Iterable[dict[str, Any]]) -> None:
-    """Questions, responses and scores of one step, one JSON object a line."""
-    path.write_text("".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+def write_samples(path: Path, samples: Iterable[dict[str, Any]], split: str) -> None:
+    """Put a split's questions, responses and scores into a step's file, beside the other split's."""
+    lines = [json.dumps(s, ensure_ascii=False) + "\n" for s in samples]
+    if path.is_file():
+        # A step that is computed again after a resume replaces its own samples.
+        lines = [x for x in path.read_text().splitlines(True) if json.loads(x)["split"] != split] + lines
+    path.write_text("".join(lines))

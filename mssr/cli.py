@@ -1,0 +1,96 @@
+"""The commands. Each imports what it needs inside, so that ``mssr --help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from mssr import __version__
+from mssr.errors import EXIT_FAILURE, EXIT_OK, EXIT_SIGINT, EXIT_USER_ERROR, TrainingError, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code (0 done, 2 wrong input, 1 else, 130/143 stopped)."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.command(args))
+    except UserError as error:
+        _complain(error)
+        return EXIT_USER_ERROR
+    except TrainingError as error:
+        _complain(error)
+        return EXIT_FAILURE
+    except KeyboardInterrupt:
+        return EXIT_SIGINT
+    except Exception:
+        traceback.print_exc()
+        return EXIT_FAILURE
+
+
+def _complain(error: Exception) -> None:
+    print(f"mssr: error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mssr", description="Single-rollout RL from verifiable rewards for vision-language models."
+    )
+    parser.add_argument("--version", action="version", version=f"mssr {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a model as a config file says")
+    train.add_argument("config", help="YAML file, e.g. configs/digits/mssr.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. algorithm.name=grpo")
+    train.set_defaults(command=_train)
+
+    prepare = commands.add_parser("prepare", help="make the embedded task: data and base model")
+    prepare.add_argument("task", choices=["digits"])
+    prepare.add_argument("--out", required=True, help="directory to write")
+    prepare.add_argument("--seed", type=int, default=0)
+    prepare.add_argument("--quiet", action="store_true", help="no progress")
+    prepare.set_defaults(command=_prepare)
+
+    export = commands.add_parser("export", help="checkpoint -> Hugging Face directory")
+    export.add_argument("checkpoint", help="a run directory (its latest checkpoint) or a checkpoint")
+    export.add_argument("--out", required=True, help="directory to write")
+    export.set_defaults(command=_export)
+
+    plot = commands.add_parser("plot", help="draw a run's curves and write report.html")
+    plot.add_argument("run_dir")
+    plot.set_defaults(command=_plot)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    from mssr.trainer.train import train
+
+    return train(args.config, args.overrides)
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from mssr.data.digits import prepare
+
+    prepare(Path(args.out), seed=args.seed, quiet=args.quiet)
+    return EXIT_OK
+
+
+def _export(args: argparse.Namespace) -> int:
+    from mssr.tools.export import export
+
+    export(args.checkpoint, args.out)
+    return EXIT_OK
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from mssr.tools.plot import plot
+
+    plot(args.run_dir)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""`mssr train`: checks that need no worker first, then the workers, then the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from mssr.cluster.base import launch
+from mssr.config import Config
+from mssr.config_loading import load_config
+from mssr.data.encoder import PromptEncoder
+from mssr.data.loading import load_prompts
+from mssr.errors import EXIT_OK
+from mssr.models.loading import check_model_path, load_processor
+from mssr.rewards import resolve
+from mssr.trainer.checkpoint import CheckpointStore, read_state
+from mssr.trainer.console import Console, captured_output
+from mssr.trainer.loggers import MetricsLog
+from mssr.trainer.loop import Trainer
+from mssr.trainer.run_directory import prepare_run_directory
+from mssr.trainer.signals import StopRequest
+
+
+def train(config_file: str | Path, overrides: Sequence[str] = ()) -> int:
+    """Run a training from a config file; returns the exit code.
+
+    Raises:
+        UserError: the input is wrong; before any worker starts wherever that can be known.
+    """
+    config = load_config(config_file, overrides)
+    check_model_path(config.model)
+    resolve(config.reward.name)
+    run_dir = prepare_run_directory(config)
+    print(f"mssr: run directory {run_dir}", flush=True)
+    with captured_output(run_dir / "logs" / "driver.log") as terminal:
+        return _run(config, terminal)
+
+
+def _run(config: Config, terminal: TextIO) -> int:
+    run_dir = config.run_dir
+    encoder = PromptEncoder(load_processor(config.model), config.data)
+    bad_rows_file = run_dir / "bad_rows.jsonl"
+    bad_rows_file.unlink(missing_ok=True)
+    train_set = load_prompts(config.data.train, config.data, encoder, bad_rows_file)
+    val_set = load_prompts(config.data.val, config.data, encoder, bad_rows_file) if config.data.val else None
+    store = CheckpointStore(run_dir, config.trainer.keep_checkpoints)
+    checkpoint = store.find(config.trainer.resume)
+    first_step = read_state(checkpoint)["step"] if checkpoint else 0
+    console = Console(terminal, config.trainer.progress, first_step, config.trainer.steps)
+    log = MetricsLog(config, resume_step=first_step if checkpoint else None)
+    cluster = None
+    try:
+        console.note(f"train: {train_set.summary()}; val: {val_set.summary() if val_set else 'none'}")
+        if checkpoint:
+            console.note(f"resuming from {checkpoint}")
+        console.note(f"starting {config.actor.num_ranks} actor ranks, {config.rollout.workers} engines")
+        cluster = launch(config)
+        # After Ray, which installs signal handlers of its own.
+        with StopRequest() as stop:
+            trainer = Trainer(
+                config,
+                train_set.dataset,
+                val_set.dataset if val_set else None,
+                cluster,
+                store,
+                log,
+                console,
+            )
+            if checkpoint:
+                trainer.resume(checkpoint)
+            trainer.run(stop)
+        return stop.exit_code or EXIT_OK
+    finally:
+        console.close()
+        log.close()
+        if cluster is not None:
+            cluster.shutdown()
