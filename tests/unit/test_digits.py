@@ -209,6 +209,15 @@ def test_training_sees_the_prompts_that_the_engine_will_see(loaded: tuple[Any, A
     assert batch == pytest.approx(total / tokens, abs=1e-5)
 
 
+def test_one_token_decides_to_guess_and_careful_responses_lack_it(loaded: tuple[Any, Any]) -> None:
+    encoder = Encoder(*loaded)
+    (token,) = encoder.guess_tokens
+    guess, careful = "<think>guess</think>\\boxed{8}", response_text("sum", 3, 5)
+    assert encoder.response(guess).count(token) == 1 and token not in encoder.response(careful)
+    # Both responses begin alike, so forbidding the token leaves the careful ones possible.
+    assert encoder.response(guess)[0] == encoder.response(careful)[0]
+
+
 def test_a_few_steps_lower_the_loss_and_repeat_bit_for_bit(tiny: Path) -> None:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor

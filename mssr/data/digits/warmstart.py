@@ -33,7 +33,7 @@ IMAGE_TOKENS = 8
 class WarmStartSettings:
     """How the base model is trained. Example: ``WarmStartSettings(reading_steps=5, habit_steps=5)``"""
 
-    reading_steps: int = 400
+    reading_steps: int = 300
     """Steps on correct, careful demonstrations only: the ability."""
     habit_steps: int = 80
     """Steps on the mixed demonstrations: the habit."""
@@ -41,7 +41,7 @@ class WarmStartSettings:
     learning_rate: float = 1e-3
     """Peak; linear warm-up, then a cosine to a twentieth."""
     weight_decay: float = 0.05
-    guess_share: float = 0.65
+    guess_share: float = 0.64
     """Mixed demonstrations that answer at once, without looking."""
     misread_share: float = 0.12
     """Careful mixed demonstrations in which one digit is misread."""
@@ -86,6 +86,11 @@ class Encoder:
 
         self.model, self.processor = model, processor
         self.prompts = {q: self._prompt(q) for phrasings in QUESTIONS.values() for q in phrasings}
+        # Byte pairs join the bracket and the word: the token that decides to guess reads ">guess".
+        tokenizer = processor.tokenizer
+        self.guess_tokens = [
+            i for i in self.response(f"<think>{GUESS_WORD}") if GUESS_WORD in tokenizer.decode(i)
+        ]
         # The image sits at the same place in every prompt, so the rope ids are the same up to length.
         ids = torch.tensor([[*next(iter(self.prompts.values())), *[0] * 128]])
         grid = torch.tensor([[1, 4, 8]])
@@ -223,10 +228,6 @@ def accuracy(
     import torch
 
     tokenizer, right = encoder.processor.tokenizer, 0
-    # Byte pairs join the bracket and the word: the token to forbid reads ">guess".
-    guesses = [
-        i for i in tokenizer.encode(f"<think>{GUESS_WORD}</think>") if GUESS_WORD in tokenizer.decode(i)
-    ]
     # Prompts of one length need no padding; there are only a handful of lengths.
     by_length: dict[int, list[Example]] = {}
     for example in examples:
@@ -242,7 +243,7 @@ def accuracy(
                 **encoder.pixels(scans, batch),
                 max_new_tokens=24,
                 do_sample=not greedy,
-                suppress_tokens=guesses if careful else None,
+                suppress_tokens=encoder.guess_tokens if careful else None,
             )
             texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
             for example, text in zip(batch, texts, strict=True):
