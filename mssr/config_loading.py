@@ -158,7 +158,8 @@ def _check_values(config: Config, flat: dict[str, Any]) -> None:
     discount = config.algorithm.discount
     if not 0 < discount.eta_min <= discount.eta_max < 1:
         raise UserError(
-            f"algorithm.discount needs 0 < eta_min <= eta_max < 1, not {discount.eta_min} and {discount.eta_max}"
+            f"algorithm.discount.eta_min={discount.eta_min} and eta_max={discount.eta_max}: "
+            "0 < eta_min <= eta_max < 1 must hold"
         )
     if len(config.actor.betas) != 2 or not all(0 <= b < 1 for b in config.actor.betas):
         raise UserError(f"actor.betas={config.actor.betas} must be two numbers in [0, 1)")
@@ -194,7 +195,9 @@ def _check_algorithm(config: Config) -> None:
     for key, is_read in read.items():
         if not is_read and values[key] != defaults[key]:
             fix = "set algorithm.shaping.enabled=true or " if "shaping" in key else ""
-            raise UserError(f"{key}={values[key]} is read by nothing with algorithm.name={name}; {fix}remove it")
+            raise UserError(
+                f"{key}={values[key]} is read by nothing with algorithm.name={name}; {fix}remove it"
+            )
 
 
 def _leaves(*sections: str) -> list[tuple[str, str]]:

@@ -55,6 +55,14 @@ def all_sum(values: dict[str, torch.Tensor]) -> dict[str, float]:
     return dict(zip(keys, tensor.tolist(), strict=True))
 
 
+def all_max(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The largest of each scalar tensor over the ranks; all ranks must pass the same keys."""
+    keys = sorted(values)
+    tensor = torch.stack([values[k].double() for k in keys])
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return dict(zip(keys, tensor.tolist(), strict=True))
+
+
 def full_tensor(value: Any) -> torch.Tensor:
     """The whole tensor behind a sharded one; a collective."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value

@@ -87,7 +87,9 @@ class Planner:
         chosen = {s for plan in plans for s in plan.sequences[: math.ceil(fraction * len(plan.sequences))]}
         shares = []
         for rank in range(self._ranks):
-            trained = [s for plan in plans for micro in plan.ranks[rank] for s in micro.sequences if micro.weight]
+            trained = [
+                s for plan in plans for micro in plan.ranks[rank] for s in micro.sequences if micro.weight
+            ]
             shares.append(sorted(chosen.intersection(trained), key=lambda s: (-int(self._lengths[s]), s)))
         return self._passes(shares)
 
@@ -109,9 +111,7 @@ class Planner:
         )
 
 
-def _balance(
-    sequences: list[int], lengths: npt.NDArray[np.int64], parts: int
-) -> list[list[int]]:
+def _balance(sequences: list[int], lengths: npt.NDArray[np.int64], parts: int) -> list[list[int]]:
     """Longest first, each to the part with the fewest tokens so far."""
     totals = [0] * parts
     result: list[list[int]] = [[] for _ in range(parts)]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mssr.actor.distributed import all_sum, clip_grad_norm
+from mssr.actor.distributed import all_max, all_sum, clip_grad_norm
 from mssr.actor.planning import MicroBatch, Planner, UpdatePlan
 from mssr.actor.prompts import PromptCache
 from mssr.algorithms.losses import aggregate, kl_penalty, policy_loss
@@ -38,6 +38,8 @@ class _Step:
     """(T,) log-probs under the reference policy."""
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     """Sums over this rank's tokens, for the metrics; on the device, so that nothing waits for them."""
+    maxima: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Likewise the largest values."""
 
 
 class PolicyUpdater:
@@ -170,8 +172,9 @@ class PolicyUpdater:
             per_token = per_token + algorithm.kl_coef * kl
             self._add(state, micro, "policy/kl_ref", kl)
         engine = np.concatenate([self._engine_log_probs(state.batch, s) for s in micro.sequences])
-        mismatch = kl_penalty(torch.from_numpy(engine).to(self.device), old, kind="k3")
-        self._add(state, micro, "rollout/mismatch_kl", mismatch)
+        engine_log_probs = torch.from_numpy(engine).to(self.device)
+        self._add(state, micro, "rollout/mismatch_kl", kl_penalty(engine_log_probs, old, kind="k3"))
+        self._max(state, "rollout/mismatch_max", (engine_log_probs - old).abs())
         self._add(state, micro, "policy/entropy", entropy)
         self._add(state, micro, "policy/loss", per_token)
         self._add(state, micro, "policy/clip_fraction", info["clipped"])
@@ -219,6 +222,10 @@ class PolicyUpdater:
         total = micro.weight * values.detach().double().sum()
         state.sums[key] = state.sums[key] + total if key in state.sums else total
 
+    def _max(self, state: _Step, key: str, values: torch.Tensor) -> None:
+        largest = values.detach().max()
+        state.maxima[key] = torch.maximum(state.maxima[key], largest) if key in state.maxima else largest
+
     def _engine_log_probs(self, batch: TrainBatch, sequence: int) -> np.ndarray:
         start, end = batch.response_offsets[sequence : sequence + 2]
         return batch.engine_log_probs[start:end]
@@ -227,7 +234,8 @@ class PolicyUpdater:
         sums = all_sum(state.sums)
         probe_tokens = sums.pop("probe_tokens")
         kl_update = sums.pop("policy/kl_update") / max(probe_tokens, 1.0)
-        return {key: value / tokens for key, value in sums.items()} | {"policy/kl_update": kl_update}
+        means = {key: value / tokens for key, value in sums.items()}
+        return means | all_max(state.maxima) | {"policy/kl_update": kl_update}
 
     def _reshard(self) -> None:
         """Without a backward pass the root stays gathered, and would be stale after the next update."""

@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-
 from torch.distributed.device_mesh import DeviceMesh
 
 from mssr.actor.distributed import full_tensor, init_process_group, shard
@@ -137,4 +136,3 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
-

@@ -33,7 +33,7 @@ class Cluster(Protocol):
         ...
 
     def memory(self) -> dict[str, float]:
-        """Resident memory by role, GiB."""
+        """Resident memory by role, the largest process of each, and the total, GiB."""
         ...
 
     def shutdown(self) -> None:

@@ -49,7 +49,8 @@ class LocalCluster:
         self._actor.load(directory)
 
     def memory(self) -> dict[str, float]:
-        return {"memory/driver_rss_gib": rss_gib(os.getpid())}
+        rss = rss_gib(os.getpid())
+        return {"memory/driver_rss_gib": rss, "memory/total_rss_gib": rss}
 
     def shutdown(self) -> None:
         self._actor.close()

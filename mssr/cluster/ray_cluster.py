@@ -85,7 +85,10 @@ class RayCluster:
         # Dealt out like cards, so that neighbours in the order, alike in length, are spread.
         shares = [requests[k :: self._engines] for k in range(self._engines)]
         results = self._get(
-            [worker.generate.remote(share, params) for worker, share in zip(self._rollouts, shares, strict=True)]
+            [
+                worker.generate.remote(share, params)
+                for worker, share in zip(self._rollouts, shares, strict=True)
+            ]
         )
         rollouts: list[Rollout | None] = [None] * len(requests)
         for k, result in enumerate(results):
@@ -109,10 +112,12 @@ class RayCluster:
     def memory(self) -> dict[str, float]:
         actors = self._get([a.rss_gib.remote() for a in self._actors])
         rollouts = self._get([r.rss_gib.remote() for r in self._rollouts])
+        driver = rss_gib(os.getpid())
         return {
-            "memory/driver_rss_gib": rss_gib(os.getpid()),
+            "memory/driver_rss_gib": driver,
             "memory/actor_rss_gib": max(actors),
             "memory/rollout_rss_gib": max(rollouts),
+            "memory/total_rss_gib": driver + sum(actors) + sum(rollouts),
         }
 
     def shutdown(self) -> None:

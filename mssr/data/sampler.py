@@ -47,7 +47,9 @@ class EpochSampler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["prompts"] != len(self._ids):
-            raise ValueError(f"the checkpoint's data has {state['prompts']} prompts, this has {len(self._ids)}")
+            raise ValueError(
+                f"the checkpoint's data has {state['prompts']} prompts, this has {len(self._ids)}"
+            )
         self._epoch, self._position = state["epoch"], state["position"]
         self._order = self._permutation(self._epoch)
 

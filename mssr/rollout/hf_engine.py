@@ -44,9 +44,7 @@ class HfEngine:
         self._model.load_state_dict(dict(weights), strict=True)
         self._version = version
 
-    def _generate_batch(
-        self, requests: Sequence[RolloutRequest], params: SamplingParams
-    ) -> list[Rollout]:
+    def _generate_batch(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
         prompts = [self._prompts.get(r.prompt_id) for r in requests]
         images = [image for _, prompt_images in prompts for image in prompt_images]
         inputs = self._prompts.encoder.processor(
@@ -70,7 +68,8 @@ class HfEngine:
         )
         responses = output[:, inputs["input_ids"].shape[1] :].cpu()
         chosen = torch.stack(
-            [lp.gather(1, t[:, None])[:, 0] for lp, t in zip(sampler.log_probs, responses.T, strict=True)], dim=1
+            [lp.gather(1, t[:, None])[:, 0] for lp, t in zip(sampler.log_probs, responses.T, strict=True)],
+            dim=1,
         )
         mask = inputs["attention_mask"].bool().cpu()
         result = []

@@ -107,7 +107,9 @@ class VllmEngine:
     def _rollout(self, request: RolloutRequest, output: Any) -> Rollout:
         completion = output.outputs[0]
         tokens = np.asarray(completion.token_ids, dtype=np.int32)
-        chosen = [position[token].logprob for token, position in zip(tokens, completion.logprobs, strict=True)]
+        chosen = [
+            position[token].logprob for token, position in zip(tokens, completion.logprobs, strict=True)
+        ]
         return Rollout(
             prompt_id=request.prompt_id,
             sample_index=request.sample_index,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from mssr.config import Config
 from mssr.rollout.engine import make_engine
-from mssr.types import Rollout, RolloutRequest, SamplingParams
 from mssr.rollout.weights import PackedWeights, unpack_weights
+from mssr.types import Rollout, RolloutRequest, SamplingParams
 
 
 class RolloutWorker:

@@ -1,8 +1,8 @@
 """Checkpoints: written beside, then renamed; the pointer ``latest`` is written last.
 
-    checkpoints/step-000010/actor/          parameters and optimizer (torch.distributed.checkpoint)
-    checkpoints/step-000010/trainer.json    step, sampler, algorithm, policy version
-    checkpoints/step-000010/trainer.safetensors   the arrays of that state
+checkpoints/step-000010/actor/          parameters and optimizer (torch.distributed.checkpoint)
+checkpoints/step-000010/trainer.json    step, sampler, algorithm, policy version
+checkpoints/step-000010/trainer.safetensors   the arrays of that state
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,13 +29,15 @@ class MetricsLog:
 
     def __init__(self, config: Config, resume_step: int | None) -> None:
         self.run_dir = config.run_dir
-        makers = {"wandb": _Wandb, "tensorboard": _Tensorboard}
+        makers: dict[str, Callable[[Config], Logger]] = {"wandb": _Wandb, "tensorboard": _Tensorboard}
         self._loggers: list[Logger] = []
         for name in config.trainer.loggers:
             try:
                 self._loggers.append(makers[name](config))
             except ImportError as error:
-                raise UserError(f"trainer.loggers: {name} is not installed; pip install mssr[tracking]") from error
+                raise UserError(
+                    f"trainer.loggers: {name} is not installed; pip install mssr[tracking]"
+                ) from error
         self._file = MetricsFile(self.run_dir / "metrics.jsonl", resume_step)
 
     def write(self, record: dict[str, Any]) -> None:

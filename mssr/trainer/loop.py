@@ -142,7 +142,9 @@ class Trainer:
         return {
             "val/accuracy": float(scored.scores.mean()),
             "val/response_length": float(np.mean([len(r.response_token_ids) for r in rollouts])),
-        } | {f"val/{part}": float(values.mean()) for part, values in scored.parts.items() if part != "accuracy"}
+        } | {
+            f"val/{part}": float(values.mean()) for part, values in scored.parts.items() if part != "accuracy"
+        }
 
     def save(self) -> None:
         """A checkpoint of the current step."""

@@ -1,0 +1,157 @@
+"""`mssr plot`: the curves of a run as plots/curves.png, and report.html with table and samples."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mssr.errors import UserError
+
+REPORT_SAMPLES = 12
+
+PANELS: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (
+    ("accuracy", (("reward/accuracy", "train (sampled)"), ("val/accuracy", "validation (greedy)"))),
+    ("entropy, nats per token", (("policy/entropy", "policy"),)),
+    ("KL, nats per token", (("policy/kl_update", "of the update"), ("policy/kl_ref", "to the reference"))),
+    ("response length, tokens", (("rollout/response_length", "mean"),)),
+    ("Beta baseline", (("baseline/eta", "discount eta"), ("baseline/mean", "mean value"))),
+    (
+        "seconds a step",
+        (("timing/rollout_s", "rollout"), ("timing/update_s", "update"), ("timing/sync_s", "weight sync")),
+    ),
+)
+
+
+def plot(run_dir: str | Path) -> Path:
+    """Draw the run and print its summary; returns the report's path.
+
+    Raises:
+        UserError: there are no metrics in the directory.
+    """
+    run_dir = Path(run_dir)
+    records = read_metrics(run_dir)
+    picture = run_dir / "plots" / "curves.png"
+    picture.parent.mkdir(exist_ok=True)
+    _draw(records, picture, title=run_dir.name)
+    report = run_dir / "report.html"
+    rows = summary(records)
+    report.write_text(_html(run_dir, rows, picture))
+    table = Table(title=f"run {run_dir.name}", show_header=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    table.add_row("report", str(report))
+    table.add_row("curves", str(picture))
+    Console().print(table)
+    return report
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl.
+
+    Raises:
+        UserError: there is no such file, it has no complete line, or a line is damaged.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is no run directory: it has no metrics.jsonl")
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is damaged: {error}") from error
+    if not records:
+        raise UserError(f"{path} is empty: no step is done yet")
+    return records
+
+
+def summary(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Name and value of what a run came to."""
+    rows = [("steps", str(records[-1]["step"]))]
+    for key, name in (
+        ("val/accuracy", "validation accuracy"),
+        ("reward/accuracy", "train accuracy"),
+        ("policy/entropy", "entropy"),
+    ):
+        values = [r[key] for r in records if r.get(key) is not None]
+        if values:
+            rows.append((f"{name}, before -> after", f"{values[0]:.3f} -> {values[-1]:.3f}"))
+            if key == "val/accuracy":
+                rows.append((f"{name}, best", f"{max(values):.3f}"))
+    speeds = sorted(r["perf/rollouts_per_s"] for r in records if "perf/rollouts_per_s" in r)
+    if speeds:
+        rows.append(("rollouts/s, median", f"{speeds[len(speeds) // 2]:.1f}"))
+    memory = [r["memory/total_rss_gib"] for r in records if "memory/total_rss_gib" in r]
+    if memory:
+        rows.append(("memory of driver and workers, GiB", f"{max(memory):.2f}"))
+    return rows
+
+
+def _draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
+    figure.suptitle(title)
+    for axis, (name, curves) in zip(axes.flat, PANELS, strict=True):
+        for key, label in curves:
+            points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+            if points:
+                marker = "o" if len(points) <= 12 else ""
+                axis.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+        if name == "accuracy":
+            axis.set_ylim(0, 1)
+        else:
+            axis.set_ylim(bottom=0)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _html(run_dir: Path, rows: list[tuple[str, str]], picture: Path) -> str:
+    image = base64.b64encode(picture.read_bytes()).decode()
+    cells = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<title>{html.escape(run_dir.name)}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; color: #222 }}
+table {{ border-collapse: collapse; margin: 1rem 0 }} th, td {{ padding: .3rem .8rem; text-align: left;
+border-bottom: 1px solid #ddd; vertical-align: top }} img {{ max-width: 100% }}
+.right {{ color: #187a33 }} .wrong {{ color: #b3261e }} code {{ white-space: pre-wrap }}
+</style></head><body><h1>{html.escape(run_dir.name)}</h1><table>{cells}</table>
+<img alt="curves of the run" src="data:image/png;base64,{image}">
+{_samples_html(run_dir)}</body></html>
+"""
+
+
+def _samples_html(run_dir: Path) -> str:
+    """Validation prompts of the last validation."""
+    for path in sorted((run_dir / "samples").glob("step-*.jsonl"), reverse=True):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [r for r in records if r["split"] == "val"][:REPORT_SAMPLES]
+        if records:
+            break
+    else:
+        return ""
+    rows = "".join(
+        f"<tr><td>{html.escape(r['question'])}</td><td><code>{html.escape(r['response'])}</code></td>"
+        f"<td>{html.escape(r['answer'])}</td>"
+        f"<td class='{'right' if r['score'] > 0 else 'wrong'}'>{r['score']:g}</td></tr>"
+        for r in records
+    )
+    return (
+        f"<h2>Validation samples, {path.stem}</h2><table>"
+        f"<tr><th>question</th><th>response</th><th>answer</th><th>score</th></tr>{rows}</table>"
+    )
