@@ -68,11 +68,11 @@ class DigitsSettings:
 def prepare(out: Path, seed: int = 0, quiet: bool = False, settings: DigitsSettings | None = None) -> None:
     """Make the digits task in ``out``: training and validation rows and the base model.
 
-    Takes about a minute and a half on two cores. Returns at once when ``out`` already holds the task of this seed,
-    settings and `TASK_VERSION`; rebuilds it when it is of another kind or incomplete. Everything is
-    made in a folder beside and moved into place at the end, so what is there is complete. Two
-    processes may prepare the same ``out``: the second waits and finds the work done. Progress goes to
-    stderr, unless ``quiet``.
+    Takes about a minute and a half on two cores. Returns at once when ``out`` already holds the task
+    of this seed, settings and `TASK_VERSION`; rebuilds it when it is of another kind or incomplete.
+    Everything is made in a folder beside and moved into place at the end, so what is there is complete.
+    Two processes may prepare the same ``out``: the second waits and finds the work done. Progress goes
+    to stderr, unless ``quiet``.
 
     Raises:
         UserError: ``out`` is no directory, cannot be written, or holds files of these names that this
