@@ -1,0 +1,118 @@
+"""A tiny Qwen2.5-VL with random weights and a mixed data set: what most tests train on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before torch is imported anywhere: two cores, several processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+QUESTION = "What is the sum of the two digits?"
+CORPUS = [QUESTION, "<think>3 and 5</think>\\boxed{8}", "<think>guess</think>\\boxed{1}", "larger"] * 3
+# Images of different sizes; two, one or no image in a prompt.
+IMAGE_SIZES = [[(112, 56)], [(56, 56), (84, 140)], [], [(112, 112)]]
+
+REWARD = '''
+def varied(response, answer):
+    """Random models never answer right; this gives them something to learn from."""
+    return float(sum(map(ord, response)) % 3 == 0)
+
+def broken(response, answer):
+    raise RuntimeError("no score today")
+'''
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A directory with model, data and a config that trains on them in seconds."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    def overrides(self, **changes: Any) -> list[str]:
+        return [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    import datasets
+
+    features = datasets.Features(
+        id=datasets.Value("string"),
+        images=datasets.List(datasets.Image()),
+        problem=datasets.Value("string"),
+        answer=datasets.Value("string"),
+    )
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(path))
+
+
+def make_rows(count: int, prefix: str, seed: int) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+
+    def image(size: tuple[int, int]) -> Image.Image:
+        return Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+    return [
+        {
+            "id": f"{prefix}{i}",
+            "images": [image(size) for size in IMAGE_SIZES[i % len(IMAGE_SIZES)]],
+            "problem": QUESTION,
+            "answer": str(i % 10),
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    from mssr.models.tiny import build_tiny_qwen2_5_vl
+
+    path = tmp_path_factory.mktemp("workspace")
+    build_tiny_qwen2_5_vl(path / "model", CORPUS, seed=0)
+    write_rows(path / "train.parquet", make_rows(8, "t", seed=1))
+    write_rows(path / "val.parquet", make_rows(4, "v", seed=2))
+    (path / "reward.py").write_text(REWARD)
+    config = {
+        "experiment_name": "test",
+        "model": {"path": str(path / "model")},
+        "data": {
+            "train": str(path / "train.parquet"),
+            "val": str(path / "val.parquet"),
+            "id_column": "id",
+            "instruction": "",
+            "min_pixels": 3136,
+            "max_pixels": 50176,
+            "max_prompt_length": 128,
+        },
+        "reward": {"name": f"{path / 'reward.py'}:varied"},
+        "rollout": {"rollouts_per_step": 16, "max_response_length": 12, "kv_cache_gib": 1},
+        "actor": {"num_ranks": 2, "updates_per_step": 2, "lr": 1e-3, "micro_batch_tokens": 256},
+        "trainer": {"steps": 3, "val_every": 2, "save_every": 3, "samples_every": 1},
+    }
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    return Workspace(path)
+
+
+@pytest.fixture(scope="session")
+def run_mssr() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command in a process of its own, as a user would."""
+
+    def run(*args: str | Path, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mssr.cli", *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+    return run

@@ -1,0 +1,219 @@
+"""The FSDP2 update on real process groups: what must not change the gradient, and what must not hang."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mssr.config_loading import load_config
+from mssr.rollout.prompts import PromptSource
+from mssr.types import TrainBatch
+from tests.conftest import Workspace
+
+pytestmark = pytest.mark.e2e
+
+RANK_SCRIPT = """
+import json, sys
+from pathlib import Path
+import numpy as np, torch
+from mssr.actor.distributed import full_tensor
+from mssr.actor.update import _Step
+from mssr.actor.worker import PolicyWorker
+from mssr.config_loading import load_config
+from mssr.types import TrainBatch
+
+rank, config_file, directory = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+spec = json.loads((directory / "spec.json").read_text())
+batch = TrainBatch(prompt_ids=tuple(spec["prompt_ids"]), **np.load(directory / "batch.npz"))
+results = []
+for number, job in enumerate(spec["jobs"]):
+    worker = PolicyWorker(
+        load_config(config_file, job["overrides"]), rank, f"file://{directory}/rendezvous-{number}"
+    )
+    if job.get("load"):
+        worker.load(job["load"])
+    metrics = {}
+    if job.get("gradient"):
+        updater = worker.updater
+        state = _Step(batch)
+        plan = updater.plan(batch, 0)[0]
+        updater._before_update(state, plan, needs_old=False)
+        updater.backward(state, plan)
+        tensors = {n: full_tensor(p.grad) for n, p in worker.policy.named_parameters() if p.grad is not None}
+        metrics = {"passes": len(plan.ranks[0])}
+    else:
+        for step in range(job.get("steps", 1)):
+            metrics = worker.update(batch, step)
+        tensors = worker.export_weights()
+    if job.get("save"):
+        worker.save(job["save"])
+    worker.close()
+    results.append((tensors, metrics))
+if rank == 0:
+    torch.save(results, directory / "results.pt")
+"""
+
+Result = tuple[dict[str, torch.Tensor], dict[str, float]]
+
+
+def run_ranks(workspace: Workspace, batch: TrainBatch, ranks: int, jobs: list[dict[str, Any]]) -> list[Result]:
+    """Start the ranks as processes, run jobs on them one after the other; returns rank 0's results."""
+    directory = Path(tempfile.mkdtemp(dir=workspace.path))
+    arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "prompt_ids"}
+    np.savez(directory / "batch.npz", **arrays)
+    for job in jobs:
+        job["overrides"] = [*job.get("overrides", []), f"actor.num_ranks={ranks}"]
+    (directory / "spec.json").write_text(json.dumps({"jobs": jobs, "prompt_ids": batch.prompt_ids}))
+    command = [sys.executable, "-c", RANK_SCRIPT]
+    processes = [
+        subprocess.Popen([*command, str(r), str(workspace.config), str(directory)], stderr=subprocess.PIPE)
+        for r in range(ranks)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors.decode()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+    return torch.load(directory / "results.pt")
+
+
+def make_batch(workspace: Workspace, prompt_ids: list[str], seed: int = 0) -> TrainBatch:
+    """Random responses of random lengths, with random advantages."""
+    source = PromptSource(load_config(workspace.config))
+    rng = np.random.default_rng(seed)
+    prompts = [source.encoder.encode(source.row(i)).token_ids.numpy() for i in prompt_ids]
+    responses = [rng.integers(0, 250, rng.integers(2, 14)) for _ in prompt_ids]
+    parts = [part for pair in zip(prompts, responses, strict=True) for part in pair]
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    return TrainBatch(
+        prompt_ids=tuple(prompt_ids),
+        tokens=np.concatenate(parts).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        prompt_lengths=np.array([len(p) for p in prompts]),
+        advantages=rng.standard_normal(len(prompt_ids)).astype(np.float32),
+        engine_log_probs=np.full(sum(map(len, responses)), -3.0, dtype=np.float32),
+    )
+
+
+def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Of the whole vectors, so that no single near-zero entry decides."""
+    assert a.keys() == b.keys()
+    difference = sum(((a[k] - b[k]).double() ** 2).sum() for k in a)
+    norm = sum((a[k].double() ** 2).sum() for k in a)
+    return float((difference / norm) ** 0.5)
+
+
+def test_gradient_depends_neither_on_micro_batches_nor_on_ranks(workspace: Workspace) -> None:
+    batch = make_batch(workspace, [f"t{i % 8}" for i in range(12)])
+
+    def job(budget: int) -> dict[str, Any]:
+        sizes = ["actor.updates_per_step=1", "rollout.rollouts_per_step=12"]
+        return {"gradient": True, "overrides": [*sizes, f"actor.micro_batch_tokens={budget}"]}
+
+    runs = run_ranks(workspace, batch, 1, [job(100000), job(120)])
+    runs += run_ranks(workspace, batch, 2, [job(100000), job(70)])
+    assert [m["passes"] for _, m in runs][::2] == [1, 1]
+    assert all(m["passes"] > 2 for _, m in runs[1::2])  # the budgets really differ
+    names = set(runs[0][0])
+    assert any("visual" in n for n in names) and any("language_model.layers" in n for n in names)
+    for gradient, _ in runs[1:]:
+        assert relative_difference(runs[0][0], gradient) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("prompts", "updates"),
+    [
+        (["t1", "t2"], 1),  # an image on one rank, text alone on the other: neither may wait for ever
+        (["t2", "t6", "t2"], 1),  # no image anywhere
+        (["t0", "t1"], 2),  # one sequence an update: a rank runs along with weight 0
+    ],
+)
+def test_uneven_work_neither_hangs_nor_counts(
+    prompts: list[str], updates: int, workspace: Workspace
+) -> None:
+    batch = make_batch(workspace, prompts)
+    sizes = [f"actor.updates_per_step={updates}", f"rollout.rollouts_per_step={len(prompts)}"]
+    everything = [*sizes, "actor.kl_probe_fraction=1.0"]
+    [(one, metrics_one)] = run_ranks(workspace, batch, 1, [{"overrides": everything}])
+    [(two, metrics_two)] = run_ranks(workspace, batch, 2, [{"overrides": everything}])
+    assert relative_difference(one, two) < 1e-4
+    for key in ("policy/entropy", "policy/loss", "policy/kl_update", "rollout/mismatch_max"):
+        assert metrics_one[key] == pytest.approx(metrics_two[key], rel=1e-3, abs=1e-6), key
+
+
+def test_a_non_finite_gradient_is_skipped_on_all_ranks(workspace: Workspace) -> None:
+    batch = make_batch(workspace, ["t0", "t1", "t2", "t3"])
+    batch.advantages[0] = np.nan  # in one of the two updates, on one rank
+    (untouched, _), (weights, metrics) = run_ranks(workspace, batch, 2, [{"steps": 0}, {}])
+    assert metrics["policy/skipped_updates"] == 1
+    assert all(torch.isfinite(w).all() for w in weights.values())
+    assert relative_difference(untouched, weights) > 0  # the other update was made
+
+
+def test_a_checkpoint_loads_on_another_number_of_ranks(workspace: Workspace, tmp_path: Path) -> None:
+    batch = make_batch(workspace, ["t0", "t1", "t2", "t3"])
+    directory = str(tmp_path / "checkpoint")
+    (saved, _), (next_two, _), (other_optimizer, _) = run_ranks(
+        workspace, batch, 2, [{"save": directory}, {"load": directory}, {"load": directory, "steps": 2}]
+    )
+    (loaded, _), (next_one, _) = run_ranks(
+        workspace, batch, 1, [{"load": directory, "steps": 0}, {"load": directory}]
+    )
+    assert all(torch.equal(saved[k], loaded[k]) for k in saved)
+    # With the optimizer's moments, so that the next step is the same too.
+    assert relative_difference(next_one, next_two) < 1e-4
+    assert relative_difference(next_two, other_optimizer) > 1e-4
+
+
+OPTIONS = [
+    "algorithm.clip_low=0.001",
+    "algorithm.clip_high=0.001",
+    "algorithm.dual_clip=1.01",
+    "algorithm.kl_coef=1.0",
+    "algorithm.shaping.enabled=false",
+    "algorithm.shaping.coef=0.01",
+    "algorithm.shaping.divisor=20.0",
+    "actor.lr=0.02",
+    "actor.lr_schedule=linear",
+    "actor.lr_schedule=cosine",
+    "actor.warmup_steps=5",
+    "actor.betas=[0.5,0.9]",
+    "actor.weight_decay=5.0",
+    "actor.max_grad_norm=0.01",
+    "actor.updates_per_step=4",
+    "rollout.temperature=0.5",
+    "model.freeze_vision=true",
+    "model.dtype=bfloat16",
+    "seed=1",
+]
+
+
+def test_every_option_of_the_update_reaches_the_parameters(workspace: Workspace) -> None:
+    batch = make_batch(workspace, [f"t{i}" for i in range(8)] * 2)
+    basis = ["actor.lr=0.01", "actor.max_grad_norm=10"]
+    jobs = [{"overrides": [*basis, *option], "steps": 2} for option in ([], *([o] for o in OPTIONS))]
+    (plain, _), *results = run_ranks(workspace, batch, 1, jobs)
+    differences = {o: relative_difference(plain, w) for o, (w, _) in zip(OPTIONS, results, strict=True)}
+    assert not [option for option, difference in differences.items() if difference < 1e-6]
+
+
+def test_a_frozen_vision_tower_does_not_move(workspace: Workspace) -> None:
+    batch = make_batch(workspace, ["t0", "t1", "t3", "t0"])
+    (base, _), (trained, _), (frozen, _) = run_ranks(
+        workspace, batch, 2, [{"steps": 0}, {}, {"overrides": ["model.freeze_vision=true"]}]
+    )
+    vision = [name for name in base if ".visual." in name]
+    assert all(torch.equal(base[n], frozen[n]) for n in vision)
+    assert any(not torch.equal(base[n], trained[n]) for n in vision)
+    assert any(not torch.equal(base[n], frozen[n]) for n in base)

@@ -1,0 +1,97 @@
+"""Configs: what is refused, in which words, and what one flag changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mssr.cli import main
+from mssr.config_loading import from_dict, load_config
+from mssr.config import to_dict
+from mssr.errors import UserError
+
+pytestmark = pytest.mark.unit
+DIGITS = Path(__file__).parents[2] / "configs/digits/mssr.yaml"
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("actor.learning_rate=1", "actor.learning_rate"),
+        ("actr.lr=1", "did you mean actor.lr?"),
+        ("trainer.steps=many", "trainer.steps"),
+        ("rollout.n=1.5", "rollout.n"),
+        ("actor=3", "actor"),
+        ("trainer.steps=0", "trainer.steps=0 must be greater than 0"),
+        ("rollout.engine=sglang", "rollout.engine=sglang must be one of vllm, hf"),
+        ("algorithm.name=mssrr", "did you mean 'mssr'"),
+        ("rollout.rollouts_per_step=255", "actor.updates_per_step=4 does not divide"),
+        ("data.min_pixels=99999", "data.max_pixels"),
+        ("cluster.launcher=local", "actor.num_ranks=1"),
+        ("algorithm.discount.eta_min=0.99", "algorithm.discount"),
+        ("trainer.loggers=[comet]", "trainer.loggers"),
+        ("nonsense", "must look like key=value"),
+    ],
+)
+def test_a_bad_override_is_one_line_that_names_the_key(
+    override: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(DIGITS), override]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_grpo_with_one_response_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(DIGITS), "algorithm.name=grpo", "rollout.n=1"]) == 2
+    assert "rollout.n=1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "algorithm.shaping.coef=0.5",
+        "algorithm.baseline.prior_strength=2",
+        "algorithm.discount.window=5",
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(override: str) -> None:
+    load_config(DIGITS, [override])  # mssr reads all of them
+    with pytest.raises(UserError, match="read by nothing"):
+        load_config(DIGITS, [override, "algorithm.name=rloo"])
+
+
+def test_only_eps_of_methods_that_divide_is_read() -> None:
+    assert load_config(DIGITS, ["algorithm.eps=0.1"]).estimator_options["eps"] == 0.1
+    with pytest.raises(UserError, match=r"algorithm\.eps"):
+        load_config(DIGITS, ["algorithm.eps=0.1", "algorithm.name=rloo"])
+
+
+def test_swapping_the_method_keeps_the_rollout_budget_and_the_updates() -> None:
+    for name, n in {"mssr": 1, "mvsr": 1, "reinforce_pp": 1, "grpo": 8, "rloo": 8}.items():
+        config = load_config(DIGITS, [f"algorithm.name={name}"])
+        assert config.responses_per_prompt == n
+        assert config.prompts_per_step * n == 256
+        assert config.actor.updates_per_step == 4
+        assert config.shapes_entropy == (name == "mssr")
+
+
+def test_a_config_survives_its_own_yaml() -> None:
+    config = load_config(DIGITS, ["rollout.engine_options.swap_space=1"])
+    assert config.rollout.engine_options == {"swap_space": 1}
+    assert from_dict(to_dict(config)) == config
+
+
+def test_missing_and_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml does not exist" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    assert main(["train", str(tmp_path / "bad.yaml")]) == 2
+    assert "bad.yaml is not valid YAML" in capsys.readouterr().err

@@ -1,0 +1,136 @@
+"""Packed forward pass, fused head, banned tokens: numbers against the plain computation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mssr.config_loading import load_config
+from mssr.models.head import token_log_probs_and_entropy
+from mssr.models.loading import load_model
+from mssr.models.packing import PackedBatch, PackItem, pack
+from mssr.models.policy import PolicyModel
+from mssr.rollout.prompts import PromptSource
+from tests.conftest import Workspace
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(scope="module")
+def policy(workspace: Workspace) -> PolicyModel:
+    return PolicyModel(load_model(load_config(workspace.config).model, torch.float32), temperature=0.7)
+
+
+@pytest.fixture(scope="module")
+def items(workspace: Workspace, policy: PolicyModel) -> list[PackItem]:
+    """Prompts with one, two and no image of different sizes, one prompt twice, with random responses."""
+    source = PromptSource(load_config(workspace.config))
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for k, prompt_id in enumerate(["t0", "t1", "t2", "t3", "t1", "t5"]):
+        prompt = source.encoder.encode(source.row(prompt_id))
+        response = torch.randint(0, 250, (3 + 2 * k,), generator=generator)
+        result.append(PackItem(prompt, policy.rope_positions(prompt), response, prompt_id))
+    return result
+
+
+def plain_log_probs(policy: PolicyModel, item: PackItem) -> tuple[torch.Tensor, torch.Tensor]:
+    """What transformers computes for one sequence by itself, with its own position ids and no packing."""
+    types = torch.cat([item.prompt.token_types, torch.zeros(len(item.response), dtype=torch.int32)])
+    out = policy.model(
+        input_ids=torch.cat([item.prompt.token_ids, item.response])[None],
+        pixel_values=item.prompt.pixel_values,
+        image_grid_thw=item.prompt.image_grid_thw,
+        mm_token_type_ids=types[None],
+        use_cache=False,
+    )
+    policy.model.model.rope_deltas = None
+    logits = out.logits[0, len(item.prompt.token_ids) - 1 : -1] / policy.temperature
+    logits[:, policy.banned_ids] = float("-inf")
+    log_p = torch.log_softmax(logits, dim=-1)
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p.isinf(), 0)).sum(-1)
+    return log_p.gather(1, item.response[:, None])[:, 0], entropy
+
+
+def test_packed_equals_one_by_one(policy: PolicyModel, items: list[PackItem]) -> None:
+    with torch.no_grad():
+        log_probs, entropy = policy(pack(items, policy.merge_size))
+        expected = [plain_log_probs(policy, item) for item in items]
+    torch.testing.assert_close(log_probs, torch.cat([e[0] for e in expected]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy, torch.cat([e[1] for e in expected]), atol=1e-5, rtol=0)
+
+
+def test_the_image_matters(policy: PolicyModel, items: list[PackItem]) -> None:
+    """Otherwise the test above would pass with images mixed up."""
+    batch = pack(items, policy.merge_size)
+    assert batch.pixel_values is not None
+    changed = PackedBatch(
+        **{
+            name: (batch.pixel_values.flip(0) if name == "pixel_values" else getattr(batch, name))
+            for name in PackedBatch.__slots__
+        }
+    )
+    with torch.no_grad():
+        assert (policy(batch)[0] - policy(changed)[0]).abs().max() > 1e-2
+
+
+def test_a_prompt_that_occurs_twice_is_encoded_once(policy: PolicyModel, items: list[PackItem]) -> None:
+    batch = pack(items, policy.merge_size)
+    assert batch.image_grid_thw is not None
+    # t0 and t3 have one image, t1 (twice in the batch) and t5 two, t2 none.
+    assert len(batch.image_grid_thw) == 1 + 2 + 1 + 2
+    assert len(batch.feature_index) > int(batch.image_grid_thw.prod(-1).sum()) // policy.merge_size**2
+
+
+def test_touching_vision_changes_nothing_but_gives_it_a_gradient(
+    policy: PolicyModel, items: list[PackItem]
+) -> None:
+    text_only = pack([items[2]], policy.merge_size)
+    assert text_only.pixel_values is None
+    with torch.no_grad():
+        expected = policy(text_only)[0]
+    touched = policy(text_only, touch_vision=True)[0]
+    assert torch.equal(touched, expected)
+    touched.sum().backward()
+    grads = [p.grad for p in policy.model.model.visual.parameters()]
+    assert all(g is not None and not g.any() for g in grads)
+    policy.zero_grad()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_head_equals_full_softmax_with_gradients(chunk: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 16, requires_grad=True)
+    weight = torch.randn(40, 16, requires_grad=True)
+    targets = torch.randint(2, 40, (7,))
+    banned = torch.tensor([0, 1])
+    coefficients = torch.randn(2, 7)
+
+    def loss(log_probs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        return (coefficients[0] * log_probs + coefficients[1] * entropy).sum()
+
+    log_p = torch.log_softmax(hidden @ weight[2:].T / 1.3, -1)  # the banned ones left out
+    expected = log_p.gather(1, targets[:, None] - 2)[:, 0], -(log_p.exp() * log_p).sum(-1)
+    expected_grads = torch.autograd.grad(loss(*expected), [hidden, weight])
+
+    actual = token_log_probs_and_entropy(
+        hidden, weight, targets, temperature=1.3, banned=banned, chunk=chunk
+    )
+    grads = torch.autograd.grad(loss(*actual), [hidden, weight])
+    for a, e in zip((*actual, *grads), (*expected, *expected_grads), strict=True):
+        torch.testing.assert_close(a, e, atol=2e-5, rtol=1e-5)
+
+
+def test_vision_placeholders_have_probability_zero(policy: PolicyModel, items: list[PackItem]) -> None:
+    """Even when the head shouts for one."""
+    image_pad = policy.model.config.image_token_id
+    assert image_pad in policy.banned_ids and policy.model.config.video_token_id in policy.banned_ids
+    hidden = torch.randn(5, 8)
+    weight = torch.randn(600, 8)
+    weight[image_pad] = 1000 * hidden[0]
+    targets = torch.tensor([image_pad, 3, 4, 5, 6])
+    log_probs, entropy = token_log_probs_and_entropy(
+        hidden, weight, targets, banned=torch.tensor(policy.banned_ids)
+    )
+    assert log_probs[0] < -1e20
+    assert torch.isfinite(log_probs[1:]).all() and torch.isfinite(entropy).all()
