@@ -186,6 +186,9 @@ class ActorConfig:
     """Clip the global gradient norm to this."""
     micro_batch_tokens: int = 16384
     """Tokens a rank packs into one forward pass."""
+    keep_gathered: bool = False
+    """Hold whole parameters and gradients through an update instead of gathering them for every
+    layer and pass: less communication for more memory, right for small models."""
     head_chunk_tokens: int = 1024
     """Response tokens whose logits exist at the same time."""
     kl_probe_fraction: float = 0.25

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from mssr.models.policy import PolicyModel
 
@@ -32,19 +33,38 @@ def init_process_group(rank: int, ranks: int, init_method: str, device: torch.de
     return init_device_mesh(device.type, (ranks,))
 
 
-def shard(model: PolicyModel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> PolicyModel:
+def shard(
+    model: PolicyModel, mesh: DeviceMesh, compute_dtype: torch.dtype, keep_gathered: bool
+) -> PolicyModel:
     """FSDP2: every decoder layer and vision block is gathered alone, the rest with the root.
 
     Parameters stay float32; forward and backward run in ``compute_dtype``, reductions in float32.
+
+    Args:
+        keep_gathered: whole parameters stay from one pass to the next, until `reshard`.
     """
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     core = model.model.model
     for block in (*core.visual.blocks, *core.language_model.layers):
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    # The root holds embedding, head and norms. It stays gathered from forward to backward, because
-    # the fused head reads the head's weight directly.
+        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=not keep_gathered)
+    # The root holds embedding, head and norms. It stays gathered from forward to backward in any case,
+    # because the fused head reads the head's weight directly.
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop gathered parameters. Needed after passes without backward: an update would leave them stale."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def accumulate_locally(model: nn.Module, last: bool) -> None:
+    """Before a backward pass: keep whole parameters and gradients, until the last pass of an update."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(last)
+    model.set_reshard_after_backward(last)
 
 
 def all_sum(values: dict[str, torch.Tensor]) -> dict[str, float]:

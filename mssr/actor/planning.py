@@ -102,6 +102,8 @@ class Planner:
         spare = next(s for share in shares for s in share)
         run = [[bin_ or [spare] for bin_ in bins] for bins in passes]
         images = [any(bool(self._has_images[s]) for bin_ in bins for s in bin_) for bins in run]
+        # The last pass of an update sums gradients over the ranks, those of the vision tower too.
+        images[-1] = any(images)
         return tuple(
             tuple(
                 MicroBatch(tuple(run[k][rank]), 1.0 if passes[k][rank] else 0.0, images[k])

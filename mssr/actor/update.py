@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mssr.actor.distributed import all_max, all_sum, clip_grad_norm
+from mssr.actor.distributed import accumulate_locally, all_max, all_sum, clip_grad_norm, reshard
 from mssr.actor.planning import MicroBatch, Planner, UpdatePlan
 from mssr.actor.prompts import PromptCache
 from mssr.algorithms.losses import aggregate, kl_penalty, policy_loss
@@ -83,6 +83,7 @@ class PolicyUpdater:
         for number, plan in enumerate(plans):
             # The first update is on policy: its own forward pass gives the old log-probs.
             self._before_update(state, plan, needs_old=number > 0)
+        self._reshard()
         norms, skipped = [], 0
         for plan in plans:
             self.backward(state, plan)
@@ -124,11 +125,13 @@ class PolicyUpdater:
             if self.reference is not None:
                 log_probs, _ = self.reference(packed, micro.any_rank_has_images)
                 self._store(state.reference, micro, packed, log_probs)
-        self._reshard()
 
     def backward(self, state: _Step, plan: UpdatePlan) -> None:
         """Accumulate the gradient of one update."""
-        for micro, packed in self._packed(state.batch, plan.ranks[self.rank]):
+        passes = plan.ranks[self.rank]
+        for micro, packed in self._packed(state.batch, passes):
+            if self.config.actor.keep_gathered:
+                accumulate_locally(self.policy, last=micro is passes[-1])
             log_probs, entropy = self.policy(packed, micro.any_rank_has_images)
             if micro.sequences[0] not in state.old:
                 self._store(state.old, micro, packed, log_probs.detach())
@@ -239,10 +242,10 @@ class PolicyUpdater:
         return means | all_max(state.maxima) | {"policy/kl_update": kl_update}
 
     def _reshard(self) -> None:
-        """Without a backward pass the root stays gathered, and would be stale after the next update."""
-        self.policy.reshard()
-        if self.reference is not None:
-            self.reference.reshard()
+        """After passes without backward; a reference that is kept gathered never changes."""
+        reshard(self.policy)
+        if self.reference is not None and not self.config.actor.keep_gathered:
+            reshard(self.reference)
 
     def _set_learning_rate(self, step: int) -> float:
         """Warm-up, then the schedule; a function of the step number, so nothing is to be saved."""

@@ -82,7 +82,7 @@ class PolicyWorker:
             temperature=self.config.rollout.temperature,
             head_chunk=self.config.actor.head_chunk_tokens,
         ).to(self.device)
-        return shard(model, mesh, self.compute_dtype)
+        return shard(model, mesh, self.compute_dtype, self.config.actor.keep_gathered)
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         """See `PolicyUpdater.step`."""

@@ -62,6 +62,9 @@ class VllmEngine:
                 "gpu_memory_utilization": rollout.gpu_memory_utilization,
             }
         self._llm = vllm.LLM(**(options | rollout.engine_options))
+        if device == "cpu":
+            # vLLM has put a function here that does nothing but log a warning, several times a request.
+            torch.set_num_threads = lambda count: None  # type: ignore[assignment]
         self._banned = vision_placeholder_ids(self._llm.llm_engine.model_config.hf_config)
 
     def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:

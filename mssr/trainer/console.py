@@ -54,7 +54,7 @@ class Console:
         self._stream = stream
         self._steps = steps
         self._first = first_step
-        self._start = time.monotonic()
+        self._start: float | None = None
         self._progress: Progress | None = None
         if mode == "live":
             self._progress = Progress(
@@ -76,6 +76,12 @@ class Console:
         elif self._mode == "plain":
             print(text, file=self._stream)
 
+    def begin(self) -> None:
+        """The first step starts: time left is counted from here."""
+        self._start = time.monotonic()
+        if self._progress is not None:
+            self._progress.reset(self._task, total=self._steps, completed=self._first)
+
     def step(self, step: int, metrics: dict[str, Any], val_accuracy: float | None) -> None:
         """Show a finished step."""
         line = (
@@ -87,8 +93,8 @@ class Console:
         if self._progress is not None:
             self._progress.update(self._task, completed=step, line=line)
         elif self._mode == "plain":
-            done = step - self._first
-            left = (time.monotonic() - self._start) / done * (self._steps - step)
+            assert self._start is not None
+            left = (time.monotonic() - self._start) / (step - self._first) * (self._steps - step)
             print(f"step {step}/{self._steps}  {line}  {left / 60:.1f} min left", file=self._stream)
 
     def close(self) -> None:

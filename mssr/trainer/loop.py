@@ -79,7 +79,11 @@ class Trainer:
         """Train until ``trainer.steps``, or until a stop is requested; then checkpoint."""
         steps = self.config.trainer.steps
         if self.step == 0 and self._due(self.config.trainer.val_every):
-            self.log.write({"step": 0, "epoch": 0.0} | self.validate())
+            before = self.validate()
+            self.log.write({"step": 0, "epoch": 0.0} | before)
+            if before:
+                self.console.note(f"step 0: validation accuracy {before['val/accuracy']:.3f}")
+        self.console.begin()
         while self.step < steps and not stop.requested:
             with self._timed("step"):
                 metrics = self.train_step()

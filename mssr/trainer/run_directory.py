@@ -26,6 +26,7 @@ FREE_TO_CHANGE = (
     "rollout.engine_options",
     "actor.num_ranks",
     "actor.micro_batch_tokens",
+    "actor.keep_gathered",
     "actor.head_chunk_tokens",
     "actor.activation_checkpointing",
     "actor.max_nonfinite_updates",

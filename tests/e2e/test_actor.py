@@ -65,7 +65,9 @@ if rank == 0:
 Result = tuple[dict[str, torch.Tensor], dict[str, float]]
 
 
-def run_ranks(workspace: Workspace, batch: TrainBatch, ranks: int, jobs: list[dict[str, Any]]) -> list[Result]:
+def run_ranks(
+    workspace: Workspace, batch: TrainBatch, ranks: int, jobs: list[dict[str, Any]]
+) -> list[Result]:
     """Start the ranks as processes, run jobs on them one after the other; returns rank 0's results."""
     directory = Path(tempfile.mkdtemp(dir=workspace.path))
     arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "prompt_ids"}
@@ -117,13 +119,14 @@ def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 def test_gradient_depends_neither_on_micro_batches_nor_on_ranks(workspace: Workspace) -> None:
     batch = make_batch(workspace, [f"t{i % 8}" for i in range(12)])
 
-    def job(budget: int) -> dict[str, Any]:
+    def job(budget: int, *overrides: str) -> dict[str, Any]:
         sizes = ["actor.updates_per_step=1", "rollout.rollouts_per_step=12"]
-        return {"gradient": True, "overrides": [*sizes, f"actor.micro_batch_tokens={budget}"]}
+        return {"gradient": True, "overrides": [*sizes, f"actor.micro_batch_tokens={budget}", *overrides]}
 
+    kept = "actor.keep_gathered=true"
     runs = run_ranks(workspace, batch, 1, [job(100000), job(120)])
-    runs += run_ranks(workspace, batch, 2, [job(100000), job(70)])
-    assert [m["passes"] for _, m in runs][::2] == [1, 1]
+    runs += run_ranks(workspace, batch, 2, [job(100000), job(70), job(100000, kept), job(70, kept)])
+    assert [m["passes"] for _, m in runs][::2] == [1, 1, 1]
     assert all(m["passes"] > 2 for _, m in runs[1::2])  # the budgets really differ
     names = set(runs[0][0])
     assert any("visual" in n for n in names) and any("language_model.layers" in n for n in names)
@@ -139,9 +142,7 @@ def test_gradient_depends_neither_on_micro_batches_nor_on_ranks(workspace: Works
         (["t0", "t1"], 2),  # one sequence an update: a rank runs along with weight 0
     ],
 )
-def test_uneven_work_neither_hangs_nor_counts(
-    prompts: list[str], updates: int, workspace: Workspace
-) -> None:
+def test_uneven_work_neither_hangs_nor_counts(prompts: list[str], updates: int, workspace: Workspace) -> None:
     batch = make_batch(workspace, prompts)
     sizes = [f"actor.updates_per_step={updates}", f"rollout.rollouts_per_step={len(prompts)}"]
     everything = [*sizes, "actor.kl_probe_fraction=1.0"]
@@ -206,6 +207,16 @@ def test_every_option_of_the_update_reaches_the_parameters(workspace: Workspace)
     (plain, _), *results = run_ranks(workspace, batch, 1, jobs)
     differences = {o: relative_difference(plain, w) for o, (w, _) in zip(OPTIONS, results, strict=True)}
     assert not [option for option, difference in differences.items() if difference < 1e-6]
+
+
+def test_keeping_parameters_gathered_changes_nothing(workspace: Workspace) -> None:
+    """Over several steps: a parameter that stays gathered past an update would be stale."""
+    batch = make_batch(workspace, [f"t{i}" for i in range(8)])
+    jobs = [{"steps": 3, "overrides": [f"actor.keep_gathered={kept}"]} for kept in ("false", "true")]
+    (gathered, metrics), (kept, metrics_kept) = run_ranks(workspace, batch, 2, jobs)
+    assert relative_difference(gathered, kept) < 1e-4
+    for key in ("policy/kl_update", "policy/kl_ref", "rollout/mismatch_max", "policy/grad_norm"):
+        assert metrics[key] == pytest.approx(metrics_kept[key], rel=1e-3), key
 
 
 def test_a_frozen_vision_tower_does_not_move(workspace: Workspace) -> None:

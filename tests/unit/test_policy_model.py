@@ -113,9 +113,7 @@ def test_head_equals_full_softmax_with_gradients(chunk: int) -> None:
     expected = log_p.gather(1, targets[:, None] - 2)[:, 0], -(log_p.exp() * log_p).sum(-1)
     expected_grads = torch.autograd.grad(loss(*expected), [hidden, weight])
 
-    actual = token_log_probs_and_entropy(
-        hidden, weight, targets, temperature=1.3, banned=banned, chunk=chunk
-    )
+    actual = token_log_probs_and_entropy(hidden, weight, targets, temperature=1.3, banned=banned, chunk=chunk)
     grads = torch.autograd.grad(loss(*actual), [hidden, weight])
     for a, e in zip((*actual, *grads), (*expected, *expected_grads), strict=True):
         torch.testing.assert_close(a, e, atol=2e-5, rtol=1e-5)
