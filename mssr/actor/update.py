@@ -100,8 +100,8 @@ class PolicyUpdater:
             if self.nonfinite_in_a_row >= self.config.actor.max_nonfinite_updates:
                 prompts = sorted({batch.prompt_ids[s] for s in plan.sequences})
                 raise TrainingError(
-                    f"{self.nonfinite_in_a_row} updates in a row had a non-finite gradient; the last one held "
-                    f"{len(prompts)} prompts: {', '.join(prompts[:20])}"
+                    f"{self.nonfinite_in_a_row} updates in a row had a non-finite gradient; the last one "
+                    f"held {len(prompts)} prompts: {', '.join(prompts[:20])}"
                 )
         self._probe_kl(state, plans)
         metrics = self._metrics(state, sum(p.response_tokens for p in plans))

@@ -53,5 +53,6 @@ class LocalCluster:
         return {"memory/driver_rss_gib": rss, "memory/total_rss_gib": rss}
 
     def shutdown(self) -> None:
+        self._rollout.close()
         self._actor.close()
         self._scratch.cleanup()

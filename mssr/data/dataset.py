@@ -217,7 +217,9 @@ def _as_list(cell: Any) -> list[Any]:
 
 
 def _image_source(cell: Any) -> ImageSource:
-    if isinstance(cell, dict) and (cell.get("bytes") or cell.get("path")):
+    if isinstance(cell, dict):
+        if not (cell.get("bytes") or cell.get("path")):
+            raise ValueError("an image is missing")
         return ImageSource(cell.get("bytes"), cell.get("path"))
     if isinstance(cell, bytes) and cell:
         return ImageSource(cell, None)

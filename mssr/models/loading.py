@@ -43,7 +43,7 @@ def load_processor(config: ModelConfig) -> Any:
     """`AutoProcessor` of the model.
 
     Raises:
-        UserError: there is none, or it has no chat template.
+        UserError: there is none, it has no chat template, or its tokenizer is not the model's.
     """
     import transformers
 
@@ -52,9 +52,18 @@ def load_processor(config: ModelConfig) -> Any:
             config.path, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:  # transformers raises many types for an incomplete directory
-        raise UserError(f"model.path: no processor in {config.path} ({_reason(error)})") from error
+        raise UserError(f"model.path: {config.path} has no processor ({_reason(error)})") from error
     if not getattr(processor, "chat_template", None):
         raise UserError(f"model.path: the processor of {config.path} has no chat template")
+    # transformers makes an empty tokenizer where its files are missing, without a word.
+    model_config = transformers.AutoConfig.from_pretrained(
+        config.path, trust_remote_code=config.trust_remote_code
+    )
+    if processor.image_token_id != model_config.image_token_id:
+        raise UserError(
+            f"model.path: {config.path} has no processor with the model's tokenizer (the image token is "
+            f"{processor.image_token_id} there and {model_config.image_token_id} in config.json)"
+        )
     return processor
 
 

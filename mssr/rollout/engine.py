@@ -31,6 +31,10 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give back what the engine holds in this process."""
+        ...
+
 
 def make_engine(config: Config, device: str) -> RolloutEngine:
     """The engine that ``rollout.engine`` names, with the base model's weights.

@@ -44,6 +44,9 @@ class HfEngine:
         self._model.load_state_dict(dict(weights), strict=True)
         self._version = version
 
+    def close(self) -> None:
+        """Nothing to give back."""
+
     def _generate_batch(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
         prompts = [self._prompts.get(r.prompt_id) for r in requests]
         images = [image for _, prompt_images in prompts for image in prompt_images]

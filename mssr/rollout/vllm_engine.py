@@ -86,6 +86,10 @@ class VllmEngine:
         self._llm.llm_engine.reset_encoder_cache()
         self._version = version
 
+    def close(self) -> None:
+        # Now and not at exit, when the actor of a local run has taken the process group down.
+        self._llm.llm_engine.engine_core.shutdown()
+
     def _input(self, prompt_id: str) -> dict[str, Any]:
         text, images = self._prompts.get(prompt_id)
         if not images:

@@ -27,3 +27,7 @@ class RolloutWorker:
     def load_weights(self, weights: PackedWeights, version: int) -> None:
         """See `RolloutEngine.load_weights`."""
         self._engine.load_weights(unpack_weights(weights), version)
+
+    def close(self) -> None:
+        """See `RolloutEngine.close`."""
+        self._engine.close()

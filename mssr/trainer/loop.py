@@ -87,9 +87,9 @@ class Trainer:
         while self.step < steps and not stop.requested:
             with self._timed("step"):
                 metrics = self.train_step()
-            if self.step == steps or self._due(self.config.trainer.val_every):
+            if self._due(self.config.trainer.val_every, at_end=True):
                 metrics |= self.validate()
-            if self.step == steps or stop.requested or self._due(self.config.trainer.save_every):
+            if stop.requested or self._due(self.config.trainer.save_every, at_end=True):
                 with self._timed("save"):
                     self.save()
             metrics |= self._timing_metrics(metrics["rollout/tokens"]) | self.cluster.memory()
@@ -159,8 +159,10 @@ class Trainer:
         }
         self.store.save(self.step, state, self.cluster.save)
 
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
+    def _due(self, every: int, at_end: bool = False) -> bool:
+        """Whether something that is done every so many steps (0 never) is to be done now."""
+        last = at_end and self.step == self.config.trainer.steps
+        return every > 0 and (last or self.step % every == 0)
 
     def _write_samples(
         self, split: str, dataset: PromptDataset, rollouts: Sequence[Rollout], scored: ScoredBatch

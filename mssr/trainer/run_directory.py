@@ -43,7 +43,7 @@ def prepare_run_directory(config: Config) -> Path:
     """
     run_dir = config.run_dir
     saved = run_dir / "config.yaml"
-    if saved.is_file():
+    if saved.is_file() and _has_begun(run_dir):
         _check_same_run(config, saved)
     try:
         for part in ("logs", "samples", "checkpoints"):
@@ -56,9 +56,15 @@ def prepare_run_directory(config: Config) -> Path:
     return run_dir
 
 
+def _has_begun(run_dir: Path) -> bool:
+    """A start that failed on bad input leaves no result to protect; it may be repeated, corrected."""
+    metrics = run_dir / "metrics.jsonl"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or (run_dir / "checkpoints/latest").is_file()
+
+
 def _check_same_run(config: Config, saved: Path) -> None:
     trainer = config.trainer
-    if trainer.resume == "never" and (saved.parent / "metrics.jsonl").is_file():
+    if trainer.resume == "never":
         raise UserError(
             f"trainer.run_dir: {saved.parent} already holds a run; choose another trainer.run_dir, or "
             "trainer.resume=auto to continue it"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mssr.cli import main
-from mssr.config_loading import from_dict, load_config
 from mssr.config import to_dict
+from mssr.config_loading import from_dict, load_config
 from mssr.errors import UserError
 
 pytestmark = pytest.mark.unit

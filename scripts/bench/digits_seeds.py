@@ -1,0 +1,131 @@
+"""The embedded task over several seeds: accuracy, time, speed and memory, as a Markdown table.
+
+    mssr prepare digits --out data/digits
+    python scripts/bench/digits_seeds.py --seeds 0 1 2 --out scripts/bench/results/digits_seeds.md
+
+Memory is the proportional set size of the command and all its descendants together (Ray's daemons,
+workers, engine), sampled every two seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+TARGET = 0.65
+COLUMNS = (
+    "seed",
+    "steps",
+    "accuracy before",
+    "accuracy after",
+    f"first validation at {TARGET:.0%}",
+    "minutes",
+    "seconds to first step",
+    "rollouts/s",
+    "peak memory, GiB",
+    "driver RSS, GiB, step 10 -> last",
+)
+
+
+def memory_gib(process: psutil.Process) -> float:
+    total = 0
+    for member in (process, *process.children(recursive=True)):
+        try:
+            total += member.memory_full_info().pss
+        except psutil.Error:
+            continue  # it ended meanwhile
+    return total / 2**30
+
+
+def run(config: str, seed: int, overrides: list[str], run_dir: Path) -> dict[str, Any]:
+    shutil.rmtree(run_dir, ignore_errors=True)
+    command = [
+        sys.executable,
+        "-m",
+        "mssr.cli",
+        "train",
+        config,
+        f"seed={seed}",
+        f"trainer.run_dir={run_dir}",
+    ]
+    started = time.monotonic()
+    child = subprocess.Popen([*command, *overrides])
+    process = psutil.Process(child.pid)
+    metrics = run_dir / "metrics.jsonl"
+    first_step, peak = None, 0.0
+    while child.poll() is None:
+        if first_step is None and metrics.is_file() and '"step": 1,' in metrics.read_text():
+            first_step = time.monotonic() - started
+        try:
+            peak = max(peak, memory_gib(process))
+        except psutil.Error:
+            break
+        time.sleep(2 if first_step else 0.2)
+    if child.wait() != 0:
+        raise SystemExit(f"seed {seed}: exit code {child.returncode}, see {run_dir}/logs")
+    minutes = (time.monotonic() - started) / 60
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    validations = [(r["step"], r["val/accuracy"]) for r in records if "val/accuracy" in r]
+    reached = next((f"step {step}" for step, accuracy in validations if accuracy >= TARGET), "never")
+    steps = [r for r in records if r["step"] > 0]
+    driver = [r["memory/driver_rss_gib"] for r in steps]
+    return dict(
+        zip(
+            COLUMNS,
+            (
+                str(seed),
+                str(records[-1]["step"]),
+                f"{validations[0][1]:.1%}",
+                f"{validations[-1][1]:.1%}",
+                reached,
+                f"{minutes:.1f}",
+                f"{first_step:.0f}" if first_step else "?",
+                f"{statistics.median(r['perf/rollouts_per_s'] for r in steps):.0f}",
+                f"{peak:.1f}",
+                f"{driver[min(9, len(driver) - 1)]:.3f} -> {driver[-1]:.3f}",
+            ),
+            strict=True,
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", default="configs/digits/mssr.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run directories go")
+    parser.add_argument("overrides", nargs="*", help="key=value for mssr train")
+    args = parser.parse_args()
+    rows = [run(args.config, seed, args.overrides, args.runs / f"digits-seed-{seed}") for seed in args.seeds]
+    machine = f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, no GPU"
+    command = " ".join(["python", "scripts/bench/digits_seeds.py", *sys.argv[1:]])
+    table = "\n".join(
+        [
+            f"`{command}`, {datetime.date.today()}, {machine}",
+            "",
+            "| " + " | ".join(COLUMNS) + " |",
+            "|" + " --- |" * len(COLUMNS),
+            *("| " + " | ".join(row.values()) + " |" for row in rows),
+            "",
+        ]
+    )
+    print(table)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(table)
+
+
+if __name__ == "__main__":
+    main()

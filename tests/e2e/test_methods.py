@@ -1,0 +1,91 @@
+"""The five methods by one flag, in one process with the transformers engine; and the digits task."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mssr import algorithms
+from tests.conftest import Workspace
+
+pytestmark = pytest.mark.e2e
+DIGITS_CONFIG = Path(__file__).parents[2] / "configs/digits/mssr.yaml"
+
+TRAIN_EACH = """
+import sys
+from mssr.trainer.train import train
+from mssr.tools.export import export
+
+config, out, *names = sys.argv[1:]
+for name in names:
+    local = ["cluster.launcher=local", "rollout.engine=hf", "actor.num_ranks=1", "trainer.val_every=3"]
+    code = train(config, [f"algorithm.name={name}", f"trainer.run_dir={out}/{name}", *local])
+    assert code == 0, name
+    export(f"{out}/{name}", f"{out}/{name}-export")
+"""
+
+
+def test_each_method_trains_with_one_flag(workspace: Workspace, tmp_path: Path) -> None:
+    names = algorithms.names()
+    assert names == ["grpo", "mssr", "mvsr", "reinforce_pp", "rloo"]
+    command = [sys.executable, "-c", TRAIN_EACH, str(workspace.config), str(tmp_path), *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    base = load_file(workspace.path / "model/model.safetensors")
+    exports = {name: load_file(tmp_path / f"{name}-export" / "model.safetensors") for name in names}
+    for name in names:
+        records = [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in records] == [0, 1, 2, 3]
+        moved = {k for k in base if not torch.equal(base[k], exports[name][k])}
+        assert any("visual" in k for k in moved) and any("layers" in k for k in moved), name
+        # The same rollouts for all; a prompt's n answers are next to one another in the samples.
+        lines = (tmp_path / name / "samples/step-000001.jsonl").read_text().splitlines()
+        ids = [json.loads(x)["id"] for x in lines]
+        assert len(ids) == 16
+        assert len(set(ids)) == (2 if name in ("grpo", "rloo") else 8), name
+        assert ("baseline/eta" in records[1]) == (name in ("mssr", "mvsr"))
+        assert ("shaping/mean" in records[1]) == (name == "mssr")
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            assert any(not torch.equal(exports[a][k], exports[b][k]) for k in base), (a, b)
+
+
+@pytest.mark.timeout(600)
+def test_mssr_learns_digits(
+    run_mssr: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """The embedded task with the shipped config, only shorter: at least 20 points in 5 steps."""
+    data = tmp_path / "digits"
+    prepared = run_mssr("prepare", "digits", "--out", data, "--quiet", timeout=400)
+    assert prepared.returncode == 0, prepared.stderr
+    run_dir = tmp_path / "run"
+    done = run_mssr(
+        "train",
+        DIGITS_CONFIG,
+        f"model.path={data / 'model'}",
+        f"data.train={data / 'train.parquet'}",
+        f"data.val={data / 'val.parquet'}",
+        f"trainer.run_dir={run_dir}",
+        "trainer.steps=5",
+        "trainer.progress=plain",
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [x.split()[1] for x in lines if x.startswith("step ")] == ["0:", "1/5", "2/5", "3/5", "4/5", "5/5"]
+    records = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    before, after = records[0]["val/accuracy"], records[-1]["val/accuracy"]
+    assert before <= 0.35
+    assert after >= before + 0.2
+    assert records[-1]["memory/total_rss_gib"] < 8
+    plotted = run_mssr("plot", run_dir)
+    assert plotted.returncode == 0, plotted.stderr
+    assert (run_dir / "plots/curves.png").stat().st_size > 10_000
+    report = (run_dir / "report.html").read_text()
+    assert f"{before:.3f} -&gt; {after:.3f}" in report and "data:image/png;base64," in report

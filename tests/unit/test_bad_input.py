@@ -1,0 +1,150 @@
+"""What a user can get wrong ends in one line that names it, with exit code 2, before any worker starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mssr.cli import main
+from tests.conftest import Workspace, make_rows, write_rows
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def fails(
+    workspace: Workspace, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Train with overrides, expect exit code 2, return the line on stderr."""
+
+    def no_workers(config: object) -> None:
+        raise AssertionError("workers were started")
+
+    monkeypatch.setattr("mssr.trainer.train.launch", no_workers)
+
+    def run(*overrides: str, run_dir: Path | None = None) -> str:
+        arguments = [str(workspace.config), f"trainer.run_dir={run_dir or tmp_path / 'run'}", *overrides]
+        assert main(["train", *arguments]) == 2
+        error = capfd.readouterr().err
+        assert error.startswith("mssr: error: ") and error.count("\n") == 1
+        return error
+
+    return run
+
+
+def test_missing_data_file(fails) -> None:
+    assert "nowhere.parquet does not exist" in fails("data.train=nowhere.parquet")
+    assert "neither a file, a directory nor hub/name@split" in fails("data.val=nowhere")
+
+
+def test_missing_column(fails) -> None:
+    error = fails("data.answer_column=solution")
+    assert "no column 'solution'" in error and "data.answer_column" in error and "problem" in error
+
+
+def test_damaged_data_file(fails, tmp_path: Path) -> None:
+    (tmp_path / "bad.parquet").write_bytes(b"not parquet at all")
+    assert "bad.parquet cannot be opened" in fails(f"data.train={tmp_path / 'bad.parquet'}")
+
+
+@pytest.fixture
+def damaged(workspace: Workspace, tmp_path: Path) -> Path:
+    """Row 1 has a truncated image, row 3 none where it should, row 5 no question, row 6 a repeated id."""
+    write_rows(tmp_path / "good.parquet", make_rows(8, "t", seed=1))
+    table = pq.read_table(tmp_path / "good.parquet")
+    rows = table.to_pylist()
+    rows[1]["images"][0]["bytes"] = rows[1]["images"][0]["bytes"][:60]
+    rows[3]["images"][0] = {"bytes": None, "path": None}
+    rows[5]["problem"] = " "
+    rows[6]["id"] = "t0"
+    path = tmp_path / "damaged.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    return path
+
+
+def test_unusable_rows_are_named_and_listed(fails, damaged: Path, tmp_path: Path) -> None:
+    error = fails(f"data.train={damaged}")
+    assert "4 of 8 rows are bad" in error and "damaged.parquet row" in error
+    listed = [json.loads(x) for x in (tmp_path / "run/bad_rows.jsonl").read_text().splitlines()]
+    reasons = {x["where"].rsplit(" ", 1)[1]: x["reason"] for x in listed}
+    assert set(reasons) == {"1", "3", "5", "6"}
+    assert "image 0 cannot be read" in reasons["1"]
+    assert "missing" in reasons["3"]
+    assert "problem is empty" in reasons["5"]
+    assert "t0 occurs twice" in reasons["6"]
+
+
+def test_unusable_rows_may_be_allowed(workspace: Workspace, damaged: Path, tmp_path: Path) -> None:
+    from mssr.config_loading import load_config
+    from mssr.data.encoder import PromptEncoder
+    from mssr.data.loading import load_prompts
+    from mssr.models.loading import load_processor
+
+    config = load_config(workspace.config, ["data.max_bad_fraction=0.5"])
+    encoder = PromptEncoder(load_processor(config.model), config.data)
+    loaded = load_prompts(str(damaged), config.data, encoder, tmp_path / "bad_rows.jsonl")
+    assert loaded.dataset.ids == ["t0", "t2", "t4", "t7"] and loaded.bad == 4
+    assert loaded.dataset.row("t4").answer == "4"
+
+
+def test_only_overlong_prompts(fails) -> None:
+    assert "data.max_prompt_length=5" in fails("data.max_prompt_length=5")
+
+
+def test_what_is_no_model(fails, workspace: Workspace, tmp_path: Path) -> None:
+    assert "/no/model does not exist" in fails("model.path=/no/model")
+    assert "config.json" in fails(f"model.path={tmp_path}")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "llama"}')
+    assert "is a llama model" in fails(f"model.path={other}")
+    partial = tmp_path / "partial"
+    shutil.copytree(workspace.path / "model", partial)
+    (partial / "tokenizer.json").unlink()
+    assert "has no processor" in fails(f"model.path={partial}")
+    (partial / "model.safetensors").unlink()
+    assert "no *.safetensors" in fails(f"model.path={partial}")
+
+
+def test_unknown_reward(fails, tmp_path: Path) -> None:
+    assert "exact_matsch" in fails("reward.name=exact_matsch")
+    assert "nofile.py" in fails(f"reward.name={tmp_path}/nofile.py:score")
+
+
+def test_a_run_directory_of_another_run(fails, workspace: Workspace, tmp_path: Path) -> None:
+    from mssr.config_loading import load_config
+    from mssr.trainer.run_directory import prepare_run_directory
+
+    run_dir = tmp_path / "taken"
+    prepare_run_directory(load_config(workspace.config, [f"trainer.run_dir={run_dir}", "actor.lr=9"]))
+    # Nothing was trained yet, so the corrected config may take over.
+    prepare_run_directory(load_config(workspace.config, [f"trainer.run_dir={run_dir}"]))
+    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+    before = (run_dir / "config.yaml").read_text()
+    error = fails("algorithm.name=rloo", "actor.lr=0.1", run_dir=run_dir)
+    assert "algorithm.name: mssr -> rloo" in error and "actor.lr: 0.001 -> 0.1" in error
+    assert "trainer.resume_force" in error
+    assert (run_dir / "config.yaml").read_text() == before
+    # How it is computed may change, what it computes may not.
+    prepare_run_directory(load_config(workspace.config, [f"trainer.run_dir={run_dir}", "trainer.steps=9"]))
+    assert "already holds a run" in fails("trainer.resume=never", "trainer.steps=9", run_dir=run_dir)
+    assert (run_dir / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_resume_from_nothing(fails, tmp_path: Path) -> None:
+    assert "no complete checkpoint" in fails(f"trainer.resume={tmp_path / 'gone'}")
+
+
+def test_other_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["plot", str(tmp_path)]) == 2
+    assert "no metrics.jsonl" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "neither a run directory nor a complete checkpoint" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step"')
+    assert main(["plot", str(tmp_path)]) == 2
+    assert "line 2 is damaged" in capsys.readouterr().err
