@@ -20,5 +20,6 @@ phase() {
 phase "set-up" ./scripts/setup.sh
 export PATH=${MSSR_VENV:-$PWD/.venv}/bin:$PATH
 phase "data" mssr prepare digits --out data/digits
+# Without a terminal there is no live line; a line a step shows that it goes on.
+[[ -t 1 ]] || set -- trainer.progress=plain "$@"
 phase "training" mssr train configs/digits/mssr.yaml "$@"
-phase "curves" mssr plot runs/digits-mssr

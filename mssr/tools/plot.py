@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -29,27 +30,30 @@ PANELS: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (
 )
 
 
-def plot(run_dir: str | Path) -> Path:
-    """Draw the run and print its summary; returns the report's path.
+def plot(run_dir: str | Path, stream: TextIO = sys.stdout) -> Path:
+    """Draw the run, write its report and print a short summary; returns the report's path.
 
     Raises:
         UserError: there are no metrics in the directory.
     """
     run_dir = Path(run_dir)
+    rows = write_report(run_dir)
+    table = Table(title=f"run {run_dir.name}", show_header=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    Console(file=stream).print(table)
+    return run_dir / "report.html"
+
+
+def write_report(run_dir: Path) -> list[tuple[str, str]]:
+    """Write plots/curves.png and report.html; returns the rows of the summary, files included."""
     records = read_metrics(run_dir)
     picture = run_dir / "plots" / "curves.png"
     picture.parent.mkdir(exist_ok=True)
     _draw(records, picture, title=run_dir.name)
-    report = run_dir / "report.html"
     rows = summary(records)
-    report.write_text(_html(run_dir, rows, picture))
-    table = Table(title=f"run {run_dir.name}", show_header=False)
-    for name, value in rows:
-        table.add_row(name, value)
-    table.add_row("report", str(report))
-    table.add_row("curves", str(picture))
-    Console().print(table)
-    return report
+    (run_dir / "report.html").write_text(_html(run_dir, rows, picture))
+    return [*rows, ("report", str(run_dir / "report.html")), ("curves", str(picture))]
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

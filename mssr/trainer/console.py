@@ -69,6 +69,10 @@ class Console:
             self._task = self._progress.add_task("", total=steps, completed=first_step, line="")
             self._progress.start()
 
+    @property
+    def quiet(self) -> bool:
+        return self._mode == "off"
+
     def note(self, text: str) -> None:
         """One line about what is going on."""
         if self._progress is not None:

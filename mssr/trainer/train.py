@@ -14,6 +14,7 @@ from mssr.data.loading import load_prompts
 from mssr.errors import EXIT_OK
 from mssr.models.loading import check_model_path, load_processor
 from mssr.rewards import resolve
+from mssr.tools.plot import plot, write_report
 from mssr.trainer.checkpoint import CheckpointStore, read_state
 from mssr.trainer.console import Console, captured_output
 from mssr.trainer.loggers import MetricsLog
@@ -70,9 +71,13 @@ def _run(config: Config, terminal: TextIO) -> int:
             if checkpoint:
                 trainer.resume(checkpoint)
             trainer.run(stop)
-        return stop.exit_code or EXIT_OK
     finally:
         console.close()
         log.close()
         if cluster is not None:
             cluster.shutdown()
+    if console.quiet:
+        write_report(run_dir)
+    else:
+        plot(run_dir, terminal)
+    return stop.exit_code or EXIT_OK

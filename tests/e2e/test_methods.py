@@ -84,8 +84,7 @@ def test_mssr_learns_digits(
     assert before <= 0.35
     assert after >= before + 0.2
     assert records[-1]["memory/total_rss_gib"] < 8
-    plotted = run_mssr("plot", run_dir)
-    assert plotted.returncode == 0, plotted.stderr
+    assert any(f"{before:.3f} -> {after:.3f}" in x for x in lines)  # the summary at the end
     assert (run_dir / "plots/curves.png").stat().st_size > 10_000
     report = (run_dir / "report.html").read_text()
     assert f"{before:.3f} -&gt; {after:.3f}" in report and "data:image/png;base64," in report
