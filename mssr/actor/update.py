@@ -8,6 +8,7 @@ Per token, with A the sequence's advantage and H the exact entropy of the policy
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from mssr.models.packing import PackedBatch, pack
 from mssr.models.policy import PolicyModel
 from mssr.types import TrainBatch
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass
 class _Step:
@@ -40,6 +43,9 @@ class _Step:
     """Sums over this rank's tokens, for the metrics; on the device, so that nothing waits for them."""
     maxima: dict[str, torch.Tensor] = field(default_factory=dict)
     """Likewise the largest values."""
+
+    def __post_init__(self) -> None:
+        self.response_offsets = self.batch.response_offsets
 
 
 class PolicyUpdater:
@@ -95,20 +101,24 @@ class PolicyUpdater:
             else:
                 # The norm is global, so every rank skips alike.
                 skipped += 1
-                self.nonfinite_in_a_row += 1
+                self._note_nonfinite(step, [batch.prompt_ids[s] for s in plan.sequences])
             self.optimizer.zero_grad(set_to_none=True)
-            if self.nonfinite_in_a_row >= self.config.actor.max_nonfinite_updates:
-                prompts = sorted({batch.prompt_ids[s] for s in plan.sequences})
-                raise TrainingError(
-                    f"{self.nonfinite_in_a_row} updates in a row had a non-finite gradient; the last one "
-                    f"held {len(prompts)} prompts: {', '.join(prompts[:20])}"
-                )
         self._probe_kl(state, plans)
         metrics = self._metrics(state, sum(p.response_tokens for p in plans))
         metrics["policy/grad_norm"] = float(np.mean(norms)) if norms else float("nan")
         metrics["policy/skipped_updates"] = float(skipped)
         metrics["policy/lr"] = lr
         return metrics
+
+    def _note_nonfinite(self, step: int, prompt_ids: list[str]) -> None:
+        self.nonfinite_in_a_row += 1
+        prompts = f"{len(set(prompt_ids))} prompts: {', '.join(sorted(set(prompt_ids))[:20])}"
+        _log.warning("step %d: gradient not finite, update skipped; it held %s", step + 1, prompts)
+        if self.nonfinite_in_a_row >= self.config.actor.max_nonfinite_updates:
+            raise TrainingError(
+                f"{self.nonfinite_in_a_row} updates in a row had a non-finite gradient; the last one held "
+                f"{prompts}"
+            )
 
     def plan(self, batch: TrainBatch, step: int) -> list[UpdatePlan]:
         """The step's updates, the same on every rank."""
@@ -175,8 +185,7 @@ class PolicyUpdater:
             kl = kl_penalty(log_probs, reference, kind="k3")
             per_token = per_token + algorithm.kl_coef * kl
             self._add(state, micro, "policy/kl_ref", kl)
-        engine = np.concatenate([self._engine_log_probs(state.batch, s) for s in micro.sequences])
-        engine_log_probs = torch.from_numpy(engine).to(self.device)
+        engine_log_probs = self._engine_log_probs(state, micro.sequences)
         self._add(state, micro, "rollout/mismatch_kl", kl_penalty(engine_log_probs, old, kind="k3"))
         self._max(state, "rollout/mismatch_max", (engine_log_probs - old).abs())
         self._add(state, micro, "policy/entropy", entropy)
@@ -230,9 +239,10 @@ class PolicyUpdater:
         largest = values.detach().max()
         state.maxima[key] = torch.maximum(state.maxima[key], largest) if key in state.maxima else largest
 
-    def _engine_log_probs(self, batch: TrainBatch, sequence: int) -> np.ndarray:
-        start, end = batch.response_offsets[sequence : sequence + 2]
-        return batch.engine_log_probs[start:end]
+    def _engine_log_probs(self, state: _Step, sequences: tuple[int, ...]) -> torch.Tensor:
+        offsets, log_probs = state.response_offsets, state.batch.engine_log_probs
+        parts = [log_probs[offsets[s] : offsets[s + 1]] for s in sequences]
+        return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
     def _metrics(self, state: _Step, tokens: int) -> dict[str, float]:
         sums = all_sum(state.sums)

@@ -147,6 +147,7 @@ def _init_ray(config: Config, processes: int) -> None:
     if config.cluster.address is None:
         # Bundles are one CPU each; on a small machine the phases of a step take turns on the cores.
         options |= {
+            "address": "local",
             "num_cpus": max(processes, os.cpu_count() or 1),
             "include_dashboard": False,
         }
