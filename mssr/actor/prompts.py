@@ -7,9 +7,9 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
+from mssr.data.prompt_source import PromptSource
 from mssr.models.packing import PackItem
 from mssr.models.policy import PolicyModel
-from mssr.rollout.prompts import PromptSource
 from mssr.types import TrainBatch
 
 

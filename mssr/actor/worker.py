@@ -22,9 +22,9 @@ from mssr.actor.distributed import full_tensor, init_process_group, shard
 from mssr.actor.prompts import PromptCache
 from mssr.actor.update import PolicyUpdater
 from mssr.config import Config
+from mssr.data.prompt_source import PromptSource
 from mssr.models.loading import load_model
 from mssr.models.policy import PolicyModel
-from mssr.rollout.prompts import PromptSource
 from mssr.types import TrainBatch
 
 

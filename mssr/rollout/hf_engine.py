@@ -9,9 +9,9 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mssr.config import Config
+from mssr.data.prompt_source import PromptSource
 from mssr.models.loading import load_model
 from mssr.models.policy import vision_placeholder_ids
-from mssr.rollout.prompts import PromptSource
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
 

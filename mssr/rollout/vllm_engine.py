@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from mssr.config import Config
+from mssr.data.prompt_source import PromptSource
 from mssr.errors import TrainingError, UserError
 from mssr.models.policy import vision_placeholder_ids
-from mssr.rollout.prompts import PromptSource
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
 SUPPORTED_VLLM = "0.32"

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mssr.config_loading import load_config
-from mssr.rollout.prompts import PromptSource
+from mssr.data.prompt_source import PromptSource
 from mssr.types import TrainBatch
 from tests.conftest import Workspace
 

@@ -8,11 +8,11 @@ import torch
 
 from mssr.actor.prompts import PromptCache
 from mssr.config_loading import load_config
+from mssr.data.prompt_source import PromptSource
 from mssr.models.loading import load_model
 from mssr.models.packing import pack
 from mssr.models.policy import PolicyModel
 from mssr.rollout.hf_engine import HfEngine
-from mssr.rollout.prompts import PromptSource
 from mssr.trainer.loop import make_batch
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 from tests.conftest import Workspace

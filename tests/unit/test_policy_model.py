@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mssr.config_loading import load_config
+from mssr.data.prompt_source import PromptSource
 from mssr.models.head import token_log_probs_and_entropy
 from mssr.models.loading import load_model
 from mssr.models.packing import PackedBatch, PackItem, pack
 from mssr.models.policy import PolicyModel
-from mssr.rollout.prompts import PromptSource
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.unit

@@ -1,4 +1,4 @@
-"""Prompt ids -> what an engine is fed with, from the worker's own view of the data set."""
+"""Prompt ids -> rows and model inputs, from the view of a worker on the data sets."""
 
 from __future__ import annotations
 
