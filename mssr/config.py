@@ -154,7 +154,7 @@ class RolloutConfig:
     """Number of engines; the requests of a step are shared out among them."""
     max_num_seqs: int = 256
     """Sequences an engine decodes at the same time."""
-    kv_cache_gib: float = 4.0
+    kv_cache_gib: int = 4
     """Memory for keys and values on CPU, GiB per engine."""
     gpu_memory_utilization: float = 0.85
     """Share of GPU memory an engine may take."""

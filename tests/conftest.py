@@ -84,7 +84,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     path = tmp_path_factory.mktemp("workspace")
     build_tiny_qwen2_5_vl(path / "model", CORPUS, seed=0)
     write_rows(path / "train.parquet", make_rows(8, "t", seed=1))
-    write_rows(path / "val.parquet", make_rows(4, "v", seed=2))
+    # The same ids as in train, as in data that is numbered from 0, but other rows.
+    write_rows(path / "val.parquet", make_rows(4, "t", seed=2))
     (path / "reward.py").write_text(REWARD)
     config = {
         "experiment_name": "test",

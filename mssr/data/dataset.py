@@ -18,6 +18,9 @@ from PIL import Image
 from mssr.config import DataConfig
 from mssr.errors import UserError
 
+VAL_PREFIX = "val/"
+"""Before the ids of validation rows: users number the rows of both files from 0."""
+
 FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 
 
@@ -76,11 +79,16 @@ class PromptDataset:
 
     Opening reads the id column (or hashes the rows) and nothing else; `check` goes through the
     rows once. `keep` narrows the set to some ids, in their order.
+
+    Args:
+        source: see the module's docstring.
+        prefix: put before every id, to tell the rows of several sources apart.
     """
 
-    def __init__(self, source: str, config: DataConfig) -> None:
+    def __init__(self, source: str, config: DataConfig, prefix: str = "") -> None:
         self.source = source
         self.config = config
+        self._prefix = prefix
         self._table = _open_table(source)
         self._check_columns()
         self.bad_rows: list[BadRow] = []
@@ -151,9 +159,10 @@ class PromptDataset:
             ids = (str(value) for value in self._table[c.id_column])
         else:
             ids = (self._content_hash(cells) for cells in self._table)
-        for number, prompt_id in enumerate(ids):
+        for number, own_id in enumerate(ids):
+            prompt_id = self._prefix + own_id
             if prompt_id in index:
-                self.bad_rows.append(BadRow(self._where(number), f"id {prompt_id} occurs twice"))
+                self.bad_rows.append(BadRow(self._where(number), f"id {own_id} occurs twice"))
             else:
                 index[prompt_id] = number
         return index

@@ -28,7 +28,7 @@ class LoadedPrompts:
 
 
 def load_prompts(
-    source: str, config: DataConfig, encoder: PromptEncoder, bad_rows_file: Path
+    source: str, config: DataConfig, encoder: PromptEncoder, bad_rows_file: Path, prefix: str = ""
 ) -> LoadedPrompts:
     """Open a source, check every row and drop what cannot be trained on. No image is decoded.
 
@@ -36,7 +36,7 @@ def load_prompts(
         UserError: the source cannot be opened, more than ``data.max_bad_fraction`` of its rows are
             bad (the list is written first), or no prompt is left.
     """
-    dataset = PromptDataset(source, config)
+    dataset = PromptDataset(source, config, prefix)
     rows = len(dataset) + len(dataset.bad_rows)
     kept: list[str] = []
     overlong = 0

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from PIL import Image
 
 from mssr.config import Config
-from mssr.data.dataset import PromptDataset, Row
+from mssr.data.dataset import VAL_PREFIX, PromptDataset, Row
 from mssr.data.encoder import PromptEncoder
 from mssr.models.loading import load_processor
 
@@ -21,8 +21,9 @@ class PromptSource:
 
     def __init__(self, config: Config, cache_pixels: int = 64 * 2**20) -> None:
         self.encoder = PromptEncoder(load_processor(config.model), config.data)
-        sources = [s for s in (config.data.train, config.data.val) if s]
-        self._datasets = [PromptDataset(s, config.data) for s in sources]
+        self._datasets = [PromptDataset(config.data.train, config.data)]
+        if config.data.val:
+            self._datasets.append(PromptDataset(config.data.val, config.data, VAL_PREFIX))
         self._cache: OrderedDict[str, tuple[str, list[Image.Image]]] = OrderedDict()
         self._pixels = 0
         self._cache_pixels = cache_pixels

@@ -135,6 +135,6 @@ def _prepare_environment(config: Config, device: str) -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if device == "cpu":
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.rollout.kv_cache_gib)))
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.rollout.kv_cache_gib)
         # Thread counts are ours (cluster.threads_per_rollout); vLLM would pin one thread a core.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

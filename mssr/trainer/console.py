@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 @contextmanager
@@ -55,6 +55,7 @@ class Console:
         self._steps = steps
         self._first = first_step
         self._start: float | None = None
+        self._val: float | None = None
         self._progress: Progress | None = None
         if mode == "live":
             self._progress = Progress(
@@ -62,9 +63,8 @@ class Console:
                 BarColumn(bar_width=16),
                 TextColumn("{task.fields[line]}"),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
                 console=RichConsole(file=stream, force_terminal=True),
+                refresh_per_second=2,
             )
             self._task = self._progress.add_task("", total=steps, completed=first_step, line="")
             self._progress.start()
@@ -86,21 +86,29 @@ class Console:
         if self._progress is not None:
             self._progress.reset(self._task, total=self._steps, completed=self._first)
 
-    def step(self, step: int, metrics: dict[str, Any], val_accuracy: float | None) -> None:
-        """Show a finished step."""
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Show a finished step; the last validation accuracy stays in the line."""
+        self._val = metrics.get("val/accuracy", self._val)
+        assert self._start is not None
+        left = (time.monotonic() - self._start) / (step - self._first) * (self._steps - step)
         line = (
             f"acc {metrics['reward/accuracy']:.3f}"
-            + ("" if val_accuracy is None else f"  val {val_accuracy:.3f}")
+            + ("" if self._val is None else f"  val {self._val:.3f}")
             + f"  entropy {metrics['policy/entropy']:.3f}  kl {metrics['policy/kl_update']:.4f}"
-            + f"  {metrics['perf/rollouts_per_s']:.0f} rollouts/s"
+            + f"  {metrics['perf/rollouts_per_s']:.0f} rollouts/s  {_duration(left)} left"
         )
         if self._progress is not None:
             self._progress.update(self._task, completed=step, line=line)
         elif self._mode == "plain":
-            assert self._start is not None
-            left = (time.monotonic() - self._start) / (step - self._first) * (self._steps - step)
-            print(f"step {step}/{self._steps}  {line}  {left / 60:.1f} min left", file=self._stream)
+            print(f"step {step}/{self._steps}  {line}", file=self._stream)
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+def _duration(seconds: float) -> str:
+    """90 -> "1:30", 3723 -> "1:02:03"."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

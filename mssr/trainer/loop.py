@@ -12,7 +12,7 @@ import numpy as np
 from mssr import algorithms
 from mssr.cluster.base import Cluster
 from mssr.config import Config
-from mssr.data.dataset import PromptDataset
+from mssr.data.dataset import VAL_PREFIX, PromptDataset
 from mssr.data.sampler import EpochSampler
 from mssr.errors import UserError
 from mssr.rewards import ScoredBatch, Scorer
@@ -94,7 +94,7 @@ class Trainer:
                     self.save()
             metrics |= self._timing_metrics(metrics["rollout/tokens"]) | self.cluster.memory()
             self.log.write({"step": self.step, "epoch": self.sampler.epoch} | metrics)
-            self.console.step(self.step, metrics, metrics.get("val/accuracy"))
+            self.console.step(self.step, metrics)
 
     def train_step(self) -> dict[str, float]:
         """Sample prompts, generate, score, estimate, update, send the weights on."""
@@ -173,7 +173,7 @@ class Trainer:
             records.append(
                 {
                     "split": split,
-                    "id": rollout.prompt_id,
+                    "id": rollout.prompt_id.removeprefix(VAL_PREFIX),
                     "question": row.problem,
                     "response": rollout.text,
                     "answer": row.answer,

@@ -9,6 +9,7 @@ from typing import TextIO
 from mssr.cluster.base import launch
 from mssr.config import Config
 from mssr.config_loading import load_config
+from mssr.data.dataset import VAL_PREFIX
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import load_prompts
 from mssr.errors import EXIT_OK
@@ -44,7 +45,9 @@ def _run(config: Config, terminal: TextIO) -> int:
     bad_rows_file = run_dir / "bad_rows.jsonl"
     bad_rows_file.unlink(missing_ok=True)
     train_set = load_prompts(config.data.train, config.data, encoder, bad_rows_file)
-    val_set = load_prompts(config.data.val, config.data, encoder, bad_rows_file) if config.data.val else None
+    val_set = None
+    if config.data.val:
+        val_set = load_prompts(config.data.val, config.data, encoder, bad_rows_file, VAL_PREFIX)
     store = CheckpointStore(run_dir, config.trainer.keep_checkpoints)
     checkpoint = store.find(config.trainer.resume)
     first_step = read_state(checkpoint)["step"] if checkpoint else 0

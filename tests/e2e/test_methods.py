@@ -57,6 +57,18 @@ def test_each_method_trains_with_one_flag(workspace: Workspace, tmp_path: Path) 
             assert any(not torch.equal(exports[a][k], exports[b][k]) for k in base), (a, b)
 
 
+def test_a_reward_that_always_fails_ends_the_run_in_one_line(
+    workspace: Workspace, run_mssr: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    local = ["cluster.launcher=local", "rollout.engine=hf", "actor.num_ranks=1", "data.val=null"]
+    reward = f"reward.name={workspace.path / 'reward.py'}:broken"
+    done = run_mssr("train", workspace.config, *local, reward, f"trainer.run_dir={tmp_path / 'run'}")
+    assert done.returncode == 1
+    assert "failed on 16 of 16 responses (RuntimeError: no score today)" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "no score today" in (tmp_path / "run/logs/driver.log").read_text()  # with the traceback
+
+
 @pytest.mark.timeout(600)
 def test_mssr_learns_digits(
     run_mssr: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path

@@ -92,6 +92,16 @@ def test_unusable_rows_may_be_allowed(workspace: Workspace, damaged: Path, tmp_p
     assert loaded.dataset.row("t4").answer == "4"
 
 
+def test_train_and_validation_rows_may_share_ids(workspace: Workspace) -> None:
+    from mssr.config_loading import load_config
+    from mssr.data.prompt_source import PromptSource
+
+    source = PromptSource(load_config(workspace.config))
+    train, val = source.row("t0"), source.row("val/t0")
+    assert "train.parquet row 0" in train.where and "val.parquet row 0" in val.where
+    assert train.images[0].read() != val.images[0].read()
+
+
 def test_only_overlong_prompts(fails) -> None:
     assert "data.max_prompt_length=5" in fails("data.max_prompt_length=5")
 
