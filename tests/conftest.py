@@ -29,6 +29,9 @@ def varied(response, answer):
     """Random models never answer right; this gives them something to learn from."""
     return float(sum(map(ord, response)) % 3 == 0)
 
+def too_large(response, answer):
+    return 5.0
+
 def broken(response, answer):
     raise RuntimeError("no score today")
 '''

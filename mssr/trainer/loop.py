@@ -108,7 +108,10 @@ class Trainer:
         advantages, metrics = self.algorithm.advantages(ids, scored.scores, lengths)
         with self._timed("update"):
             metrics |= self.cluster.update(make_batch(rollouts, advantages), self.step)
-        self.algorithm.observe(ids, scored.scores, metrics["policy/kl_update"])
+        try:
+            self.algorithm.observe(ids, scored.scores, metrics["policy/kl_update"])
+        except ValueError as error:
+            raise UserError(f"reward.name={self.scorer.name}: {error}") from error
         with self._timed("sync"):
             self.cluster.sync_weights(version=self.step + 1)
         self.step += 1
@@ -143,12 +146,8 @@ class Trainer:
             rollouts = self.cluster.generate([RolloutRequest(i, 0, 0) for i in ids], params)
             scored = self.score(self.val, rollouts)
         self._write_samples("val", self.val, rollouts, scored)
-        return {
-            "val/accuracy": float(scored.scores.mean()),
-            "val/response_length": float(np.mean([len(r.response_token_ids) for r in rollouts])),
-        } | {
-            f"val/{part}": float(values.mean()) for part, values in scored.parts.items() if part != "accuracy"
-        }
+        length = float(np.mean([len(r.response_token_ids) for r in rollouts]))
+        return {"val/response_length": length} | score_metrics("val", scored)
 
     def save(self) -> None:
         """A checkpoint of the current step."""
@@ -214,13 +213,18 @@ def make_batch(rollouts: Sequence[Rollout], advantages: np.ndarray) -> TrainBatc
     )
 
 
+def score_metrics(prefix: str, scored: ScoredBatch) -> dict[str, float]:
+    """Means: ``score`` is what is learned from; ``accuracy`` is the reward's part of that name, if any."""
+    parts = {"accuracy": scored.scores, "score": scored.scores} | scored.parts
+    return {f"{prefix}/{name}": float(values.mean()) for name, values in parts.items()}
+
+
 def rollout_metrics(rollouts: Sequence[Rollout], scored: ScoredBatch) -> dict[str, float]:
     """What was generated and how it scored."""
     lengths = np.array([len(r.response_token_ids) for r in rollouts])
     return {
-        "reward/accuracy": float(scored.scores.mean()),
+        **score_metrics("reward", scored),
         "reward/errors": float(scored.errors),
-        **{f"reward/{part}": float(v.mean()) for part, v in scored.parts.items() if part != "accuracy"},
         "rollout/tokens": float(lengths.sum()),
         "rollout/response_length": float(lengths.mean()),
         "rollout/truncated_fraction": float(np.mean([r.finish_reason == "length" for r in rollouts])),

@@ -57,10 +57,14 @@ def test_each_method_trains_with_one_flag(workspace: Workspace, tmp_path: Path) 
             assert any(not torch.equal(exports[a][k], exports[b][k]) for k in base), (a, b)
 
 
-def test_a_reward_that_always_fails_ends_the_run_in_one_line(
+def test_a_reward_that_fails_or_exceeds_its_range_ends_the_run_in_one_line(
     workspace: Workspace, run_mssr: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     local = ["cluster.launcher=local", "rollout.engine=hf", "actor.num_ranks=1", "data.val=null"]
+    too_large = f"reward.name={workspace.path / 'reward.py'}:too_large"
+    done = run_mssr("train", workspace.config, *local, too_large, f"trainer.run_dir={tmp_path / 'large'}")
+    assert done.returncode == 2
+    assert "reward.py:too_large" in done.stderr and "[0, 1]" in done.stderr and done.stderr.count("\n") == 1
     reward = f"reward.name={workspace.path / 'reward.py'}:broken"
     done = run_mssr("train", workspace.config, *local, reward, f"trainer.run_dir={tmp_path / 'run'}")
     assert done.returncode == 1

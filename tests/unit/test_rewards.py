@@ -275,3 +275,17 @@ def test_scorer_refuses_wrong_limits() -> None:
     for wrong in ({"error_limit": 0.0}, {"error_limit": 1.1}, {"min_batch": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Scorer("exact_match", **wrong)
+
+
+# --- the example --------------------------------------------------------------------------------
+
+
+def test_the_example_gives_credit_for_format_and_reports_its_parts() -> None:
+    example = Path(__file__).parents[2] / "examples/custom_reward.py"
+    scored = Scorer(f"{example}:with_format_credit").score(
+        [think(r"\boxed{8}"), think(r"\boxed{9}"), "8"], ["8", "8", "8"]
+    )
+    np.testing.assert_allclose(scored.scores, [1.0, 0.1, 0.0])
+    assert scored.errors == 0
+    np.testing.assert_array_equal(scored.parts["accuracy"], [1, 0, 0])
+    np.testing.assert_array_equal(scored.parts["format"], [1, 1, 0])
