@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -10,10 +11,15 @@ from mssr.errors import EXIT_SIGINT, EXIT_SIGTERM
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is remembered; a second SIGINT ends at once."""
+    """While entered, the first SIGINT or SIGTERM is remembered; a second SIGINT ends at once.
 
-    def __init__(self) -> None:
+    Args:
+        tell: called with a sentence for the user when the first one arrives.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
         self.exit_code: int | None = None
+        self._tell = tell
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -33,3 +39,4 @@ class StopRequest:
         if number == signal.SIGINT and self.requested:
             raise KeyboardInterrupt
         self.exit_code = EXIT_SIGTERM if number == signal.SIGTERM else EXIT_SIGINT
+        self._tell("stopping after this step, with a checkpoint; Ctrl-C again stops at once")

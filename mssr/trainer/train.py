@@ -61,7 +61,7 @@ def _run(config: Config, terminal: TextIO) -> int:
         console.note(f"starting {config.actor.num_ranks} actor ranks, {config.rollout.workers} engines")
         cluster = launch(config)
         # After Ray, which installs signal handlers of its own.
-        with StopRequest() as stop:
+        with StopRequest(console.note) as stop:
             trainer = Trainer(
                 config,
                 train_set.dataset,
