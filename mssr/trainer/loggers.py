@@ -39,9 +39,11 @@ class MetricsLog:
                     f"trainer.loggers: {name} is not installed; pip install mssr[tracking]"
                 ) from error
         self._file = MetricsFile(self.run_dir / "metrics.jsonl", resume_step)
+        self.written = 0
 
     def write(self, record: dict[str, Any]) -> None:
         """One step. NaN, which JSON does not know, becomes null in the file."""
+        self.written += 1
         self._file.write({k: v if _is_finite(v) else None for k, v in record.items()})
         for logger in self._loggers:
             logger.write(record["step"], {k: v for k, v in record.items() if k != "step"})

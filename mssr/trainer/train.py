@@ -51,8 +51,8 @@ def _run(config: Config, terminal: TextIO) -> int:
     store = CheckpointStore(run_dir, config.trainer.keep_checkpoints)
     checkpoint = store.find(config.trainer.resume)
     first_step = read_state(checkpoint)["step"] if checkpoint else 0
-    console = Console(terminal, config.trainer.progress, first_step, config.trainer.steps)
     log = MetricsLog(config, resume_step=first_step if checkpoint else None)
+    console = Console(terminal, config.trainer.progress, first_step, config.trainer.steps)
     cluster = None
     try:
         console.note(f"train: {train_set.summary()}; val: {val_set.summary() if val_set else 'none'}")
@@ -79,8 +79,9 @@ def _run(config: Config, terminal: TextIO) -> int:
         log.close()
         if cluster is not None:
             cluster.shutdown()
-    if console.quiet:
-        write_report(run_dir)
-    else:
-        plot(run_dir, terminal)
+    if log.written:
+        if console.quiet:
+            write_report(run_dir)
+        else:
+            plot(run_dir, terminal)
     return stop.exit_code or EXIT_OK
