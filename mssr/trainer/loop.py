@@ -57,6 +57,7 @@ class Trainer:
         self.algorithm = algorithms.create(config.algorithm.name, **config.estimator_options)
         self.scorer = Scorer(config.reward.name)
         self.step = 0
+        self._saved_step = 0
         self.timing: dict[str, float] = {}
 
     def resume(self, checkpoint: Path) -> None:
@@ -71,7 +72,7 @@ class Trainer:
             self.algorithm.load_state_dict(state["algorithm"])
         except ValueError as error:
             raise UserError(f"trainer.resume: {checkpoint} does not fit this run: {error}") from error
-        self.step = state["step"]
+        self.step = self._saved_step = state["step"]
         self.cluster.load(str((checkpoint / "actor").absolute()))
         self.cluster.sync_weights(version=self.step)
 
@@ -89,12 +90,15 @@ class Trainer:
                 metrics = self.train_step()
             if self._due(self.config.trainer.val_every, at_end=True):
                 metrics |= self.validate()
-            if stop.requested or self._due(self.config.trainer.save_every, at_end=True):
-                with self._timed("save"):
-                    self.save()
             metrics |= self._timing_metrics(metrics["rollout/tokens"]) | self.cluster.memory()
+            # Logged first: a crash in between repeats the step, where the other way round its record
+            # would be missing. So timing/save_s appears in the record of the next step.
             self.log.write({"step": self.step, "epoch": self.sampler.epoch} | metrics)
             self.console.step(self.step, metrics)
+            if self._due(self.config.trainer.save_every, at_end=True):
+                self.save()
+        if stop.requested:
+            self.save()
 
     def train_step(self) -> dict[str, float]:
         """Sample prompts, generate, score, estimate, update, send the weights on."""
@@ -150,13 +154,17 @@ class Trainer:
         return {"val/response_length": length} | score_metrics("val", scored)
 
     def save(self) -> None:
-        """A checkpoint of the current step."""
+        """A checkpoint of the current step, unless there is one (or it is the base model)."""
+        if self.step == self._saved_step:
+            return
         state = {
             "step": self.step,
             "sampler": self.sampler.state_dict(),
             "algorithm": self.algorithm.state_dict(),
         }
-        self.store.save(self.step, state, self.cluster.save)
+        with self._timed("save"):
+            self.store.save(self.step, state, self.cluster.save)
+        self._saved_step = self.step
 
     def _due(self, every: int, at_end: bool = False) -> bool:
         """Whether something that is done every so many steps (0 never) is to be done now."""
