@@ -21,6 +21,9 @@ from mssr.errors import UserError
 VAL_PREFIX = "val/"
 """Before the ids of validation rows: users number the rows of both files from 0."""
 
+MAX_IMAGES_PER_PROMPT = 16
+"""Engines reserve memory for so many."""
+
 FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 
 
@@ -130,6 +133,8 @@ class PromptDataset:
                         sizes.append(image.size())
                     except Exception as error:  # PIL raises many types for a broken file
                         raise ValueError(f"image {k} cannot be read ({_reason(error)})") from error
+                if len(sizes) > MAX_IMAGES_PER_PROMPT:
+                    raise ValueError(f"{len(sizes)} images, at most {MAX_IMAGES_PER_PROMPT} are possible")
                 marks = row.problem.count("<image>")
                 if marks not in (0, len(sizes)):
                     raise ValueError(f"{marks} <image> marks but {len(sizes)} images")

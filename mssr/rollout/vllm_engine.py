@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from mssr.config import Config
+from mssr.data.dataset import MAX_IMAGES_PER_PROMPT
 from mssr.data.prompt_source import PromptSource
 from mssr.errors import TrainingError, UserError
 from mssr.models.policy import vision_placeholder_ids
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
 SUPPORTED_VLLM = "0.32"
-MAX_IMAGES_PER_PROMPT = 16
 
 
 class VllmEngine:
