@@ -27,7 +27,13 @@ class VllmEngine:
 
     def __init__(self, config: Config, device: str) -> None:
         _prepare_environment(config, device)
-        import vllm
+        try:
+            import vllm
+        except ImportError as error:
+            raise UserError(
+                f"rollout.engine=vllm: vLLM cannot be imported ({error}); install mssr[cpu] or mssr[gpu], or "
+                "set rollout.engine=hf"
+            ) from error
 
         if not vllm.__version__.startswith(SUPPORTED_VLLM + "."):
             raise UserError(f"vLLM {vllm.__version__} is installed; mssr works with {SUPPORTED_VLLM}.x")
