@@ -180,6 +180,16 @@ def test_resume_from_an_older_checkpoint_rewrites_no_history(
     assert discarded == "".join(before.splitlines(True)[5:])
 
 
+def test_vllm_and_actor_in_one_process(workspace: Workspace, run_mssr: RunMssr, tmp_path: Path) -> None:
+    """cluster.launcher=local with the default engine: they share process group and threads."""
+    run_dir = tmp_path / "run"
+    local = ["cluster.launcher=local", "actor.num_ranks=1", "trainer.steps=2", "actor.lr=0.005"]
+    done = run_mssr("train", workspace.config, *local, f"trainer.run_dir={run_dir}")
+    assert (done.returncode, done.stderr) == (0, "")
+    records = metrics_of(run_dir)[1:]
+    assert len(records) == 2 and max(r["rollout/mismatch_max"] for r in records) < 1e-5
+
+
 def test_a_policy_that_wants_image_tokens_trains_on(
     workspace: Workspace, run_mssr: RunMssr, tmp_path: Path
 ) -> None:
