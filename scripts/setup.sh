@@ -155,6 +155,21 @@ os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 logging.disable(logging.WARNING)
 names = ["torch", "torchvision", "transformers", "vllm", "ray"]
 modules = {name: importlib.import_module(name) for name in names}
+# What a training imports, too: an environment that lacks some of it fails here and not in a run, and
+# Python compiles it now, in one process, and not in four at once when the first run starts.
+for name in [
+    "mssr.trainer.train",
+    "mssr.cluster.ray_cluster",
+    "mssr.actor.worker",
+    "mssr.rollout.vllm_engine",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "vllm.entrypoints.llm",
+    "vllm.model_executor.models.qwen2_5_vl",
+    f"vllm.v1.worker.{sys.argv[1]}_worker",
+    "vllm.v1.engine.core",
+    "matplotlib.pyplot",
+]:
+    importlib.import_module(name)
 if sys.argv[1] == "gpu" and modules["torch"].version.cuda is None:
     sys.exit(f"torch {modules['torch'].__version__} has no CUDA: pip found a CPU wheel first, look at its find-links")
 print(", ".join(f"{name} {module.__version__}" for name, module in modules.items()))
