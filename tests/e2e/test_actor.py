@@ -33,9 +33,9 @@ from mssr.types import TrainBatch
 
 rank, config_file, directory = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 spec = json.loads((directory / "spec.json").read_text())
-batch = TrainBatch(prompt_ids=tuple(spec["prompt_ids"]), **np.load(directory / "batch.npz"))
 results = []
-for number, job in enumerate(spec["jobs"]):
+for number, job in enumerate(spec):
+    batch = TrainBatch(prompt_ids=tuple(job["prompt_ids"]), **np.load(directory / f"batch-{number}.npz"))
     worker = PolicyWorker(
         load_config(config_file, job["overrides"]), rank, f"file://{directory}/rendezvous-{number}"
     )
@@ -66,15 +66,21 @@ Result = tuple[dict[str, torch.Tensor], dict[str, float]]
 
 
 def run_ranks(
-    workspace: Workspace, batch: TrainBatch, ranks: int, jobs: list[dict[str, Any]]
+    workspace: Workspace, batch: TrainBatch | None, ranks: int, jobs: list[dict[str, Any]]
 ) -> list[Result]:
-    """Start the ranks as processes, run jobs on them one after the other; returns rank 0's results."""
+    """Start the ranks as processes, run jobs on them one after the other; returns rank 0's results.
+
+    A job may have a ``batch`` of its own in place of the common one.
+    """
     directory = Path(tempfile.mkdtemp(dir=workspace.path))
-    arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "prompt_ids"}
-    np.savez(directory / "batch.npz", **arrays)
-    for job in jobs:
-        job["overrides"] = [*job.get("overrides", []), f"actor.num_ranks={ranks}"]
-    (directory / "spec.json").write_text(json.dumps({"jobs": jobs, "prompt_ids": batch.prompt_ids}))
+    spec = []
+    for number, job in enumerate(jobs):
+        own = job.get("batch", batch)
+        arrays = {f.name: getattr(own, f.name) for f in dataclasses.fields(own) if f.name != "prompt_ids"}
+        np.savez(directory / f"batch-{number}.npz", **arrays)
+        overrides = [*job.get("overrides", []), f"actor.num_ranks={ranks}"]
+        spec.append(job | {"batch": number, "overrides": overrides, "prompt_ids": own.prompt_ids})
+    (directory / "spec.json").write_text(json.dumps(spec))
     command = [sys.executable, "-c", RANK_SCRIPT]
     processes = [
         subprocess.Popen([*command, str(r), str(workspace.config), str(directory)], stderr=subprocess.PIPE)
@@ -134,23 +140,25 @@ def test_gradient_depends_neither_on_micro_batches_nor_on_ranks(workspace: Works
         assert relative_difference(runs[0][0], gradient) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("prompts", "updates"),
-    [
-        (["t1", "t2"], 1),  # an image on one rank, text alone on the other: neither may wait for ever
-        (["t2", "t6", "t2"], 1),  # no image anywhere
-        (["t0", "t1"], 2),  # one sequence an update: a rank runs along with weight 0
-    ],
-)
-def test_uneven_work_neither_hangs_nor_counts(prompts: list[str], updates: int, workspace: Workspace) -> None:
-    batch = make_batch(workspace, prompts)
-    sizes = [f"actor.updates_per_step={updates}", f"rollout.rollouts_per_step={len(prompts)}"]
-    everything = [*sizes, "actor.kl_probe_fraction=1.0"]
-    [(one, metrics_one)] = run_ranks(workspace, batch, 1, [{"overrides": everything}])
-    [(two, metrics_two)] = run_ranks(workspace, batch, 2, [{"overrides": everything}])
-    assert relative_difference(one, two) < 1e-4
-    for key in ("policy/entropy", "policy/loss", "policy/kl_update", "rollout/mismatch_max"):
-        assert metrics_one[key] == pytest.approx(metrics_two[key], rel=1e-3, abs=1e-6), key
+UNEVEN = [
+    (["t1", "t2"], 1),  # an image on one rank, text alone on the other: neither may wait for ever
+    (["t2", "t6", "t2"], 1),  # no image anywhere
+    (["t0", "t1"], 2),  # one sequence an update: a rank runs along with weight 0
+]
+
+
+def test_uneven_work_neither_hangs_nor_counts(workspace: Workspace) -> None:
+    def job(prompts: list[str], updates: int) -> dict[str, Any]:
+        sizes = [f"actor.updates_per_step={updates}", f"rollout.rollouts_per_step={len(prompts)}"]
+        overrides = [*sizes, "actor.kl_probe_fraction=1.0"]
+        return {"batch": make_batch(workspace, prompts), "overrides": overrides}
+
+    on_one = run_ranks(workspace, None, 1, [job(*case) for case in UNEVEN])
+    on_two = run_ranks(workspace, None, 2, [job(*case) for case in UNEVEN])
+    for case, (one, metrics_one), (two, metrics_two) in zip(UNEVEN, on_one, on_two, strict=True):
+        assert relative_difference(one, two) < 1e-4, case
+        for key in ("policy/entropy", "policy/loss", "policy/kl_update", "rollout/mismatch_max"):
+            assert metrics_one[key] == pytest.approx(metrics_two[key], rel=1e-3, abs=1e-6), (case, key)
 
 
 def test_a_non_finite_gradient_is_skipped_on_all_ranks(workspace: Workspace) -> None:

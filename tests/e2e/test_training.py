@@ -23,7 +23,7 @@ from tests.conftest import Workspace
 pytestmark = pytest.mark.e2e
 RunMssr = Callable[..., subprocess.CompletedProcess[str]]
 
-STEPS = 6
+STEPS = 8
 # Several updates of every part of the model: the vision tower, the tied embeddings.
 BASE = ["trainer.save_every=2", "trainer.keep_checkpoints=9", "actor.lr=0.005"]
 
@@ -50,7 +50,7 @@ def exported(run_mssr: RunMssr, source: Path, out: Path) -> dict[str, torch.Tens
 
 @pytest.fixture(scope="module")
 def straight_run(workspace: Workspace, run_mssr: RunMssr, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps without interruption."""
+    """All steps without interruption."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     done = run_mssr("train", workspace.config, *BASE, f"trainer.steps={STEPS}", f"trainer.run_dir={run_dir}")
     assert done.returncode == 0, done.stderr
@@ -71,11 +71,11 @@ def test_the_run_directory_holds_what_it_promises(straight_run: Path) -> None:
         perf/rollouts_per_s perf/tokens_per_s epoch memory/driver_rss_gib""".split()
     for record in records[1:]:
         assert not [key for key in promised if not isinstance(record.get(key), float)]
-    assert [r["step"] for r in records if "val/accuracy" in r] == [0, 2, 4, 6]
-    assert (straight_run / "checkpoints" / "latest").read_text() == "step-000006"
+    assert [r["step"] for r in records if "val/accuracy" in r] == [0, 2, 4, 6, 8]
+    assert (straight_run / "checkpoints" / "latest").read_text() == "step-000008"
     assert (straight_run / "config.yaml").is_file()
     validation = [
-        json.loads(x) for x in (straight_run / "samples/step-000006.jsonl").read_text().splitlines()
+        json.loads(x) for x in (straight_run / "samples/step-000008.jsonl").read_text().splitlines()
     ]
     assert {s["id"] for s in validation if s["split"] == "val"} == {"t0", "t1", "t2", "t3"}
     for log in ("driver.log", "actor-0.log", "actor-1.log", "rollout-0.log"):
@@ -126,34 +126,35 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[bytes]) ->
     raise AssertionError(f"step {step} was never reached")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_SIGTERM), (signal.SIGINT, EXIT_SIGINT)])
-def test_interrupted_and_resumed_equals_straight_bitwise(
-    number: signal.Signals,
-    code: int,
-    straight_run: Path,
-    workspace: Workspace,
-    run_mssr: RunMssr,
-    tmp_path: Path,
-) -> None:
-    """Stop in the middle by a signal, for Ctrl-C to the whole process group; then go on to the same end."""
-    run_dir = tmp_path / "run"
-    arguments = ["train", workspace.config, *BASE, f"trainer.steps={STEPS}", f"trainer.run_dir={run_dir}"]
+def stop_by_signal(number: signal.Signals, arguments: list[Any], run_dir: Path) -> int:
+    """Start a run, stop it in the middle, return its exit code. Ctrl-C goes to the whole process group."""
+    next_step = metrics_of(run_dir)[-1]["step"] + 1 if run_dir.exists() else 1
     command = [sys.executable, "-m", "mssr.cli", *map(str, arguments)]
     process = subprocess.Popen(command, start_new_session=True)
     try:
-        wait_for_step(run_dir, 1, process)
+        wait_for_step(run_dir, next_step, process)
         if number == signal.SIGINT:
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
-        assert process.wait(timeout=120) == code
+        return process.wait(timeout=120)
     finally:
         process.kill()
-    stopped_at = metrics_of(run_dir)[-1]["step"]
-    assert 1 <= stopped_at < STEPS
-    assert (run_dir / "checkpoints" / "latest").read_text() == f"step-{stopped_at:06d}"
+
+
+def test_interrupted_twice_and_resumed_equals_straight_bitwise(
+    straight_run: Path, workspace: Workspace, run_mssr: RunMssr, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["train", workspace.config, *BASE, f"trainer.steps={STEPS}", f"trainer.run_dir={run_dir}"]
+    for number, code in ((signal.SIGTERM, EXIT_SIGTERM), (signal.SIGINT, EXIT_SIGINT)):
+        before = metrics_of(run_dir)[-1]["step"] if run_dir.exists() else 0
+        assert stop_by_signal(number, arguments, run_dir) == code
+        stopped_at = metrics_of(run_dir)[-1]["step"]
+        assert before < stopped_at < STEPS
+        assert (run_dir / "checkpoints" / "latest").read_text() == f"step-{stopped_at:06d}"
     # Engines draw from seeds of the requests, so their number makes no difference.
-    resumed = run_mssr(*arguments, *(["rollout.workers=2"] if number == signal.SIGTERM else []))
+    resumed = run_mssr(*arguments, "rollout.workers=2")
     assert resumed.returncode == 0, resumed.stderr
     assert comparable(metrics_of(run_dir)) == comparable(metrics_of(straight_run))
     assert samples_of(run_dir) == samples_of(straight_run)
@@ -168,7 +169,7 @@ def test_interrupted_and_resumed_equals_straight_bitwise(
 def test_resume_from_an_older_checkpoint_rewrites_no_history(
     straight_run: Path, workspace: Workspace, run_mssr: RunMssr, tmp_path: Path
 ) -> None:
-    """A crash after step 6 with a checkpoint of step 4: steps 5 and 6 are computed again, alike."""
+    """A crash after step 8 with a checkpoint of step 4: steps 5 to 8 are computed again, alike."""
     run_dir = tmp_path / "run"
     shutil.copytree(straight_run, run_dir)
     (run_dir / "checkpoints" / "latest").write_text("step-000004")
