@@ -27,9 +27,6 @@ class RayWorker:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         _redirect_output(log_file)
 
-    def pid(self) -> int:
-        return os.getpid()
-
     def rss_gib(self) -> float:
         from mssr.cluster.memory import rss_gib
 

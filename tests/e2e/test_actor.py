@@ -46,10 +46,13 @@ for number, job in enumerate(spec):
         updater = worker.updater
         state = _Step(batch)
         plan = updater.plan(batch, 0)[0]
+        runs = []
+        first_layer = worker.policy.model.model.language_model.layers[0]
+        first_layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
         updater._before_update(state, plan, needs_old=False)
         updater.backward(state, plan)
         tensors = {n: full_tensor(p.grad) for n, p in worker.policy.named_parameters() if p.grad is not None}
-        metrics = {"passes": len(plan.ranks[0])}
+        metrics = {"passes": len(plan.ranks[0]), "layer_runs": len(runs)}
     else:
         for step in range(job.get("steps", 1)):
             metrics = worker.update(batch, step)
@@ -129,8 +132,12 @@ def test_gradient_depends_neither_on_micro_batches_nor_on_ranks(workspace: Works
         sizes = ["actor.updates_per_step=1", "rollout.rollouts_per_step=12"]
         return {"gradient": True, "overrides": [*sizes, f"actor.micro_batch_tokens={budget}", *overrides]}
 
-    kept = "actor.keep_gathered=true"
-    runs = run_ranks(workspace, batch, 1, [job(100000), job(120)])
+    kept, recomputed = "actor.keep_gathered=true", "actor.activation_checkpointing=true"
+    *runs, (gradient, counts) = run_ranks(
+        workspace, batch, 1, [job(100000), job(120), job(100000, recomputed)]
+    )
+    assert relative_difference(runs[0][0], gradient) < 1e-5
+    assert (runs[0][1]["layer_runs"], counts["layer_runs"]) == (1, 2)
     runs += run_ranks(workspace, batch, 2, [job(100000), job(70), job(100000, kept), job(70, kept)])
     assert [m["passes"] for _, m in runs][::2] == [1, 1, 1]
     assert all(m["passes"] > 2 for _, m in runs[1::2])  # the budgets really differ
