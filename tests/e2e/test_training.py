@@ -142,6 +142,7 @@ def stop_by_signal(number: signal.Signals, arguments: list[Any], run_dir: Path) 
         process.kill()
 
 
+@pytest.mark.timeout(900)
 def test_interrupted_twice_and_resumed_equals_straight_bitwise(
     straight_run: Path, workspace: Workspace, run_mssr: RunMssr, tmp_path: Path
 ) -> None:
