@@ -63,15 +63,17 @@ def run(config: str, seed: int, overrides: list[str], run_dir: Path) -> dict[str
     child = subprocess.Popen([*command, *overrides])
     process = psutil.Process(child.pid)
     metrics = run_dir / "metrics.jsonl"
-    first_step, peak = None, 0.0
+    first_step, peak, next_sample = None, 0.0, started
     while child.poll() is None:
         if first_step is None and metrics.is_file() and '"step": 1,' in metrics.read_text():
             first_step = time.monotonic() - started
-        try:
-            peak = max(peak, memory_gib(process))
-        except psutil.Error:
-            break
-        time.sleep(2 if first_step else 0.2)
+        if time.monotonic() >= next_sample:  # seldom: reading the maps of a process holds it up
+            try:
+                peak = max(peak, memory_gib(process))
+            except psutil.Error:
+                break
+            next_sample = time.monotonic() + 2
+        time.sleep(0.2)
     if child.wait() != 0:
         raise SystemExit(f"seed {seed}: exit code {child.returncode}, see {run_dir}/logs")
     minutes = (time.monotonic() - started) / 60
