@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import importlib.util
 import inspect
 import logging
 import numbers
-import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from mssr import plugins
 from mssr.errors import TrainingError, UserError
 from mssr.rewards.base import RewardFunction, RewardResult
 from mssr.rewards.exact_match import exact_match
@@ -35,7 +31,7 @@ def register(name: str) -> Callable[[_F], _F]:
     Raises:
         ValueError: The name has a colon, which is how a file is told from a name.
     """
-    if ":" in name:
+    if plugins.is_spec(name):
         raise ValueError(f"the reward name {name!r} must not contain a colon")
 
     def add(function: _F) -> _F:
@@ -51,20 +47,20 @@ def names() -> list[str]:
 
 
 def resolve(name: str) -> RewardFunction:
-    """The function called ``name``, or the one in ``path/to/file.py:function``, loaded afresh.
+    """The function called ``name``, or the one in ``path/to/file.py:function``, see `mssr.plugins`.
 
     Raises:
         UserError: No such name, file or function; the file does not run; the function cannot be
             called as ``function(response, answer)``.
     """
-    path, colon, attribute = name.rpartition(":")
-    if not colon:
+    if not plugins.is_spec(name):
         if name not in _registry:
             close = difflib.get_close_matches(name, _registry, n=1, cutoff=0.5)
             hint = f", did you mean {close[0]!r}?" if close else ""
             raise UserError(f"unknown reward {name!r}{hint}: one of {names()} or path/to/file.py:function")
         return _registry[name]
-    function = getattr(_load(Path(path), name), attribute, None)
+    function = plugins.load(name, "reward", noun="function")
+    path, _, attribute = name.rpartition(":")
     if not callable(function):
         raise UserError(f"reward {name!r}: {path} has no function {attribute!r}")
     try:
@@ -184,24 +180,3 @@ def _number(key: str, value: object) -> float:
     if not abs(float(value)) <= _FLOAT32_MAX:  # NaN fails too
         raise ValueError(f"{key} must be finite in float32, not {value}")
     return float(value)
-
-
-def _load(path: Path, name: str) -> ModuleType:
-    """Run the file at ``path`` as a module of its own."""
-    if not path.is_file():
-        raise UserError(f"reward {name!r}: there is no file {str(path)!r}")
-    path = path.resolve()
-    # Two files called reward.py must not shadow each other.
-    module_name = f"mssr_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"reward {name!r}: {path} is not a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses and pickle look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[module_name]
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"reward {name!r}: {path} does not run: {reason}") from error
-    return module

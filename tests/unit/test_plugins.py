@@ -1,0 +1,107 @@
+"""Loading a user's function or class from a file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+
+from mssr import plugins
+from mssr.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+SOURCE = """
+from __future__ import annotations
+import dataclasses
+import math
+
+@dataclasses.dataclass
+class Point:
+    x: float = math.pi
+
+def double(x):
+    return 2 * x
+"""
+
+
+def write(path: Path, source: str = SOURCE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source)
+    return path
+
+
+def test_a_spec_has_a_colon() -> None:
+    assert plugins.is_spec("a/b.py:f") and plugins.is_spec(":f") and not plugins.is_spec("exact_match")
+
+
+def test_functions_and_classes_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "mine.py")
+    assert plugins.load(f"{path}:double", "reward")(4) == 8
+    point = plugins.load(f"{path}:Point", "algorithm")
+    assert pickle.loads(pickle.dumps(point(2.0))) == point(2.0)
+    assert point.__module__ in sys.modules
+    monkeypatch.chdir(tmp_path)
+    assert plugins.load("mine.py:Point", "algorithm") is point
+    assert not list(tmp_path.glob("__pycache__"))  # nothing is written beside the user's file
+
+
+def test_a_file_runs_once_until_it_is_edited(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.py", "value = object()\nnumber = 1\n")
+    spec = f"{path}:value"
+    before = os.stat(path)
+    first = plugins.load(spec, "reward")
+    assert plugins.load(spec, "reward") is first
+    write(path, "value = object()\nnumber = 2\n")  # as long as before, and within the same second
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert plugins.load(spec, "reward") is not first
+    assert plugins.load(f"{path}:number", "reward") == 2
+
+
+def test_files_of_one_name_do_not_shadow_each_other(tmp_path: Path) -> None:
+    first = write(tmp_path / "a/mine.py", "def f(): return __name__")
+    second = write(tmp_path / "b/mine.py", "def f(): return __name__")
+    names = [plugins.load(f"{path}:f", "reward")() for path in (first, second)]
+    assert names[0] != names[1] and "mine" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "attribute", "message"),
+    [
+        ("missing.py", None, "f", "there is no file '.*missing.py'"),
+        ("text.txt", "hello", "f", r"text.txt is not a Python file \(.py\)"),
+        ("syntax.py", "def f(:\n", "f", "syntax.py does not run: SyntaxError"),
+        ("exits.py", "import sys\nsys.exit(3)\n", "f", "exits.py does not run: SystemExit: 3"),
+        ("raises.py", "raise KeyError('one\\ntwo')\n", "f", "raises.py does not run: KeyError"),
+        ("mine.py", SOURCE, "duble", "mine.py has no class 'duble', did you mean 'double'?"),
+        ("mine.py", SOURCE, "mathe", "mine.py has no class 'mathe'$"),
+        ("mine.py", SOURCE, "", "mine.py has no class ''$"),
+    ],
+)
+def test_errors_are_one_line(
+    tmp_path: Path, file: str, source: str | None, attribute: str, message: str
+) -> None:
+    if source is not None:
+        write(tmp_path / file, source)
+    for _ in range(2):  # a file that failed is not taken for loaded
+        with pytest.raises(UserError, match=message) as error:
+            plugins.load(f"{tmp_path / file}:{attribute}", "algorithm", noun="class")
+        assert str(error.value).startswith(f"algorithm '{tmp_path / file}:{attribute}'")
+        assert "\n" not in str(error.value)
+
+
+def test_a_spec_without_a_file_is_refused() -> None:
+    with pytest.raises(UserError, match=r"reward ':f' is not of the form path/to/file\.py:attribute"):
+        plugins.load(":f", "reward")
+    with pytest.raises(UserError, match="'grpo' is not of the form"):
+        plugins.load("grpo", "reward")
+
+
+def test_an_interrupt_while_a_file_runs_is_no_error_of_the_user(tmp_path: Path) -> None:
+    path = write(tmp_path / "slow.py", "raise KeyboardInterrupt\n")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            plugins.load(f"{path}:f", "reward")
