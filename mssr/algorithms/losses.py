@@ -1,74 +1,55 @@
 """Token-level losses over flat response tokens, and their aggregation.
 
-N is the number of response tokens of a micro-batch, ragged and without padding, so there is no mask.
-All tensors are (N,) float32 (float64 works too) on one device.
+N is the number of response tokens of a micro-batch, ragged and without padding, so there is no mask;
+S whole sequences of `lengths` (S,) are laid end to end. All tensors are (N,) float32 (float64 works
+too) on one device.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 
-_MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to +-20: exp(20) = 5e8 keeps one absurd token from making the loss infinite.
-The gradient is zero beyond it."""
+from mssr.algorithms.policy_losses import AGGREGATIONS, bind_loss
+from mssr.algorithms.sequences import check_lengths, check_same_shape, clamped_log_ratio, to_tokens
 
 
 def policy_loss(
     log_probs: torch.Tensor,
     old_log_probs: torch.Tensor,
     advantages: torch.Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.3,
-    dual_clip: float | None = 3.0,
+    lengths: torch.Tensor | None = None,
+    *,
+    name: str = "ppo",
+    **options: Any,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """L_t = -min(rho*A, clip(rho, 1 - clip_low, 1 + clip_high)*A), rho = exp(log pi - log pi_old).
-
-    PPO, arXiv 1707.06347; unequal bounds from DAPO, arXiv 2503.14476. Dual clip, arXiv 1912.09729:
-    where A < 0 the loss is at most -dual_clip * A, because -rho*A has no upper bound there.
+    """The policy-gradient loss called ``name``; see `mssr.algorithms.policy_losses` for what there is.
 
     Args:
         log_probs: (N,) nats, of the sampled tokens under the policy in training.
         old_log_probs: (N,) nats, under the policy before the step. No gradient goes into it. For a
-            single on-policy update pass ``log_probs.detach()``: rho is then 1 and the gradient is
-            that of -A * log pi.
+            single on-policy update pass ``log_probs.detach()``.
         advantages: (N,) A_t, shaped or not. No gradient goes into it.
-        clip_low: In [0, 1].
-        clip_high: >= 0.
-        dual_clip: > 1, or None for no dual clip.
+        lengths: (S,) int64 tokens of each sequence, adding up to N. Needed by losses that look at
+            whole sequences (gspo).
+        name: Registered name, or ``path/to/file.py:function``.
+        options: Those of the loss, for example ``clip_low``; the others have their defaults.
 
     Returns:
-        The loss of every token, (N,), with gradient, and a dict of (N,) tensors without: ``ratio``
-        (rho), ``clipped`` (1 where the clip replaced rho*A, so the token has no gradient) and
-        ``dual_clipped`` (1 where the dual clip did).
+        The loss of every token, (N,), with gradient, and a dict of (N,) tensors without: ``ratio``,
+        and where the loss has such clips ``clip_fraction`` and ``dual_clip_fraction``.
 
     Raises:
-        ValueError: The shapes differ, or a number is out of its range.
+        ValueError: No such loss or option, the shapes differ, a number is out of its range, or
+            lengths are missing or wrong.
     """
-    _check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
-    if not 0 <= clip_low <= 1:
-        raise ValueError(f"clip_low must be in [0, 1], not {clip_low}")
-    if not clip_high >= 0:
-        raise ValueError(f"clip_high must be >= 0, not {clip_high}")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip must be > 1 or None, not {dual_clip}")
-    a = advantages.detach()
-    ratio = torch.exp(torch.clamp(log_probs - old_log_probs.detach(), -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
-    unclipped = -ratio * a
-    clipped = -torch.clamp(ratio, 1 - clip_low, 1 + clip_high) * a
-    loss = torch.maximum(unclipped, clipped)
-    dual = torch.zeros_like(a, dtype=torch.bool)
-    if dual_clip is not None:
-        dual = (a < 0) & (loss > -dual_clip * a)
-        loss = torch.where(dual, -dual_clip * a, loss)
-    info = {
-        "ratio": ratio.detach(),
-        "clipped": (clipped > unclipped).to(a.dtype),
-        "dual_clipped": dual.to(a.dtype),
-    }
-    return loss, info
+    per_token, info = bind_loss(name, options)(log_probs, old_log_probs, advantages, lengths)
+    # A loss from a file may have reduced its result.
+    check_same_shape(log_probs=log_probs, loss=per_token, **info)
+    return per_token, info
 
 
 def kl_penalty(
@@ -90,8 +71,8 @@ def kl_penalty(
     Raises:
         ValueError: Unknown kind, or the shapes differ.
     """
-    _check_same_shape(log_probs=log_probs, ref_log_probs=ref_log_probs)
-    d = torch.clamp(ref_log_probs.detach() - log_probs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    check_same_shape(log_probs=log_probs, ref_log_probs=ref_log_probs)
+    d = clamped_log_ratio(ref_log_probs.detach(), log_probs)
     if kind == "k1":
         return -d
     if kind == "k2":
@@ -110,8 +91,8 @@ def aggregate(
     With w = 1 and the number of response tokens of the whole mini-batch, over all micro-batches and
     ranks, as denominator, the sum over micro-batches and ranks is the global token mean: its gradient
     depends neither on the micro-batch budget nor on the world size. (A framework that averages
-    gradients over W ranks needs the result times W.) A sequence mean is w_t = 1/length over the
-    number of sequences.
+    gradients over W ranks needs the result times W.) `aggregation_weights` and
+    `aggregation_denominator` give both numbers for the other means.
 
     Args:
         per_token: (N,); N may be 0 (a rank without tokens), which gives 0 that still has a graph.
@@ -119,7 +100,7 @@ def aggregate(
         weights: (N,) factors, without gradient, or None for 1.
 
     Returns:
-        () scalar.
+        () scalar, of the dtype of ``per_token``.
 
     Raises:
         ValueError: The denominator is not a finite number > 0, or the shapes differ.
@@ -127,13 +108,78 @@ def aggregate(
     if not (math.isfinite(denominator) and denominator > 0):
         raise ValueError(f"the denominator of the loss must be a finite number > 0, not {denominator}")
     if weights is not None:
-        _check_same_shape(per_token=per_token, weights=weights)
-        per_token = per_token * weights.detach()
+        check_same_shape(per_token=per_token, weights=weights)
+        per_token = per_token * weights.detach().to(per_token.dtype)
     return per_token.sum() / denominator
 
 
-def _check_same_shape(**tensors: torch.Tensor) -> None:
-    """Broadcasting (N,) with (N, 1) would silently give an (N, N) loss."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError("one shape is needed, not " + ", ".join(f"{k} {v}" for k, v in shapes.items()))
+def aggregation_weights(
+    lengths: torch.Tensor, mode: str, constant_length: int | None = None
+) -> torch.Tensor | None:
+    """The weights of `aggregate` for the sequences of one micro-batch.
+
+    - ``token_mean``: w = 1; every token of the mini-batch counts the same.
+    - ``sequence_mean``: w = 1/length of the token's sequence; every sequence that is not empty counts
+      the same, however long.
+    - ``constant_length``: w = 1 over a denominator that does not depend on the lengths, so that a long
+      response does not weaken the gradient of each of its tokens (Dr. GRPO, arXiv 2503.20783).
+
+    Args:
+        lengths: (S,) int64, of whole sequences: one that is split over micro-batches has no 1/length.
+        mode: One of `AGGREGATIONS`.
+        constant_length: Only checked here; it belongs to the denominator.
+
+    Returns:
+        (N,) float64 without gradient, or None for 1.
+
+    Raises:
+        ValueError: Unknown mode, or a constant length that is not > 0.
+    """
+    _check_mode(mode, constant_length)
+    if mode != "sequence_mean":
+        return None
+    tokens = int(lengths.sum())
+    check_lengths(lengths, tokens)
+    inverse = 1 / lengths.clamp(min=1).double()  # an empty sequence has no token to weigh
+    return to_tokens(inverse, lengths, like=inverse.new_empty(tokens))
+
+
+def aggregation_denominator(
+    lengths: torch.Tensor | Sequence[int], mode: str, constant_length: int | None = None
+) -> float:
+    """The denominator of `aggregate` for a whole mini-batch: all its micro-batches, on all ranks.
+
+    It depends on lengths alone, so every rank knows it before its first forward pass.
+
+    Args:
+        lengths: (S,) tokens of every sequence of the mini-batch.
+        mode: ``token_mean``: number of tokens. ``sequence_mean``: number of sequences that are not
+            empty. ``constant_length``: number of all sequences times ``constant_length``.
+        constant_length: Tokens, > 0; needed in the mode of that name.
+
+    Returns:
+        A number > 0: 1 where the mini-batch has no token (there is then nothing to divide).
+
+    Raises:
+        ValueError: Unknown mode, or ``constant_length`` is missing or not > 0.
+    """
+    _check_mode(mode, constant_length)
+    lengths = torch.as_tensor(lengths, dtype=torch.int64)
+    tokens = int(lengths.sum())
+    check_lengths(lengths, tokens)
+    if tokens == 0:
+        return 1.0
+    if mode == "token_mean":
+        return float(tokens)
+    if mode == "sequence_mean":
+        return float((lengths > 0).sum())
+    if constant_length is None:
+        raise ValueError("aggregation constant_length needs the length, a number of tokens")
+    return float(len(lengths) * constant_length)
+
+
+def _check_mode(mode: str, constant_length: int | None) -> None:
+    if mode not in AGGREGATIONS:
+        raise ValueError(f"unknown aggregation {mode!r}: choose one of {', '.join(AGGREGATIONS)}")
+    if constant_length is not None and not constant_length > 0:
+        raise ValueError(f"constant_length must be > 0, not {constant_length}")

@@ -9,6 +9,9 @@ import math
 
 import torch
 
+_LEAST_LOG_PROB = -1e4
+"""exp of it is 0 in float32 and in float64."""
+
 
 def entropy_bonus(
     advantages: torch.Tensor, entropy: torch.Tensor, coef: float = 0.4, divisor: float = 2.0
@@ -42,3 +45,20 @@ def entropy_bonus(
     if not divisor > 0:
         raise ValueError(f"divisor must be > 0, not {divisor}")
     return torch.minimum(coef * entropy.detach(), advantages.detach().abs() / divisor)
+
+
+def sampled_entropy(log_probs: torch.Tensor) -> torch.Tensor:
+    """-p * log p of the sampled token: the measure that the published code of MSSR calls entropy.
+
+    It is one term of the sum that the exact entropy is, so at most 1/e (at p = 1/e), and it falls
+    again for rare tokens, which are the surprising ones. For comparison with that code.
+
+    Args:
+        log_probs: (N,) nats, of the sampled tokens, any float dtype and any shape.
+
+    Returns:
+        Same shape, nats, in [0, 1/e], without gradient.
+    """
+    # Rounding may leave a log-prob just above 0; and at minus infinity the product would be NaN.
+    log_p = log_probs.detach().clamp(_LEAST_LOG_PROB, 0.0)
+    return -log_p * torch.exp(log_p)

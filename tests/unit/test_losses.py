@@ -63,10 +63,10 @@ def test_policy_loss_by_hand() -> None:
     expected = torch.tensor([-1.0, -1.3, -0.5, 2.0, 0.8, 3.0], dtype=torch.float64)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(info["ratio"], ratio)
-    assert info["clipped"].tolist() == [0, 1, 0, 0, 1, 0]
-    assert info["dual_clipped"].tolist() == [0, 0, 0, 0, 0, 1]
+    assert info["clip_fraction"].tolist() == [0, 1, 0, 0, 1, 0]
+    assert info["dual_clip_fraction"].tolist() == [0, 0, 0, 0, 0, 1]
     without, info = losses.policy_loss(ratio.log(), torch.zeros_like(a), a, dual_clip=None)
-    assert without[-1] == pytest.approx(4.0) and info["dual_clipped"].sum() == 0
+    assert without[-1] == pytest.approx(4.0) and info["dual_clip_fraction"].sum() == 0
     wider, _ = losses.policy_loss(ratio.log(), torch.zeros_like(a), a, clip_low=0.4, clip_high=0.5)
     assert wider[1] == pytest.approx(-1.5) and wider[4] == pytest.approx(0.6)
 
@@ -83,7 +83,7 @@ def test_policy_loss_gradient_agrees_with_finite_differences() -> None:
     difference = losses.policy_loss(new + h, old, a)[0] - losses.policy_loss(new - h, old, a)[0]
     assert x.grad is not None
     torch.testing.assert_close(x.grad, difference / (2 * h), rtol=1e-6, atol=1e-8)
-    stopped = (info["clipped"] + info["dual_clipped"]) > 0
+    stopped = (info["clip_fraction"] + info["dual_clip_fraction"]) > 0
     assert stopped.any() and (x.grad[stopped] == 0).all()
     free = ~stopped
     torch.testing.assert_close(x.grad[free], (-info["ratio"] * a)[free])

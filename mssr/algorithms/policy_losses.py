@@ -1,0 +1,337 @@
+"""The policy-gradient losses, by name. All have one signature::
+
+    loss(log_probs, old_log_probs, advantages, lengths, *, option=default, ...) -> (per_token, info)
+
+log_probs: (N,) nats, of the sampled tokens under the policy in training. old_log_probs: (N,) nats,
+under the policy before the step; ``log_probs.detach()`` for a single on-policy update, where the
+gradient of every loss here is that of -A * log pi. advantages: (N,) A_t, shaped or not. lengths: (S,)
+int64 tokens of each of the S whole sequences, adding up to N; None where a loss only looks at tokens.
+Gradient goes into log_probs only. With rho = exp(log_probs - old_log_probs), `info` holds (N,) tensors
+without gradient, whose token means are reported as ``policy/<key>``:
+
+- ``ratio``: rho, or what the loss has in its place;
+- ``clip_fraction``: 1 where the clip decided, in losses that have one;
+- ``dual_clip_fraction``: 1 where the dual clip did.
+
+A ValueError names shapes that differ and options out of their range. float32 and float64 work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+
+from mssr.algorithms.sequences import (
+    check_lengths,
+    check_same_shape,
+    clamped_log_ratio,
+    sequence_means,
+    to_tokens,
+)
+
+Info = dict[str, torch.Tensor]
+PolicyLoss = Callable[..., tuple[torch.Tensor, Info]]
+_F = TypeVar("_F", bound=PolicyLoss)
+_registry: dict[str, PolicyLoss] = {}
+AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length")
+"""How tokens may be aggregated, see `mssr.algorithms.losses.aggregation_weights`."""
+_INPUTS = ("log_probs", "old_log_probs", "advantages", "lengths")
+
+
+# --- by name -------------------------------------------------------------------------------------
+
+
+def register_loss(name: str, aggregation: str | None = None) -> Callable[[_F], _F]:
+    """Function decorator: make a policy loss available as ``algorithm.loss.name``.
+
+    Args:
+        name: A name without a colon.
+        aggregation: How its tokens are aggregated unless the user says otherwise, see
+            `mssr.algorithms.losses.aggregation_weights`; None leaves it to the method.
+
+    Raises:
+        ValueError: The name is taken, the function has another signature, or no such aggregation.
+    """
+
+    def add(function: _F) -> _F:
+        taken = _registry.get(name)
+        if taken is not None and _identity(taken) != _identity(function):
+            # The same function again is a notebook cell that was run twice, or a module reload.
+            raise ValueError(f"the policy loss name {name!r} is taken by {_identity(taken)}")
+        _options(function, name)
+        _check_aggregation(aggregation, name)
+        function.aggregation = aggregation  # type: ignore[attr-defined]
+        _registry[name] = function
+        return function
+
+    return add
+
+
+def loss_names() -> list[str]:
+    """All registered names, sorted."""
+    return sorted(_registry)
+
+
+def get_loss(name: str) -> PolicyLoss:
+    """The loss called ``name``, or the function of a ``path/to/file.py:function``.
+
+    Raises:
+        ValueError: No such name (the nearest and all are given), or a function of another signature.
+        UserError: The file cannot be read or run, or has no such function.
+    """
+    if name in _registry:
+        return _registry[name]
+    if ":" in name or name.endswith(".py"):
+        from mssr.plugins import load
+
+        function = load(name, kind="loss")
+        _options(function, name)
+        return function
+    raise ValueError(f"unknown policy loss {name!r}{_did_you_mean(name, _registry)}: one of {loss_names()}")
+
+
+def loss_options(name: str) -> dict[str, Any]:
+    """The options of a loss and their defaults, in the order of its signature.
+
+    Raises:
+        ValueError, UserError: As `get_loss`.
+    """
+    return _options(get_loss(name), name)
+
+
+def loss_aggregation(name: str) -> str | None:
+    """The aggregation that a loss asks for; None leaves it to the method.
+
+    Raises:
+        ValueError, UserError: As `get_loss`.
+    """
+    aggregation = getattr(get_loss(name), "aggregation", None)
+    _check_aggregation(aggregation, name)
+    return aggregation
+
+
+def bind_loss(name: str, options: Mapping[str, Any]) -> PolicyLoss:
+    """The loss with its options filled in, to be called with the four tensors.
+
+    Raises:
+        ValueError, UserError: As `get_loss`, or the loss has no such option.
+    """
+    function = get_loss(name)
+    known = _options(function, name)
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"policy loss {name!r} has no option {option!r}{_did_you_mean(option, known)}:"
+                f" it takes {list(known) or 'none'}"
+            )
+    return functools.partial(function, **options)
+
+
+def _options(function: PolicyLoss, name: str) -> dict[str, Any]:
+    """Keyword-only parameters and their defaults; ValueError for a signature that is not a loss's."""
+    if not callable(function):
+        raise ValueError(f"policy loss {name!r} is {type(function).__name__}, not a function")
+    parameters = list(inspect.signature(function).parameters.values())
+    inputs, options = parameters[: len(_INPUTS)], parameters[len(_INPUTS) :]
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if len(inputs) < len(_INPUTS) or any(p.kind not in by_position for p in inputs):
+        raise ValueError(
+            f"policy loss {name!r} must take {', '.join(_INPUTS)} by position, then its options by keyword"
+        )
+    for option in options:
+        if option.default is option.empty or option.kind is not option.KEYWORD_ONLY:
+            raise ValueError(
+                f"option {option.name!r} of policy loss {name!r} must be keyword-only and have a default"
+            )
+    return {option.name: option.default for option in options}
+
+
+def _check_aggregation(aggregation: str | None, name: str) -> None:
+    if aggregation is not None and aggregation not in AGGREGATIONS:
+        raise ValueError(
+            f"policy loss {name!r} asks for the aggregation {aggregation!r}: choose one of"
+            f" {', '.join(AGGREGATIONS)}"
+        )
+
+
+def _identity(function: PolicyLoss) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+# --- the losses ----------------------------------------------------------------------------------
+
+
+@register_loss("ppo")
+def ppo(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    lengths: torch.Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.3,
+    dual_clip: float | None = 3.0,
+) -> tuple[torch.Tensor, Info]:
+    """L_t = -min(rho*A, clip(rho, 1 - clip_low, 1 + clip_high)*A).
+
+    PPO, arXiv 1707.06347; unequal bounds from DAPO, arXiv 2503.14476. Dual clip, arXiv 1912.09729:
+    where A < 0 the loss is at most -dual_clip * A, because -rho*A has no upper bound there. A token
+    that either clip decided has no gradient.
+
+    Args:
+        clip_low: In [0, 1].
+        clip_high: >= 0.
+        dual_clip: > 1, or None for no dual clip.
+    """
+    _check_inputs(log_probs, old_log_probs, advantages)
+    _check_option("clip_low", clip_low, 0, 1)
+    _check_option("clip_high", clip_high, 0)
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip must be > 1 or None, not {dual_clip}")
+    a = advantages.detach()
+    ratio = torch.exp(clamped_log_ratio(log_probs, old_log_probs.detach()))
+    loss, clipped = _pessimistic(ratio, a, clip_low, clip_high)
+    dual = torch.zeros_like(a, dtype=torch.bool)
+    if dual_clip is not None:
+        dual = (a < 0) & (loss > -dual_clip * a)
+        loss = torch.where(dual, -dual_clip * a, loss)
+    return loss, {
+        "ratio": ratio.detach(),
+        "clip_fraction": clipped.to(a.dtype),
+        "dual_clip_fraction": dual.to(a.dtype),
+    }
+
+
+@register_loss("gspo", aggregation="sequence_mean")
+def gspo(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    lengths: torch.Tensor | None,
+    *,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+) -> tuple[torch.Tensor, Info]:
+    """L_t = -min(s_t*A, clip(s_t, 1 - clip_low, 1 + clip_high)*A), s_t = sg[s] * pi_t / sg[pi_t].
+
+    s = exp(mean over the sequence of log rho) is the length-normalised likelihood ratio of the whole
+    response. arXiv 2507.18071: this is its GSPO-token form, which takes a different advantage for
+    each token; where they are equal, the mean over the sequence has the value and the gradient of the
+    sequence form, so aggregate it as ``sequence_mean``. Defaults: its section 5.1. Each log rho is
+    clamped before the mean, and a token beyond has no gradient.
+
+    Args:
+        lengths: Needed here.
+        clip_low: In [0, 1].
+        clip_high: >= 0. Both are small because s hardly moves: it is a mean over many tokens.
+
+    Returns:
+        As all losses; ``ratio`` is s.
+    """
+    _check_inputs(log_probs, old_log_probs, advantages)
+    if lengths is None:
+        raise ValueError("gspo compares whole sequences: it needs lengths")
+    check_lengths(lengths, len(log_probs))
+    _check_option("clip_low", clip_low, 0, 1)
+    _check_option("clip_high", clip_high, 0)
+    a = advantages.detach()
+    log_ratio = clamped_log_ratio(log_probs, old_log_probs.detach())
+    mean = to_tokens(sequence_means(log_ratio, lengths), lengths, like=log_ratio)
+    # In value exp(mean) and, because of the difference that is always 0, with gradient s at its own token.
+    ratio = torch.exp(mean + (log_ratio - log_ratio.detach()))
+    loss, clipped = _pessimistic(ratio, a, clip_low, clip_high)
+    return loss, {"ratio": ratio.detach(), "clip_fraction": clipped.to(a.dtype)}
+
+
+@register_loss("cispo")
+def cispo(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    lengths: torch.Tensor | None = None,
+    *,
+    clip_low: float = 1.0,
+    clip_high: float = 4.0,
+) -> tuple[torch.Tensor, Info]:
+    """L_t = -sg[clip(rho, 1 - clip_low, 1 + clip_high)] * A * log pi.
+
+    arXiv 2506.13585 (MiniMax-M1): the importance weight is clipped, not the update, so that every token
+    keeps a gradient. The paper has no lower bound and does not state the upper
+    one. Ours is a largest weight of 5, which ScaleRL (arXiv 2510.13786) calls eps_max and TRL
+    recommends; verl's example has clip_low=10, clip_high=0.2.
+
+    Args:
+        clip_low: >= 0; from 1 on there is no lower bound.
+        clip_high: >= 0.
+
+    Returns:
+        As all losses; ``ratio`` is rho before the clip, and ``clip_fraction`` marks tokens whose
+        weight was clipped, which still have a gradient.
+    """
+    _check_inputs(log_probs, old_log_probs, advantages)
+    _check_option("clip_low", clip_low, 0)
+    _check_option("clip_high", clip_high, 0)
+    ratio = torch.exp(clamped_log_ratio(log_probs, old_log_probs)).detach()
+    weight = torch.clamp(ratio, 1 - clip_low, 1 + clip_high)
+    loss = -weight * advantages.detach() * log_probs
+    return loss, {"ratio": ratio, "clip_fraction": (weight != ratio).to(ratio.dtype)}
+
+
+@register_loss("sapo")
+def sapo(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    lengths: torch.Tensor | None = None,
+    *,
+    tau_positive: float = 1.0,
+    tau_negative: float = 1.05,
+) -> tuple[torch.Tensor, Info]:
+    """L_t = -f*A, f = sigmoid(tau*(rho - 1)) * 4/tau, tau = tau_positive where A > 0, else tau_negative.
+
+    arXiv 2511.20347: a smooth gate in place of the clip. Its slope at rho = 1 is 1, so the gradient on
+    policy is that of the others, and it falls off on both sides, faster for a larger tau. The paper
+    has tau_negative > tau_positive, because lowering one token raises all others.
+
+    Args:
+        tau_positive, tau_negative: > 0.
+    """
+    _check_inputs(log_probs, old_log_probs, advantages)
+    for name, value in (("tau_positive", tau_positive), ("tau_negative", tau_negative)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a finite number > 0, not {value}")
+    a = advantages.detach()
+    ratio = torch.exp(clamped_log_ratio(log_probs, old_log_probs.detach()))
+    tau = torch.full_like(a, tau_negative).masked_fill(a > 0, tau_positive)
+    gate = torch.sigmoid(tau * (ratio - 1)) * (4 / tau)
+    return -gate * a, {"ratio": ratio.detach()}
+
+
+def _pessimistic(
+    ratio: torch.Tensor, a: torch.Tensor, clip_low: float, clip_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-min(ratio*A, clip(ratio)*A), and where the clipped term is the smaller one and stops the gradient."""
+    unclipped = -ratio * a
+    clipped = -torch.clamp(ratio, 1 - clip_low, 1 + clip_high) * a
+    return torch.maximum(unclipped, clipped), clipped > unclipped
+
+
+def _check_inputs(log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor) -> None:
+    check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
+
+
+def _check_option(name: str, value: float, low: float, high: float = math.inf) -> None:
+    if not low <= value <= high:
+        bounds = f"in [{low}, {high}]" if math.isfinite(high) else f">= {low}"
+        raise ValueError(f"{name} must be {bounds}, not {value}")
