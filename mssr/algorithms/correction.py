@@ -27,7 +27,6 @@ WEIGHTS = ("none", "token", "sequence")
 MASKS = ("none", "token", "sequence", "geometric")
 
 
-@torch.no_grad()
 def rollout_correction(
     old_log_probs: torch.Tensor,
     engine_log_probs: torch.Tensor,
@@ -75,7 +74,7 @@ def rollout_correction(
     check_same_shape(old_log_probs=old_log_probs, engine_log_probs=engine_log_probs)
     check_lengths(lengths, len(old_log_probs))
     _check_options(weight, max_weight, mask, mask_low, mask_high)
-    log_ratio = clamped_log_ratio(old_log_probs, engine_log_probs)
+    log_ratio = clamped_log_ratio(old_log_probs, engine_log_probs).detach()
 
     def ratio(level: str) -> torch.Tensor:
         if level == "token":

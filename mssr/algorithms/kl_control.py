@@ -56,14 +56,14 @@ class KLController:
             rollouts: Responses in the step, >= 0.
 
         Raises:
-            ValueError: ``kl`` is not finite, or there are fewer than 0 rollouts.
+            ValueError: The weight is adaptive and ``kl`` not finite, or the rollouts are below 0.
         """
+        if self.target is None:
+            return
         if not math.isfinite(kl):
             raise ValueError(f"the KL to the reference must be finite, not {kl}")
         if rollouts < 0:
             raise ValueError(f"a step has 0 or more rollouts, not {rollouts}")
-        if self.target is None:
-            return
         error = min(max(kl / self.target - 1, -_MAX_ERROR), _MAX_ERROR)
         self._coef *= 1 + error * min(rollouts / self.horizon, 1.0)
 
