@@ -1,8 +1,8 @@
 """From scores to learning signal: baselines, advantages, shaping, losses, and the methods by name.
 
-Pure: NumPy, torch and the standard library; no Ray, no model, no config. The two modules that need
-torch, `losses` and `shaping`, are loaded when first used, so that a command that only checks a config
-does not wait for it. A new method is a new module and its line among the imports below.
+Pure: NumPy, torch and the standard library; no Ray, no model, no config. The modules that need torch
+are loaded when first used, so that a command that only checks a config does not wait for it. A new
+method is a new module and its line among the imports below, or a user's ``path/to/file.py:Class``.
 """
 
 from __future__ import annotations
@@ -15,36 +15,49 @@ from mssr.algorithms import advantages
 from mssr.algorithms.base import Algorithm
 from mssr.algorithms.baseline import BetaBaseline
 from mssr.algorithms.discount import AdaptiveDiscount
+from mssr.algorithms.dr_grpo import DrGRPO
 from mssr.algorithms.grpo import GRPO
+from mssr.algorithms.kl_control import KLController
+from mssr.algorithms.lite_ppo import LitePPO
 from mssr.algorithms.registry import create, get, names, options, register
-from mssr.algorithms.reinforce_pp import ReinforcePP
+from mssr.algorithms.reinforce_pp import ReinforcePP, ReinforcePPBaseline
 from mssr.algorithms.rloo import RLOO
 from mssr.algorithms.single_rollout import MSSR, MVSR
+from mssr.algorithms.spo import SPO
 
 if TYPE_CHECKING:
-    from mssr.algorithms import losses, shaping
+    from mssr.algorithms import correction, losses, policy_losses, shaping
 
 __all__ = [
     "GRPO",
     "MSSR",
     "MVSR",
     "RLOO",
+    "SPO",
     "AdaptiveDiscount",
     "Algorithm",
     "BetaBaseline",
+    "DrGRPO",
+    "KLController",
+    "LitePPO",
     "ReinforcePP",
+    "ReinforcePPBaseline",
     "advantages",
+    "correction",
     "create",
     "get",
     "losses",
     "names",
     "options",
+    "policy_losses",
     "register",
     "shaping",
 ]
 
+_NEED_TORCH = ("correction", "losses", "policy_losses", "shaping")
+
 
 def __getattr__(name: str) -> ModuleType:
-    if name in ("losses", "shaping"):
+    if name in _NEED_TORCH:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

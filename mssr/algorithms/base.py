@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from mssr.algorithms.advantages import FloatVector
+from mssr.algorithms.advantages import FloatVector, check_penalties
+
+if TYPE_CHECKING:
+    from mssr.algorithms.baseline import BetaBaseline
 
 _STATE_VERSION = 1
 
@@ -18,22 +21,43 @@ class Algorithm(ABC):
     """One estimator. The driver calls, each step::
 
         advantages, metrics = algorithm.advantages(prompt_ids, rewards, lengths)
-        ...                                        # the actor's update, which measures kl_update
-        algorithm.observe(prompt_ids, rewards, kl_update)
+        ...                                        # the actor's update, which measures kl
+        algorithm.observe(prompt_ids, rewards, kl)
+
+    With KL in the reward it calls `token_advantages` in place of `advantages`.
 
     A subclass takes its own options as keyword arguments with defaults and calls
-    ``@register("name")``; see `mssr.algorithms.registry`. If it keeps state, it lists the parts that
-    hold it in `_parts`, and saving and loading follow.
+    ``@register("name")``, or is given as ``path/to/file.py:Class``; see `mssr.algorithms.registry`. If
+    it keeps state, it lists the parts that hold it in `_parts`, and saving and loading follow.
     """
 
     name: ClassVar[str] = ""
-    """Its name in the registry, set by ``register``."""
+    """Its name in the registry, set by ``register``; of a class from a file, ``path/to/file.py:Class``."""
     default_n: ClassVar[int] = 1
     """Responses for each prompt unless the user says otherwise."""
     min_n: ClassVar[int] = 1
     """Fewest responses for each prompt: 2 for a method that compares those of a prompt."""
     shapes_entropy: ClassVar[bool] = False
     """Whether entropy shaping (`mssr.algorithms.shaping`) is on unless the user says otherwise."""
+    aggregation: ClassVar[str | None] = None
+    """The loss aggregation that the method is defined with; None for the policy loss's own."""
+    default_sampler: ClassVar[str] = "epochs"
+    """How prompts are drawn unless the user says otherwise: "epochs" or "uncertainty"."""
+    bounded_rewards: ClassVar[bool] = False
+    """Whether rewards must be in [0, 1]. KL then cannot be in the reward."""
+    token_level: ClassVar[bool] = False
+    """Whether `token_advantages` gives the tokens of a response different advantages."""
+    kl_source: str = "update"
+    """The KL that `observe` is to be given: "update" (policies before and after the step), "reference"
+    (policy and frozen base model), or "last_visit" (how far the policy has moved on a prompt's previous
+    response since it was given: a number for each response)."""
+    divergence: str = "k3"
+    """How "last_visit" measures: token mean of "k3", an estimate of KL(then || now), or of "abs", the
+    change of a log-prob."""
+    init_rollouts: int = 0
+    """Responses for each prompt that `initialize` is to be told of before the first step."""
+    baseline: BetaBaseline | None = None
+    """The estimate of each prompt's chance of success, where the method keeps one."""
 
     @abstractmethod
     def advantages(
@@ -52,19 +76,70 @@ class Algorithm(ABC):
             a baseline.
 
         Raises:
-            ValueError: The lengths differ, or the method cannot use such a batch.
+            ValueError: The lengths differ, a reward is not finite (or not in [0, 1] where they are
+                bounded), or the method cannot use such a batch.
         """
 
+    def token_advantages(
+        self,
+        prompt_ids: Sequence[str],
+        rewards: npt.ArrayLike,
+        lengths: npt.ArrayLike,
+        token_penalties: npt.ArrayLike,
+    ) -> tuple[FloatVector, dict[str, float]]:
+        """`advantages` with a penalty for each token in the reward; changes no state.
+
+        A method without a form of its own subtracts a response's penalties from its reward and gives
+        each of its tokens the same advantage.
+
+        Args:
+            prompt_ids, rewards, lengths: As for `advantages`.
+            token_penalties: (N,) of the tokens, responses end to end, N the sum of ``lengths``;
+                multiplied by their coefficient already.
+
+        Returns:
+            (N,) float32 advantages of the tokens, and the metrics of `advantages`. Without penalties
+            that is `advantages`, each repeated as often as its response has tokens.
+
+        Raises:
+            ValueError: As `advantages`; or there are not as many penalties as tokens, or one is not
+                finite, or rewards are bounded, which a penalty would not respect.
+        """
+        if self.bounded_rewards:
+            raise ValueError(f"{self.name} takes rewards in [0, 1] only, so KL cannot be in the reward")
+        r, tokens = check_batch(prompt_ids, rewards, lengths)
+        penalties = check_penalties(token_penalties, tokens)
+        response = np.repeat(np.arange(len(r)), tokens)
+        advantages, metrics = self.advantages(
+            prompt_ids, r - np.bincount(response, penalties, minlength=len(r)), tokens
+        )
+        return np.repeat(advantages, tokens), metrics
+
     def observe(  # noqa: B027 (not abstract: doing nothing is right for a method without state)
-        self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, kl_update: float
+        self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, kl: float | npt.ArrayLike
     ) -> None:
         """Learn from the step, after the actor's update. Methods without state do nothing.
 
         Args:
             prompt_ids: B prompt ids, as given to `advantages`.
             rewards: (B,) scores.
-            kl_update: Token-mean KL in nats between the policies before and after the update.
+            kl: Token-mean KL in nats, of the kind `kl_source`. With "last_visit" (B,), measured as
+                `divergence` says: NaN where the prompt has no earlier visit, 0 where it has one in this
+                batch.
         """
+
+    def initialize(self, prompt_ids: Sequence[str], successes: npt.ArrayLike, trials: npt.ArrayLike) -> None:
+        """Learn from `init_rollouts` responses to each prompt, before the first step.
+
+        Args:
+            prompt_ids: P distinct prompt ids.
+            successes: (P,) sum of the rewards of a prompt's responses.
+            trials: (P,) number of its responses.
+
+        Raises:
+            ValueError: The method has no use for them.
+        """
+        raise ValueError(f"{self.name} keeps no baseline that rollouts before training could start")
 
     def metrics(self) -> dict[str, float]:
         """What the state looks like now: ``baseline/eta``, ``baseline/mean``, where there are such."""
@@ -80,7 +155,7 @@ class Algorithm(ABC):
         return {"version": _STATE_VERSION, **parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken. MVSR and MSSR read each other's state.
+        """Go on exactly where `state_dict` was taken. MVSR, MSSR and SPO read each other's state.
 
         Raises:
             ValueError: The state has another version, or is of a method that keeps other things.
@@ -100,26 +175,46 @@ class Algorithm(ABC):
 
 def group_indices(prompt_ids: Sequence[str]) -> npt.NDArray[np.int64]:
     """(B,) 0 .. G-1, equal for equal ids, numbered by first occurrence."""
-    index: dict[str, int] = {}
-    return np.fromiter((index.setdefault(key, len(index)) for key in prompt_ids), np.int64, len(prompt_ids))
+    index = {key: i for i, key in enumerate(dict.fromkeys(prompt_ids))}
+    return np.fromiter(map(index.__getitem__, prompt_ids), np.int64, len(prompt_ids))
 
 
-def signal_metrics(advantages: FloatVector, degenerate: float | npt.NDArray[np.bool_]) -> dict[str, float]:
+def signal_metrics(
+    advantages: FloatVector, degenerate: bool | npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64]
+) -> dict[str, float]:
     """The metrics that every method reports.
 
     Args:
-        advantages: (B,) float32.
-        degenerate: (B,) True for a rollout without signal, or the fraction of such rollouts.
+        advantages: (B,) float32, or (N,) of the tokens.
+        degenerate: (B,) True for a rollout without signal, or whether that is so for all.
+        lengths: (B,) response lengths; an empty response has no token that could learn.
     """
     return {
-        "advantage/std": float(np.std(advantages, dtype=np.float64)),
-        "advantage/degenerate_fraction": float(np.mean(degenerate)),
+        "advantage/std": float(np.std(advantages, dtype=np.float64)) if len(advantages) else 0.0,
+        "advantage/degenerate_fraction": float(np.mean((lengths == 0) | degenerate)),
     }
 
 
-def check_batch(prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
-    """Raise ValueError unless there are as many ids as rewards as lengths."""
+def check_batch(
+    prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """(B,) rewards and (B,) lengths as arrays.
+
+    Raises:
+        ValueError: There are not as many ids as rewards as lengths, the ids are a single string, or
+            the lengths are no whole numbers >= 0.
+    """
+    if isinstance(prompt_ids, str):
+        raise ValueError(f"prompt ids must be a sequence of strings, not the single string {prompt_ids!r}")
     b = len(prompt_ids)
-    for name, array in (("rewards", rewards), ("lengths", lengths)):
-        if np.shape(array) != (b,):
-            raise ValueError(f"{b} prompt ids need {name} of shape ({b},), not {np.shape(array)}")
+    r, tokens = np.asarray(rewards, np.float64), np.asarray(lengths)
+    for name, array in (("rewards", r), ("lengths", tokens)):
+        if array.shape != (b,):
+            raise ValueError(f"{b} prompt ids need {name} of shape ({b},), not {array.shape}")
+    if tokens.dtype.kind not in "iu" and not (tokens == np.floor(tokens)).all():  # NaN differs from itself
+        raise ValueError(
+            f"lengths must be whole numbers of tokens, not {tokens[tokens != np.floor(tokens)][0]}"
+        )
+    if b and tokens.min() < 0:
+        raise ValueError(f"lengths must be >= 0, not {tokens.min()}")
+    return r, tokens.astype(np.int64)

@@ -1,7 +1,6 @@
 """The adaptive discount: forget faster while the policy changes faster.
 
-Source: MSSR, arXiv 2512.18215. The authors' code has the slope inverted (eta grows with the KL up to
-the target, then drops); this is the monotone rule of the paper's text.
+Sources: MSSR, arXiv 2512.18215; SPO, arXiv 2509.13232.
 """
 
 from __future__ import annotations
@@ -11,45 +10,102 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-_STATE_VERSION = 1
+import numpy as np
+import numpy.typing as npt
+
+_STATE_VERSION = 2
+RULES = ("monotone", "published_code", "half_life")
 
 
 class AdaptiveDiscount:
-    """eta = eta_max - tau * (eta_max - eta_min), tau = min(KL_bar / kl_target, 1).
+    """How much of the old evidence to keep, from how far the policy has moved.
 
-    KL_bar is the mean of the last ``window`` observations, or of as many as there are. With none,
-    tau = 0 and eta = eta_max: no change of the policy was seen, so nothing is out of date. An
-    estimated KL may be slightly negative; tau does not go below 0, so eta stays in its range.
+    With tau = min(KL / kl_target, 1), the rules are::
+
+        monotone        eta = eta_max - tau * (eta_max - eta_min)
+        published_code  eta = eta_min + tau * (eta_max - eta_min) up to the target, eta_min beyond it
+        half_life       eta = 2^(-KL / half_life), clamped to [eta_min, eta_max]
+
+    ``monotone`` is the text of the MSSR paper and ``half_life`` is SPO. ``published_code`` is what the
+    code of the MSSR authors does: eta grows with the KL up to the target, where it drops.
+
+    The KL is one number a step (`observe`), of which the mean over the last ``window`` steps counts, or
+    over as many as there are; or one number a response (`observe_each`). Before any, KL = 0: no change
+    of the policy was seen. An estimated KL may be slightly negative and then counts as 0.
 
     Args:
-        eta_min: Discount when the policy changes by ``kl_target`` or more, in [0, eta_max].
-        eta_max: Discount when the policy does not change, in [eta_min, 1].
-        kl_target: KL in nats per token at which forgetting is fastest, > 0.
+        eta_min: Smallest discount, in [0, eta_max].
+        eta_max: Largest discount, in [eta_min, 1].
+        kl_target: KL in nats per token at which ``monotone`` forgets fastest, > 0.
         window: Number of steps averaged over, >= 1.
+        rule: One of the rules above.
+        half_life: KL that halves the memory, by ``half_life``, > 0.
+        eta: A fixed discount in [0, 1], in place of any rule; None adapts it.
 
     Raises:
-        ValueError: A number is out of its range.
+        ValueError: A number is out of its range, or there is no such rule.
     """
 
     def __init__(
-        self, eta_min: float = 0.875, eta_max: float = 0.96, kl_target: float = 0.01, window: int = 20
+        self,
+        eta_min: float = 0.875,
+        eta_max: float = 0.96,
+        kl_target: float = 0.01,
+        window: int = 20,
+        *,
+        rule: str = "monotone",
+        half_life: float = 0.06,
+        eta: float | None = None,
     ) -> None:
         if not 0 <= eta_min <= eta_max <= 1:
             raise ValueError(
                 f"needed: 0 <= eta_min <= eta_max <= 1, but eta_min={eta_min} and eta_max={eta_max}"
             )
-        if not (math.isfinite(kl_target) and kl_target > 0):
-            raise ValueError(f"kl_target must be a finite number > 0, not {kl_target}")
+        for name, value in (("kl_target", kl_target), ("half_life", half_life)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a finite number > 0, not {value}")
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ValueError(f"window must be a whole number >= 1, not {window!r}")
+        if rule not in RULES:
+            raise ValueError(f"eta_rule must be one of {', '.join(RULES)}, not {rule!r}")
+        if eta is not None and not 0 <= eta <= 1:
+            raise ValueError(f"eta must be in [0, 1] or None, not {eta}")
         self.eta_min = float(eta_min)
         self.eta_max = float(eta_max)
         self.kl_target = float(kl_target)
         self.window = window
+        self.rule = rule
+        self.half_life = float(half_life)
+        self.fixed = None if eta is None else float(eta)
         self._kls: deque[float] = deque(maxlen=window)
+        self._mean: float | None = None  # of the last `observe_each`
+
+    def of(self, kl: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """The discount for each KL, in the shape of ``kl``; eta_max for NaN: no change was seen.
+
+        Raises:
+            ValueError: A KL is infinite.
+        """
+        k = np.asarray(kl, np.float64)
+        if np.isinf(k).any():
+            raise ValueError("the KL between policies must be finite, not infinite")
+        if self.fixed is not None:
+            return np.full(k.shape, self.fixed)
+        positive = np.maximum(k, 0.0)  # NaN stays NaN
+        if self.rule == "half_life":
+            eta = np.clip(np.exp2(-positive / self.half_life), self.eta_min, self.eta_max)
+        else:
+            tau = np.minimum(positive / self.kl_target, 1.0)
+            # The same lines as in the docstring, written so that both ends are exact in floating point.
+            if self.rule == "monotone":
+                eta = (1 - tau) * self.eta_max + tau * self.eta_min
+            else:
+                rising = (1 - tau) * self.eta_min + tau * self.eta_max
+                eta = np.where(positive <= self.kl_target, rising, self.eta_min)
+        return np.where(np.isnan(k), self.eta_max, eta)
 
     def observe(self, kl: float) -> None:
-        """Add the KL (nats per token) between the policies before and after one training step.
+        """Add the KL (nats per token) of one training step.
 
         Raises:
             ValueError: ``kl`` is not finite.
@@ -57,18 +113,24 @@ class AdaptiveDiscount:
         if not math.isfinite(kl):
             raise ValueError(f"the KL between policies must be finite, not {kl}")
         self._kls.append(float(kl))
+        self._mean = None
+
+    def observe_each(self, kls: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """(B,) discounts of B responses with a KL of their own, see `of`; `eta` is their mean then."""
+        etas = self.of(kls)
+        self._mean = float(etas.mean()) if etas.size else None
+        return etas
 
     @property
     def eta(self) -> float:
-        """The discount for the next baseline update, in [eta_min, eta_max]."""
-        kl_bar = math.fsum(self._kls) / len(self._kls) if self._kls else 0.0
-        tau = min(max(kl_bar / self.kl_target, 0.0), 1.0)
-        # The same line as in the docstring, written so that both ends are exact in floating point.
-        return (1 - tau) * self.eta_max + tau * self.eta_min
+        """The discount now: of the window's mean KL, or the mean over the responses of the last step."""
+        if self._mean is not None:
+            return self._mean
+        return float(self.of(math.fsum(self._kls) / len(self._kls) if self._kls else 0.0))
 
     def state_dict(self) -> dict[str, Any]:
-        """The window's content, oldest first; the settings are not in it."""
-        return {"version": _STATE_VERSION, "kls": list(self._kls)}
+        """The window's content, oldest first, and the last mean; the settings are not in it."""
+        return {"version": _STATE_VERSION, "kls": list(self._kls), "mean": self._mean}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the window's content; if this window is shorter, its newest part is kept.
@@ -79,3 +141,4 @@ class AdaptiveDiscount:
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"discount state has version {state.get('version')}, expected {_STATE_VERSION}")
         self._kls = deque((float(kl) for kl in state["kls"]), maxlen=self.window)
+        self._mean = None if state["mean"] is None else float(state["mean"])

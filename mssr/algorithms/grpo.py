@@ -27,13 +27,13 @@ class GRPO(Algorithm):
     min_n = 2
 
     def __init__(self, *, eps: float = 1e-6) -> None:
-        estimators.grpo([0.0, 0.0], [0, 0], eps)  # an eps out of range is refused now, not at step 1
+        estimators.check_eps(eps)
         self.eps = eps
 
     def advantages(
         self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike
     ) -> tuple[FloatVector, dict[str, float]]:
-        check_batch(prompt_ids, rewards, lengths)
+        r, tokens = check_batch(prompt_ids, rewards, lengths)
         groups = group_indices(prompt_ids)
-        advantages = estimators.grpo(rewards, groups, self.eps)
-        return advantages, signal_metrics(advantages, estimators.constant_groups(rewards, groups))
+        advantages = estimators.grpo(r, groups, self.eps)
+        return advantages, signal_metrics(advantages, estimators.constant_groups(r, groups), tokens)

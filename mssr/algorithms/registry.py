@@ -1,4 +1,4 @@
-"""Algorithms by name: the only place that knows which there are."""
+"""Algorithms by name, or from a user's file: the only place that knows which there are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from mssr import plugins
 from mssr.algorithms.base import Algorithm
+from mssr.errors import UserError
 
 _A = TypeVar("_A", bound=type[Algorithm])
 _registry: dict[str, type[Algorithm]] = {}
@@ -20,16 +22,16 @@ def register(name: str) -> Callable[[_A], _A]:
     options that a config may set.
 
     Raises:
-        ValueError: The name is taken, or an option has no default.
+        ValueError: The name is taken or has a colon, or an option has no default.
     """
+    if plugins.is_spec(name):
+        raise ValueError(f"the algorithm name {name!r} must not contain a colon")
 
     def add(cls: _A) -> _A:
         if name in _registry and _registry[name].__qualname__ != cls.__qualname__:
             # The same class again is a notebook cell that was run twice, or a module reload.
             raise ValueError(f"the algorithm name {name!r} is taken by {_registry[name].__name__}")
-        for option in _parameters(cls):
-            if option.default is option.empty or option.kind is option.POSITIONAL_ONLY:
-                raise ValueError(f"option {option.name!r} of {cls.__name__} must be a keyword with a default")
+        _check_options(cls)
         cls.name = name
         _registry[name] = cls
         return cls
@@ -43,21 +45,44 @@ def names() -> list[str]:
 
 
 def get(name: str) -> type[Algorithm]:
-    """The class called ``name``: its ``default_n``, ``min_n`` and ``shapes_entropy`` need no instance.
+    """The class called ``name``, or the one in ``path/to/file.py:Class``, see `mssr.plugins`.
+
+    What its class attributes say (``default_n``, ``aggregation`` and the like) needs no instance. A class
+    from a file need not be registered; if it is not, its name is ``path/to/file.py:Class``.
 
     Raises:
         ValueError: No such name; the nearest and all names are given.
+        UserError: The file or the class cannot be had, or the class is no `Algorithm` whose options
+            all have defaults.
     """
-    if name not in _registry:
-        raise ValueError(f"unknown algorithm {name!r}{_did_you_mean(name, _registry)}: one of {names()}")
-    return _registry[name]
+    if not plugins.is_spec(name):
+        if name not in _registry:
+            raise ValueError(
+                f"unknown algorithm {name!r}{_did_you_mean(name, _registry)}:"
+                f" one of {names()} or path/to/file.py:Class"
+            )
+        return _registry[name]
+    cls = plugins.load(name, "algorithm", noun="class")
+    what, attribute = f"algorithm {name!r}", name.rpartition(":")[2]
+    if not (isinstance(cls, type) and issubclass(cls, Algorithm)):
+        raise UserError(f"{what}: {attribute} is not a subclass of mssr.algorithms.Algorithm")
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise UserError(f"{what}: {attribute} does not define {missing}")
+    try:
+        _check_options(cls)
+    except ValueError as error:
+        raise UserError(f"{what}: {error}") from error
+    if _registry.get(cls.name) is not cls:
+        cls.name = name
+    return cls
 
 
 def options(name: str) -> dict[str, Any]:
     """The options of an algorithm and their defaults, in the order of its signature.
 
     Raises:
-        ValueError: No such name.
+        ValueError: As `get`.
     """
     return {option.name: option.default for option in _parameters(get(name))}
 
@@ -66,7 +91,7 @@ def create(name: str, **settings: Any) -> Algorithm:
     """Build an algorithm, for example ``create("mssr", kl_target=0.02)``.
 
     Raises:
-        ValueError: No such name, no such option, or a value out of its range.
+        ValueError: As `get`; or there is no such option, or a value is out of its range.
     """
     known = options(name)
     for option in settings:
@@ -76,6 +101,12 @@ def create(name: str, **settings: Any) -> Algorithm:
                 f" it takes {list(known) or 'none'}"
             )
     return get(name)(**settings)
+
+
+def _check_options(cls: type[Algorithm]) -> None:
+    for option in _parameters(cls):
+        if option.default is option.empty or option.kind is option.POSITIONAL_ONLY:
+            raise ValueError(f"option {option.name!r} of {cls.__name__} must be a keyword with a default")
 
 
 def _parameters(cls: type[Algorithm]) -> list[inspect.Parameter]:

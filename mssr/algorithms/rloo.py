@@ -22,7 +22,7 @@ class RLOO(Algorithm):
     def advantages(
         self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike
     ) -> tuple[FloatVector, dict[str, float]]:
-        check_batch(prompt_ids, rewards, lengths)
+        r, tokens = check_batch(prompt_ids, rewards, lengths)
         groups = group_indices(prompt_ids)
-        advantages = estimators.rloo(rewards, groups)
-        return advantages, signal_metrics(advantages, estimators.constant_groups(rewards, groups))
+        advantages = estimators.rloo(r, groups)
+        return advantages, signal_metrics(advantages, estimators.constant_groups(r, groups), tokens)

@@ -16,8 +16,8 @@ from mssr.algorithms import registry as registry_module
 
 pytestmark = pytest.mark.unit
 
-ALL = ["grpo", "mssr", "mvsr", "reinforce_pp", "rloo"]
-GROUP_METHODS = ["grpo", "rloo"]
+ALL = "dr_grpo grpo lite_ppo mssr mvsr reinforce_pp reinforce_pp_baseline rloo spo".split()
+GROUP_METHODS = "dr_grpo grpo lite_ppo reinforce_pp_baseline rloo".split()
 
 
 def test_the_methods_are_there_with_their_defaults() -> None:
@@ -47,7 +47,7 @@ def test_single_rollout_reads_the_baseline_before_it_updates(name: str) -> None:
     again, _ = algorithm.advantages(ids, rewards, lengths)
     np.testing.assert_array_equal(again, first)  # asking does not learn
 
-    algorithm.observe(ids, rewards, kl_update=0.005)  # eta .9175: a, b = .45875 + r, .45875 + 1 - r
+    algorithm.observe(ids, rewards, kl=0.005)  # eta .9175: a, b = .45875 + r, .45875 + 1 - r
     high = 1.45875 / 1.9175
     assert algorithm.metrics() == pytest.approx({"baseline/eta": 0.9175, "baseline/mean": (1 + high) / 3})
     second, metrics = algorithm.advantages(["x", "y", "new"], rewards, lengths)
@@ -60,7 +60,7 @@ def test_observe_uses_the_new_eta() -> None:
     for kl in (0.0, 1.0):
         algorithm = algorithms.create("mvsr")
         for reward in (1.0, 1.0, 1.0, 0.0):
-            algorithm.observe(["x"], [reward], kl_update=kl)
+            algorithm.observe(["x"], [reward], kl=kl)
         means.append(algorithm.metrics()["baseline/mean"])
     assert means[1] < means[0]  # a changing policy forgets its old successes faster
 
@@ -70,7 +70,7 @@ def test_every_option_of_single_rollout_changes_something(name: str) -> None:
     def run(**settings: float) -> list[float]:
         algorithm = algorithms.create(name, **settings)
         for reward, kl in ((1.0, 0.002), (0.0, 0.004), (1.0, 0.02), (1.0, 0.003)):
-            algorithm.observe(["x"], [reward], kl_update=kl)
+            algorithm.observe(["x"], [reward], kl=kl)
         signal, _ = algorithm.advantages(["x", "y", "z"], [1.0, 0.0, 0.5], [1, 1, 1])
         return [*signal.tolist(), *algorithm.metrics().values()]
 
