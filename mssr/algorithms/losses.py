@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from mssr.algorithms.policy_losses import AGGREGATIONS, bind_loss
@@ -145,7 +147,9 @@ def aggregation_weights(
 
 
 def aggregation_denominator(
-    lengths: torch.Tensor | Sequence[int], mode: str, constant_length: int | None = None
+    lengths: torch.Tensor | Sequence[int] | npt.NDArray[np.int64],
+    mode: str,
+    constant_length: int | None = None,
 ) -> float:
     """The denominator of `aggregate` for a whole mini-batch: all its micro-batches, on all ranks.
 
@@ -164,6 +168,8 @@ def aggregation_denominator(
         ValueError: Unknown mode, or ``constant_length`` is missing or not > 0.
     """
     _check_mode(mode, constant_length)
+    if mode == "constant_length" and constant_length is None:
+        raise ValueError("aggregation constant_length needs the length, a number of tokens")
     lengths = torch.as_tensor(lengths, dtype=torch.int64)
     tokens = int(lengths.sum())
     check_lengths(lengths, tokens)
@@ -173,8 +179,7 @@ def aggregation_denominator(
         return float(tokens)
     if mode == "sequence_mean":
         return float((lengths > 0).sum())
-    if constant_length is None:
-        raise ValueError("aggregation constant_length needs the length, a number of tokens")
+    assert constant_length is not None
     return float(len(lengths) * constant_length)
 
 

@@ -81,6 +81,9 @@ def loss_names() -> list[str]:
 def get_loss(name: str) -> PolicyLoss:
     """The loss called ``name``, or the function of a ``path/to/file.py:function``.
 
+    Such a function may have an attribute ``aggregation``, with the meaning it has in `register_loss`.
+    Its file is read at each call: a training resolves its loss once, with `bind_loss`.
+
     Raises:
         ValueError: No such name (the nearest and all are given), or a function of another signature.
         UserError: The file cannot be read or run, or has no such function.
@@ -90,7 +93,7 @@ def get_loss(name: str) -> PolicyLoss:
     if ":" in name or name.endswith(".py"):
         from mssr.plugins import load
 
-        function = load(name, kind="loss")
+        function = load(name, kind="loss", noun="function")
         _options(function, name)
         return function
     raise ValueError(f"unknown policy loss {name!r}{_did_you_mean(name, _registry)}: one of {loss_names()}")

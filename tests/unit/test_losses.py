@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mssr.algorithms import losses, shaping
+from mssr.algorithms import losses, policy_losses, shaping
+from mssr.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -34,6 +40,47 @@ def test_no_sign_flips_with_a_divisor_above_one() -> None:
     assert (torch.sign(shaped) == torch.sign(a)).all()
     literal = a + shaping.entropy_bonus(a, h, coef=2.0, divisor=0.4)  # the paper's text, read literally
     assert (torch.sign(literal) != torch.sign(a)).any()
+
+
+@settings(derandomize=True, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    coef=st.floats(0, 100),
+    divisor=st.floats(0.01, 100),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_the_bonus_is_between_zero_and_its_cap(
+    seed: int, coef: float, divisor: float, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(50, generator=generator, dtype=dtype)
+    h = 12 * torch.rand(50, generator=generator, dtype=dtype)
+    psi = shaping.entropy_bonus(a, h, coef=coef, divisor=divisor)
+    assert psi.dtype == dtype
+    assert (psi >= 0).all() and (psi <= a.abs() / divisor).all() and (psi <= coef * h).all()
+    if divisor > 1:
+        assert (torch.sign(a + psi) == torch.sign(a)).all()
+
+
+def test_sampled_entropy_by_hand() -> None:
+    p = torch.tensor([1.0, 0.5, math.exp(-1), 1e-3], dtype=torch.float64)
+    log_p = p.log().requires_grad_()
+    h = shaping.sampled_entropy(log_p)
+    torch.testing.assert_close(
+        h, torch.tensor([0.0, 0.5 * math.log(2), math.exp(-1), 3e-3 * math.log(10)]).double()
+    )
+    assert not h.requires_grad
+    # It is the token's own term of the exact entropy.
+    q = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(shaping.sampled_entropy(q.log()).sum(), -(q * q.log()).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sampled_entropy_stays_in_its_range(dtype: torch.dtype) -> None:
+    edges = torch.tensor([-math.inf, -1e30, -1000.0, -1e-30, 0.0, 1e-7], dtype=dtype)
+    h = shaping.sampled_entropy(torch.cat([edges, -10 * torch.rand(1000, dtype=dtype)]))
+    assert h.dtype == dtype and (h >= 0).all() and (h <= math.exp(-1) + 1e-7).all()
+    assert (h[[0, 1, 2, 4, 5]] == 0).all()
 
 
 def test_entropy_bonus_has_no_gradient() -> None:
@@ -105,6 +152,36 @@ def test_an_absurd_ratio_stays_finite() -> None:
     assert torch.isfinite(losses.kl_penalty(x, torch.tensor([-1e4, 1e4]))).all()
 
 
+def test_a_loss_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def loss(log_probs, old_log_probs, advantages, lengths, *, scale=1.0):\n"
+        "    return -scale * advantages.detach() * log_probs, {'half': log_probs.detach() / 2}\n"
+        "loss.aggregation = 'sequence_mean'\n"
+        "def reduced(log_probs, old_log_probs, advantages, lengths):\n"
+        "    return log_probs.mean(), {}\n"
+        "def odd(log_probs, old_log_probs, advantages, lengths):\n"
+        "    return log_probs, {}\n"
+        "odd.aggregation = 'sum'\n"
+        "number = 3\n"
+    )
+    x = torch.tensor([-1.0, -2.0])
+    loss, info = losses.policy_loss(x, x, x, name=f"{file}:loss", scale=3.0)
+    assert loss.tolist() == [-3.0, -12.0] and info["half"].tolist() == [-0.5, -1.0]
+    assert policy_losses.loss_options(f"{file}:loss") == {"scale": 1.0}
+    assert policy_losses.loss_aggregation(f"{file}:loss") == "sequence_mean"
+    assert policy_losses.loss_aggregation(f"{file}:reduced") is None
+    with pytest.raises(ValueError, match=r"one shape.*loss \(\)"):
+        losses.policy_loss(x, x, x, name=f"{file}:reduced")
+    with pytest.raises(ValueError, match="aggregation 'sum'"):
+        policy_losses.loss_aggregation(f"{file}:odd")
+    with pytest.raises(ValueError, match="not a function"):
+        policy_losses.get_loss(f"{file}:number")
+    for missing in (f"{file}:los", f"{tmp_path}/no.py:loss", f"{file}"):
+        with pytest.raises(UserError):
+            policy_losses.get_loss(missing)
+
+
 def test_kl_estimators_by_hand() -> None:
     log_p = torch.tensor([-1.0], dtype=torch.float64)
     ref = torch.tensor([-0.5], dtype=torch.float64)  # d = .5
@@ -160,6 +237,85 @@ def test_aggregate_does_not_depend_on_the_split() -> None:
             losses.aggregate(x, wrong)
 
 
+@settings(derandomize=True, deadline=None)
+@given(d=st.floats(-1e4, 1e4), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_k2_and_k3_are_never_negative(d: float, dtype: torch.dtype) -> None:
+    ratio = torch.tensor([d], dtype=dtype)
+    for kind in ("k2", "k3"):
+        kl = losses.kl_penalty(torch.zeros_like(ratio), ratio, kind)  # type: ignore[arg-type]
+        assert kl >= 0 and torch.isfinite(kl)
+
+
+# Sequences of 2, 0, 1 and 5 tokens, and what the mean of 0..7 over them is in each mode.
+LENGTHS = torch.tensor([2, 0, 1, 5])
+
+
+@pytest.mark.parametrize(
+    ("mode", "constant", "denominator", "mean"),
+    [
+        ("token_mean", None, 8.0, 3.5),
+        ("sequence_mean", None, 3.0, (0.5 + 2 + 5) / 3),
+        ("constant_length", 10, 40.0, 28 / 40),
+    ],
+)
+def test_aggregations_by_hand(mode: str, constant: int | None, denominator: float, mean: float) -> None:
+    assert losses.aggregation_denominator(LENGTHS, mode, constant) == denominator
+    assert losses.aggregation_denominator(LENGTHS.tolist(), mode, constant) == denominator
+    assert losses.aggregation_denominator(np.array([2, 0, 1, 5]), mode, constant) == denominator
+    weights = losses.aggregation_weights(LENGTHS, mode, constant)
+    for dtype in (torch.float32, torch.float64):
+        x = torch.arange(8, dtype=dtype)
+        result = losses.aggregate(x, denominator, weights)
+        assert result.dtype == dtype
+        assert result.item() == pytest.approx(mean, rel=torch.finfo(dtype).eps * 4)
+
+
+@pytest.mark.parametrize("mode", losses.AGGREGATIONS)
+@pytest.mark.parametrize("lengths", [[], [0, 0]])
+def test_a_mini_batch_without_tokens_still_has_a_denominator(mode: str, lengths: list[int]) -> None:
+    denominator = losses.aggregation_denominator(lengths, mode, 10)
+    assert denominator == 1.0
+    weights = losses.aggregation_weights(torch.tensor(lengths, dtype=torch.int64), mode, 10)
+    empty = torch.zeros(0, requires_grad=True)
+    loss = losses.aggregate(empty * 2, denominator, weights)
+    loss.backward()
+    assert loss.item() == 0.0
+
+
+def test_a_longer_response_counts_as_its_aggregation_says() -> None:
+    """How much a response weighs, and how much each of its tokens."""
+    short, long = torch.tensor([10]), torch.tensor([1000])
+    for mode, of_response, of_token in (
+        ("token_mean", 100, 1),
+        ("sequence_mean", 1, 0.01),
+        ("constant_length", 100, 1),
+    ):
+        weights = [losses.aggregation_weights(length, mode, 1000) for length in (short, long)]
+        a, b = (torch.ones(int(n)) if w is None else w for n, w in zip((short, long), weights, strict=True))
+        assert (b.sum() / a.sum()).item() == pytest.approx(of_response)
+        assert (b[0] / a[0]).item() == pytest.approx(of_token)
+    # In token_mean another, long response takes weight from this one's tokens; not in constant_length.
+    alone, joined = [10], [10, 1000]
+    assert losses.aggregation_denominator(joined, "token_mean") == 101 * losses.aggregation_denominator(
+        alone, "token_mean"
+    )
+    assert losses.aggregation_denominator(joined, "constant_length", 1000) == 2 * 1000
+
+
+def test_aggregations_that_are_refused() -> None:
+    for function in (losses.aggregation_weights, losses.aggregation_denominator):
+        with pytest.raises(ValueError, match="token_mean, sequence_mean, constant_length"):
+            function(LENGTHS, "mean")
+        with pytest.raises(ValueError, match="constant_length must be > 0"):
+            function(LENGTHS, "constant_length", 0)
+    with pytest.raises(ValueError, match="needs the length"):
+        losses.aggregation_denominator(LENGTHS, "constant_length")
+    with pytest.raises(ValueError, match="lengths"):
+        losses.aggregation_denominator([3, -1], "token_mean")
+    with pytest.raises(ValueError, match="lengths"):
+        losses.aggregation_weights(torch.tensor([3, -1]), "sequence_mean")
+
+
 def test_losses_refuse_broadcasting() -> None:
     with pytest.raises(ValueError, match="one shape"):
         losses.policy_loss(torch.zeros(3), torch.zeros(3, 1), torch.zeros(3))
@@ -167,6 +323,7 @@ def test_losses_refuse_broadcasting() -> None:
         losses.kl_penalty(torch.zeros(3), torch.zeros(1))
     with pytest.raises(ValueError, match="one shape"):
         losses.aggregate(torch.zeros(3), 3, torch.zeros(1))
-    for wrong in ({"clip_low": 1.5}, {"clip_high": -0.1}, {"dual_clip": 1.0}):
+    out_of_range: list[dict[str, Any]] = [{"clip_low": 1.5}, {"clip_high": -0.1}, {"dual_clip": 1.0}]
+    for wrong in out_of_range:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             losses.policy_loss(torch.zeros(3), torch.zeros(3), torch.zeros(3), **wrong)
