@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mssr.algorithms import sequences
 from mssr.algorithms.correction import MASKS, WEIGHTS, rollout_correction
 
 pytestmark = pytest.mark.unit
@@ -57,6 +58,19 @@ def test_a_long_sequence_is_truncated_as_a_whole() -> None:
     factor, _ = correct(rho, torch.tensor([60, 40]), weight="sequence")
     torch.testing.assert_close(factor[:60], torch.full((60,), 1.01**60))
     torch.testing.assert_close(factor[60:], torch.full((40,), 1.01**40))
+
+
+def test_the_product_of_a_very_long_sequence_is_bounded() -> None:
+    for ratio, product in ((0.5, math.exp(-20)), (2.0, math.exp(20))):
+        factor, _ = correct(torch.full((200,), ratio), torch.tensor([200]), weight="sequence", max_weight=1e9)
+        torch.testing.assert_close(factor, torch.full((200,), product))  # not 2^-200, 0 in float32
+
+
+def test_an_empty_sequence_has_sum_and_mean_zero() -> None:
+    x = torch.tensor([1.0, 2.0])
+    assert sequences.sequence_sums(x, torch.tensor([0, 2, 0])).tolist() == [0, 3, 0]
+    assert sequences.sequence_means(x, torch.tensor([0, 2, 0])).tolist() == [0, 1.5, 0]
+    assert sequences.sequence_means(x[:0], torch.tensor([], dtype=torch.int64)).tolist() == []
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
