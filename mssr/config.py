@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mssr import algorithms
+from mssr.algorithm_config import AlgorithmConfig, SamplerConfig
+
+_T = TypeVar("_T")
 
 PAPER_INSTRUCTION = (
     "First think about the reasoning process inside <think> </think> tags, "
@@ -74,66 +77,6 @@ class RewardConfig:
 
     name: str = "exact_match"
     """exact_match, or path/to/file.py:function taking (response, answer)."""
-
-
-@dataclass
-class BaselineConfig:
-    """Beta baseline of the single-rollout methods."""
-
-    prior_strength: float = 1.0
-    """Pseudo-counts behind the first value of a prompt, > 0."""
-    prior_mean: float | None = None
-    """First value of a prompt; null takes the running mean reward of the run."""
-
-
-@dataclass
-class DiscountConfig:
-    """Adaptive discount eta of the Beta baseline (arXiv 2512.18215)."""
-
-    eta_min: float = 0.875
-    """Discount while the policy changes by kl_target or more a step: fast forgetting."""
-    eta_max: float = 0.96
-    """Discount while the policy does not change: long memory."""
-    kl_target: float = 0.01
-    """Mean KL between successive policies (nats per token) at which eta reaches eta_min."""
-    window: int = 20
-    """Steps over which the KL is averaged."""
-
-
-@dataclass
-class ShapingConfig:
-    """Entropy-shaped advantage: A + min(coef * H, |A| / divisor) for every token."""
-
-    enabled: bool | None = None
-    """null follows the method: on for mssr, off for the others."""
-    coef: float = 0.4
-    """Multiplies the entropy (nats)."""
-    divisor: float = 2.0
-    """Bounds the bonus by |A| / divisor; above 1 the sign of an advantage never flips."""
-
-
-@dataclass
-class AlgorithmConfig:
-    """Scores to gradients."""
-
-    name: str = "mssr"
-    """mssr, mvsr, grpo, rloo or reinforce_pp."""
-    baseline: BaselineConfig = field(default_factory=BaselineConfig)
-    """Read by mssr and mvsr."""
-    discount: DiscountConfig = field(default_factory=DiscountConfig)
-    """Read by mssr and mvsr."""
-    shaping: ShapingConfig = field(default_factory=ShapingConfig)
-    """Read where shaping is on."""
-    eps: float | None = None
-    """Keeps a division by a standard deviation finite; null takes the method's own. rloo has none."""
-    clip_low: float = 0.2
-    """The policy ratio is clipped below at 1 - clip_low."""
-    clip_high: float = 0.3
-    """The policy ratio is clipped above at 1 + clip_high."""
-    dual_clip: float | None = 3.0
-    """For negative advantages the loss is at most -dual_clip * A; null for none."""
-    kl_coef: float = 0.01
-    """Weight of the k3 KL to the reference policy in the loss; 0 drops the reference pass."""
 
 
 @dataclass
@@ -255,6 +198,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -267,9 +211,7 @@ class Config:
     @property
     def responses_per_prompt(self) -> int:
         """n: as configured, else the method's default (8 for the group methods, 1 for the others)."""
-        if self.rollout.n is not None:
-            return self.rollout.n
-        return algorithms.get(self.algorithm.name).default_n
+        return _own(self.rollout.n, self.method.default_n)
 
     @property
     def prompts_per_step(self) -> int:
@@ -277,18 +219,79 @@ class Config:
 
     @property
     def shapes_entropy(self) -> bool:
-        if self.algorithm.shaping.enabled is not None:
-            return self.algorithm.shaping.enabled
-        return algorithms.get(self.algorithm.name).shapes_entropy
+        return _own(self.algorithm.shaping.enabled, self.method.shapes_entropy)
+
+    @property
+    def method(self) -> type[algorithms.Algorithm]:
+        """The class that ``algorithm.name`` means."""
+        return algorithms.get(self.algorithm.name)
 
     @property
     def estimator_options(self) -> dict[str, Any]:
-        """Those of the configured options that the method takes, by the method's names for them."""
-        candidates = to_dict(self.algorithm.baseline) | to_dict(self.algorithm.discount)
-        if self.algorithm.eps is not None:
-            candidates["eps"] = self.algorithm.eps
-        taken = algorithms.options(self.algorithm.name)
-        return {name: value for name, value in candidates.items() if name in taken}
+        """Those of the configured options that the method takes; a null is left to the method."""
+        section = self.algorithm
+        candidates = to_dict(section.baseline) | to_dict(section.discount)
+        candidates |= {"eps": section.eps, "weighting": section.weighting}
+        taken = algorithms.options(section.name)
+        return {k: v for k, v in candidates.items() if v is not None and k in taken} | section.options
+
+    @property
+    def kl_source(self) -> str:
+        """Which KL the method's discount follows."""
+        default = algorithms.options(self.algorithm.name).get("kl_source", self.method.kl_source)
+        return _own(self.algorithm.discount.kl_source, default)
+
+    @property
+    def init_rollouts(self) -> int:
+        default = algorithms.options(self.algorithm.name).get("init_rollouts", 0)
+        return _own(self.algorithm.baseline.init_rollouts, default)
+
+    @property
+    def sampler_name(self) -> str:
+        return _own(self.sampler.name, self.method.default_sampler)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the frozen base model is to be held."""
+        return self.algorithm.kl.coef > 0 or self.kl_source == "reference"
+
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.algorithm.kl.coef > 0 and self.algorithm.kl.placement == "loss"
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.algorithm.kl.coef > 0 and self.algorithm.kl.placement == "reward"
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """Those of the configured options that the policy loss takes."""
+        from mssr.algorithms import policy_losses  # needs torch
+
+        loss = self.algorithm.loss
+        names = ("clip_low", "clip_high", "tau_positive", "tau_negative")
+        taken = policy_losses.loss_options(loss.name)
+        options = {k: getattr(loss, k) for k in names if k in taken and getattr(loss, k) is not None}
+        if "dual_clip" in taken:
+            options["dual_clip"] = loss.dual_clip
+        return options | loss.options
+
+    @property
+    def aggregation(self) -> str:
+        """How the losses of tokens become one: as configured, or the method's, or the loss's own."""
+        from mssr.algorithms import policy_losses  # needs torch
+
+        loss = self.algorithm.loss
+        own = self.method.aggregation or policy_losses.loss_aggregation(loss.name) or "token_mean"
+        return _own(loss.aggregation, own)
+
+    @property
+    def constant_length(self) -> int:
+        return _own(self.algorithm.loss.constant_length, self.rollout.max_response_length)
+
+
+def _own(configured: _T | None, default: _T) -> _T:
+    return default if configured is None else configured
 
 
 def to_dict(config: Any) -> dict[str, Any]:

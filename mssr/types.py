@@ -83,7 +83,13 @@ class TrainBatch:
     advantages: npt.NDArray[np.float32]
     """(B,) sequence-level advantage, normalised, before shaping."""
     engine_log_probs: npt.NDArray[np.float32]
-    """(sum of T,) the engine's log-probs, for the mismatch metric."""
+    """(sum of T,) the engine's log-probs: the mismatch metric, and rollout correction."""
+    token_advantages: npt.NDArray[np.float32] | None = None
+    """(sum of T,) in place of ``advantages`` where those of a response's tokens differ (KL in the reward)."""
+    old_log_probs: npt.NDArray[np.float32] | None = None
+    """(sum of T,) under the policy before the step, if they are known already."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference in this step's loss."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -102,3 +108,13 @@ class TrainBatch:
     def response_offsets(self) -> npt.NDArray[np.int64]:
         """(B + 1,) where each response starts in an array over response tokens only."""
         return np.concatenate([[0], np.cumsum(self.response_lengths)])
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogProbs:
+    """Log-probs of all response tokens of a batch under the actor's models."""
+
+    policy: npt.NDArray[np.float32]
+    """(sum of T,) of the policy as it is."""
+    reference: npt.NDArray[np.float32] | None
+    """(sum of T,) of the frozen base model, where asked for."""

@@ -36,7 +36,7 @@ class UpdatePlan:
     sequences: tuple[int, ...]
     """All sequences of the update, over all ranks."""
     response_tokens: int
-    """Their response tokens: the denominator of the loss on every rank."""
+    """Their response tokens, over all ranks."""
     ranks: tuple[tuple[MicroBatch, ...], ...]
     """The passes of each rank; all ranks have the same number."""
 
@@ -78,6 +78,11 @@ class Planner:
             )
             for part in np.array_split(order, count)
         ]
+
+    def everything(self) -> tuple[tuple[MicroBatch, ...], ...]:
+        """Passes over the whole batch, once."""
+        everything = list(range(len(self._lengths)))
+        return self._passes(_balance(everything, self._lengths, self._ranks))
 
     def probe(self, plans: Sequence[UpdatePlan], fraction: float) -> tuple[tuple[MicroBatch, ...], ...]:
         """Passes over a random share of every update; each sequence stays on the rank that trained it.

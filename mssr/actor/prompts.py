@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 
 import numpy as np
@@ -21,7 +22,7 @@ class PromptCache:
         self._model = model
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._items: OrderedDict[str, PackItem] = OrderedDict()
+        self._items: OrderedDict[tuple[str, bool], PackItem] = OrderedDict()
 
     def item(self, batch: TrainBatch, index: int) -> PackItem:
         """Sequence ``index`` of a batch.
@@ -41,18 +42,29 @@ class PromptCache:
             )
         return prompt.with_response(torch.from_numpy(tokens[split:].astype(np.int64)))
 
-    def _prompt(self, prompt_id: str) -> PackItem:
-        if prompt_id in self._items:
-            self._items.move_to_end(prompt_id)
-            return self._items[prompt_id]
-        encoded = self._source.encoder.encode(self._source.row(prompt_id))
+    def text_only(self, batch: TrainBatch, index: int) -> PackItem:
+        """Sequence ``index`` of a batch, as if its prompt had no image."""
+        tokens = batch.tokens[batch.offsets[index] : batch.offsets[index + 1]]
+        response = tokens[int(batch.prompt_lengths[index]) :].astype(np.int64)
+        prompt = self._prompt(batch.prompt_ids[index], text_only=True)
+        return prompt.with_response(torch.from_numpy(response))
+
+    def _prompt(self, prompt_id: str, text_only: bool = False) -> PackItem:
+        key = (prompt_id, text_only)
+        if key in self._items:
+            self._items.move_to_end(key)
+            return self._items[key]
+        row = self._source.row(prompt_id)
+        if text_only:
+            row = dataclasses.replace(row, images=(), problem=row.problem.replace("<image>", ""))
+        encoded = self._source.encoder.encode(row)
         item = PackItem(
             prompt=encoded,
             prompt_positions=self._model.rope_positions(encoded),
             response=torch.empty(0, dtype=torch.int64),
             prompt_id=prompt_id,
         )
-        self._items[prompt_id] = item
+        self._items[key] = item
         self._bytes += encoded.nbytes
         while self._bytes > self._max_bytes and len(self._items) > 1:
             _, oldest = self._items.popitem(last=False)

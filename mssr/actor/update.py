@@ -1,9 +1,8 @@
-"""The update step: packed forward passes, the loss of design section 4, and the optimizer.
+"""The update step: packed forward passes, the objective over their tokens, and the optimizer.
 
-Per token, with A the sequence's advantage and H the exact entropy of the policy:
-
-    A_t  = A + min(coef * stopgrad(H_t), |A| / divisor)       where shaping is on
-    loss = sum over tokens (clipped policy gradient + kl_coef * k3) / tokens of all ranks
+Which passes a step needs: the log-probs before the step (none for the first update, whose own forward
+pass gives them), those of the reference and of the text-only anchor where the objective has them, then
+forward and backward of every update, then the KL of the step on a share of the rollouts.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ import torch
 from mssr.actor.distributed import accumulate_locally, all_max, all_sum, clip_grad_norm, reshard
 from mssr.actor.planning import MicroBatch, Planner, UpdatePlan
 from mssr.actor.prompts import PromptCache
-from mssr.algorithms.losses import aggregate, kl_penalty, policy_loss
-from mssr.algorithms.shaping import entropy_bonus
-from mssr.config import Config
+from mssr.algorithms.losses import kl_penalty
+from mssr.algorithms.objective import Objective, TokenBatch
+from mssr.config import Config, to_dict
 from mssr.errors import TrainingError
 from mssr.models.packing import PackedBatch, pack
 from mssr.models.policy import PolicyModel
@@ -39,6 +38,8 @@ class _Step:
     """(T,) log-probs before the step."""
     reference: dict[int, torch.Tensor] = field(default_factory=dict)
     """(T,) log-probs under the reference policy."""
+    anchor: dict[int, torch.Tensor] = field(default_factory=dict)
+    """(T,) log-probs before the step, given the prompt without its images."""
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     """Sums over this rank's tokens, for the metrics; on the device, so that nothing waits for them."""
     maxima: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -53,7 +54,7 @@ class PolicyUpdater:
 
     Args:
         policy: sharded model in training.
-        reference: sharded frozen model, or None when ``algorithm.kl_coef`` is 0.
+        reference: sharded frozen model, or None when nothing needs it.
         optimizer: over the trainable parameters of ``policy``.
     """
 
@@ -74,6 +75,7 @@ class PolicyUpdater:
         self.prompts = prompts
         self.rank = rank
         self.device = device
+        self.objective = make_objective(config)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         self.nonfinite_in_a_row = 0
 
@@ -88,7 +90,7 @@ class PolicyUpdater:
         lr = self._set_learning_rate(step)
         for number, plan in enumerate(plans):
             # The first update is on policy: its own forward pass gives the old log-probs.
-            self._before_update(state, plan, needs_old=number > 0)
+            self._before_update(state, plan, needs_old=number > 0 and batch.old_log_probs is None)
         self._reshard()
         norms, skipped = [], 0
         for plan in plans:
@@ -125,73 +127,99 @@ class PolicyUpdater:
         return self._planner(batch).updates(self.config.actor.updates_per_step, (self.config.seed, step))
 
     @torch.no_grad()
+    def log_probs(self, batch: TrainBatch, reference: bool) -> dict[int, tuple[np.ndarray, ...]]:
+        """Log-probs of this rank's share of a batch under the policy as it is, and the reference.
+
+        Returns:
+            By index in the batch: (T,) float32 of the policy, and with ``reference`` those of it.
+        """
+        models = [self.policy]
+        if reference:
+            assert self.reference is not None
+            models.append(self.reference)
+        found: dict[int, tuple[np.ndarray, ...]] = {}
+        for micro, packed in self._packed(batch, self._planner(batch).everything()[self.rank]):
+            lengths = packed.response_lengths.tolist()
+            by_model = [
+                torch.split(model(packed, micro.any_rank_has_images)[0].cpu(), lengths) for model in models
+            ]
+            if micro.weight:
+                values = zip(*by_model, strict=True)
+                found.update(
+                    {s: tuple(x.numpy() for x in v) for s, v in zip(micro.sequences, values, strict=True)}
+                )
+        self._reshard()
+        return found
+
+    @torch.no_grad()
     def _before_update(self, state: _Step, plan: UpdatePlan, needs_old: bool) -> None:
-        """Log-probs of the policy before the step and of the reference, from one packing."""
-        if not needs_old and self.reference is None:
-            return
-        for micro, packed in self._packed(state.batch, plan.ranks[self.rank]):
-            if needs_old:
-                self._store(state.old, micro, packed, self.policy(packed, micro.any_rank_has_images)[0])
-            if self.reference is not None:
-                log_probs, _ = self.reference(packed, micro.any_rank_has_images)
-                self._store(state.reference, micro, packed, log_probs)
+        """Log-probs of the policy before the step and of the reference from one packing; the anchor's."""
+        passes = plan.ranks[self.rank]
+        use_reference = self.reference is not None and not self.config.kl_in_reward
+        if needs_old or use_reference:
+            for micro, packed in self._packed(state.batch, passes):
+                if needs_old:
+                    self._store(state.old, micro, packed, self.policy(packed, micro.any_rank_has_images)[0])
+                if use_reference:
+                    assert self.reference is not None
+                    log_probs, _ = self.reference(packed, micro.any_rank_has_images)
+                    self._store(state.reference, micro, packed, log_probs)
+        if self.objective.anchor_coef:
+            for micro in passes:
+                items = [self.prompts.text_only(state.batch, s) for s in micro.sequences]
+                packed = pack(items, self.policy.merge_size).to(self.device)
+                self._store(state.anchor, micro, packed, self.policy(packed)[0])
 
     def backward(self, state: _Step, plan: UpdatePlan) -> None:
         """Accumulate the gradient of one update."""
         passes = plan.ranks[self.rank]
+        denominator = self.objective.denominator(state.batch.response_lengths[list(plan.sequences)])
         for micro, packed in self._packed(state.batch, passes):
             if self.config.actor.keep_gathered:
                 accumulate_locally(self.policy, last=micro is passes[-1])
             log_probs, entropy = self.policy(packed, micro.any_rank_has_images)
-            if micro.sequences[0] not in state.old:
-                self._store(state.old, micro, packed, log_probs.detach())
-            loss = self._loss(state, micro, packed, log_probs, entropy, plan.response_tokens)
+            tokens = self._tokens(state, micro, packed, log_probs, entropy)
+            loss, metrics = self.objective(tokens, denominator, state.batch.kl_coef)
+            for key, values in metrics.items():
+                self._add(state, micro, key, values)
+            self._max(state, "rollout/mismatch_max", (tokens.engine_log_probs - tokens.old_log_probs).abs())
             # FSDP averages over ranks; the loss is already divided by the tokens of all of them.
             (loss * micro.weight * self.config.actor.num_ranks).backward()
 
-    def _loss(
+    def _tokens(
         self,
         state: _Step,
         micro: MicroBatch,
         packed: PackedBatch,
         log_probs: torch.Tensor,
         entropy: torch.Tensor,
-        tokens: int,
-    ) -> torch.Tensor:
-        algorithm = self.config.algorithm
-        old = torch.cat([state.old[s] for s in micro.sequences])
-        per_sequence = torch.from_numpy(state.batch.advantages[list(micro.sequences)]).to(self.device)
-        advantages = per_sequence.repeat_interleave(packed.response_lengths)
-        shaped = advantages
-        if self.config.shapes_entropy:
-            bonus = entropy_bonus(
-                advantages, entropy, coef=algorithm.shaping.coef, divisor=algorithm.shaping.divisor
-            )
-            shaped = advantages + bonus
-            entropy_decides = algorithm.shaping.coef * entropy <= advantages.abs() / algorithm.shaping.divisor
-            self._add(state, micro, "shaping/mean", bonus)
-            self._add(state, micro, "shaping/entropy_branch_fraction", entropy_decides)
-            self._add(state, micro, "shaping/sign_flip_fraction", (advantages < 0) & (shaped > 0))
-        per_token, info = policy_loss(
-            log_probs,
-            old,
-            shaped,
-            clip_low=algorithm.clip_low,
-            clip_high=algorithm.clip_high,
-            dual_clip=algorithm.dual_clip,
+    ) -> TokenBatch:
+        batch, sequences, lengths = state.batch, micro.sequences, packed.response_lengths
+        if batch.old_log_probs is not None:
+            old = self._of_tokens(state, batch.old_log_probs, sequences)
+            self._store(state.old, micro, packed, old)
+        elif sequences[0] not in state.old:
+            self._store(state.old, micro, packed, log_probs.detach())
+        if batch.token_advantages is not None:
+            advantages = self._of_tokens(state, batch.token_advantages, sequences)
+        else:
+            per_sequence = torch.from_numpy(batch.advantages[list(sequences)]).to(self.device)
+            advantages = per_sequence.repeat_interleave(lengths)
+        has_image = None
+        if state.anchor:
+            images = torch.from_numpy(self._has_images(batch)[list(sequences)]).to(self.device)
+            has_image = images.repeat_interleave(lengths)
+        return TokenBatch(
+            log_probs=log_probs,
+            entropy=entropy,
+            old_log_probs=_gather(state.old, sequences),
+            engine_log_probs=self._of_tokens(state, batch.engine_log_probs, sequences),
+            advantages=advantages,
+            lengths=lengths,
+            reference_log_probs=_gather(state.reference, sequences) if state.reference else None,
+            anchor_log_probs=_gather(state.anchor, sequences) if state.anchor else None,
+            has_image=has_image,
         )
-        if self.reference is not None:
-            reference = torch.cat([state.reference[s] for s in micro.sequences])
-            kl = kl_penalty(log_probs, reference, kind="k3")
-            per_token = per_token + algorithm.kl_coef * kl
-            self._add(state, micro, "policy/kl_ref", kl)
-        engine_log_probs = self._engine_log_probs(state, micro.sequences)
-        self._add(state, micro, "rollout/mismatch_kl", kl_penalty(engine_log_probs, old, kind="k3"))
-        self._max(state, "rollout/mismatch_max", (engine_log_probs - old).abs())
-        self._add(state, micro, "policy/entropy", entropy)
-        self._add(state, micro, "policy/loss", per_token)
-        self._add(state, micro, "policy/clip_fraction", info["clipped"])
-        return aggregate(per_token, tokens)
 
     @torch.no_grad()
     def _probe_kl(self, state: _Step, plans: list[UpdatePlan]) -> None:
@@ -209,14 +237,18 @@ class PolicyUpdater:
         self._reshard()
 
     def _planner(self, batch: TrainBatch) -> Planner:
-        image_token = self.policy.model.config.image_token_id
         return Planner(
             batch.lengths,
             batch.response_lengths,
-            np.logical_or.reduceat(batch.tokens == image_token, batch.offsets[:-1]),
+            self._has_images(batch),
             ranks=self.config.actor.num_ranks,
             token_budget=self.config.actor.micro_batch_tokens,
         )
+
+    def _has_images(self, batch: TrainBatch) -> np.ndarray:
+        """(B,) bool."""
+        image_token = self.policy.model.config.image_token_id
+        return np.logical_or.reduceat(batch.tokens == image_token, batch.offsets[:-1])
 
     def _packed(
         self, batch: TrainBatch, passes: tuple[MicroBatch, ...]
@@ -239,9 +271,10 @@ class PolicyUpdater:
         largest = values.detach().max()
         state.maxima[key] = torch.maximum(state.maxima[key], largest) if key in state.maxima else largest
 
-    def _engine_log_probs(self, state: _Step, sequences: tuple[int, ...]) -> torch.Tensor:
-        offsets, log_probs = state.response_offsets, state.batch.engine_log_probs
-        parts = [log_probs[offsets[s] : offsets[s + 1]] for s in sequences]
+    def _of_tokens(self, state: _Step, values: np.ndarray, sequences: tuple[int, ...]) -> torch.Tensor:
+        """The parts of an array over response tokens that belong to some sequences."""
+        offsets = state.response_offsets
+        parts = [values[offsets[s] : offsets[s + 1]] for s in sequences]
         return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
     def _metrics(self, state: _Step, tokens: int) -> dict[str, float]:
@@ -272,3 +305,26 @@ class PolicyUpdater:
         for group in self.optimizer.param_groups:
             group["lr"] = actor.lr * factor
         return actor.lr * factor
+
+
+def _gather(values: dict[int, torch.Tensor], sequences: tuple[int, ...]) -> torch.Tensor:
+    return torch.cat([values[s] for s in sequences])
+
+
+def make_objective(config: Config) -> Objective:
+    """The loss that a config describes."""
+    section = config.algorithm
+    return Objective(
+        loss=section.loss.name,
+        loss_options=config.loss_options,
+        aggregation=config.aggregation,
+        constant_length=config.constant_length,
+        shaping=config.shapes_entropy,
+        shaping_coef=section.shaping.coef,
+        shaping_divisor=section.shaping.divisor,
+        shaping_entropy=section.shaping.entropy,  # type: ignore[arg-type]
+        kl_estimator=section.kl.estimator,  # type: ignore[arg-type]
+        entropy_coef=section.loss.entropy_coef,
+        anchor_coef=section.loss.text_anchor_coef,
+        correction=to_dict(section.correction),
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -56,8 +57,7 @@ class PolicyWorker:
         mesh = init_process_group(rank, config.actor.num_ranks, init_method, self.device)
         self.compute_dtype = _compute_dtype(config.model.dtype, device)
         self.policy = self._build(mesh, trainable=True)
-        needs_reference = config.algorithm.kl_coef > 0
-        self.reference = self._build(mesh, trainable=False) if needs_reference else None
+        self.reference = self._build(mesh, trainable=False) if config.needs_reference else None
         self.optimizer = torch.optim.AdamW(
             [p for p in self.policy.parameters() if p.requires_grad],
             lr=config.actor.lr,
@@ -90,6 +90,10 @@ class PolicyWorker:
         if self.device.type == "cuda":
             metrics["memory/actor_gpu_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return metrics
+
+    def log_probs(self, batch: TrainBatch, reference: bool) -> dict[int, tuple[np.ndarray, ...]]:
+        """See `PolicyUpdater.log_probs`: this rank's share of the batch."""
+        return self.updater.log_probs(batch, reference)
 
     def export_weights(self) -> dict[str, torch.Tensor] | None:
         """All weights by Hugging Face name, on CPU in the dtype of the forward pass, the tied head

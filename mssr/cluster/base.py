@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+import numpy as np
+
 from mssr.config import Config
-from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
+from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 
 
 class Cluster(Protocol):
@@ -18,6 +20,10 @@ class Cluster(Protocol):
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         """One policy update on all ranks; returns its metrics."""
+        ...
+
+    def log_probs(self, batch: TrainBatch, reference: bool = False) -> TokenLogProbs:
+        """Score the responses of a batch under the policy as it is, and under the reference."""
         ...
 
     def sync_weights(self, version: int) -> None:
@@ -50,3 +56,12 @@ def launch(config: Config) -> Cluster:
     from mssr.cluster.local import LocalCluster
 
     return LocalCluster(config)
+
+
+def join_log_probs(shares: Iterable[dict[int, tuple[np.ndarray, ...]]], reference: bool) -> TokenLogProbs:
+    """What the ranks scored (see `PolicyUpdater.log_probs`), in the order of the batch."""
+    found: dict[int, tuple[np.ndarray, ...]] = {}
+    for share in shares:
+        found |= share
+    models = [np.concatenate(x) for x in zip(*(found[s] for s in range(len(found))), strict=True)]
+    return TokenLogProbs(policy=models[0], reference=models[1] if reference else None)

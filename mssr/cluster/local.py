@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mssr.actor.worker import PolicyWorker, resolve_device
+from mssr.cluster.base import join_log_probs
 from mssr.cluster.memory import rss_gib
 from mssr.config import Config
 from mssr.rollout.weights import pack_weights
 from mssr.rollout.worker import RolloutWorker
-from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
+from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 
 
 class LocalCluster:
@@ -36,6 +37,9 @@ class LocalCluster:
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         return self._actor.update(batch, step)
+
+    def log_probs(self, batch: TrainBatch, reference: bool = False) -> TokenLogProbs:
+        return join_log_probs([self._actor.log_probs(batch, reference)], reference)
 
     def sync_weights(self, version: int) -> None:
         weights = self._actor.export_weights()

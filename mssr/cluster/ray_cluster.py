@@ -11,11 +11,12 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from mssr.cluster.base import join_log_probs
 from mssr.cluster.memory import rss_gib
 from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
 from mssr.config import Config
 from mssr.errors import TrainingError, UserError
-from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
+from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 
 PLACEMENT_TIMEOUT_S = 60
 
@@ -98,6 +99,11 @@ class RayCluster:
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         shared = ray.put(batch)
         return self._get([a.update.remote(shared, step) for a in self._actors])[0]
+
+    def log_probs(self, batch: TrainBatch, reference: bool = False) -> TokenLogProbs:
+        shared = ray.put(batch)
+        shares = self._get([a.log_probs.remote(shared, reference) for a in self._actors])
+        return join_log_probs(shares, reference)
 
     def sync_weights(self, version: int) -> None:
         exports = [a.export_weights.remote() for a in self._actors]

@@ -15,6 +15,8 @@ from mssr.config import Config
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from mssr.rollout.weights import PackedWeights
 
 
@@ -52,6 +54,9 @@ class RayPolicyWorker(RayWorker):
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         return self._worker.update(batch, step)
+
+    def log_probs(self, batch: TrainBatch, reference: bool) -> dict[int, tuple[np.ndarray, ...]]:
+        return self._worker.log_probs(batch, reference)
 
     def export_weights(self) -> PackedWeights | None:
         from mssr.rollout.weights import pack_weights

@@ -5,7 +5,8 @@ For logits z = h W^T / temperature with banned entries removed and p = softmax(z
     log-prob  l = z_y - logsumexp(z)            dl/dz = onehot(y) - p
     entropy   H = logsumexp(z) - sum_v p_v z_v   dH/dz = -p (log p + H)
 
-Logits exist for ``chunk`` tokens at a time, in float32, and are recomputed in the backward pass.
+Logits exist for ``chunk`` tokens at a time, in float32 (float64 for a float64 model), and are recomputed
+in the backward pass.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def token_log_probs_and_entropy(
         chunk: tokens whose logits exist at the same time.
 
     Returns:
-        (N,) float32 log-probs and (N,) float32 entropies, in nats.
+        (N,) log-probs and (N,) entropies, in nats, float32 or, for float64 inputs, float64.
     """
     log_probs, entropy = _ChunkedHead.apply(hidden, weight, targets, temperature, banned, chunk)
     return log_probs, entropy
@@ -56,9 +57,7 @@ class _ChunkedHead(torch.autograd.Function):
         chunk: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         n = hidden.shape[0]
-        log_probs = hidden.new_empty(n, dtype=torch.float32)
-        entropy = hidden.new_empty(n, dtype=torch.float32)
-        log_z = hidden.new_empty(n, dtype=torch.float32)
+        log_probs, entropy, log_z = hidden.new_empty((3, n), dtype=_precision(hidden)).unbind()
         for start in range(0, n, chunk):
             part = slice(start, min(start + chunk, n))
             logits = _logits(hidden[part], weight, temperature, banned)
@@ -76,7 +75,7 @@ class _ChunkedHead(torch.autograd.Function):
         grad_log_probs, grad_entropy = grads
         hidden, weight, targets, log_z, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=_precision(hidden))
         for start in range(0, hidden.shape[0], ctx.chunk):
             part = slice(start, min(start + ctx.chunk, hidden.shape[0]))
             logits = _logits(hidden[part], weight, ctx.temperature, ctx.banned)
@@ -87,14 +86,18 @@ class _ChunkedHead(torch.autograd.Function):
             grad.scatter_add_(1, targets[part, None], grad_log_probs[part, None])
             grad /= ctx.temperature
             grad_hidden[part] = (grad.to(weight.dtype) @ weight).to(hidden.dtype)
-            grad_weight += grad.T @ hidden[part].float()
+            grad_weight += grad.T @ hidden[part].to(grad.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _logits(
     hidden: torch.Tensor, weight: torch.Tensor, temperature: float, banned: torch.Tensor | None
 ) -> torch.Tensor:
-    logits = (hidden @ weight.T).float() / temperature
+    logits = (hidden @ weight.T).to(_precision(hidden)) / temperature
     if banned is not None:
         logits.index_fill_(1, banned, _BANNED_LOGIT)
     return logits
+
+
+def _precision(hidden: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mssr import algorithms
+from mssr.algorithms import Algorithm
 from mssr.cluster.base import Cluster
 from mssr.config import Config
 from mssr.data.dataset import VAL_PREFIX, PromptDataset
 from mssr.data.sampler import EpochSampler
 from mssr.errors import UserError
-from mssr.rewards import ScoredBatch, Scorer
-from mssr.rollout.seeds import request_seed
+from mssr.rewards import Scorer
 from mssr.trainer.checkpoint import CheckpointStore, read_state
+from mssr.trainer.collect import PromptSampler, RolloutCollector, score_metrics
 from mssr.trainer.console import Console
+from mssr.trainer.estimate import Estimator
+from mssr.trainer.initial_values import initialize_values
 from mssr.trainer.loggers import MetricsLog
 from mssr.trainer.run_directory import write_samples
 from mssr.trainer.signals import StopRequest
-from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
+from mssr.trainer.timing import PhaseTimer
+from mssr.types import Rollout, RolloutRequest, SamplingParams
 
 TRAIN_SAMPLES = 16
 """Train rollouts written to a samples file; validation writes all of its own."""
@@ -53,12 +54,13 @@ class Trainer:
         self.train, self.val = train, val
         self.cluster = cluster
         self.store, self.log, self.console = store, log, console
-        self.sampler = EpochSampler(train.ids, config.seed, config.data.shuffle)
-        self.algorithm = algorithms.create(config.algorithm.name, **config.estimator_options)
-        self.scorer = Scorer(config.reward.name)
+        self.timer = PhaseTimer()
+        self.estimator = Estimator(config, cluster, self.timer)
+        self.sampler = make_sampler(config, train.ids, self.estimator.algorithm)
+        scorer = Scorer(config.reward.name)
+        self.collector = RolloutCollector(config, train, self.sampler, scorer, cluster, self.timer)
         self.step = 0
         self._saved_step = 0
-        self.timing: dict[str, float] = {}
 
     def resume(self, checkpoint: Path) -> None:
         """Take over everything that the next step depends on.
@@ -69,7 +71,7 @@ class Trainer:
         state = read_state(checkpoint)
         try:
             self.sampler.load_state_dict(state["sampler"])
-            self.algorithm.load_state_dict(state["algorithm"])
+            self.estimator.load_state_dict(state["estimator"])
         except ValueError as error:
             raise UserError(f"trainer.resume: {checkpoint} does not fit this run: {error}") from error
         self.step = self._saved_step = state["step"]
@@ -84,9 +86,13 @@ class Trainer:
             self.log.write({"step": 0, "epoch": 0.0} | before)
             if before:
                 self.console.note(f"step 0: validation accuracy {before['val/accuracy']:.3f}")
+        if self.step == 0 and self.estimator.algorithm.init_rollouts:
+            algorithm, note = self.estimator.algorithm, self.console.note
+            initialize_values(self.config, algorithm, self.collector, note, lambda: stop.requested)
+            self.timer.take()
         self.console.begin()
         while self.step < steps and not stop.requested:
-            with self._timed("step"):
+            with self.timer("step"):
                 metrics = self.train_step()
             if self._due(self.config.trainer.val_every, at_end=True):
                 metrics |= self.validate()
@@ -101,55 +107,32 @@ class Trainer:
             self.save()
 
     def train_step(self) -> dict[str, float]:
-        """Sample prompts, generate, score, estimate, update, send the weights on."""
-        prompt_ids = self.sampler.next(self.config.prompts_per_step)
-        with self._timed("rollout"):
-            rollouts = self.generate(prompt_ids)
-        with self._timed("reward"):
-            scored = self.score(self.train, rollouts)
-        ids = [r.prompt_id for r in rollouts]
-        lengths = np.array([len(r.response_token_ids) for r in rollouts])
-        advantages, metrics = self.algorithm.advantages(ids, scored.scores, lengths)
-        with self._timed("update"):
-            metrics |= self.cluster.update(make_batch(rollouts, advantages), self.step)
-        try:
-            self.algorithm.observe(ids, scored.scores, metrics["policy/kl_update"])
-        except ValueError as error:
-            raise UserError(f"reward.name={self.scorer.name}: {error}") from error
-        with self._timed("sync"):
+        """Collect scored rollouts, estimate their advantages, update, learn, send the weights on."""
+        collected = self.collector.collect(self.step)
+        batch, metrics = self.estimator.batch(collected)
+        with self.timer("update"):
+            metrics |= self.cluster.update(batch, self.step)
+        metrics |= self.estimator.observe(collected, metrics)
+        with self.timer("sync"):
             self.cluster.sync_weights(version=self.step + 1)
         self.step += 1
         if self._due(self.config.trainer.samples_every):
-            self._write_samples("train", self.train, rollouts[:TRAIN_SAMPLES], scored)
-        return metrics | self.algorithm.metrics() | rollout_metrics(rollouts, scored)
-
-    def generate(self, prompt_ids: Sequence[str]) -> list[Rollout]:
-        """``rollout.n`` responses to every prompt, next to one another."""
-        rollout = self.config.rollout
-        requests = [
-            RolloutRequest(i, k, request_seed(self.config.seed, self.step, i, k))
-            for i in prompt_ids
-            for k in range(self.config.responses_per_prompt)
-        ]
-        return self.cluster.generate(
-            requests, SamplingParams(rollout.temperature, rollout.max_response_length)
-        )
-
-    def score(self, dataset: PromptDataset, rollouts: Sequence[Rollout]) -> ScoredBatch:
-        answers = dataset.answers([r.prompt_id for r in rollouts])
-        return self.scorer.score([r.text for r in rollouts], answers)
+            rollouts = collected.rollouts[:TRAIN_SAMPLES]
+            self._write_samples("train", self.train, rollouts, collected.scores)
+        return metrics | collected.metrics
 
     def validate(self) -> dict[str, float]:
         """One greedy response to every validation prompt; all of them go to the samples file."""
         if self.val is None:
             return {}
-        with self._timed("val"):
+        with self.timer("val"):
             ids = self.val.ids[: self.config.trainer.val_max_prompts]
             rollout = self.config.rollout
             params = SamplingParams(rollout.temperature, rollout.max_response_length, greedy=True)
             rollouts = self.cluster.generate([RolloutRequest(i, 0, 0) for i in ids], params)
-            scored = self.score(self.val, rollouts)
-        self._write_samples("val", self.val, rollouts, scored)
+            answers = self.val.answers([r.prompt_id for r in rollouts])
+            scored = self.collector.scorer.score([r.text for r in rollouts], answers)
+        self._write_samples("val", self.val, rollouts, scored.scores)
         length = float(np.mean([len(r.response_token_ids) for r in rollouts]))
         return {"val/response_length": length} | score_metrics("val", scored)
 
@@ -160,9 +143,9 @@ class Trainer:
         state = {
             "step": self.step,
             "sampler": self.sampler.state_dict(),
-            "algorithm": self.algorithm.state_dict(),
+            "estimator": self.estimator.state_dict(),
         }
-        with self._timed("save"):
+        with self.timer("save"):
             self.store.save(self.step, state, self.cluster.save)
         self._saved_step = self.step
 
@@ -172,10 +155,10 @@ class Trainer:
         return every > 0 and (last or self.step % every == 0)
 
     def _write_samples(
-        self, split: str, dataset: PromptDataset, rollouts: Sequence[Rollout], scored: ScoredBatch
+        self, split: str, dataset: PromptDataset, rollouts: Sequence[Rollout], scores: np.ndarray
     ) -> None:
         records = []
-        for rollout, score in zip(rollouts, scored.scores[: len(rollouts)], strict=True):
+        for rollout, score in zip(rollouts, scores[: len(rollouts)], strict=True):
             row = dataset.row(rollout.prompt_id)
             records.append(
                 {
@@ -191,15 +174,9 @@ class Trainer:
             )
         write_samples(self.log.run_dir / "samples" / f"step-{self.step:06d}.jsonl", records, split)
 
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.timing[f"timing/{phase}_s"] = time.perf_counter() - start
-
     def _timing_metrics(self, tokens: float) -> dict[str, float]:
         """Wall time of the phases, and rates over the step without validation and checkpoint."""
-        timing, self.timing = self.timing, {}
+        timing = self.timer.take()
         seconds = timing["timing/step_s"]
         return timing | {
             "perf/rollouts_per_s": self.config.rollout.rollouts_per_step / seconds,
@@ -207,33 +184,15 @@ class Trainer:
         }
 
 
-def make_batch(rollouts: Sequence[Rollout], advantages: np.ndarray) -> TrainBatch:
-    """Rollouts laid end to end."""
-    tokens = [part for r in rollouts for part in (r.prompt_token_ids, r.response_token_ids)]
-    lengths = [len(r.prompt_token_ids) + len(r.response_token_ids) for r in rollouts]
-    return TrainBatch(
-        prompt_ids=tuple(r.prompt_id for r in rollouts),
-        tokens=np.concatenate(tokens),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        prompt_lengths=np.array([len(r.prompt_token_ids) for r in rollouts], dtype=np.int64),
-        advantages=advantages,
-        engine_log_probs=np.concatenate([r.log_probs for r in rollouts]),
-    )
+def make_sampler(config: Config, ids: Sequence[str], algorithm: Algorithm) -> PromptSampler:
+    """The sampler that ``sampler.name`` means."""
+    if config.sampler_name == "uncertainty":
+        from mssr.data.sampler import UncertaintySampler
 
-
-def score_metrics(prefix: str, scored: ScoredBatch) -> dict[str, float]:
-    """Means: ``score`` is what is learned from; ``accuracy`` is the reward's part of that name, if any."""
-    parts = {"accuracy": scored.scores, "score": scored.scores} | scored.parts
-    return {f"{prefix}/{name}": float(values.mean()) for name, values in parts.items()}
-
-
-def rollout_metrics(rollouts: Sequence[Rollout], scored: ScoredBatch) -> dict[str, float]:
-    """What was generated and how it scored."""
-    lengths = np.array([len(r.response_token_ids) for r in rollouts])
-    return {
-        **score_metrics("reward", scored),
-        "reward/errors": float(scored.errors),
-        "rollout/tokens": float(lengths.sum()),
-        "rollout/response_length": float(lengths.mean()),
-        "rollout/truncated_fraction": float(np.mean([r.finish_reason == "length" for r in rollouts])),
-    }
+        baseline = algorithm.baseline
+        assert baseline is not None  # the config check asks for one
+        keys = baseline.keys(ids)
+        return UncertaintySampler(
+            ids, config.seed, lambda: baseline.values(keys), config.sampler.uncertainty_eps
+        )
+    return EpochSampler(ids, config.seed, config.data.shuffle)

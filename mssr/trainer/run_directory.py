@@ -124,5 +124,7 @@ def write_samples(path: Path, samples: Iterable[dict[str, Any]], split: str) -> 
     lines = [json.dumps(s, ensure_ascii=False) + "\n" for s in samples]
     if path.is_file():
         # A step that is computed again after a resume replaces its own samples.
-        lines = [x for x in path.read_text().splitlines(True) if json.loads(x)["split"] != split] + lines
+        # (Split at \n alone: a response may hold other characters that end a line for Python.)
+        old = [x + "\n" for x in path.read_text().split("\n") if x]
+        lines = [x for x in old if json.loads(x)["split"] != split] + lines
     path.write_text("".join(lines))

@@ -8,6 +8,7 @@ from typing import TextIO
 
 from mssr.cluster.base import launch
 from mssr.config import Config
+from mssr.config_checks import advice
 from mssr.config_loading import load_config
 from mssr.data.dataset import VAL_PREFIX
 from mssr.data.encoder import PromptEncoder
@@ -55,6 +56,8 @@ def _run(config: Config, terminal: TextIO) -> int:
     console = Console(terminal, config.trainer.progress, first_step, config.trainer.steps)
     cluster = None
     try:
+        for line in advice(config):
+            console.note(f"note: {line}")
         console.note(f"train: {train_set.summary()}; val: {val_set.summary() if val_set else 'none'}")
         if checkpoint:
             console.note(f"resuming from {checkpoint}")

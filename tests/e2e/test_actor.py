@@ -35,10 +35,10 @@ rank, config_file, directory = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 spec = json.loads((directory / "spec.json").read_text())
 results = []
 for number, job in enumerate(spec):
-    batch = TrainBatch(prompt_ids=tuple(job["prompt_ids"]), **np.load(directory / f"batch-{number}.npz"))
-    worker = PolicyWorker(
-        load_config(config_file, job["overrides"]), rank, f"file://{directory}/rendezvous-{number}"
-    )
+    config = load_config(config_file, job["overrides"])
+    arrays = np.load(directory / f"batch-{number}.npz")
+    batch = TrainBatch(prompt_ids=tuple(job["prompt_ids"]), kl_coef=config.algorithm.kl.coef, **arrays)
+    worker = PolicyWorker(config, rank, f"file://{directory}/rendezvous-{number}")
     if job.get("load"):
         worker.load(job["load"])
     metrics = {}
@@ -79,7 +79,8 @@ def run_ranks(
     spec = []
     for number, job in enumerate(jobs):
         own = job.get("batch", batch)
-        arrays = {f.name: getattr(own, f.name) for f in dataclasses.fields(own) if f.name != "prompt_ids"}
+        fields = {f.name: getattr(own, f.name) for f in dataclasses.fields(own)}
+        arrays = {k: v for k, v in fields.items() if isinstance(v, np.ndarray)}
         np.savez(directory / f"batch-{number}.npz", **arrays)
         overrides = [*job.get("overrides", []), f"actor.num_ranks={ranks}"]
         spec.append(job | {"batch": number, "overrides": overrides, "prompt_ids": own.prompt_ids})
@@ -147,6 +148,30 @@ def test_gradient_depends_neither_on_micro_batches_nor_on_ranks(workspace: Works
         assert relative_difference(runs[0][0], gradient) < 1e-5
 
 
+# By sequences, with whole-sequence ratios, and passes of their own for the anchor.
+EVERY_TERM = [
+    "algorithm.loss.name=gspo",
+    "algorithm.loss.entropy_coef=0.1",
+    "algorithm.loss.text_anchor_coef=0.5",
+    "algorithm.kl.coef=0.5",
+    "algorithm.correction.weight=sequence",
+    "algorithm.correction.mask=token",
+]
+
+
+def test_the_other_terms_of_the_loss_depend_on_neither(workspace: Workspace) -> None:
+    batch = make_batch(workspace, [f"t{i % 8}" for i in range(8)])
+
+    def job(budget: int, *overrides: str) -> dict[str, Any]:
+        sizes = ["actor.updates_per_step=1", "rollout.rollouts_per_step=8"]
+        return {"gradient": True, "overrides": [*sizes, f"actor.micro_batch_tokens={budget}", *overrides]}
+
+    (plain, _), (whole, _) = run_ranks(workspace, batch, 1, [job(100000), job(100000, *EVERY_TERM)])
+    assert relative_difference(plain, whole) > 0.01
+    for gradient, _ in run_ranks(workspace, batch, 2, [job(100000, *EVERY_TERM), job(70, *EVERY_TERM)]):
+        assert relative_difference(whole, gradient) < 1e-5
+
+
 UNEVEN = [
     (["t1", "t2"], 1),  # an image on one rank, text alone on the other: neither may wait for ever
     (["t2", "t6", "t2"], 1),  # no image anywhere
@@ -192,14 +217,8 @@ def test_a_checkpoint_loads_on_another_number_of_ranks(workspace: Workspace, tmp
     assert relative_difference(next_two, other_optimizer) > 1e-4
 
 
+# Those of the algorithm are in tests/unit/test_live_options.py.
 OPTIONS = [
-    "algorithm.clip_low=0.001",
-    "algorithm.clip_high=0.001",
-    "algorithm.dual_clip=1.01",
-    "algorithm.kl_coef=1.0",
-    "algorithm.shaping.enabled=false",
-    "algorithm.shaping.coef=0.01",
-    "algorithm.shaping.divisor=20.0",
     "actor.lr=0.02",
     "actor.lr_schedule=linear",
     "actor.lr_schedule=cosine",

@@ -205,7 +205,7 @@ def test_a_policy_that_wants_image_tokens_trains_on(
         workspace.config,
         f"model.path={model_dir}",
         "trainer.steps=2",
-        "algorithm.kl_coef=0.01",
+        "algorithm.kl.coef=0.01",
         f"trainer.run_dir={run_dir}",
     )
     assert done.returncode == 0, done.stderr

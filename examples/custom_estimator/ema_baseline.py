@@ -1,0 +1,30 @@
+"""A method of your own: REINFORCE against a moving average of the run's rewards."""
+
+from typing import Any
+
+import numpy as np
+
+from mssr.algorithms import Algorithm
+
+
+class EMABaseline(Algorithm):
+    """A = r - m, where m <- decay * m + (1 - decay) * mean(r) after every step."""
+
+    def __init__(self, *, decay: float = 0.9, start: float = 0.5) -> None:  # algorithm.options
+        self.decay, self.mean = decay, start
+
+    def advantages(self, prompt_ids: Any, rewards: Any, lengths: Any) -> Any:
+        advantages = (np.asarray(rewards) - self.mean).astype(np.float32)
+        return advantages, {"advantage/std": float(advantages.std())}
+
+    def observe(self, prompt_ids: Any, rewards: Any, kl: Any) -> None:
+        self.mean = self.decay * self.mean + (1 - self.decay) * float(np.mean(rewards))
+
+    def metrics(self) -> dict[str, float]:
+        return {"baseline/mean": self.mean}
+
+    def state_dict(self) -> dict[str, Any]:  # what a resumed run needs
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.mean = state["mean"]

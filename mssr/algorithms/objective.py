@@ -1,0 +1,146 @@
+"""The whole loss of a micro-batch, from log-probs and entropies to one scalar.
+
+Per response token, with A the advantage, H the entropy, w the rollout correction:
+
+    A_t  = A + min(coef * stopgrad(H_t), |A| / divisor)                  where shaping is on
+    l_t  = w_t * policy loss(A_t) + kl_coef * KL_t(pi, pi_ref)
+           + anchor_coef * k3_t(pi, pi without the image) - entropy_coef * H_t
+    loss = sum_t weight_t * l_t / denominator                            by the aggregation
+
+Pure torch, no model and no config: the actor fills in what it measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mssr.algorithms.correction import rollout_correction
+from mssr.algorithms.losses import aggregate, aggregation_denominator, aggregation_weights, kl_penalty
+from mssr.algorithms.policy_losses import PolicyLoss, bind_loss
+from mssr.algorithms.sequences import check_same_shape
+from mssr.algorithms.shaping import entropy_bonus, sampled_entropy
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """N response tokens of S whole sequences, laid end to end. Log-probs are in nats."""
+
+    log_probs: torch.Tensor
+    """(N,) of the policy in training, with gradient."""
+    entropy: torch.Tensor
+    """(N,) exact entropy of its next-token distributions, with gradient."""
+    old_log_probs: torch.Tensor
+    """(N,) of the policy before the step."""
+    engine_log_probs: torch.Tensor
+    """(N,) as the engine sampled."""
+    advantages: torch.Tensor
+    """(N,) normalised, before shaping."""
+    lengths: torch.Tensor
+    """(S,) int64 tokens of each response, adding up to N."""
+    reference_log_probs: torch.Tensor | None = None
+    """(N,) of the frozen base model, where it is held."""
+    anchor_log_probs: torch.Tensor | None = None
+    """(N,) of the policy before the step, without the image; where the anchor is on."""
+    has_image: torch.Tensor | None = None
+    """(N,) bool, with ``anchor_log_probs``: without an image there is no anchor."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised. Call it with a `TokenBatch`."""
+
+    loss: str = "ppo"
+    """Name of the policy loss, see `mssr.algorithms.policy_losses`."""
+    loss_options: Mapping[str, Any] = field(default_factory=dict)
+    """Its options."""
+    aggregation: str = "token_mean"
+    """token_mean, sequence_mean or constant_length."""
+    constant_length: int | None = None
+    """Tokens of a response in constant_length."""
+    shaping: bool = False
+    """Whether advantages are shaped by entropy."""
+    shaping_coef: float = 0.4
+    shaping_divisor: float = 2.0
+    shaping_entropy: Literal["exact", "sampled"] = "exact"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 0.0
+    anchor_coef: float = 0.0
+    correction: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `mssr.algorithms.correction.rollout_correction`."""
+    _policy_loss: PolicyLoss = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Bound once: a loss from a file that is edited during a run must not change it.
+        object.__setattr__(self, "_policy_loss", bind_loss(self.loss, self.loss_options))
+
+    def denominator(self, lengths: npt.ArrayLike) -> float:
+        """Of a whole mini-batch, over all ranks, from the (S,) lengths of its responses."""
+        return aggregation_denominator(
+            torch.from_numpy(np.asarray(lengths, np.int64)), self.aggregation, self.constant_length
+        )
+
+    def __call__(
+        self, tokens: TokenBatch, denominator: float, kl_coef: float = 0.0
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The part of the loss that these tokens contribute.
+
+        Args:
+            denominator: of the mini-batch, see `denominator`.
+            kl_coef: weight of the KL to the reference; it may change from step to step.
+
+        Returns:
+            () loss with gradient, and (N,) tensors without, by metric name.
+        """
+        metrics: dict[str, torch.Tensor] = {"policy/entropy": tokens.entropy}
+        advantages = self._shaped(tokens, metrics) if self.shaping else tokens.advantages
+        per_token, info = self._policy_loss(
+            tokens.log_probs, tokens.old_log_probs, advantages, tokens.lengths
+        )
+        check_same_shape(log_probs=tokens.log_probs, loss=per_token, **info)  # it may be a user's
+        metrics |= {f"policy/{key}": value for key, value in info.items()}
+        mismatch = kl_penalty(tokens.engine_log_probs, tokens.old_log_probs, kind="k3")
+        metrics["rollout/mismatch_kl"] = mismatch
+        if self.corrects:
+            factor, info = rollout_correction(
+                tokens.old_log_probs, tokens.engine_log_probs, tokens.lengths, **self.correction
+            )
+            per_token = factor * per_token
+            metrics |= {f"correction/{key}": value for key, value in info.items()}
+        if tokens.reference_log_probs is not None:
+            kl = kl_penalty(tokens.log_probs, tokens.reference_log_probs, kind=self.kl_estimator)
+            per_token = per_token + kl_coef * kl
+            # Always k3 in the metrics: k1 of one batch may be negative, and runs are to be comparable.
+            metrics["policy/kl_ref"] = kl_penalty(tokens.log_probs, tokens.reference_log_probs, kind="k3")
+        if tokens.anchor_log_probs is not None:
+            assert tokens.has_image is not None
+            anchor = kl_penalty(tokens.log_probs, tokens.anchor_log_probs, kind="k3") * tokens.has_image
+            per_token = per_token + self.anchor_coef * anchor
+            metrics["policy/kl_anchor"] = anchor
+        if self.entropy_coef:
+            per_token = per_token - self.entropy_coef * tokens.entropy
+        metrics["policy/loss"] = per_token
+        weights = aggregation_weights(tokens.lengths, self.aggregation, self.constant_length)
+        loss = aggregate(per_token, denominator, weights)
+        return loss, {key: value.detach() for key, value in metrics.items()}
+
+    @property
+    def corrects(self) -> bool:
+        return any(self.correction.get(key, "none") != "none" for key in ("weight", "mask"))
+
+    def _shaped(self, tokens: TokenBatch, metrics: dict[str, torch.Tensor]) -> torch.Tensor:
+        a = tokens.advantages
+        entropy = tokens.entropy if self.shaping_entropy == "exact" else sampled_entropy(tokens.log_probs)
+        bonus = entropy_bonus(a, entropy, coef=self.shaping_coef, divisor=self.shaping_divisor)
+        shaped = a + bonus
+        metrics["shaping/mean"] = bonus
+        metrics["shaping/entropy_branch_fraction"] = (
+            self.shaping_coef * entropy <= a.abs() / self.shaping_divisor
+        )
+        metrics["shaping/sign_flip_fraction"] = (a < 0) & (shaped > 0)
+        return shaped

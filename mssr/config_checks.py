@@ -1,0 +1,286 @@
+"""What a config may not say: values out of range, options that nothing reads, contradictions.
+
+Every complaint is one line with the key, the reason and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mssr import algorithms, plugins
+from mssr.config import Config, flatten, to_dict
+from mssr.errors import UserError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "rollout.engine": ("vllm", "hf"),
+    "actor.lr_schedule": ("constant", "linear", "cosine"),
+    "cluster.launcher": ("ray", "local"),
+    "cluster.device": ("auto", "cpu", "cuda"),
+    "trainer.progress": ("auto", "live", "plain", "off"),
+    "algorithm.weighting": ("sequence", "token"),
+    "algorithm.discount.eta_rule": ("monotone", "published_code", "half_life"),
+    "algorithm.discount.kl_source": ("update", "reference", "last_visit"),
+    "algorithm.shaping.entropy": ("exact", "sampled"),
+    "algorithm.loss.aggregation": ("token_mean", "sequence_mean", "constant_length"),
+    "algorithm.kl.estimator": ("k1", "k2", "k3"),
+    "algorithm.kl.placement": ("loss", "reward"),
+    "algorithm.correction.weight": ("none", "token", "sequence"),
+    "algorithm.correction.mask": ("none", "token", "sequence", "geometric"),
+    "sampler.name": ("epochs", "uncertainty"),
+}
+LOGGERS = ("wandb", "tensorboard")
+
+POSITIVE = (
+    "algorithm.baseline.prior_strength algorithm.baseline.init_strength algorithm.discount.kl_target "
+    "algorithm.discount.window algorithm.discount.half_life algorithm.eps algorithm.shaping.divisor "
+    "algorithm.loss.clip_low algorithm.loss.clip_high algorithm.loss.tau_positive "
+    "algorithm.loss.tau_negative algorithm.loss.constant_length algorithm.kl.target algorithm.kl.horizon "
+    "algorithm.correction.max_weight algorithm.correction.mask_low sampler.max_draws "
+    "rollout.rollouts_per_step rollout.temperature rollout.max_response_length rollout.workers "
+    "rollout.max_num_seqs rollout.kv_cache_gib rollout.gpu_memory_utilization rollout.n "
+    "actor.num_ranks actor.updates_per_step actor.lr actor.max_grad_norm actor.micro_batch_tokens "
+    "actor.head_chunk_tokens actor.max_nonfinite_updates actor.kl_probe_fraction "
+    "cluster.threads_per_actor cluster.threads_per_rollout trainer.steps trainer.keep_checkpoints "
+    "data.min_pixels data.max_pixels data.max_prompt_length"
+).split()
+NON_NEGATIVE = (
+    "algorithm.shaping.coef algorithm.kl.coef algorithm.baseline.init_rollouts "
+    "algorithm.baseline.init_smoothing algorithm.loss.entropy_coef algorithm.loss.text_anchor_coef "
+    "sampler.uncertainty_eps actor.warmup_steps actor.weight_decay "
+    "trainer.val_every trainer.save_every trainer.samples_every data.max_bad_fraction"
+).split()
+UNIT_INTERVAL = (
+    "data.max_bad_fraction algorithm.baseline.prior_mean algorithm.discount.eta actor.kl_probe_fraction"
+).split()
+
+
+def validate(config: Config) -> None:
+    """Refuse a config that cannot mean what it says.
+
+    Raises:
+        UserError: one line with the key, the reason and what to do.
+    """
+    flat = flatten(to_dict(config))
+    _check_values(config, flat)
+    _check_method(config)
+    _check_nothing_unread(config, flat)
+    _check_combinations(config)
+    n, rollouts = config.responses_per_prompt, config.rollout.rollouts_per_step
+    if rollouts % n:
+        raise UserError(
+            f"rollout.rollouts_per_step={rollouts} is not a multiple of the {n} responses per prompt "
+            f"(rollout.n) that algorithm.name={config.algorithm.name} uses"
+        )
+    if rollouts % config.actor.updates_per_step:
+        raise UserError(
+            f"actor.updates_per_step={config.actor.updates_per_step} does not divide "
+            f"rollout.rollouts_per_step={rollouts}"
+        )
+    if config.cluster.launcher == "local":
+        for key in ("actor.num_ranks", "rollout.workers"):
+            if flat[key] != 1:
+                raise UserError(f"cluster.launcher=local runs in one process; set {key}=1")
+
+
+def advice(config: Config) -> list[str]:
+    """What is allowed and likely not meant; one line each, shown at the start of a run."""
+    section, lines = config.algorithm, []
+    if config.shapes_entropy and section.shaping.divisor < 1:
+        lines.append(
+            f"algorithm.shaping.divisor={section.shaping.divisor} is below 1: where entropy is high the "
+            "bonus outweighs a negative advantage, so wrong answers are reinforced; watch "
+            "shaping/sign_flip_fraction"
+        )
+    if config.kl_in_loss and section.kl.estimator == "k1":
+        lines.append(
+            "algorithm.kl.estimator=k1 in the loss has a gradient of mean zero: it adds noise and no "
+            "regularisation; k2 and k3 regularise, and k1 is right with algorithm.kl.placement=reward"
+        )
+    if config.init_rollouts:
+        lines.append(
+            f"algorithm.baseline.init_rollouts={config.init_rollouts}: before training every prompt gets as "
+            "many responses, beside the rollouts of the steps"
+        )
+    if config.algorithm.correction.mask == "sequence":
+        lines.append(
+            "algorithm.correction.mask=sequence bounds the product of all token ratios of a response, which "
+            "long responses leave easily; geometric bounds their mean"
+        )
+    return lines
+
+
+def _check_values(config: Config, flat: dict[str, Any]) -> None:
+    for key in ("model.path", "data.train"):
+        if not flat[key]:
+            raise UserError(f"{key} is not set")
+    for key, choices in CHOICES.items():
+        if flat[key] is not None and flat[key] not in choices:
+            raise UserError(f"{key}={flat[key]} must be one of {', '.join(choices)}")
+    for key in POSITIVE:
+        if flat[key] is not None and not flat[key] > 0:
+            raise UserError(f"{key}={flat[key]} must be greater than 0")
+    for key in NON_NEGATIVE:
+        if flat[key] is not None and not flat[key] >= 0:
+            raise UserError(f"{key}={flat[key]} must not be negative")
+    for key in UNIT_INTERVAL:
+        if flat[key] is not None and not 0 <= flat[key] <= 1:
+            raise UserError(f"{key}={flat[key]} must lie in [0, 1]")
+    for section, low, high in (
+        ("algorithm.discount", "eta_min", "eta_max"),
+        ("data", "min_pixels", "max_pixels"),
+    ):
+        if flat[f"{section}.{low}"] > flat[f"{section}.{high}"]:
+            raise UserError(
+                f"{section}.{low}={flat[f'{section}.{low}']} exceeds {section}.{high}="
+                f"{flat[f'{section}.{high}']}"
+            )
+    discount = config.algorithm.discount
+    if not (discount.eta_min > 0 and discount.eta_max < 1):
+        raise UserError(
+            f"algorithm.discount.eta_min={discount.eta_min} and algorithm.discount.eta_max="
+            f"{discount.eta_max} must lie in (0, 1)"
+        )
+    if len(config.actor.betas) != 2 or not all(0 <= b < 1 for b in config.actor.betas):
+        raise UserError(f"actor.betas={config.actor.betas} must be two numbers in [0, 1)")
+    for logger in config.trainer.loggers:
+        if logger not in LOGGERS:
+            raise UserError(f"trainer.loggers: {logger} must be one of {', '.join(LOGGERS)}")
+
+
+def _check_method(config: Config) -> None:
+    section = config.algorithm
+    try:
+        method = config.method
+        for key, options, name in (
+            ("algorithm.options", section.options, section.name),
+            ("algorithm.loss.options", section.loss.options, section.loss.name),
+        ):
+            if options and not plugins.is_spec(name):
+                raise UserError(f"{key} is for a method or loss from a file; {name} has keys of its own")
+        _try_loss(config)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"algorithm.name={section.name}, loss.name={section.loss.name}: {error}") from error
+    if config.responses_per_prompt < method.min_n:
+        raise UserError(
+            f"rollout.n={config.rollout.n}: algorithm.name={section.name} compares the responses of a prompt "
+            f"and needs at least {method.min_n}; remove rollout.n for the default of {method.default_n}"
+        )
+
+
+def _try_loss(config: Config) -> None:
+    """Call loss and correction on one token: they know their options' ranges themselves."""
+    import torch
+
+    from mssr.algorithms.correction import rollout_correction
+    from mssr.algorithms.losses import aggregation_denominator, policy_loss
+
+    token, length = torch.zeros(1), torch.ones(1, dtype=torch.int64)
+    policy_loss(token, token, token, length, name=config.algorithm.loss.name, **config.loss_options)
+    rollout_correction(token, token, length, **to_dict(config.algorithm.correction))
+    aggregation_denominator(length, config.aggregation, config.constant_length)
+
+
+def _check_combinations(config: Config) -> None:
+    section = config.algorithm
+    try:
+        estimator = algorithms.create(section.name, **config.estimator_options)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"algorithm.name={section.name}: {error}") from error
+    if config.sampler_name == "uncertainty" and estimator.baseline is None:
+        raise UserError(
+            "sampler.name=uncertainty draws by the Beta baseline, and "
+            f"algorithm.name={section.name} keeps none"
+        )
+    if config.sampler.dynamic and config.responses_per_prompt < 2:
+        raise UserError(
+            f"sampler.dynamic=true draws again for groups of equal rewards; algorithm.name={section.name} "
+            "has one response per prompt"
+        )
+    if config.kl_in_reward and estimator.bounded_rewards:
+        raise UserError(
+            f"algorithm.kl.placement=reward: the Beta baseline of algorithm.name={section.name} takes "
+            "rewards in [0, 1] only; use placement=loss"
+        )
+    if section.kl.placement == "reward" and section.kl.coef == 0:
+        raise UserError("algorithm.kl.placement=reward with algorithm.kl.coef=0 does nothing; remove it")
+
+
+def _check_nothing_unread(config: Config, flat: dict[str, Any]) -> None:
+    """An option that nothing reads would mislead, so a changed one is an error."""
+    defaults = flatten(to_dict(Config()))
+    for key, (read, fix) in _readers(config).items():
+        if not read and flat[key] != defaults[key]:
+            raise UserError(f"{key}={flat[key]} is read by nothing with {fix}; change that or remove it")
+
+
+def _readers(config: Config) -> dict[str, tuple[bool, str]]:
+    """Option -> whether this config reads it, and the setting that decides it."""
+    from mssr.algorithms import policy_losses  # needs torch
+
+    section = config.algorithm
+    method = f"algorithm.name={section.name}"
+    taken = algorithms.options(section.name)
+    discount = section.discount
+    rule = discount.eta_rule or taken.get("eta_rule")
+    readers = {
+        f"algorithm.{part}.{option}": (option in taken, method)
+        for part in ("baseline", "discount")
+        for option in to_dict(getattr(section, part))
+    }
+    readers["algorithm.eps"] = ("eps" in taken, method)
+    readers["algorithm.weighting"] = ("weighting" in taken, method)
+
+    def also(keys: str, read: bool, setting: str) -> None:
+        for key in keys.split():
+            if readers.get(key, (True, ""))[0]:
+                readers[key] = (read, setting)
+
+    also(
+        "algorithm.baseline.init_strength algorithm.baseline.init_smoothing",
+        config.init_rollouts > 0,
+        "algorithm.baseline.init_rollouts=0",
+    )
+    also(
+        " ".join(f"algorithm.discount.{o}" for o in to_dict(discount) if o != "eta"),
+        discount.eta is None,
+        f"algorithm.discount.eta={discount.eta}",
+    )
+    also("algorithm.discount.half_life", rule == "half_life", f"algorithm.discount.eta_rule={rule}")
+    also("algorithm.discount.kl_target", rule != "half_life", f"algorithm.discount.eta_rule={rule}")
+    source = f"algorithm.discount.kl_source={config.kl_source}"
+    also("algorithm.discount.window", config.kl_source != "last_visit", source)
+    also(
+        "algorithm.shaping.coef algorithm.shaping.divisor algorithm.shaping.entropy",
+        config.shapes_entropy,
+        f"{method} unless algorithm.shaping.enabled=true",
+    )
+    loss = f"algorithm.loss.name={section.loss.name}"
+    for option in ("clip_low", "clip_high", "dual_clip", "tau_positive", "tau_negative"):
+        read = option in policy_losses.loss_options(section.loss.name)
+        also(f"algorithm.loss.{option}", read, loss)
+    also(
+        "algorithm.loss.constant_length",
+        config.aggregation == "constant_length",
+        f"algorithm.loss.aggregation={config.aggregation}",
+    )
+    also("algorithm.kl.estimator algorithm.kl.target", section.kl.coef > 0, "algorithm.kl.coef=0")
+    also("algorithm.kl.horizon", section.kl.target is not None, "algorithm.kl.target=null")
+    correction = section.correction
+    also("algorithm.correction.max_weight", correction.weight != "none", "algorithm.correction.weight=none")
+    also(
+        "algorithm.correction.mask_low algorithm.correction.mask_high",
+        correction.mask != "none",
+        "algorithm.correction.mask=none",
+    )
+    also(
+        "sampler.uncertainty_eps",
+        config.sampler_name == "uncertainty",
+        f"sampler.name={config.sampler_name}",
+    )
+    also("sampler.max_draws", config.sampler.dynamic, "sampler.dynamic=false")
+    return readers

@@ -1,0 +1,94 @@
+"""How far the policy has moved on a prompt since it last answered it (SPO, arXiv 2509.13232).
+
+Every prompt's most recent response is kept with its log-probs, 8 bytes a token; at the next visit it is
+scored again, by the policy of then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from mssr.types import Rollout
+
+_STATE_VERSION = 1
+
+
+class LastVisits:
+    """The most recent response to every prompt, and its log-probs when it was given."""
+
+    def __init__(self) -> None:
+        self._visits: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return len(self._visits)
+
+    def previous(self, rollouts: Sequence[Rollout]) -> dict[int, np.ndarray]:
+        """Index of each rollout whose prompt was visited before -> (T,) tokens of the response then.
+
+        Of several rollouts to one prompt only the first is listed: the others follow it at once.
+        """
+        found: dict[int, np.ndarray] = {}
+        listed: set[str] = set()
+        for i, rollout in enumerate(rollouts):
+            if rollout.prompt_id in self._visits and rollout.prompt_id not in listed:
+                found[i] = self._visits[rollout.prompt_id][0]
+            listed.add(rollout.prompt_id)
+        return found
+
+    def drift(
+        self,
+        rollouts: Sequence[Rollout],
+        now: Mapping[int, np.ndarray],
+        measure: Literal["k3", "abs"],
+    ) -> np.ndarray:
+        """Token mean, for each rollout, of the change of its prompt's previous response.
+
+        Args:
+            now: for each index of `previous`, (T,) log-probs of that response under the policy of now.
+            measure: k3, an estimate of KL(policy then || policy now), or abs, the change of a log-prob.
+
+        Returns:
+            (B,) float64: NaN at a prompt's first visit, 0 at its second rollout within a step.
+        """
+        result = np.full(len(rollouts), np.nan)
+        seen: set[str] = set()
+        for i, rollout in enumerate(rollouts):
+            if rollout.prompt_id in seen:
+                result[i] = 0.0
+            elif i in now:
+                then = self._visits[rollout.prompt_id][1]
+                change = np.clip(now[i].astype(np.float64) - then, -20.0, 20.0)
+                per_token = np.expm1(change) - change if measure == "k3" else np.abs(change)
+                result[i] = per_token.mean() if len(per_token) else 0.0
+            seen.add(rollout.prompt_id)
+        return result
+
+    def remember(self, rollouts: Sequence[Rollout], log_probs: Sequence[np.ndarray]) -> None:
+        """Replace what is kept of these prompts; ``log_probs`` are of the policy that answered."""
+        for rollout, values in zip(rollouts, log_probs, strict=True):
+            self._visits[rollout.prompt_id] = (rollout.response_token_ids, values)
+
+    def state_dict(self) -> dict[str, Any]:
+        tokens = [tokens for tokens, _ in self._visits.values()]
+        return {
+            "version": _STATE_VERSION,
+            "ids": list(self._visits),
+            "lengths": np.array([len(t) for t in tokens], np.int64),
+            "tokens": np.concatenate([np.empty(0, np.int32), *tokens]),
+            "log_probs": np.concatenate([np.empty(0, np.float32), *(v for _, v in self._visits.values())]),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace everything.
+
+        Raises:
+            ValueError: the state has another version.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(f"last-visit state has version {state.get('version')}, not {_STATE_VERSION}")
+        ends = np.cumsum(state["lengths"])[:-1]
+        tokens, log_probs = np.split(state["tokens"], ends), np.split(state["log_probs"], ends)
+        self._visits = {i: (t, v) for i, t, v in zip(state["ids"], tokens, log_probs, strict=False)}

@@ -1,0 +1,157 @@
+"""The gradient of the whole loss, through a tiny model in float64, against finite differences."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from mssr.algorithms.objective import Objective, TokenBatch
+from mssr.algorithms.shaping import entropy_bonus
+from mssr.config_loading import load_config
+from mssr.data.prompt_source import PromptSource
+from mssr.models.loading import load_model
+from mssr.models.packing import PackedBatch, PackItem, pack
+from mssr.models.policy import PolicyModel
+from tests.conftest import Workspace
+
+pytestmark = pytest.mark.unit
+
+EVERYTHING = Objective(
+    loss="ppo",
+    loss_options={"clip_low": 0.05, "clip_high": 0.08, "dual_clip": 1.2},
+    aggregation="sequence_mean",
+    shaping=True,
+    shaping_coef=0.05,
+    shaping_divisor=2.0,
+    entropy_coef=0.3,
+    anchor_coef=0.2,
+    correction={"weight": "token", "max_weight": 1.1, "mask": "geometric"},
+)
+KL_COEF = 0.7
+
+
+class Lab:
+    """A tiny Qwen2.5-VL in float64 with a packed batch of text, one and two images."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        config = load_config(workspace.config)
+        self.policy = PolicyModel(load_model(config.model, torch.float32).double(), temperature=0.7)
+        source = PromptSource(config)
+        generator = torch.Generator().manual_seed(0)
+        items = []
+        for prompt_id, length in (("t0", 5), ("t1", 3), ("t2", 6)):
+            prompt = source.encoder.encode(source.row(prompt_id))
+            response = torch.randint(0, 250, (length,), generator=generator)
+            items.append(PackItem(prompt, self.policy.rope_positions(prompt), response, prompt_id))
+        packed = pack(items, self.policy.merge_size)
+        assert packed.pixel_values is not None
+        self.packed: PackedBatch = dataclasses.replace(packed, pixel_values=packed.pixel_values.double())
+        self.lengths = packed.response_lengths
+        self.parameters = list(self.policy.parameters())
+        with torch.no_grad():
+            log_probs, entropy = self.policy(self.packed)
+
+        def near(scale: float) -> torch.Tensor:
+            return log_probs + scale * torch.randn(len(log_probs), generator=generator).double()
+
+        self.fixed = TokenBatch(
+            log_probs=log_probs,
+            entropy=entropy,
+            old_log_probs=near(0.1),
+            engine_log_probs=near(0.1),
+            advantages=torch.randn(3, generator=generator).double().repeat_interleave(self.lengths),
+            lengths=self.lengths,
+            reference_log_probs=near(0.3),
+            anchor_log_probs=near(0.3),
+            has_image=torch.tensor([True, True, False]).repeat_interleave(self.lengths),
+        )
+
+    def loss(self, objective: Objective, **changes: torch.Tensor) -> torch.Tensor:
+        log_probs, entropy = self.policy(self.packed)
+        tokens = dataclasses.replace(self.fixed, log_probs=log_probs, entropy=entropy, **changes)
+        return objective(tokens, objective.denominator(self.lengths), KL_COEF)[0]
+
+    def gradient(self, objective: Objective) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(self.loss(objective), self.parameters))
+
+
+@pytest.fixture(scope="module")
+def lab(workspace: Workspace) -> Lab:
+    return Lab(workspace)
+
+
+@pytest.mark.parametrize("loss", ["ppo", "sapo"])
+def test_the_gradient_is_that_of_the_loss(lab: Lab, loss: str) -> None:
+    objective = EVERYTHING
+    if loss != "ppo":
+        objective = dataclasses.replace(EVERYTHING, loss=loss, loss_options={})
+    gradient = lab.gradient(objective)
+    # Shaping is a constant for the gradient. So the finite difference is of the loss with the shaped
+    # advantages of the starting point; if shaping leaked a gradient, the two would differ.
+    fixed = lab.fixed
+    shaped = fixed.advantages + entropy_bonus(
+        fixed.advantages, fixed.entropy, coef=objective.shaping_coef, divisor=objective.shaping_divisor
+    )
+    assert not torch.equal(shaped, fixed.advantages)
+    unshaped = dataclasses.replace(objective, shaping=False)
+    # Along the gradient itself and along its parts of random halves of the tensors: there the loss changes
+    # most, far above the float32 that transformers' norms keep inside a float64 model.
+    generator = torch.Generator().manual_seed(1)
+    subsets = [torch.ones(len(gradient)), *(torch.rand(4, len(gradient), generator=generator) < 0.5)]
+    step = 1e-4
+    for subset in subsets:
+        part = [g * float(on) for g, on in zip(gradient, subset, strict=True)]
+        norm = float(torch.sqrt(sum((g**2).sum() for g in part)))  # type: ignore[arg-type]
+        values = []
+        for sign in (1, -1):
+            _move(lab.parameters, part, sign * step / norm)
+            with torch.no_grad():
+                values.append(float(lab.loss(unshaped, advantages=shaped)))
+            _move(lab.parameters, part, -sign * step / norm)
+        assert (values[0] - values[1]) / (2 * step) == pytest.approx(norm, rel=5e-4)
+
+
+def _move(parameters: list[torch.Tensor], direction: list[torch.Tensor], scale: float) -> None:
+    with torch.no_grad():
+        for p, d in zip(parameters, direction, strict=True):
+            p += scale * d
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shaping": False},
+        {"entropy_coef": 0.0},
+        {"anchor_coef": 0.0},
+        {"correction": {}},
+        {"aggregation": "token_mean"},
+        {"kl_estimator": "k2"},
+        {"loss_options": {}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_part_of_the_loss_is_in_the_gradient(lab: Lab, change: dict) -> None:
+    whole, other = lab.gradient(EVERYTHING), lab.gradient(dataclasses.replace(EVERYTHING, **change))
+    assert max(float((a - b).abs().max()) for a, b in zip(whole, other, strict=True)) > 1e-6
+
+
+def test_the_anchor_leaves_prompts_without_image_alone(lab: Lab) -> None:
+    objective = Objective(anchor_coef=0.5)
+    _, metrics = objective(lab.fixed, 1.0)
+    assert (metrics["policy/kl_anchor"] > 0).tolist() == lab.fixed.has_image.tolist()
+
+
+def test_metrics_carry_no_gradient_and_one_value_a_token(lab: Lab) -> None:
+    log_probs, entropy = lab.policy(lab.packed)
+    tokens = dataclasses.replace(lab.fixed, log_probs=log_probs, entropy=entropy)
+    _, metrics = EVERYTHING(tokens, EVERYTHING.denominator(lab.lengths), KL_COEF)
+    expected = {
+        *("policy/entropy", "policy/kl_ref", "policy/kl_anchor", "policy/loss", "policy/clip_fraction"),
+        *("shaping/mean", "shaping/entropy_branch_fraction", "shaping/sign_flip_fraction"),
+        *("rollout/mismatch_kl", "correction/weight", "correction/masked"),
+    }
+    assert expected <= set(metrics)
+    for value in metrics.values():
+        assert value.shape == log_probs.shape and not value.requires_grad
