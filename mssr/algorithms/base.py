@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +51,7 @@ class Algorithm(ABC):
     """The KL that `observe` is to be given: "update" (policies before and after the step), "reference"
     (policy and frozen base model), or "last_visit" (how far the policy has moved on a prompt's previous
     response since it was given: a number for each response)."""
-    divergence: str = "k3"
+    divergence: Literal["k3", "abs"] = "k3"
     """How "last_visit" measures: token mean of "k3", an estimate of KL(then || now), or of "abs", the
     change of a log-prob."""
     init_rollouts: int = 0
