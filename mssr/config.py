@@ -13,13 +13,9 @@ from typing import Any, TypeVar
 
 from mssr import algorithms
 from mssr.algorithm_config import AlgorithmConfig, SamplerConfig
+from mssr.data_config import DataConfig, RewardConfig
 
 _T = TypeVar("_T")
-
-PAPER_INSTRUCTION = (
-    "First think about the reasoning process inside <think> </think> tags, "
-    "then give the final answer inside \\boxed{}."
-)
 
 
 @dataclass
@@ -37,46 +33,6 @@ class ModelConfig:
     """Train the language model only."""
     trust_remote_code: bool = False
     """Let transformers and vLLM run code that ships with the model."""
-
-
-@dataclass
-class DataConfig:
-    """Where the prompts come from and how a row becomes one."""
-
-    train: str = ""
-    """Parquet, JSON or JSONL file, a directory of a saved dataset, or hub/name@split."""
-    val: str | None = None
-    """The same for validation; null to train without."""
-    id_column: str | None = None
-    """Column with a stable id; null takes a hash of question, images and answer."""
-    images_column: str = "images"
-    """Column with a list of images (or one); a row may have none."""
-    problem_column: str = "problem"
-    """Column with the question; each <image> in it is replaced by an image, in order."""
-    answer_column: str = "answer"
-    """Column with the ground truth as text."""
-    system_prompt: str | None = None
-    """Put before the question as the system turn; null leaves it to the chat template."""
-    instruction: str = PAPER_INSTRUCTION
-    """Appended to every question; empty for none."""
-    min_pixels: int = 262144
-    """Smaller images are enlarged to this many pixels."""
-    max_pixels: int = 4194304
-    """Larger images are shrunk to this many pixels."""
-    max_prompt_length: int = 2048
-    """Longest prompt in tokens, vision placeholders included; longer ones are dropped with a count."""
-    max_bad_fraction: float = 0.0
-    """Go on if at most this fraction of the rows is unusable; they are listed in bad_rows.jsonl."""
-    shuffle: bool = True
-    """New random order in every epoch; false keeps the order of the file."""
-
-
-@dataclass
-class RewardConfig:
-    """Which function turns a response into a score."""
-
-    name: str = "exact_match"
-    """exact_match, or path/to/file.py:function taking (response, answer)."""
 
 
 @dataclass

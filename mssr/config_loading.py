@@ -17,7 +17,7 @@ from mssr.errors import UserError
 
 BASE = "base"
 """A file may name another one that it changes: ``base: ../mssr.yaml``, relative to itself."""
-FREE = ("rollout.engine_options.", "algorithm.options.", "algorithm.loss.options.")
+FREE = ("rollout.engine_options.", "algorithm.options.", "algorithm.loss.options.", "reward.options.")
 """Sections whose keys are not ours."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from mssr.config import DataConfig
+from mssr.data_config import DataConfig
 from mssr.errors import UserError
 
 VAL_PREFIX = "val/"

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from qwen_vl_utils import smart_resize
 
-from mssr.config import DataConfig
+from mssr.data_config import DataConfig
 from mssr.data.dataset import Row
 from mssr.errors import UserError
 

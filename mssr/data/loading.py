@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from mssr.config import DataConfig
+from mssr.data_config import DataConfig
 from mssr.data.dataset import BadRow, PromptDataset
 from mssr.data.encoder import PromptEncoder
 from mssr.errors import UserError

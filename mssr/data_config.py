@@ -1,0 +1,85 @@
+"""The sections of a config that say where prompts come from and how responses are scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PAPER_INSTRUCTION = (
+    "First think about the reasoning process inside <think> </think> tags, "
+    "then give the final answer inside \\boxed{}."
+)
+
+
+@dataclass
+class DataConfig:
+    """Where the prompts come from and how a row becomes one."""
+
+    train: Any = ""
+    """A source: parquet, JSON, JSONL, CSV or TSV file, a directory of a saved dataset, a folder with such
+    files, or hub/name@split. Or a list of sources; one of them may be {path: ..., weight: 2.0}, its share of
+    the prompts that are drawn (without weights every prompt counts the same)."""
+    val: Any = None
+    """The same for validation; null to train without."""
+    id_column: str | None = None
+    """Column with a stable id; null takes a hash of question, images and answer."""
+    images_column: str = "images"
+    """Column with a list of images (or one); a row may have none. An image is encoded bytes, base64 text,
+    a path, or a dict of bytes and path."""
+    problem_column: str = "problem"
+    """Column with the question; each <image> in it is replaced by an image, in order."""
+    answer_column: str = "answer"
+    """Column with the ground truth as text; <answer></answer> around it is taken off."""
+    image_dir: str | None = None
+    """Directory that relative image paths start from; null is the working directory."""
+    system_prompt: str | None = None
+    """Put before the question as the system turn, text or a file that holds it; null leaves it to the chat
+    template."""
+    instruction: str = PAPER_INSTRUCTION
+    """Appended to every question; empty for none. Read without prompt_template."""
+    prompt_template: str | None = None
+    """Jinja template of the user turn, text or a .jinja file; its variable `content` is the question."""
+    chat_template: str | None = None
+    """Jinja chat template in place of the model's own, text or a file."""
+    min_pixels: int = 262144
+    """Smaller images are enlarged to this many pixels."""
+    max_pixels: int = 4194304
+    """Larger images are shrunk to this many pixels."""
+    max_prompt_length: int = 2048
+    """Longest prompt in tokens, vision placeholders included; longer ones are dropped with a count."""
+    max_bad_fraction: float = 0.0
+    """Go on if at most this fraction of the rows is unusable; they are listed in bad_rows.jsonl."""
+    shuffle: bool = True
+    """New random order in every epoch; false keeps the order of the file."""
+    cache_dir: str | None = None
+    """Where the checked lengths and ids of data sets are kept; null is $MSSR_CACHE or ~/.cache/mssr."""
+
+
+@dataclass
+class RewardConfig:
+    """Which function turns a response into a score, and what is taken off it."""
+
+    name: str = "exact_match"
+    """exact_match, math, choice, number, or path/to/file.py:function."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the function, for example {tolerance: 0.01} of number."""
+    format: str = "gate"
+    """What <think></think> and one box are worth (the named rules only): gate (no credit without), weighted
+    ((1 - format_weight) * accuracy + format_weight * format), or none."""
+    format_weight: float = 0.1
+    """Read by format=weighted."""
+    length_penalty: float = 0.0
+    """Taken off a score for a response of rollout.max_response_length tokens, in proportion for a shorter."""
+    repetition_penalty: float = 0.0
+    """Taken off a score for a response whose n-grams are all repeated, in proportion to their fraction."""
+    repetition_ngram: int = 20
+    """Words of such an n-gram."""
+    overlong_buffer: int = 0
+    """Over the last so many tokens before rollout.max_response_length the score falls by up to
+    overlong_penalty (soft overlong punishment, arXiv 2503.14476); 0 for none."""
+    overlong_penalty: float = 1.0
+    """Read with overlong_buffer."""
+    time_limit_s: float = 10.0
+    """Seconds for one response; one that takes longer scores 0 and counts in reward/errors."""
+    workers: int | None = None
+    """Processes that score; null takes the machine's cores, at most 8."""
