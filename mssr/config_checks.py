@@ -9,6 +9,7 @@ from typing import Any
 
 from mssr import algorithms, plugins
 from mssr.config import Config, flatten, to_dict
+from mssr.data_config import PAPER_INSTRUCTION
 from mssr.errors import UserError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -64,6 +65,7 @@ def validate(config: Config) -> None:
     flat = flatten(to_dict(config))
     _check_values(config, flat)
     _check_method(config)
+    _check_templates(config)
     _check_nothing_unread(config, flat)
     _check_combinations(config)
     n, rollouts = config.responses_per_prompt, config.rollout.rollouts_per_step
@@ -81,6 +83,20 @@ def validate(config: Config) -> None:
         for key in ("actor.num_ranks", "rollout.workers"):
             if flat[key] != 1:
                 raise UserError(f"cluster.launcher=local runs in one process; set {key}=1")
+
+
+def responses_per_prompt(config: Config) -> int:
+    """n of a config that is not checked yet.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    try:
+        return config.responses_per_prompt
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"algorithm.name={config.algorithm.name}: {error}") from error
 
 
 def advice(config: Config) -> list[str]:
@@ -181,6 +197,13 @@ def _try_loss(config: Config) -> None:
     policy_loss(token, token, token, length, name=config.algorithm.loss.name, **config.loss_options)
     rollout_correction(token, token, length, **to_dict(config.algorithm.correction))
     aggregation_denominator(length, config.aggregation, config.constant_length)
+
+
+def _check_templates(config: Config) -> None:
+    if config.data.prompt_template and config.data.instruction not in (PAPER_INSTRUCTION, ""):
+        raise UserError(
+            "data.instruction is read by nothing with data.prompt_template; put it into the template"
+        )
 
 
 def _check_combinations(config: Config) -> None:

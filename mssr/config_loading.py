@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mssr import easyr1_keys
 from mssr.config import Config, flatten, to_dict
-from mssr.config_checks import validate
+from mssr.config_checks import responses_per_prompt, validate
 from mssr.errors import UserError
 
 BASE = "base"
 """A file may name another one that it changes: ``base: ../mssr.yaml``, relative to itself."""
-FREE = ("rollout.engine_options.", "algorithm.options.", "algorithm.loss.options.", "reward.options.")
+FREE = ("rollout.engine_options.", "algorithm.options.", "algorithm.loss.options.", "reward.options.", "data.train.", "data.val.")
 """Sections whose keys are not ours."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), note: Callable[[str], None] = lambda line: None
+) -> Config:
     """Merge a YAML file (over its ``base``) and ``key=value`` overrides over the defaults; check the result.
+
+    Args:
+        note: told in which sense EasyR1's keys were taken, a line a file.
 
     Raises:
         UserError: a file is missing or no YAML, a key is unknown, a value has the wrong type, or
             values contradict each other.
     """
-    merged = OmegaConf.structured(Config)
-    for file, tree in reversed(_with_bases(Path(path))):
-        merged = _merge(merged, tree, str(file))
+    layers = [(str(file), tree) for file, tree in reversed(_with_bases(Path(path)))]
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -39,8 +43,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             parsed = OmegaConf.from_dotlist([f"{key}={value}"])
         except Exception as error:
             raise UserError(f"override {override!r} cannot be read: {_first_line(error)}") from error
-        merged = _merge(merged, parsed, f"override {override!r}")
+        layers.append((f"override {override!r}", parsed))
+    merged = OmegaConf.structured(Config)
+    prompts_per_step = None
+    for source, layer in layers:
+        tree, prompts, notes = easyr1_keys.translate(
+            cast(dict[str, Any], OmegaConf.to_container(layer)), source
+        )
+        for line in notes:
+            note(line)
+        merged = _merge(merged, OmegaConf.create(tree), source)
+        if "rollouts_per_step" in tree.get("rollout", {}):
+            prompts_per_step = None
+        prompts_per_step = prompts or prompts_per_step
     config = cast(Config, OmegaConf.to_object(merged))
+    if prompts_per_step is not None:
+        config.rollout.rollouts_per_step = prompts_per_step * responses_per_prompt(config)
     validate(config)
     return config
 

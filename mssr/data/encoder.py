@@ -7,17 +7,24 @@ that no later stage resizes them again.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from qwen_vl_utils import smart_resize
 
 from mssr.data_config import DataConfig
 from mssr.data.dataset import Row
 from mssr.errors import UserError
+
+IMAGE_MARK = "<image>"
+"""Stands for an image in a question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,11 @@ class EncodedPrompt:
 
 
 class PromptEncoder:
-    """Rows to model inputs, with one processor and one set of pixel bounds."""
+    """Rows to model inputs, with one processor, one set of templates and one set of pixel bounds.
+
+    Raises:
+        UserError: a template cannot be read or rendered.
+    """
 
     def __init__(self, processor: Any, config: DataConfig) -> None:
         self.processor = processor
@@ -49,6 +60,11 @@ class PromptEncoder:
         image_processor.size = self.pixel_bounds
         self._factor = image_processor.patch_size * image_processor.merge_size
         self._image_token_id: int = processor.image_token_id
+        self._system_prompt = text_or_file(config.system_prompt, "data.system_prompt")
+        self._chat_template = text_or_file(config.chat_template, "data.chat_template")
+        self._prompt_template = _prompt_template(config)
+        config_tokens = (processor.image_token, processor.video_token, "<|vision_start|>", "<|vision_end|>")
+        self._vision_tokens = tuple(dict.fromkeys(config_tokens))
 
     @property
     def pixel_bounds(self) -> dict[str, int]:
@@ -56,25 +72,41 @@ class PromptEncoder:
         return {"shortest_edge": self.config.min_pixels, "longest_edge": self.config.max_pixels}
 
     def chat_text(self, row: Row) -> str:
-        """The prompt after the chat template, with one placeholder per image."""
+        """The prompt after the chat template, with one placeholder per image.
+
+        Raises:
+            ValueError: the text holds a token that stands for pixels, or after ``data.prompt_template``
+                it has not as many <image> marks as the row has images.
+        """
         messages: list[dict[str, Any]] = []
-        if self.config.system_prompt:
-            messages.append({"role": "system", "content": [_text(self.config.system_prompt)]})
+        if self._system_prompt:
+            messages.append({"role": "system", "content": [_text(self._system_prompt)]})
         messages.append({"role": "user", "content": self._content(row)})
-        return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        text = self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, chat_template=self._chat_template
+        )
+        return str(text)
 
     def _content(self, row: Row) -> list[dict[str, Any]]:
-        """Images where the question marks them, else before it; then the instruction."""
+        """Images where the question marks them, else before it; then the instruction or the template."""
         question = row.problem
-        if "<image>" not in question:
-            question = "<image>" * len(row.images) + question
+        for token in self._vision_tokens:
+            if token in question:
+                raise ValueError(f"the question holds {token}, which stands for pixels")
+        if IMAGE_MARK not in question:
+            question = IMAGE_MARK * len(row.images) + question
+        if self._prompt_template is not None:
+            question = self._prompt_template.render(content=question)
+        parts = question.split(IMAGE_MARK)
+        if len(parts) - 1 != len(row.images):
+            raise ValueError(f"{len(parts) - 1} {IMAGE_MARK} marks but {len(row.images)} images")
         content: list[dict[str, Any]] = []
-        for k, part in enumerate(question.split("<image>")):
+        for k, part in enumerate(parts):
             if k:
                 content.append({"type": "image"})
             if part:
                 content.append(_text(part))
-        if self.config.instruction:
+        if self._prompt_template is None and self.config.instruction:
             content.append(_text("\n" + self.config.instruction))
         return content
 
@@ -125,6 +157,41 @@ class PromptEncoder:
             pixel_values=out["pixel_values"] if images else None,
             image_grid_thw=out["image_grid_thw"].long() if images else None,
         )
+
+
+def text_or_file(value: str | None, key: str) -> str | None:
+    """The text itself, or the content of the file that it names.
+
+    Raises:
+        UserError: it looks like a file name (one line that ends in .jinja, .j2, .txt or .md) but there is no
+            such file, or the file cannot be read.
+    """
+    if not value:
+        return None
+    try:
+        if len(value) < 4096 and "\n" not in value and Path(value).is_file():
+            return Path(value).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: {value} cannot be read ({error})") from error
+    if re.fullmatch(r"\S+\.(jinja2?|j2|txt|md)", value):
+        raise UserError(f"{key}: there is no file {value}")
+    return value
+
+
+def _prompt_template(config: DataConfig) -> jinja2.Template | None:
+    """``data.prompt_template``, tried once."""
+    source = text_or_file(config.prompt_template, "data.prompt_template")
+    if source is None:
+        return None
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    try:
+        template = environment.from_string(source)
+        tried = template.render(content="2 + 3 = ?")
+    except jinja2.TemplateError as error:
+        raise UserError(f"data.prompt_template cannot be rendered: {error}") from error
+    if "2 + 3 = ?" not in tried:
+        raise UserError("data.prompt_template leaves the question out: it must use {{ content }}")
+    return template
 
 
 def _text(text: str) -> dict[str, str]:

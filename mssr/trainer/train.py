@@ -31,7 +31,7 @@ def train(config_file: str | Path, overrides: Sequence[str] = ()) -> int:
     Raises:
         UserError: the input is wrong; before any worker starts wherever that can be known.
     """
-    config = load_config(config_file, overrides)
+    config = load_config(config_file, overrides, note=lambda line: print(f"mssr: {line}", flush=True))
     check_model_path(config.model)
     resolve(config.reward.name)
     run_dir = prepare_run_directory(config)

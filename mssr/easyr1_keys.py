@@ -1,0 +1,85 @@
+"""EasyR1's data section, read as it is.
+
+Users paste it from their EasyR1 config; every key gets the meaning it has there, under our name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mssr.errors import UserError
+
+RENAMED = {
+    "train_files": "data.train",
+    "val_files": "data.val",
+    "prompt_key": "data.problem_column",
+    "answer_key": "data.answer_column",
+    "image_key": "data.images_column",
+    "format_prompt": "data.prompt_template",
+    "override_chat_template": "data.chat_template",
+    "max_response_length": "rollout.max_response_length",
+    "seed": "seed",
+}
+"""Keys of EasyR1's data section -> ours. Those with the same name in both are not listed."""
+
+WITHOUT_EFFECT = {
+    "video_key": "there are no videos here",
+    "video_fps": "there are no videos here",
+    "val_batch_size": "all of a validation is one batch",
+    "mini_rollout_batch_size": "all rollouts of a step are generated at once",
+    "filter_overlong_prompts_workers": "the filter needs none",
+}
+PROMPTS_PER_STEP = "rollout_batch_size"
+FILTER = "filter_overlong_prompts"
+ONLY_EASYR1 = {*RENAMED, *WITHOUT_EFFECT, PROMPTS_PER_STEP, FILTER}
+
+
+def translate(tree: dict[str, Any], source: str) -> tuple[dict[str, Any], int | None, list[str]]:
+    """A config tree with EasyR1's keys under our names.
+
+    Args:
+        tree: nested dict of one file or override.
+        source: where it is from, for messages.
+
+    Returns:
+        The tree, EasyR1's ``rollout_batch_size`` (prompts a step, None without), and a line of what was
+        translated (nothing if nothing was).
+
+    Raises:
+        UserError: a key is set under both names, or asks for what is not done here.
+    """
+    data = tree.get("data")
+    if not isinstance(data, dict) or not ONLY_EASYR1.intersection(data):
+        return tree, None, []
+    tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    data = tree["data"]
+    notes = []
+    for key, ours in RENAMED.items():
+        if key in data:
+            value = data.pop(key)
+            section, _, leaf = ours.rpartition(".")
+            target = tree.setdefault(section, {}) if section else tree
+            if leaf in target:
+                raise UserError(f"{source}: data.{key} is EasyR1's name of {ours}; set one of the two")
+            target[leaf] = value
+            notes.append(f"{key} as {ours}")
+    if data.get("prompt_template", ...) is None and "format_prompt as" in " ".join(notes):
+        data.setdefault("instruction", "")  # without format_prompt EasyR1 asks the bare question
+    for key, reason in WITHOUT_EFFECT.items():
+        if data.pop(key, None) is not None:
+            notes.append(f"{key} not at all ({reason})")
+    if data.pop(FILTER, True) is False:
+        raise UserError(
+            f"{source}: data.{FILTER}=false: overlong prompts are always left out here; raise "
+            "data.max_prompt_length to keep them"
+        )
+    prompts = data.pop(PROMPTS_PER_STEP, None)
+    if prompts is not None:
+        if not isinstance(prompts, int) or isinstance(prompts, bool) or prompts < 1:
+            raise UserError(f"{source}: data.{PROMPTS_PER_STEP}={prompts} must be a whole number above 0")
+        if "rollouts_per_step" in tree.get("rollout", {}):
+            raise UserError(
+                f"{source}: data.{PROMPTS_PER_STEP} and rollout.rollouts_per_step say the same; set one"
+            )
+        notes.append(f"{PROMPTS_PER_STEP} as rollout.rollouts_per_step, times the responses per prompt")
+    return tree, prompts, ["EasyR1's data section: " + ", ".join(notes)] if notes else []

@@ -1,0 +1,106 @@
+"""How a row becomes the text that the model gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mssr.config_loading import load_config
+from mssr.data.dataset import ImageSource, Row
+from mssr.data.encoder import PromptEncoder
+from mssr.errors import UserError
+from mssr.models.loading import load_processor
+from tests.conftest import Workspace
+
+pytestmark = pytest.mark.unit
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+MSSR_CODE_TEMPLATE = (
+    "{% if '<image>' not in content %}<image>\n{% endif %}{{ content | trim }} Think in <think> </think>."
+)
+
+
+def encoder(workspace: Workspace, **data: Any) -> PromptEncoder:
+    config = load_config(workspace.config)
+    for key, value in data.items():
+        setattr(config.data, key, value)
+    return PromptEncoder(load_processor(config.model), config.data)
+
+
+def row(problem: str, images: int = 1) -> Row:
+    return Row("a", problem, "8", (ImageSource(b"", None),) * images, "rows.jsonl row 0")
+
+
+def test_images_come_first_unless_marked(workspace: Workspace) -> None:
+    plain = encoder(workspace)
+    assert f"{IMAGE}{IMAGE}What?" in plain.chat_text(row("What?", 2))
+    assert f"Left {IMAGE} right {IMAGE}?" in plain.chat_text(row("Left <image> right <image>?", 2))
+    assert IMAGE not in plain.chat_text(row("What?", 0))
+
+
+def test_the_instruction_follows_the_question(workspace: Workspace) -> None:
+    assert "What?\nBox it.<|im_end|>" in encoder(workspace, instruction="Box it.").chat_text(row("What?"))
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_a_prompt_template_takes_the_place_of_the_instruction(
+    workspace: Workspace, tmp_path: Path, inline: bool
+) -> None:
+    path = tmp_path / "math.jinja"
+    path.write_text(MSSR_CODE_TEMPLATE)
+    template = encoder(
+        workspace, prompt_template=MSSR_CODE_TEMPLATE if inline else str(path), instruction="unread"
+    )
+    text = template.chat_text(row("  What?  "))
+    assert f"{IMAGE}  What? Think in <think> </think>.<|im_end|>" in text and "unread" not in text
+    assert f"So {IMAGE}? Think" in template.chat_text(row("So <image>?"))
+    with pytest.raises(ValueError, match="1 <image> marks but 0 images"):
+        template.chat_text(row("What?", 0))  # this template adds a mark where there is none
+
+
+def test_a_system_prompt_and_a_chat_template_from_files(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "system.txt").write_text("You are careful.")
+    system = encoder(workspace, system_prompt=str(tmp_path / "system.txt"))
+    assert "system\nYou are careful.<|im_end|>" in system.chat_text(row("What?"))
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}]{% for c in m.content %}"
+        "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}"
+        "{% endif %}{% endfor %}{% endfor %}[go]"
+    )
+    other = encoder(workspace, chat_template=str(tmp_path / "chat.jinja"))
+    assert other.chat_text(row("What?")) == f"[user]{IMAGE}What?[go]"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("prompt_template", "nowhere.jinja", "data.prompt_template: there is no file nowhere.jinja"),
+        ("system_prompt", "nowhere.txt", "data.system_prompt: there is no file"),
+        ("chat_template", "nowhere.jinja", "data.chat_template: there is no file"),
+        ("prompt_template", "{{ content", "data.prompt_template cannot be rendered"),
+        ("prompt_template", "{{ question }}", "'question' is undefined"),
+        ("prompt_template", "Think.", "leaves the question out"),
+        ("prompt_template", "{{ content.__class__.__mro__ }}", "cannot be rendered"),
+    ],
+)
+def test_a_wrong_template_is_refused(workspace: Workspace, option: str, value: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        encoder(workspace, **{option: value})
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
+def test_a_question_that_spells_a_vision_token_is_refused(workspace: Workspace, token: str) -> None:
+    """Engine and actor would count one image more than there is."""
+    with pytest.raises(ValueError, match="stands for pixels"):
+        encoder(workspace).chat_text(row(f"What is {token}?"))
+
+
+def test_lengths_from_sizes_equal_encoded_lengths(workspace: Workspace) -> None:
+    from mssr.data.prompt_source import PromptSource
+
+    source = PromptSource(load_config(workspace.config))
+    for prompt_id in ("t0", "t1", "t2", "t3"):
+        item = source.row(prompt_id)
+        sizes = [image.size() for image in item.images]
+        assert source.encoder.length(item, sizes) == len(source.encoder.encode(item).token_ids)
