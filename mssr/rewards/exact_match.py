@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 
 from mssr.rewards.base import RewardResult
+from mssr.rewards.extraction import final_answer, last_boxed, unwrap
 
-_OPEN, _CLOSE = "<think>", "</think>"
-# A box, an escaped character (so that \{ and \} are no braces), or a brace.
-_TOKEN = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
+__all__ = ["exact_match", "last_boxed", "normalise"]
+
 _SPACE = re.compile(r"\s+")
 
 
@@ -34,46 +34,13 @@ def exact_match(response: str, answer: str, /) -> RewardResult:
     boxed = final_answer(response)
     if boxed is None:
         return RewardResult(0.0, {"accuracy": 0.0, "format": 0.0})
-    accuracy = float(normalise(boxed) == normalise(unwrap(answer)))
+    accuracy = float(grade(boxed, unwrap(answer)))
     return RewardResult(accuracy, {"accuracy": accuracy, "format": 1.0})
 
 
-def final_answer(response: str) -> str | None:
-    """Content of the last box after the thinking; None if the format is not kept."""
-    text = response.lstrip()
-    if not text.startswith(_OPEN):
-        return None
-    _, closed, solution = text[len(_OPEN) :].partition(_CLOSE)
-    boxed = last_boxed(solution) if closed else None
-    return boxed if boxed and not boxed.isspace() else None
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Content of the closed ``\boxed{...}`` that starts last, with its inner braces; None without one.
-
-    ``\boxed{\frac{1}{2}}`` gives ``\frac{1}{2}``, ``\boxed{a} \boxed{b`` gives ``a``, and of nested
-    boxes the inner one counts.
-    """
-    open_braces: list[int] = []  # where the content of a box starts, or -1 for another brace
-    best: tuple[int, int] | None = None
-    for token in _TOKEN.finditer(text):
-        if token["box"]:
-            open_braces.append(token.end())
-        elif token["open"]:
-            open_braces.append(-1)
-        elif token["close"] and open_braces:
-            start = open_braces.pop()
-            if start >= 0 and (best is None or start > best[0]):
-                best = (start, token.start())
-    return None if best is None else text[best[0] : best[1]]
-
-
-def unwrap(answer: str) -> str:
-    """``<answer> 8 </answer>`` -> ``8``, as in the Vision-R1-rl data; anything else is unchanged."""
-    text = answer.strip()
-    if text.startswith("<answer>") and text.endswith("</answer>"):
-        return text[len("<answer>") : -len("</answer>")].strip()
-    return answer
+def grade(answer: str, truth: str) -> bool:
+    """Equality of the two after `normalise`; an answer that is blank is wrong."""
+    return not (not answer or answer.isspace()) and normalise(answer) == normalise(truth)
 
 
 def normalise(text: str) -> str:

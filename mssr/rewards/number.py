@@ -1,0 +1,21 @@
+"""A number within a tolerance."""
+
+from __future__ import annotations
+
+from mssr.rewards import math_rule
+
+
+def grade(answer: str, truth: str, *, tolerance: float = 1e-2, absolute: float = 1e-8) -> bool:
+    r"""Whether |answer - truth| <= max(tolerance * |truth|, absolute), both ends included.
+
+    Numbers are read as by `math`: fractions, roots, thousands separators, percent, scientific notation, units
+    (different units are wrong) and a name before ``=``. An answer or truth that is no number, or several, is
+    wrong.
+
+    Args:
+        answer: The final answer.
+        truth: The ground truth.
+        tolerance: Relative to the truth.
+        absolute: For truths near zero.
+    """
+    return math_rule.same_number(answer, truth, tolerance=tolerance, absolute=absolute)
