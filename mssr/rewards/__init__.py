@@ -1,14 +1,6 @@
-"""From text to scores: exact match, user functions, and scoring that survives their errors."""
+"""From text to scores: rules, user functions, penalties, and processes that survive what those do."""
 
-from mssr.rewards.base import RewardFunction, RewardResult
-from mssr.rewards.scoring import ScoredBatch, Scorer, names, register, resolve
+from mssr.rewards.base import RewardInput, RewardResult
+from mssr.rewards.scoring import ScoredBatch, Scorer, advice, check, names
 
-__all__ = [
-    "RewardFunction",
-    "RewardResult",
-    "ScoredBatch",
-    "Scorer",
-    "names",
-    "register",
-    "resolve",
-]
+__all__ = ["RewardInput", "RewardResult", "ScoredBatch", "Scorer", "advice", "check", "names"]

@@ -1,10 +1,21 @@
-"""What a reward function takes and gives."""
+"""What is scored, and what comes of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class RewardInput:
+    """One response to score. Example: ``RewardInput("<think></think>\\\\boxed{8}", "8", 14)``"""
+
+    response: str
+    """The model's text, without special tokens."""
+    answer: str
+    """The row's ground truth."""
+    response_length: int
+    """Tokens of the response, the end token included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +28,13 @@ class RewardResult:
     """Named numbers that are only reported, finite."""
 
 
-class RewardFunction(Protocol):
-    """A response's text and the row's answer in, a score out: a number, a result, or a dict.
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A response that got no score. Example: ``Failure("no score within 10 s", timeout=True)``"""
 
-    A dict needs the key ``score``; its other entries are the parts. The function is called in any
-    order and possibly in several processes, so it must not depend on earlier calls.
-    """
-
-    def __call__(self, response: str, answer: str, /) -> float | RewardResult | Mapping[str, float]: ...
+    reason: str
+    """One line."""
+    traceback: str = ""
+    """Of the exception, if there was one."""
+    timeout: bool = False
+    """Whether the time limit ended it."""

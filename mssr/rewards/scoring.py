@@ -1,75 +1,30 @@
-"""Reward functions by name or file, and the scoring of a batch that survives their errors."""
+"""The scoring of batches, which survives whatever single responses do to a reward function."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import logging
-import numbers
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from mssr import plugins
 from mssr.errors import TrainingError, UserError
-from mssr.rewards.base import RewardFunction, RewardResult
-from mssr.rewards.exact_match import exact_match
+from mssr.rewards import functions, penalties
+from mssr.rewards.base import Failure, RewardInput, RewardResult
+from mssr.rewards.pool import ProcessPool
+from mssr.rewards.worker import Job
+
+if TYPE_CHECKING:
+    from mssr.data_config import RewardConfig
 
 _log = logging.getLogger(__name__)
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
-_F = TypeVar("_F", bound=RewardFunction)
-_registry: dict[str, RewardFunction] = {"exact_match": exact_match}
-
-
-def register(name: str) -> Callable[[_F], _F]:
-    """Function decorator: make a reward available as ``name``; a later one replaces an earlier one.
-
-    Raises:
-        ValueError: The name has a colon, which is how a file is told from a name.
-    """
-    if plugins.is_spec(name):
-        raise ValueError(f"the reward name {name!r} must not contain a colon")
-
-    def add(function: _F) -> _F:
-        _registry[name] = function
-        return function
-
-    return add
-
-
-def names() -> list[str]:
-    """All registered names, sorted."""
-    return sorted(_registry)
-
-
-def resolve(name: str) -> RewardFunction:
-    """The function called ``name``, or the one in ``path/to/file.py:function``, see `mssr.plugins`.
-
-    Raises:
-        UserError: No such name, file or function; the file does not run; the function cannot be
-            called as ``function(response, answer)``.
-    """
-    if not plugins.is_spec(name):
-        if name not in _registry:
-            close = difflib.get_close_matches(name, _registry, n=1, cutoff=0.5)
-            hint = f", did you mean {close[0]!r}?" if close else ""
-            raise UserError(f"unknown reward {name!r}{hint}: one of {names()} or path/to/file.py:function")
-        return _registry[name]
-    function = plugins.load(name, "reward", noun="function")
-    path, _, attribute = name.rpartition(":")
-    if not callable(function):
-        raise UserError(f"reward {name!r}: {path} has no function {attribute!r}")
-    try:
-        inspect.signature(function).bind("response", "answer")
-    except TypeError as error:
-        raise UserError(f"reward {name!r}: {attribute} must take (response, answer), but: {error}") from error
-    except ValueError:
-        pass  # a builtin without a signature
-    return function
+MAX_WORKERS = 8
+"""Processes if the config does not say how many."""
+FORMATS = ("gate", "weighted", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,71 +39,103 @@ class ScoredBatch:
     parts: dict[str, npt.NDArray[np.float32]]
     """(B,) for every part that any response had; 0 where a response lacks it."""
     errors: int
-    """Responses on which the function raised or gave no usable score."""
+    """Responses on which the function raised, gave no usable score, died or took too long."""
+    timeouts: int = 0
+    """Those of the errors that the time limit ended."""
 
 
 class Scorer:
-    """Scores batches with one reward function.
+    """Scores batches with the reward of a config, in processes that it owns until `close`.
 
-    It holds the function's name beside the function, so that another process can build the same one.
+    They start in the background: what the caller does next costs no waiting.
 
     Args:
-        name: A registered name or ``path/to/file.py:function``.
+        max_response_length: longest response in tokens, which the penalties on length refer to.
+        clip: let penalties take a score no lower than 0, for methods whose rewards are in [0, 1].
         error_limit: The run stops when at least this fraction of a batch failed, in (0, 1]. The
             default stops only if every response failed: a parser that trips over most of an untrained
             model's responses is still a reward.
         min_batch: Smaller batches never stop the run.
 
     Raises:
-        UserError: The function cannot be had, see `resolve`.
+        UserError: The function cannot be had, or an option has no meaning; see `check`.
         ValueError: A number is out of its range.
     """
 
-    def __init__(self, name: str, *, error_limit: float = 1.0, min_batch: int = 8) -> None:
+    def __init__(
+        self,
+        config: RewardConfig,
+        max_response_length: int,
+        *,
+        clip: bool = False,
+        error_limit: float = 1.0,
+        min_batch: int = 8,
+    ) -> None:
         if not 0 < error_limit <= 1:
             raise ValueError(f"error_limit must be in (0, 1], not {error_limit}")
         if min_batch < 1:
             raise ValueError(f"min_batch must be >= 1, not {min_batch}")
-        self.name = name
+        check(config)
+        reward = functions.load(config)
+        if config.overlong_buffer > max_response_length:
+            raise UserError(
+                f"reward.overlong_buffer={config.overlong_buffer} exceeds "
+                f"rollout.max_response_length={max_response_length}"
+            )
+        self.name = config.name
+        self.clip = clip
         self.error_limit = error_limit
         self.min_batch = min_batch
-        self._function = resolve(name)
         self._error_logged = False
+        together = "batch" if reward.batch else "async" if reward.is_async else "no"
+        workers = config.workers or min(MAX_WORKERS, _cores())
+        self._pool = ProcessPool(Job(config, max_response_length), workers, together)
 
-    def score(self, responses: Sequence[str], answers: Sequence[str]) -> ScoredBatch:
-        """Score B responses against B answers.
+    def score(self, inputs: Sequence[RewardInput]) -> ScoredBatch:
+        """Score B responses.
 
-        A response on which the function raises, or gives NaN, an infinity or something that is no
-        score, gets 0 and is counted; the first traceback of this scorer is logged.
+        A response on which the function raises, dies, hangs, or gives NaN, an infinity or something
+        that is no score, gets 0 and is counted; the first traceback of this scorer is logged. With
+        penalties, the score before them is the part ``score_raw`` (and ``accuracy``, if the function
+        has no such part).
 
         Raises:
-            ValueError: The lengths differ.
-            TrainingError: ``error_limit`` is reached.
+            TrainingError: ``error_limit`` is reached, or the processes cannot be kept running.
         """
-        if len(responses) != len(answers):
-            raise ValueError(f"{len(responses)} responses need as many answers, not {len(answers)}")
-        results: list[RewardResult] = []
-        errors, last_error = 0, ""
-        for i, (response, answer) in enumerate(zip(responses, answers, strict=True)):
-            try:
-                results.append(_as_result(self._function(response, answer)))
-            except Exception as error:
-                results.append(RewardResult(0.0))
-                errors += 1
-                last_error = f"{type(error).__name__}: {error}"
-                self._log_first(i, response)
-        if len(responses) >= self.min_batch and errors >= self.error_limit * len(responses):
+        outcomes = self._pool.run(inputs)
+        failures = {i: o for i, o in enumerate(outcomes) if isinstance(o, Failure)}
+        for i, failure in failures.items():
+            self._log_first(i, inputs[i], failure)
+        if len(inputs) >= self.min_batch and len(failures) >= self.error_limit * len(inputs):
+            reason = next(reversed(failures.values())).reason
             raise TrainingError(
-                f"the reward {self.name!r} failed on {errors} of {len(responses)} responses ({last_error})"
+                f"the reward {self.name!r} failed on {len(failures)} of {len(inputs)} responses ({reason})"
             )
+        results = [RewardResult(0.0) if isinstance(o, Failure) else o for o in outcomes]
         keys = sorted({key for result in results for key in result.parts})
         return ScoredBatch(
-            scores=np.array([result.score for result in results], np.float32),
+            scores=np.array([self._final(result) for result in results], np.float32),
             parts={key: np.array([r.parts.get(key, 0.0) for r in results], np.float32) for key in keys},
-            errors=errors,
+            errors=len(failures),
+            timeouts=sum(f.timeout for f in failures.values()),
         )
 
-    def _log_first(self, i: int, response: str) -> None:
+    def close(self) -> None:
+        """End the processes; may be called again."""
+        self._pool.close()
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _final(self, result: RewardResult) -> float:
+        # A score that is out of [0, 1] by itself stays so: the method is to refuse it.
+        raw = result.parts.get("score_raw")
+        return max(result.score, min(raw, 0.0)) if self.clip and raw is not None else result.score
+
+    def _log_first(self, i: int, item: RewardInput, failure: Failure) -> None:
         if self._error_logged:
             return
         self._error_logged = True
@@ -156,27 +143,72 @@ class Scorer:
             "reward %r failed on response %d (score 0; further failures are only counted): %.200r\n%s",
             self.name,
             i,
-            response,
-            traceback.format_exc(),
+            item.response,
+            failure.traceback or failure.reason,
         )
 
 
-def _as_result(value: object) -> RewardResult:
-    """Whatever a reward function may return, checked: numbers that are finite in float32."""
-    score: object = value
-    parts: Mapping[str, object] = {}
-    if isinstance(value, RewardResult):
-        score, parts = value.score, value.parts
-    elif isinstance(value, Mapping):
-        if "score" not in value:
-            raise ValueError(f"a reward's dict needs the key 'score', but has {sorted(map(str, value))}")
-        score, parts = value["score"], {str(k): v for k, v in value.items() if k != "score"}
-    return RewardResult(_number("score", score), {key: _number(key, part) for key, part in parts.items()})
+def names() -> list[str]:
+    """Rewards that need no file, sorted."""
+    return functions.rule_names()
 
 
-def _number(key: str, value: object) -> float:
-    if not isinstance(value, numbers.Real | np.bool_):  # bool, int and NumPy's scalars are among them
-        raise TypeError(f"{key} must be a number, not {value!r:.100}")
-    if not abs(float(value)) <= _FLOAT32_MAX:  # NaN fails too
-        raise ValueError(f"{key} must be finite in float32, not {value}")
-    return float(value)
+def check(config: RewardConfig) -> None:
+    """Refuse a section that cannot mean what it says; loads a user's file to see.
+
+    Raises:
+        UserError: One line. A value is out of its range; the function cannot be had, or does not take
+            the options; an option was set that nothing reads.
+    """
+    for key in ("time_limit_s", "repetition_ngram", "workers"):
+        value = getattr(config, key)
+        if value is not None and not value > 0:
+            raise UserError(f"reward.{key}={value} must be greater than 0")
+    for key in ("length_penalty", "repetition_penalty", "overlong_buffer", "overlong_penalty"):
+        if not getattr(config, key) >= 0:
+            raise UserError(f"reward.{key}={getattr(config, key)} must not be negative")
+    if config.format not in FORMATS:
+        raise UserError(f"reward.format={config.format} must be one of {', '.join(FORMATS)}")
+    if not 0 <= config.format_weight <= 1:
+        raise UserError(f"reward.format_weight={config.format_weight} must lie in [0, 1]")
+    defaults = type(config)()
+    readers = {
+        "format": (not plugins.is_spec(config.name), f"reward.name={config.name}"),
+        "format_weight": (config.format == "weighted", f"reward.format={config.format}"),
+        "overlong_penalty": (config.overlong_buffer > 0, "reward.overlong_buffer=0"),
+        "repetition_ngram": (config.repetition_penalty > 0, "reward.repetition_penalty=0"),
+    }
+    for key, (read, setting) in readers.items():
+        if not read and getattr(config, key) != getattr(defaults, key):
+            raise UserError(
+                f"reward.{key}={getattr(config, key)} is read by nothing with {setting}; change that or "
+                "remove it"
+            )
+    functions.load(config)
+
+
+def advice(config: RewardConfig, bounded: bool) -> list[str]:
+    """What is allowed and good to know, one line each.
+
+    Args:
+        bounded: whether the method takes rewards in [0, 1] only, as the Beta baseline does.
+    """
+    lines = []
+    if bounded and config.format == "weighted" and config.format_weight > 0:
+        lines.append(
+            f"reward.format=weighted: a wrong answer in the right format scores {config.format_weight:g}, so "
+            "rewards are not 0 or 1 and the Beta baseline estimates a mean score, not an accuracy"
+        )
+    if bounded and (keys := penalties.configured(config)):
+        lines.append(
+            f"{', '.join(keys)}: the method takes rewards in [0, 1], so a penalty lowers no score below 0 and "
+            "wrong answers are not penalised"
+        )
+    return lines
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -14,7 +14,7 @@ from mssr.cluster.base import Cluster
 from mssr.config import Config
 from mssr.data.dataset import PromptDataset
 from mssr.errors import TrainingError
-from mssr.rewards import ScoredBatch, Scorer
+from mssr.rewards import RewardInput, ScoredBatch, Scorer
 from mssr.rollout.seeds import request_seed
 from mssr.trainer.timing import PhaseTimer
 from mssr.types import Rollout, RolloutRequest, SamplingParams
@@ -139,8 +139,16 @@ class RolloutCollector:
 
     def score(self, dataset: PromptDataset, rollouts: Sequence[Rollout]) -> ScoredBatch:
         with self.timer("reward"):
-            answers = dataset.answers([r.prompt_id for r in rollouts])
-            return self.scorer.score([r.text for r in rollouts], answers)
+            return self.scorer.score(reward_inputs(dataset, rollouts))
+
+
+def reward_inputs(dataset: PromptDataset, rollouts: Sequence[Rollout]) -> list[RewardInput]:
+    """What the reward sees of the rollouts."""
+    answers = dataset.answers([r.prompt_id for r in rollouts])
+    return [
+        RewardInput(r.text, answer, len(r.response_token_ids))
+        for r, answer in zip(rollouts, answers, strict=True)
+    ]
 
 
 def join_scores(batches: Sequence[ScoredBatch]) -> ScoredBatch:
@@ -153,6 +161,7 @@ def join_scores(batches: Sequence[ScoredBatch]) -> ScoredBatch:
             for name in names
         },
         errors=sum(b.errors for b in batches),
+        timeouts=sum(b.timeouts for b in batches),
     )
 
 
@@ -168,6 +177,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], scored: ScoredBatch) -> dict[st
     return {
         **score_metrics("reward", scored),
         "reward/errors": float(scored.errors),
+        "reward/timeouts": float(scored.timeouts),
         "rollout/tokens": float(lengths.sum()),
         "rollout/response_length": float(lengths.mean()),
         "rollout/truncated_fraction": float(np.mean([r.finish_reason == "length" for r in rollouts])),

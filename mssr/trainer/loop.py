@@ -15,7 +15,7 @@ from mssr.data.sampler import EpochSampler
 from mssr.errors import UserError
 from mssr.rewards import Scorer
 from mssr.trainer.checkpoint import CheckpointStore, read_state
-from mssr.trainer.collect import PromptSampler, RolloutCollector, score_metrics
+from mssr.trainer.collect import PromptSampler, RolloutCollector, reward_inputs, score_metrics
 from mssr.trainer.console import Console
 from mssr.trainer.estimate import Estimator
 from mssr.trainer.initial_values import initialize_values
@@ -37,6 +37,7 @@ class Trainer:
 
     Args:
         train, val: data sets, narrowed to usable prompts; ``val`` is None to train without.
+        scorer: of ``config.reward``; the caller closes it.
         cluster: running workers with the base model's weights.
     """
 
@@ -45,6 +46,7 @@ class Trainer:
         config: Config,
         train: PromptDataset,
         val: PromptDataset | None,
+        scorer: Scorer,
         cluster: Cluster,
         store: CheckpointStore,
         log: MetricsLog,
@@ -57,7 +59,6 @@ class Trainer:
         self.timer = PhaseTimer()
         self.estimator = Estimator(config, cluster, self.timer)
         self.sampler = make_sampler(config, train.ids, self.estimator.algorithm)
-        scorer = Scorer(config.reward.name)
         self.collector = RolloutCollector(config, train, self.sampler, scorer, cluster, self.timer)
         self.step = 0
         self._saved_step = 0
@@ -130,8 +131,7 @@ class Trainer:
             rollout = self.config.rollout
             params = SamplingParams(rollout.temperature, rollout.max_response_length, greedy=True)
             rollouts = self.cluster.generate([RolloutRequest(i, 0, 0) for i in ids], params)
-            answers = self.val.answers([r.prompt_id for r in rollouts])
-            scored = self.collector.scorer.score([r.text for r in rollouts], answers)
+            scored = self.collector.scorer.score(reward_inputs(self.val, rollouts))
         self._write_samples("val", self.val, rollouts, scored.scores)
         length = float(np.mean([len(r.response_token_ids) for r in rollouts]))
         return {"val/response_length": length} | score_metrics("val", scored)

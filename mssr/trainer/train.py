@@ -15,7 +15,8 @@ from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import load_prompts
 from mssr.errors import EXIT_OK
 from mssr.models.loading import check_model_path, load_processor
-from mssr.rewards import resolve
+from mssr.rewards import Scorer
+from mssr.rewards import check as check_reward
 from mssr.tools.plot import plot, write_report
 from mssr.trainer.checkpoint import CheckpointStore, read_state
 from mssr.trainer.console import Console, captured_output
@@ -33,7 +34,7 @@ def train(config_file: str | Path, overrides: Sequence[str] = ()) -> int:
     """
     config = load_config(config_file, overrides, note=lambda line: print(f"mssr: {line}", flush=True))
     check_model_path(config.model)
-    resolve(config.reward.name)
+    check_reward(config.reward)
     run_dir = prepare_run_directory(config)
     print(f"mssr: run directory {run_dir}", flush=True)
     with captured_output(run_dir / "logs" / "driver.log") as terminal:
@@ -52,6 +53,8 @@ def _run(config: Config, terminal: TextIO) -> int:
     store = CheckpointStore(run_dir, config.trainer.keep_checkpoints)
     checkpoint = store.find(config.trainer.resume)
     first_step = read_state(checkpoint)["step"] if checkpoint else 0
+    # Its processes load the reward while the cluster starts.
+    scorer = Scorer(config.reward, config.rollout.max_response_length, clip=config.method.bounded_rewards)
     log = MetricsLog(config, resume_step=first_step if checkpoint else None)
     console = Console(terminal, config.trainer.progress, first_step, config.trainer.steps)
     cluster = None
@@ -69,6 +72,7 @@ def _run(config: Config, terminal: TextIO) -> int:
                 config,
                 train_set.dataset,
                 val_set.dataset if val_set else None,
+                scorer,
                 cluster,
                 store,
                 log,
@@ -80,6 +84,7 @@ def _run(config: Config, terminal: TextIO) -> int:
     finally:
         console.close()
         log.close()
+        scorer.close()
         if cluster is not None:
             cluster.shutdown()
     if log.written:

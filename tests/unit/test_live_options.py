@@ -33,6 +33,7 @@ from mssr.data.prompt_source import PromptSource
 from mssr.errors import TrainingError
 from mssr.models.loading import load_model
 from mssr.models.policy import PolicyModel
+from mssr.rewards import Scorer
 from mssr.trainer.estimate import make_batch
 from mssr.trainer.loop import Trainer
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
@@ -225,6 +226,19 @@ class Lab:
         self.source = PromptSource(config)
         self._tokens: dict[str, np.ndarray] = {}
         self._traces: dict[str, Trace] = {}
+        self._scorers: dict[str, Scorer] = {}
+
+    def close(self) -> None:
+        for scorer in self._scorers.values():
+            scorer.close()
+
+    def _scorer(self, config: Config) -> Scorer:
+        """One for each reward section: its processes take longer to start than a run of this file."""
+        clip, length = config.method.bounded_rewards, config.rollout.max_response_length
+        key = repr((config.reward, clip, length))
+        if key not in self._scorers:
+            self._scorers[key] = Scorer(config.reward, length, clip=clip)
+        return self._scorers[key]
 
     def prompt_tokens(self, prompt_id: str) -> np.ndarray:
         if prompt_id not in self._tokens:
@@ -255,7 +269,8 @@ class Lab:
         config = load_config(self.workspace.config, [*arguments, f"trainer.run_dir={run_dir}"])
         cluster = FakeCluster(self, config)
         train = PromptDataset(config.data.train, config.data)
-        trainer = Trainer(config, train, None, cluster, MagicMock(), MagicMock(), MagicMock())  # type: ignore[arg-type]
+        log = MagicMock()
+        trainer = Trainer(config, train, None, self._scorer(config), cluster, log, log, log)  # type: ignore[arg-type]
         outcome = ""
         try:
             trainer.run(MagicMock(requested=False))
@@ -280,7 +295,9 @@ def _digest(values: list[Any]) -> str:
 def lab(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     directory = tmp_path_factory.mktemp("options")
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=0, world_size=1)
-    yield Lab(workspace, directory)
+    lab = Lab(workspace, directory)
+    yield lab
+    lab.close()
     dist.destroy_process_group()
 
 

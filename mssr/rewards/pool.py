@@ -1,0 +1,360 @@
+"""Scoring in processes: a time limit for each response, and nothing but that response is ever lost.
+
+How a batch is scored:
+
+- Responses go to the workers in calls of a few. A worker reports each one as it is done, so the driver
+  knows which one a worker is at, kills the worker when it is at one for longer than the limit or when it
+  dies, and gives the rest of its call to others.
+- A worker that is at one response for far longer than others took is set aside until it is done or out of
+  time: it gets the lowest priority, and another takes its place. So a batch in which some responses hang
+  is late by about one time limit and not by one for each of them.
+- Functions that take a list, and async ones, have several responses in hand at a time. If such a call
+  fails, hangs or kills its worker, its responses are tried again one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import reduction
+from multiprocessing.connection import Connection, wait
+
+from mssr.errors import TrainingError
+from mssr.rewards.base import Failure, RewardInput, RewardResult
+from mssr.rewards.worker import Job, timed_out
+
+MAX_CALL = 16
+"""Responses of one call."""
+MAX_ASIDE = 64
+"""Workers set aside at a time; each holds little memory of its own."""
+MAX_RESTARTS = 3
+"""Losses of the process that forks the workers, a batch."""
+ASYNC_GRACE_S = 0.5
+"""Beyond the limit until a worker that should have ended its coroutines itself is killed."""
+
+Outcome = RewardResult | Failure
+
+
+class ProcessPool:
+    """Workers that score with one function.
+
+    The first process starts with the object and loads the function while the caller goes on.
+
+    Args:
+        job: what the workers do.
+        workers: how many responses, or calls of several, are worked on at the same time.
+        together: whether a call's responses are scored in one call of the function: "batch" or "async",
+            else "no".
+    """
+
+    def __init__(self, job: Job, workers: int, together: str = "no") -> None:
+        self._job = job
+        self._count = workers
+        self._together = together
+        self._limit = job.config.time_limit_s
+        self._workers: list[_Worker] = []
+        self._forker = _Forker(job)
+
+    def run(self, items: Sequence[RewardInput]) -> list[Outcome]:
+        """The outcomes of the items, in their order.
+
+        Raises:
+            TrainingError: no worker can be started.
+        """
+        batch = _Batch(items, self._count)
+        restarts = 0
+        try:
+            while batch.unfinished:
+                try:
+                    self._advance(batch)
+                except _ForkerDiedError as error:
+                    restarts += 1
+                    self._restart(batch)
+                    if restarts > MAX_RESTARTS:
+                        raise TrainingError(
+                            f"the processes that score rewards keep dying ({error})"
+                        ) from None
+        except BaseException:  # also Ctrl-C: the next batch starts with workers that owe nothing
+            self.close()
+            self._forker = _Forker(self._job)
+            raise
+        assert not any(w.pending for w in self._workers)
+        return [batch.outcomes[i] for i in range(len(items))]
+
+    def close(self) -> None:
+        """End all processes; the pool cannot be used afterwards."""
+        for worker in self._workers:
+            worker.connection.close()
+        self._workers.clear()
+        self._forker.close()
+
+    def _advance(self, batch: _Batch) -> None:
+        """Hand out calls, wait for something to happen, and act on it."""
+        self._dispatch(batch)
+        busy = [w for w in self._workers if w.pending]
+        if not busy:
+            return
+        now = time.monotonic()
+        events = [self._deadline(w) for w in busy]
+        events += [w.since + self._patience(w, batch) for w in busy if self._may_go_aside(w, batch)]
+        ready = wait([w.connection for w in busy], max(0.0, min(events) - now))
+        for worker in busy:
+            if worker.connection in ready:
+                self._receive(worker, batch)
+        now = time.monotonic()
+        for worker in busy:
+            # One that has something to say is heard first: the driver itself may have been late.
+            if worker not in self._workers or not worker.pending or worker.connection.poll():
+                continue
+            if now >= self._deadline(worker):
+                self._lose(worker, timed_out(self._limit), batch)
+            elif self._may_go_aside(worker, batch) and now >= worker.since + self._patience(worker, batch):
+                self._set_aside(worker, batch)
+
+    def _dispatch(self, batch: _Batch) -> None:
+        while batch.calls and sum(bool(w.pending) and not w.aside for w in self._workers) < self._count:
+            worker = next((w for w in self._workers if not w.pending), None)
+            if worker is None:
+                try:
+                    worker = _Worker(*self._forker.fork())
+                except TrainingError:
+                    if any(w.pending for w in self._workers):
+                        return  # go on with those that there are
+                    raise
+                self._workers.append(worker)
+            call = batch.calls.popleft()
+            try:
+                worker.connection.send([(i, batch.items[i]) for i in call])
+            except OSError:  # it died while it was idle
+                batch.calls.appendleft(call)
+                self._end(worker)
+                continue
+            worker.pending, worker.since = call, time.monotonic()
+
+    def _receive(self, worker: _Worker, batch: _Batch) -> None:
+        try:
+            message = worker.connection.recv()
+        except (EOFError, OSError):
+            status = self._end(worker)
+            self._drop(worker, Failure(f"its process died ({_describe(status)})"), batch)
+            return
+        if message is None:  # a call that is to be tried one by one
+            batch.again(worker.pending)
+            worker.pending = []
+        else:
+            index, outcome = message
+            worker.pending.remove(index)
+            now = time.monotonic()
+            batch.finish(index, outcome, now - worker.since)
+            if self._together != "async":
+                worker.since = now
+        if worker.aside and not worker.pending:
+            self._end(worker)  # its priority cannot be raised again
+
+    def _deadline(self, worker: _Worker) -> float:
+        if self._together == "batch":
+            return worker.since + self._limit * len(worker.pending)
+        return worker.since + self._limit + (ASYNC_GRACE_S if self._together == "async" else 0.0)
+
+    def _patience(self, worker: _Worker, batch: _Batch) -> float:
+        """Seconds at one call after which a worker is set aside."""
+        count = len(worker.pending) if self._together == "batch" else 1
+        return max(self._limit / 100, 4 * batch.mean_seconds) * count
+
+    def _may_go_aside(self, worker: _Worker, batch: _Batch) -> bool:
+        """If others wait for its place, and not many are slow: these would time out for want of cores."""
+        if worker.aside or not (batch.calls or (self._together == "no" and len(worker.pending) > 1)):
+            return False
+        return sum(w.aside for w in self._workers) < MAX_ASIDE and batch.set_aside < 2 + batch.finished // 16
+
+    def _set_aside(self, worker: _Worker, batch: _Batch) -> None:
+        if self._together == "no":
+            batch.requeue(worker.pending[1:])
+            del worker.pending[1:]
+        batch.set_aside += 1
+        worker.aside = True
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, worker.pid, 19)
+
+    def _lose(self, worker: _Worker, failure: Failure, batch: _Batch) -> None:
+        self._end(worker)
+        self._drop(worker, failure, batch)
+
+    def _drop(self, worker: _Worker, failure: Failure, batch: _Batch) -> None:
+        """Of a worker that is no more: the culprit fails, the rest is done by others."""
+        if self._together != "no" and len(worker.pending) > 1:
+            batch.again(worker.pending)
+        elif worker.pending:
+            culprit, *rest = worker.pending
+            batch.finish(culprit, failure)
+            batch.requeue(rest)
+        worker.pending = []
+
+    def _end(self, worker: _Worker) -> int:
+        """Kill; returns the wait status."""
+        self._workers.remove(worker)
+        worker.connection.close()
+        return self._forker.kill(worker.pid)
+
+    def _restart(self, batch: _Batch) -> None:
+        self.close()
+        self._forker = _Forker(self._job)
+        batch.restart()
+
+
+class _Worker:
+    __slots__ = ("aside", "connection", "pending", "pid", "since")
+
+    def __init__(self, connection: Connection, pid: int) -> None:
+        self.connection = connection
+        self.pid = pid
+        self.pending: list[int] = []  # items of its call that it has not reported; it is at the first
+        self.since = 0.0  # when it began with that one, or with the call
+        self.aside = False
+
+
+class _Batch:
+    """Items, what is known of them, and the calls that are still to be handed out."""
+
+    def __init__(self, items: Sequence[RewardInput], workers: int) -> None:
+        self.items = items
+        self.outcomes: dict[int, Outcome] = {}
+        self.calls: deque[list[int]] = deque()
+        self.set_aside = 0
+        self._call_size = min(MAX_CALL, max(1, len(items) // (4 * workers)))
+        self._seconds = 0.0
+        self.restart()
+
+    @property
+    def unfinished(self) -> bool:
+        return len(self.outcomes) < len(self.items)
+
+    @property
+    def finished(self) -> int:
+        return len(self.outcomes)
+
+    @property
+    def mean_seconds(self) -> float:
+        return self._seconds / max(1, self.finished)
+
+    def restart(self) -> None:
+        """Hand out everything that has no outcome."""
+        missing = [i for i in range(len(self.items)) if i not in self.outcomes]
+        size = self._call_size
+        self.calls = deque(missing[k : k + size] for k in range(0, len(missing), size))
+
+    def finish(self, index: int, outcome: Outcome, seconds: float = 0.0) -> None:
+        self.outcomes[index] = outcome
+        self._seconds += seconds
+
+    def requeue(self, indices: Sequence[int]) -> None:
+        """To be handed out next, as one call."""
+        if indices:
+            self.calls.appendleft(list(indices))
+
+    def again(self, indices: Iterable[int]) -> None:
+        """To be handed out next, one by one."""
+        self.calls.extendleft([i] for i in reversed(list(indices)))
+
+
+class _ForkerDiedError(Exception):
+    pass
+
+
+class _Forker:
+    """The process of `mssr.rewards.worker.main`, which forks the workers."""
+
+    def __init__(self, job: Job) -> None:
+        ours, theirs = socket.socketpair()
+        # Not multiprocessing's own forkserver: that one imports the user's main module into every worker.
+        code = (
+            "import json, sys; sys.path[:] = json.loads(sys.argv[2])\n"
+            "from mssr.rewards.worker import main; main(int(sys.argv[1]))"
+        )
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code, str(theirs.fileno()), json.dumps(list(map(str, sys.path)))],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=_environment(),
+                start_new_session=True,  # a terminal's Ctrl-C is not for it
+            )
+        self._connection = Connection(ours.detach())
+        self._connection.send(job)
+        self._loaded = False
+        self.close = weakref.finalize(self, _stop, self._process, self._connection)
+
+    def fork(self) -> tuple[Connection, int]:
+        """A new worker.
+
+        Raises:
+            TrainingError: the function does not load there, or the system gives no process.
+        """
+        ours, theirs = socket.socketpair()
+        connection = Connection(ours.detach())
+        with theirs, self._dies():
+            if not self._loaded:
+                failure = self._connection.recv()
+                if failure is not None:
+                    raise TrainingError(f"the reward does not load in its own process: {failure}")
+                self._loaded = True
+            self._connection.send(("fork", None))
+            reduction.send_handle(self._connection, theirs.fileno(), self._process.pid)
+            answer = self._connection.recv()
+        if isinstance(answer, str):
+            raise TrainingError(answer)
+        return connection, answer
+
+    def kill(self, pid: int) -> int:
+        """End a worker; its wait status."""
+        with self._dies():
+            self._connection.send(("kill", pid))
+            status = self._connection.recv()
+            assert isinstance(status, int)
+            return status
+
+    @contextlib.contextmanager
+    def _dies(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            raise _ForkerDiedError(_describe_code(self._process.wait())) from error
+
+
+def _stop(process: subprocess.Popen[bytes], connection: Connection) -> None:
+    connection.close()  # upon which it kills its workers and ends
+    try:
+        process.wait(2)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """One thread a process, and the same order of sets in every run."""
+    defaults = {"PYTHONHASHSEED": "0"} | dict.fromkeys(
+        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
+    )
+    return defaults | dict(os.environ)
+
+
+def _describe(status: int) -> str:
+    return _describe_code(os.waitstatus_to_exitcode(status))
+
+
+def _describe_code(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"

@@ -1,0 +1,197 @@
+"""User functions of every form, as they are recognised, called and understood."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mssr.data_config import RewardConfig
+from mssr.errors import UserError
+from mssr.rewards import RewardInput, ScoredBatch, Scorer, functions
+
+pytestmark = pytest.mark.unit
+
+ITEMS = [RewardInput("a", "1", 3), RewardInput("bb", "0.5", 4), RewardInput("", "0", 0)]
+
+# Each scores an item of ITEMS with its answer, and says in its parts what else it was given.
+FORMS = {
+    "plain": "def f(response, answer): return float(answer)",
+    "other_names": "def f(text, truth): return float(truth)",
+    "positional_only": "def f(response, answer, /): return float(answer)",
+    "any_arguments": "def f(*arguments): return float(arguments[1])",
+    "boolean": "def f(response, answer): return {'score': float(answer), 'empty': not response}",
+    "numpy": "import numpy as np\ndef f(response, answer): return np.float32(answer)",
+    "result": "from mssr.rewards import RewardResult\n"
+    "def f(response, answer): return RewardResult(float(answer), {'length': len(response)})",
+    "dataclass": "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    "@dataclass\nclass C:\n    x: float\ndef f(response, answer): return C(float(answer)).x",
+    "object": "class C:\n    def __call__(self, response, answer): return float(answer)\nf = C()",
+    "partial": "import functools\ndef g(x, response, answer): return float(answer)\nf = functools.partial(g, 1)",
+    "length": "def f(response, answer, response_length):\n"
+    "    return {'score': float(answer), 'tokens': response_length}",
+    "async": "import asyncio\nasync def f(response, answer, *, response_length):\n"
+    "    await asyncio.sleep(0.001)\n    return {'score': float(answer), 'tokens': response_length}",
+    "async_object": "class C:\n    async def __call__(self, response, answer): return float(answer)\nf = C()",
+    "awaitable": "async def g(answer): return float(answer)\ndef f(response, answer): return g(answer)",
+    "batch": "def f(responses, answers): return [float(a) for r, a in zip(responses, answers, strict=True)]",
+    "batch_array": "import numpy as np\ndef f(responses, answers): return np.array([float(a) for a in answers])",
+    "batch_generator": "def f(predicts, ground_truths): yield from map(float, ground_truths)",
+    "batch_lengths": "def f(responses, answers, *, response_lengths):\n"
+    "    return [{'score': float(a), 'tokens': n} for a, n in zip(answers, response_lengths, strict=True)]",
+    "batch_async": "async def f(responses, answers): return [float(a) for a in answers]",
+    "easyr1": "def f(reward_input, format_weight=0.1):\n"
+    "    assert set(reward_input) == {'response', 'response_length', 'ground_truth'}\n"
+    "    return {'overall': float(reward_input['ground_truth']), 'format': None,\n"
+    "            'tokens': reward_input['response_length']}",
+    "easyr1_batch": "def f(reward_inputs, format_weight: float = 0.1):\n"
+    "    assert isinstance(reward_inputs, list)\n"
+    "    return [{'overall': float(r['ground_truth']), 'tokens': r['response_length']} for r in reward_inputs]",
+    "easyr1_async": "async def f(reward_input): return {'overall': float(reward_input['ground_truth'])}",
+}
+
+
+def write(folder: Path, body: str) -> str:
+    path = folder / "reward.py"
+    path.write_text(body + "\n")
+    return f"{path}:f"
+
+
+def score(name: str, items: list[RewardInput], **config: Any) -> ScoredBatch:
+    with Scorer(RewardConfig(name=name, workers=1, **config), 10) as scorer:
+        return scorer.score(items)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_each_response_its_score(tmp_path: Path, form: str) -> None:
+    reward = functions.load(RewardConfig(name=write(tmp_path, FORMS[form])))
+    assert reward.batch == ("batch" in form)
+    assert reward.is_async == ("async" in form)
+    calls = [ITEMS] if reward.batch else [[item] for item in ITEMS]
+    results = [result for call in calls for result in reward.call(call)]
+    assert [r.score for r in results] == [1.0, 0.5, 0.0]
+    parts = [dict(r.parts) for r in results]
+    if "length" in form or form in ("async", "easyr1", "easyr1_batch"):
+        assert parts == [{"tokens": n} for n in (3, 4, 0)]
+    elif form == "boolean":
+        assert parts == [{"empty": 0}, {"empty": 0}, {"empty": 1}]
+    elif form == "result":
+        assert parts == [{"length": 1}, {"length": 2}, {"length": 0}]
+    else:
+        assert parts == [{}] * 3
+
+
+@pytest.mark.parametrize("form", ["plain", "async", "batch", "batch_async", "easyr1_batch"])
+def test_the_processes_take_every_kind_of_function(tmp_path: Path, form: str) -> None:
+    batch = score(write(tmp_path, FORMS[form]), ITEMS * 30)
+    assert batch.scores.tolist() == [1.0, 0.5, 0.0] * 30 and batch.errors == 0
+    if "tokens" in batch.parts:
+        assert batch.parts["tokens"].tolist() == [3, 4, 0] * 30
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "def f(response, answer, *, scale=1.0, **others): return scale",
+        "async def f(response, answer, scale): return scale",
+        "def f(responses, answers, scale): return [scale] * len(answers)",
+        "def f(reward_inputs, scale: float): return [{'overall': scale} for _ in reward_inputs]",
+        "def f(reward_input, **others): return {'overall': others['scale']}",
+    ],
+)
+def test_options_reach_the_function(tmp_path: Path, function: str) -> None:
+    assert score(write(tmp_path, function), ITEMS, options={"scale": 0.25}).scores.tolist() == [0.25] * 3
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        ("def f(response): return 1.0", {}, r"f must take \(response, answer\), .* not \(response\)"),
+        ("def f(): return 1.0", {}, r"not \(\)"),
+        ("def f(*, response, answer): return 1.0", {}, r"f must take \(response, answer\)"),
+        ("def f(response, answer): return 1.0", {"scale": 1}, r"scale is no option of .* \(it takes none\)"),
+        ("def f(response, answer, *, scale=1): ...", {"scal": 1}, r"takes scale\), did you mean scale\?"),
+        ("def f(response, answer, *, scale=1): ...", {"answer": 1}, "answer is no option"),
+        ("def f(reward_inputs, scale): ...", {}, "f needs scale; set reward.options.scale"),
+        ("def f(response, answer, response_length=0): ...", {"response_length": 1}, "is no option"),
+        ("f = 1", {}, "has no function 'f'"),
+        ("g = 1", {}, "reward.py has no function 'f'"),
+        ("def f(:", {}, "does not run: SyntaxError"),
+        ("import sys\nsys.exit(3)", {}, "does not run: SystemExit"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused_in_one_line(
+    tmp_path: Path, function: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        Scorer(RewardConfig(name=write(tmp_path, function), options=options), 10)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no file '.*missing.py'"):
+        Scorer(RewardConfig(name=f"{tmp_path}/missing.py:f"), 10)
+    (tmp_path / "text.txt").write_text("hello")
+    with pytest.raises(UserError, match="is not a Python file"):
+        Scorer(RewardConfig(name=f"{tmp_path}/text.txt:f"), 10)
+
+
+BATCH_TROUBLE = """
+import os, time
+def f(responses, answers):
+    if "raise" in responses: raise KeyError("lost")
+    if "exit" in responses: os._exit(1)
+    if "hang" in responses: time.sleep(1e6)
+    if "few" in responses: return [0.5] * (len(responses) - 1)
+    if "nan" in responses: return [float("nan") if r == "nan" else 0.5 for r in responses]
+    if "text" in responses: return "0.5"
+    return [0.5] * len(responses)
+"""
+
+
+@pytest.mark.parametrize("trouble", ["raise", "exit", "hang", "few", "nan", "text"])
+def test_a_batch_loses_only_the_culprit(tmp_path: Path, trouble: str) -> None:
+    responses = ["fine"] * 6 + [trouble] + ["fine"] * 6
+    items = [RewardInput(r, "", 1) for r in responses]
+    batch = score(write(tmp_path, BATCH_TROUBLE), items, time_limit_s=0.2)
+    assert batch.scores.tolist() == [0.5] * 6 + [0] + [0.5] * 6
+    assert (batch.errors, batch.timeouts) == (1, int(trouble == "hang"))
+
+
+ASYNC_TROUBLE = """
+import asyncio, os, sys, time
+loops = []
+async def f(response, answer):
+    loops.append(asyncio.get_running_loop())
+    assert all(loop is loops[0] for loop in loops)
+    if response == "await": await asyncio.sleep(1e6)
+    if response == "deaf":
+        while True:
+            try: await asyncio.sleep(1e6)
+            except asyncio.CancelledError: pass
+    if response == "block": time.sleep(1e6)
+    if response == "raise": raise TimeoutError("of its own")
+    if response == "exit": os._exit(1)
+    if response == "sysexit": sys.exit(1)
+    await asyncio.sleep(0.1)
+    return 0.5
+"""
+
+
+@pytest.mark.parametrize("trouble", ["await", "deaf", "block", "raise", "exit", "sysexit"])
+def test_async_functions_lose_only_the_culprit(tmp_path: Path, trouble: str) -> None:
+    items = [RewardInput(r, "", 1) for r in ["fine"] * 6 + [trouble] + ["fine"] * 6]
+    batch = score(write(tmp_path, ASYNC_TROUBLE), items, time_limit_s=0.3)
+    assert batch.scores.tolist() == [0.5] * 6 + [0] + [0.5] * 6
+    assert (batch.errors, batch.timeouts) == (1, int(trouble in ("await", "deaf", "block")))
+
+
+def test_async_functions_wait_together(tmp_path: Path) -> None:
+    name = write(tmp_path, ASYNC_TROUBLE)
+    with Scorer(RewardConfig(name=name, workers=1), 10) as scorer:
+        scorer.score(ITEMS[:1])
+        start = time.monotonic()
+        assert scorer.score([RewardInput("fine", "", 1)] * 64).errors == 0
+        assert time.monotonic() - start < 64 * 0.1 / 4
