@@ -1,3 +1,5 @@
-"""Rows to prompts: `dataset` reads rows by id, `encoder` turns one into text, images and tokens, `loading`
-checks a source, `sampler` decides the order, `prompt_source` serves the workers, `digits` is the embedded
+"""Rows to prompts: `sources` opens what the user names (`text_tables`: JSON and CSV), `images` and `rows`
+read the cells, `index` checks a source and keeps the outcome (`cache`), `dataset` reads rows by id over all
+sources, `encoder` turns one into text, images and tokens, `lengths` and `loading` drop what does not fit,
+`sampler` and `mixture` decide the order, `prompt_source` serves the workers, `digits` is the embedded
 task."""

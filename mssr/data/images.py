@@ -1,0 +1,307 @@
+"""Image cells: every form in which data has them -> encoded bytes -> an upright RGB image.
+
+Forms of a cell: encoded bytes; a dict of ``bytes`` and ``path``; a string, which is a path where such a
+file exists and base64 (with or without ``data:image/...;base64,``) otherwise; a list of these.
+
+What is checked without decoding: the header of every format; that a JPEG has its end marker behind the
+start of its scan (whatever follows it is allowed: padding, a second picture), that a PNG has all chunks
+with right checksums, a GIF its trailer, a WebP the length it states. A file that fails, or is of another
+format (TIFF, BMP, JPEG 2000 ...), is decoded at load time, which decides. So what can still fail in a worker
+is a JPEG, GIF or WebP with damage in the middle of its data; most decoders draw garbage there without
+an error, and where one raises, the message names the row.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import functools
+import io
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+"""What is opened; not EPS and the like, which run other programs."""
+
+LONGEST_PATH = 1024
+"""A longer string is base64 without looking for a file."""
+
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")
+"""How encoded images begin: tells short base64 from the name of a file that is not there."""
+
+TURNED = {5, 6, 7, 8}
+"""EXIF orientations that swap width and height."""
+
+EXIF_ORIENTATION = 0x0112
+
+
+class MissingFile(ValueError):
+    """An image's file is not there.
+
+    Attributes:
+        path: where it was looked for.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"file {path} does not exist")
+        self.path = str(path)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """Encoded bytes of an image or the path of a file that holds them; decoded on demand."""
+
+    data: bytes | None
+    path: str | None
+
+    def read(self) -> bytes:
+        if self.data is not None:
+            return self.data
+        assert self.path is not None
+        try:
+            return Path(self.path).read_bytes()
+        except FileNotFoundError:
+            raise MissingFile(Path(self.path)) from None
+
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the upright image, from the header; see the module for what is checked.
+
+        Raises:
+            ValueError: with the reason, for an image that cannot be used.
+        """
+        data = self.read()
+        try:
+            with _open(data) as image:
+                if _is_complete(data, image.format):
+                    width, height = image.size
+                    return (height, width) if _orientation(image, data) in TURNED else (width, height)
+            return self.decode().size
+        except Exception as error:  # PIL raises many types for a broken file
+            raise ValueError(reason(error)) from error
+
+    def decode(self) -> Image.Image:
+        """The upright image in RGB: transparency on white, 16 bits scaled to 8, of an animation frame 0."""
+        data = self.read()
+        with _open(data) as image:
+            orientation = _orientation(image, data)
+            image.load()
+            turn = _TRANSPOSE.get(orientation)
+            return _rgb(image if turn is None else image.transpose(turn))
+
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def image_sources(cell: Any, image_dir: str | None = None) -> tuple[ImageSource, ...]:
+    """The images of a cell, none for null, an empty string or an empty list. Nothing is opened.
+
+    Args:
+        image_dir: where relative paths start; None is the working directory.
+
+    Raises:
+        ValueError: an image is missing or of no known form.
+    """
+    return tuple(_image_source(part, image_dir) for part in image_cells(cell))
+
+
+def image_cells(cell: Any) -> list[Any]:
+    """A cell as a list; the text of a list, as CSV files have it, is read."""
+    if isinstance(cell, str):
+        text = cell.strip()
+        if text.startswith("[") and text.endswith("]"):
+            try:
+                value = json.loads(text)
+            except ValueError:
+                try:
+                    value = ast.literal_eval(text)
+                except (ValueError, SyntaxError, MemoryError, RecursionError):
+                    value = cell
+            return value if isinstance(value, list) else [cell]
+        return [cell] if text else []
+    if cell is None:
+        return []
+    return list(cell) if isinstance(cell, (list, tuple)) else [cell]
+
+
+def image_key(cell: Any) -> bytes:
+    """What an image is known by in the id of its row: its bytes, or its base64 text or path."""
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+    return cell if isinstance(cell, bytes) else str(cell).encode("utf-8", "surrogatepass")
+
+
+def reason(error: Exception) -> str:
+    """One line that says what is wrong, without addresses of objects."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image in a known format"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _image_source(cell: Any, image_dir: str | None) -> ImageSource:
+    if isinstance(cell, dict):
+        data, path = cell.get("bytes"), cell.get("path")
+        if data:
+            return _image_source(data, image_dir)
+        if isinstance(path, str) and path:
+            return ImageSource(None, _existing(path, image_dir))
+        raise ValueError("an image is missing")
+    if isinstance(cell, (bytes, bytearray)) and cell:
+        return ImageSource(bytes(cell), None)
+    if isinstance(cell, str) and cell.strip():
+        return _from_text(cell.strip(), image_dir)
+    raise ValueError(f"an image is {'missing' if not cell else type(cell).__name__ + ', no image'}")
+
+
+def _from_text(text: str, image_dir: str | None) -> ImageSource:
+    if text.startswith("data:"):
+        return ImageSource(_base64(text.partition(",")[2]), None)
+    if text.startswith(("http://", "https://")):
+        raise ValueError(f"an image is the address {text[:80]}; download it first")
+    if len(text) > LONGEST_PATH:
+        return ImageSource(_base64(text), None)
+    try:
+        return ImageSource(None, _existing(text, image_dir))
+    except MissingFile:
+        try:
+            data = _base64(text)
+        except ValueError:
+            data = b""
+        if not data.startswith(MAGIC):
+            raise
+        return ImageSource(data, None)
+
+
+def _existing(path: str, image_dir: str | None) -> str:
+    full = Path(image_dir or ".", path).absolute()
+    try:
+        found = full.is_file()
+    except (OSError, ValueError):  # too long, or with a null character
+        found = False
+    if not found:
+        raise MissingFile(full)
+    return str(full)
+
+
+def _base64(text: str) -> bytes:
+    compact = "".join(text.split()).replace("-", "+").replace("_", "/")
+    try:
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("an image is text that is neither a path nor base64") from None
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(f for f in FORMATS if f in Image.OPEN)
+
+
+def _open(data: bytes) -> Image.Image:
+    """The header, with PIL's limit on the number of pixels as an error."""
+    if not data:
+        raise ValueError("it is empty")
+    image = Image.open(io.BytesIO(data), formats=_formats())
+    width, height = image.size
+    if min(width, height) < 1:
+        raise ValueError(f"its size is {width}x{height}")
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and width * height > limit:
+        raise ValueError(f"{width}x{height} pixels, more than the {limit} that are safe to decode")
+    return image
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """EXIF orientation, 1 to 8. PIL would decode a PNG to look for it behind the pixels."""
+    if image.format == "TIFF":
+        return 1  # PIL turns these itself, size included
+    plain = image.format == "PNG" and "exif" not in image.info and b"eXIf" not in data
+    exif = Image.Image.getexif(image) if plain else image.getexif()
+    value = exif.get(EXIF_ORIENTATION, 1)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _is_complete(data: bytes, form: str | None) -> bool:
+    """Whether the cheap checks of the module's docstring pass."""
+    if form in ("JPEG", "MPO"):
+        scan = _jpeg_scan(data)
+        return scan > 0 and data.rfind(b"\xff\xd9", scan) > 0
+    if form == "PNG":
+        return _png_chunks_are_whole(data)
+    if form == "GIF":
+        return data.rstrip(b"\0").endswith(b";")
+    if form == "WEBP":
+        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    return False
+
+
+def _jpeg_scan(data: bytes) -> int:
+    """Position of the first start-of-scan marker; thumbnails lie in segments before it. 0 without."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xDA:
+            return position
+        if marker == 0xFF:  # padding
+            position += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # without length
+            position += 2
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return 0
+
+
+def _png_chunks_are_whole(data: bytes) -> bool:
+    position = 8
+    view = memoryview(data)
+    while position + 12 <= len(data):
+        end = position + 8 + int.from_bytes(view[position : position + 4], "big")
+        if end + 4 > len(data):
+            return False
+        if zlib.crc32(view[position + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            return False
+        if view[position + 4 : position + 8] == b"IEND":
+            return True
+        position = end + 4
+    return False
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image)
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(ground, layer).convert("RGB")
+    # A copy in any case: the file is closed behind it.
+    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16 bits, 32 bits and floats to 0-255; PIL would cut off all that is above 255.
+
+    16-bit modes by their full range. Modes I and F have none: by the smallest of 0-1 (F), 0-255 and
+    0-65535 that holds all values, else by the values' own range.
+    """
+    values = np.asarray(image).astype(np.float64)
+    low, high = (float(np.nanmin(values)), float(np.nanmax(values))) if np.isfinite(values).any() else (0, 0)
+    if image.mode.startswith("I;16"):
+        low, high = 0.0, 65535.0
+    elif low >= 0 and high <= 65535:
+        low, high = 0.0, 1.0 if image.mode == "F" and high <= 1 else 255.0 if high <= 255 else 65535.0
+    scaled = (np.nan_to_num(values) - low) / max(high - low, 1e-12) * 255
+    return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8))

@@ -1,0 +1,210 @@
+"""The rows of one source with their ids and what the check of them said; kept in the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mssr.data.cache import DataCache, digest_of, file_states
+from mssr.data.images import MissingFile, reason
+from mssr.data.rows import Row, column_id, content_id, read_row
+from mssr.data.sources import ArrowTable, Source, open_table
+from mssr.data_config import DataConfig
+from mssr.errors import UserError
+
+USABLE, BAD, DUPLICATE = 0, 1, 2
+
+RELEASE_BYTES = 128 * 2**20
+"""Image bytes that are read before the pages of the file are given back."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowIndex:
+    """What the check found out about the R rows of a source."""
+
+    table: Any
+    """`pyarrow.Table` of R rows: id (null where the row cannot be parsed), state (USABLE, BAD or
+    DUPLICATE), reason (null if usable), sizes (width, height, width, ... of its images in pixels)."""
+    key: str
+    """Changes with everything that decides the content of the table."""
+
+    @property
+    def ids(self) -> list[str | None]:
+        return self.table["id"].to_pylist()
+
+    @property
+    def states(self) -> np.ndarray:
+        """(R,) int8."""
+        return self.table["state"].to_numpy()
+
+    def rejected(self, state: int) -> list[tuple[int, str]]:
+        """(row number, reason) of the rows that are BAD or DUPLICATE."""
+        reasons = self.table["reason"]
+        return [(int(n), reasons[int(n)].as_py()) for n in np.flatnonzero(self.states == state)]
+
+    def sizes(self, start: int, stop: int) -> list[list[tuple[int, int]]]:
+        """(width, height) of the images of some rows."""
+        flat = self.table["sizes"].slice(start, stop - start).to_pylist()
+        return [list(zip(row[::2], row[1::2], strict=True)) for row in flat]
+
+
+class SourceRows:
+    """One source: its table, opened, and its index.
+
+    Raises:
+        UserError: it cannot be opened, has no rows, or lacks a configured column.
+    """
+
+    def __init__(self, source: Source, config: DataConfig, cache: DataCache) -> None:
+        self.source, self.config, self.cache = source, config, cache
+        self.table = open_table(source.name)
+        if not len(self.table):
+            raise UserError(f"data {source.name} has no rows")
+        self._check_columns()
+        if isinstance(self.table, ArrowTable):
+            self.table.narrow(self._columns)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def _columns(self) -> list[str]:
+        c = self.config
+        names = (c.id_column, c.problem_column, c.answer_column, c.images_column)
+        return [name for name in names if name]
+
+    def row(self, number: int, row_id: str) -> Row:
+        return read_row(self.table.cells(number), row_id, self.table.where(number), self.config)
+
+    def ids(self) -> list[str | None]:
+        """An id for every row, None where it has none. Reads the index where there is one."""
+        index = self._cached(self._key()) if self.cache.directory.is_dir() else None
+        if index is not None:
+            return index.ids
+        column = self.config.id_column
+        numbers = range(len(self))
+        if column:
+            return [_or_none(column_id, cell, column) for cell in self.table.column(column, numbers)]
+        return [_or_none(lambda n: self._id(self._cells(n)), n) for n in numbers]
+
+    def check(self) -> RowIndex:
+        """The index; made by reading every row once, with the headers of its images, if it is not kept."""
+        key = self._key()
+        index = self._cached(key)
+        if index is None:
+            index = self._scan(key)
+            self.cache.save("rows", key, index.table)
+        return index
+
+    def _check_columns(self) -> None:
+        c = self.config
+        present = self.table.column_names
+        required = {"data.problem_column": c.problem_column, "data.answer_column": c.answer_column}
+        if c.id_column:
+            required["data.id_column"] = c.id_column
+        for key, column in required.items():
+            if column not in present:
+                raise UserError(
+                    f"{self.source.name} has no column {column!r} ({key}); "
+                    f"its columns are {', '.join(present)}"
+                )
+
+    def _key(self) -> str:
+        table, c = self.table, self.config
+        if table.files:
+            content = self.cache.content_key(table.files)
+        else:
+            assert isinstance(table, ArrowTable)
+            content = table.fingerprint
+        split = self.source.name.rpartition("@")[2]
+        return digest_of(content, split, len(table), self._columns, c.id_column, c.image_dir)
+
+    def _cached(self, key: str) -> RowIndex | None:
+        table = self.cache.load("rows", key)
+        if table is None or len(table) != len(self):
+            return None
+        files = json.loads(table.schema.metadata[b"files"])
+        if file_states(list(files)) != list(files.values()):
+            return None
+        return RowIndex(table, digest_of(key, files))
+
+    def _scan(self, key: str) -> RowIndex:
+        import pyarrow as pa
+
+        ids: list[str | None] = []
+        states: list[int] = []
+        reasons: list[str | None] = []
+        sizes: list[list[int]] = []
+        first: dict[str, int] = {}
+        files: dict[str, None] = {}
+        bytes_read = 0
+        for number in range(len(self)):
+            row_id, row_sizes, state, why = None, [], USABLE, None
+            try:
+                cells = self._cells(number)
+                row_id = self._id(cells)
+                row = read_row(cells, row_id, "", self.config)
+                files.update((image.path, None) for image in row.images if image.path)
+                bytes_read += sum(len(image.data) for image in row.images if image.data)
+                row_sizes = list(_header_sizes(row))
+                if row_id in first:
+                    state, why = self._repeated(row_id, first[row_id])
+            except ValueError as error:
+                state, why, row_sizes = BAD, reason(error), []
+                if isinstance(error, MissingFile):
+                    files[error.path] = None
+            if row_id is not None:
+                first.setdefault(row_id, number)
+            ids.append(row_id)
+            states.append(state)
+            reasons.append(why)
+            sizes.append(row_sizes)
+            if bytes_read > RELEASE_BYTES:
+                self.table.release()
+                bytes_read = 0
+        self.table.release()
+        table = pa.table(
+            {
+                "id": pa.array(ids, pa.string()),
+                "state": pa.array(states, pa.int8()),
+                "reason": pa.array(reasons, pa.string()),
+                "sizes": pa.array(sizes, pa.list_(pa.int32())),
+            }
+        )
+        known = dict(zip(files, file_states(list(files)), strict=True))
+        table = table.replace_schema_metadata({b"files": json.dumps(known).encode()})
+        return RowIndex(table, digest_of(key, known))
+
+    def _cells(self, number: int) -> dict[str, Any]:
+        try:
+            return self.table.cells(number)
+        except Exception as error:  # pyarrow and datasets raise many types for damaged data
+            raise ValueError(reason(error)) from error
+
+    def _id(self, cells: dict[str, Any]) -> str:
+        column = self.config.id_column
+        return column_id(cells.get(column), column) if column else content_id(cells, self.config)
+
+    def _repeated(self, row_id: str, number: int) -> tuple[int, str]:
+        if self.config.id_column:
+            return BAD, f"id {row_id} occurs twice, first in row {number}"
+        return DUPLICATE, f"question, answer and images are those of row {number}"
+
+
+def _header_sizes(row: Row) -> Iterator[int]:
+    for k, image in enumerate(row.images):
+        try:
+            yield from image.size()
+        except Exception as error:
+            raise ValueError(f"image {k} cannot be read ({reason(error)})") from error
+
+
+def _or_none(read: Callable[..., str], *arguments: Any) -> str | None:
+    try:
+        return read(*arguments)
+    except ValueError:
+        return None

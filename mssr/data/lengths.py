@@ -1,0 +1,98 @@
+"""Prompt lengths in tokens from text and image headers, kept in the cache."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mssr.data.cache import digest_of
+from mssr.data.encoder import PromptEncoder
+from mssr.data.images import ImageSource, reason
+from mssr.data.index import USABLE, RowIndex, SourceRows
+from mssr.data.rows import Row
+
+BATCH = 256
+"""Rows whose questions are read at once."""
+
+NOT_IN_LENGTH = {
+    *("train", "val", "max_prompt_length", "max_bad_fraction", "shuffle", "cache_dir"),
+    *("id_column", "images_column", "problem_column", "answer_column", "image_dir"),
+}
+"""Keys of `DataConfig` that do not change the length of a row, or that the index depends on already."""
+
+PROBES = (("a b", 0), ("a b", 1), ("<image>a<image>b", 2))
+"""Questions and numbers of images whose prompts show which templates and instructions are in force."""
+
+
+def prompt_lengths(
+    rows: SourceRows, index: RowIndex, encoder: PromptEncoder
+) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    """Lengths of the usable rows of a source.
+
+    Returns:
+        (R,) int32 tokens, -1 for rows without; and (row number, reason) of rows that the encoder
+        refuses, such as an image with an aspect ratio above 200.
+    """
+    import pyarrow as pa
+
+    key = digest_of(index.key, encoder_fingerprint(encoder))
+    table = rows.cache.load("lengths", key)
+    if table is None or len(table) != len(rows):
+        lengths, reasons = _compute(rows, index, encoder)
+        columns = {"length": pa.array(lengths, pa.int32()), "reason": pa.array(reasons, pa.string())}
+        table = pa.table(columns)
+        rows.cache.save("lengths", key, table)
+    given = table["reason"]
+    refused = np.flatnonzero(given.is_valid().to_numpy())
+    return table["length"].to_numpy(), [(int(n), given[int(n)].as_py()) for n in refused]
+
+
+def encoder_fingerprint(encoder: PromptEncoder) -> str:
+    """A hash of everything in tokenizer, templates and config that the length of a prompt depends on."""
+    processor = encoder.processor
+    tokenizer = processor.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    settings = {k: _with_file(v) for k, v in asdict(encoder.config).items() if k not in NOT_IN_LENGTH}
+    probes = [encoder.chat_text(_row(text, images)) for text, images in PROBES]
+    # What an image of some sizes counts, which covers patch and merge size.
+    sizes = [encoder.length(_row("a", 1), [size]) for size in ((28, 28), (640, 480), (3000, 2000))]
+    return digest_of(vocabulary, getattr(processor, "chat_template", None), settings, probes, sizes)
+
+
+def _compute(
+    rows: SourceRows, index: RowIndex, encoder: PromptEncoder
+) -> tuple[np.ndarray, list[str | None]]:
+    usable = index.states == USABLE
+    lengths = np.full(len(rows), -1, np.int32)
+    reasons: list[str | None] = [None] * len(rows)
+    for start in range(0, len(rows), BATCH):
+        stop = min(start + BATCH, len(rows))
+        numbers = [n for n in range(start, stop) if usable[n]]
+        questions = rows.table.column(rows.config.problem_column, numbers) if numbers else []
+        sizes = index.sizes(start, stop)
+        for number, question in zip(numbers, questions, strict=True):
+            images = sizes[number - start]
+            try:
+                lengths[number] = encoder.length(_row(question, len(images)), images)
+            except ValueError as error:
+                reasons[number] = reason(error)
+        rows.table.release()
+    return lengths, reasons
+
+
+def _row(question: str, images: int) -> Row:
+    """A row as far as its length needs it."""
+    return Row("", question, "", (ImageSource(b"", None),) * images, "")
+
+
+def _with_file(value: Any) -> Any:
+    """A setting, with the content of the file if it names one."""
+    if isinstance(value, str) and value and len(value) < 1024 and "\n" not in value:
+        path = Path(value).expanduser()
+        if path.is_file():
+            return [value, path.read_text(errors="replace")]
+    return value

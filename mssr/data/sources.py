@@ -1,0 +1,299 @@
+"""Names of data -> tables. What `data.train` and `data.val` may be, and how each form is opened.
+
+A source is one of
+
+- a file: .parquet, .arrow, .json (an array of objects, or one object a line), .jsonl, .csv, .tsv;
+- a directory: a saved data set, a dictionary of saved data sets (then ``dir@split``), or a folder with
+  data files in the layout of the hub;
+- ``hub/name@split`` or ``hub/name:config@split``, opened by the same code as a folder.
+
+``@split`` may carry a slice: ``train[:500]``, ``train[10%:]``. A file is one split, ``train`` (or the
+file's own name without its ending); a directory without ``@split`` means ``train`` where there are
+several.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mssr.data.images import reason
+from mssr.data.text_tables import TEXT_SUFFIXES, JoinedTable, TextTable
+from mssr.errors import UserError
+
+ARROW_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
+FILE_SUFFIXES = (*ARROW_SUFFIXES, *TEXT_SUFFIXES)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One source of prompts, as the user named it.
+
+    Example: ``Source("data/geometry3k@train", weight=2.0)``
+    """
+
+    name: str
+    weight: float | None = None
+    """Share of the drawn prompts, relative to the other sources'; None where no source has one."""
+
+    @property
+    def label(self) -> str:
+        """A short name that other sources do not change: last part of the path, and a hash of it all."""
+        path = self.name.rpartition("@")[0] or self.name
+        return f"{Path(path).stem or 'data'}-{hashlib.blake2b(self.name.encode(), digest_size=3).hexdigest()}"
+
+
+class Table(Protocol):
+    """Rows of a source, numbered from 0."""
+
+    column_names: list[str]
+    files: list[Path]
+    """The local files that decide the content, in a fixed order."""
+
+    def __len__(self) -> int: ...
+    def where(self, number: int) -> str:
+        """File and row, for messages."""
+        ...
+
+    def cells(self, number: int) -> dict[str, Any]:
+        """Column names to cells. Raises ValueError for a row that cannot be parsed."""
+        ...
+
+    def column(self, name: str, numbers: Sequence[int]) -> list[Any]: ...
+    def release(self) -> None:
+        """Give back the memory of the pages that were read."""
+        ...
+
+
+def parse_sources(value: Any, key: str) -> list[Source]:
+    """The sources that a config value names.
+
+    Args:
+        value: a string, or a list of strings and of mappings with ``path`` and ``weight``.
+        key: ``data.train`` or ``data.val``; weights are for the former.
+
+    Raises:
+        UserError: names the key.
+    """
+    items = [value] if isinstance(value, (str, Mapping)) else value
+    if not isinstance(items, Sequence) or not items:
+        raise UserError(f"{key}: expected a source or a list of sources, not {value!r}")
+    named: list[Source] = []
+    for item in items:
+        weight = None
+        if isinstance(item, Mapping):
+            unknown = sorted(str(k) for k in item if k not in ("path", "weight"))
+            if unknown or "path" not in item:
+                problem = f"unknown key {unknown[0]!r}" if unknown else "no path"
+                raise UserError(f"{key}: {problem} in {dict(item)}; an entry is {{path: ..., weight: 2.0}}")
+            item, weight = item["path"], item.get("weight")
+        if not isinstance(item, str) or not item.strip():
+            raise UserError(f"{key}: {item!r} is not the name of a source")
+        if weight is not None:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise UserError(f"{key}: weight {weight!r} of {item} is not a number")
+            if not (math.isfinite(weight) and weight > 0):
+                raise UserError(f"{key}: weight {weight} of {item} must be above 0")
+            if key != "data.train":
+                raise UserError(f"{key}: {item} has a weight, but only data.train is drawn by weights")
+        named.append(Source(item.strip(), None if weight is None else float(weight)))
+    names = [source.name for source in named]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{key}: {name} is listed twice; {{path: ..., weight: 2.0}} draws it more often")
+    if any(s.weight is not None for s in named):
+        named = [Source(s.name, 1.0 if s.weight is None else s.weight) for s in named]
+    return named
+
+
+def open_table(name: str) -> Table:
+    """Open a source.
+
+    Raises:
+        UserError: it does not exist or cannot be opened, in one line.
+    """
+    path, split = _split(name)
+    try:
+        if path.is_file():
+            return _open_file(path, split, name)
+        if path.is_dir():
+            return _open_directory(path, split, name)
+        if path.suffix in FILE_SUFFIXES:
+            raise UserError(f"data file {path} does not exist")
+        if not split:
+            raise UserError(f"data {name} is neither a file, a directory nor hub/name@split")
+        hub_name, _, config = str(path).partition(":")
+        return _load(hub_name, config or None, split, name)
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises many types; the user needs the source and the reason
+        raise UserError(f"data {name} cannot be opened: {reason(error)}") from error
+
+
+class ArrowTable:
+    """A `datasets.Dataset`, whose rows stay in memory-mapped files; images are not decoded.
+
+    Args:
+        name: as the user wrote it, for messages.
+        files: see `Table`; without local files, ``fingerprint`` tells the content.
+    """
+
+    def __init__(self, dataset: Any, name: str, files: Sequence[Path]) -> None:
+        import datasets
+
+        self.name = name
+        self.files = list(files)
+        for column, feature in dataset.features.items():
+            if isinstance(feature, datasets.Image):
+                dataset = dataset.cast_column(column, datasets.Image(decode=False))
+            elif isinstance(getattr(feature, "feature", None), datasets.Image):
+                dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
+        self._dataset = dataset.with_format(None)
+        self.column_names: list[str] = dataset.column_names
+        self.fingerprint: str = dataset._fingerprint
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def where(self, number: int) -> str:
+        return f"{self.name} row {number}"
+
+    def cells(self, number: int) -> dict[str, Any]:
+        return self._dataset[number]
+
+    def column(self, name: str, numbers: Sequence[int]) -> list[Any]:
+        return self._dataset.select_columns([name])[list(numbers)][name]
+
+    def narrow(self, columns: Sequence[str]) -> None:
+        """Read no other columns from now on."""
+        self._dataset = self._dataset.select_columns([c for c in self.column_names if c in columns])
+
+    def release(self) -> None:
+        """Mapped pages count as the process's memory; a copy by pickle maps the file anew."""
+        if self._dataset.cache_files:
+            self._dataset = pickle.loads(pickle.dumps(self._dataset))
+
+
+class SlicedTable:
+    """Some rows of a table, which keep the numbers that they have there in messages."""
+
+    def __init__(self, table: TextTable | JoinedTable, numbers: np.ndarray) -> None:
+        self._table, self._numbers = table, numbers
+        self.column_names, self.files = table.column_names, table.files
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def where(self, number: int) -> str:
+        return self._table.where(int(self._numbers[number]))
+
+    def cells(self, number: int) -> dict[str, Any]:
+        return self._table.cells(int(self._numbers[number]))
+
+    def column(self, name: str, numbers: Sequence[int]) -> list[Any]:
+        return self._table.column(name, [int(self._numbers[n]) for n in numbers])
+
+    def release(self) -> None:
+        self._table.release()
+
+
+def _split(name: str) -> tuple[Path, str]:
+    """Path and split, of a name that may contain @ itself."""
+    if "@" in name and not Path(name).exists():
+        path, _, split = name.rpartition("@")
+        return Path(path), split
+    return Path(name), ""
+
+
+def _open_file(path: Path, split: str, name: str) -> Table:
+    suffix = path.suffix.lower()
+    if suffix not in FILE_SUFFIXES:
+        raise UserError(f"data file {path}: expected one of {', '.join(FILE_SUFFIXES)}")
+    if split and _base(split) not in ("train", path.stem):
+        raise UserError(f"data {name}: a file is one split, so leave @{split} out or call it train")
+    if suffix in ARROW_SUFFIXES:
+        import datasets
+
+        datasets.disable_progress_bars()
+        split = split or "train"
+        dataset = datasets.load_dataset(
+            ARROW_SUFFIXES[suffix], data_files={_base(split): str(path)}, split=split
+        )
+        return ArrowTable(dataset, name, [path])
+    return _sliced(TextTable(path), split)
+
+
+def _open_directory(path: Path, split: str, name: str) -> Table:
+    import datasets
+
+    if (path / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        base = _base(split) or _default_split(list(saved), name)
+        if base not in saved:
+            raise UserError(f"data {name} has no split {base!r}, it has {', '.join(saved)}")
+        return ArrowTable(_select(saved[base], split), name, _files(path / base))
+    if (path / "state.json").is_file():
+        dataset = datasets.load_from_disk(str(path))
+        if split and _base(split) not in ("train", path.name, str(dataset.split)):
+            raise UserError(f"data {name}: {path} is a single saved split, so leave @{split} out")
+        return ArrowTable(_select(dataset, split), name, _files(path))
+    return _load(str(path), None, split, name)
+
+
+def _load(source: str, config: str | None, split: str, name: str) -> Table:
+    """A folder or a hub name: splits and files are found by the rules of the hub for both."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    builder = datasets.load_dataset_builder(source, config)
+    listed = {str(k): [str(f) for f in v] for k, v in (builder.config.data_files or {}).items()}
+    split = split or _default_split(list(listed), name)
+    bases = [_base(part) for part in split.split("+")]
+    for base in bases:
+        if listed and base not in listed:
+            raise UserError(f"data {name} has no split {base!r}, it has {', '.join(listed)}")
+    paths = [Path(file) for base in bases for file in listed.get(base, [])]
+    local = bool(paths) and all(path.is_file() for path in paths)
+    if local and len(bases) == 1 and all(path.suffix.lower() in TEXT_SUFFIXES for path in paths):
+        tables = [TextTable(path) for path in paths]
+        return _sliced(tables[0] if len(tables) == 1 else JoinedTable(tables), split)
+    dataset = datasets.load_dataset(source, config, split=split)
+    return ArrowTable(dataset, name, paths if local else [])
+
+
+def _default_split(splits: Sequence[str], name: str) -> str:
+    if len(splits) == 1:
+        return splits[0]
+    if "train" in splits:
+        return "train"
+    raise UserError(f"data {name}: say which split, as in {name}@{splits[0] if splits else 'train'}")
+
+
+def _base(split: str) -> str:
+    return split.partition("[")[0]
+
+
+def _numbers(split: str, rows: int) -> np.ndarray:
+    import datasets
+
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({_base(split): rows})
+    return np.concatenate([np.arange(part.from_, part.to) for part in parts])
+
+
+def _select(dataset: Any, split: str) -> Any:
+    return dataset.select(_numbers(split, len(dataset))) if "[" in split else dataset
+
+
+def _sliced(table: TextTable | JoinedTable, split: str) -> Table:
+    return SlicedTable(table, _numbers(split, len(table))) if "[" in split else table
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
