@@ -19,6 +19,7 @@ import binascii
 import functools
 import io
 import json
+import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,9 +147,7 @@ def image_key(cell: Any) -> bytes:
 
 
 def reason(error: Exception) -> str:
-    """One line that says what is wrong, without addresses of objects."""
-    if isinstance(error, UnidentifiedImageError):
-        return "no image in a known format"
+    """One line that says what is wrong."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -215,7 +214,10 @@ def _open(data: bytes) -> Image.Image:
     """The header, with PIL's limit on the number of pixels as an error."""
     if not data:
         raise ValueError("it is empty")
-    image = Image.open(io.BytesIO(data), formats=_formats())
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
+    except UnidentifiedImageError:
+        raise ValueError(_unidentified(data)) from None
     width, height = image.size
     if min(width, height) < 1:
         raise ValueError(f"its size is {width}x{height}")
@@ -223,6 +225,12 @@ def _open(data: bytes) -> Image.Image:
     if limit and width * height > limit:
         raise ValueError(f"{width}x{height} pixels, more than the {limit} that are safe to decode")
     return image
+
+
+def _unidentified(data: bytes) -> str:
+    if data.startswith(b"\x89PNG") and 0 in (size := struct.unpack(">II", data[16:24].ljust(8, b"\1"))):
+        return f"its size is {size[0]}x{size[1]}"
+    return "its header is damaged" if data.startswith(MAGIC) else "no image in a known format"
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:

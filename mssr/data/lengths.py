@@ -57,9 +57,9 @@ def encoder_fingerprint(encoder: PromptEncoder) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     settings = {k: _with_file(v) for k, v in asdict(encoder.config).items() if k not in NOT_IN_LENGTH}
-    probes = [encoder.chat_text(_row(text, images)) for text, images in PROBES]
-    # What an image of some sizes counts, which covers patch and merge size.
-    sizes = [encoder.length(_row("a", 1), [size]) for size in ((28, 28), (640, 480), (3000, 2000))]
+    probes = [_text_or_reason(encoder, _row(text, images)) for text, images in PROBES]
+    image_processor = processor.image_processor
+    sizes = [image_processor.patch_size, image_processor.merge_size]
     return digest_of(vocabulary, getattr(processor, "chat_template", None), settings, probes, sizes)
 
 
@@ -87,6 +87,13 @@ def _compute(
 def _row(question: str, images: int) -> Row:
     """A row as far as its length needs it."""
     return Row("", question, "", (ImageSource(b"", None),) * images, "")
+
+
+def _text_or_reason(encoder: PromptEncoder, row: Row) -> str:
+    try:
+        return encoder.chat_text(row)
+    except ValueError as error:  # a template may suit the user's questions and not this one
+        return reason(error)
 
 
 def _with_file(value: Any) -> Any:
