@@ -41,6 +41,7 @@ def test_keys_that_crowd_the_same_slots_are_kept_apart() -> None:
         assert table.insert(part).tolist() == rows
     assert len(table) == len(reference) < 300
     np.testing.assert_array_equal(table.all_keys.tolist(), list(reference))
+    assert not table.all_keys.flags.writeable
     copy = IdTable.from_keys(table.all_keys)
     np.testing.assert_array_equal(copy.find(keys), table.find(keys))
     with pytest.raises(ValueError, match="twice"):

@@ -73,6 +73,9 @@ def test_a_draw_depends_on_seed_and_number_alone() -> None:
     assert draws == [same.next(4) for _ in range(5)]
     assert draws != [other.next(4) for _ in range(5)]
     assert len({tuple(d) for d in draws}) == 5
+    ids = [f"p{i}" for i in range(500)]
+    many = [sampler(np.full(500, 0.5), ids=ids).next(count) for count in (40, 400)]
+    assert many[0] == many[1][:40]  # a larger draw begins like a smaller one
 
 
 def test_the_sampler_goes_on_where_it_stopped() -> None:
