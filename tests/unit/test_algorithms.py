@@ -98,6 +98,12 @@ def test_a_batch_without_signal_is_all_degenerate(name: str) -> None:
     assert metrics["advantage/degenerate_fraction"] == 1.0 and metrics["advantage/std"] == 0.0
 
 
+@pytest.mark.parametrize("name", ["mssr", "mvsr", "reinforce_pp", "spo"])
+def test_a_batch_of_one_has_no_signal(name: str) -> None:
+    signal, metrics = algorithms.create(name).advantages(["a"], [1.0], [4])
+    assert signal.tolist() == [0.0] and metrics["advantage/degenerate_fraction"] == 1.0
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_lengths_must_agree(name: str) -> None:
     algorithm = algorithms.create(name)
