@@ -135,12 +135,13 @@ class BetaBaseline:
         self._value_units -= self._units(once[once < first_new])
         observed = np.stack([r, 1 - r], axis=1)
         if visit is None:
-            self._counts[rows] = keep * self._counts.take(rows, axis=0) + observed
+            self._set(rows, keep * self._counts.take(rows, axis=0) + observed)
         else:
             for k in range(int(visit.max()) + 1):
                 # The k-th visits of all prompts at once: no row occurs twice among them.
                 now = np.flatnonzero(visit == k)
-                self._counts[rows[now]] = keep[now] * self._counts[rows[now]] + observed[now]
+                kept = keep[now] * self._counts.take(rows[now], axis=0)
+                self._set(rows[now], kept + observed[now])
         self._value_units += self._units(once)
         self._reward_sum += math.fsum(r)  # exact, so that the order of a batch changes nothing
         self._reward_count += len(r)
@@ -188,7 +189,7 @@ class BetaBaseline:
 
         rows = self._insert(keys)
         share = (np.stack([s, n - s], axis=1) + smoothing) / (n + 2 * smoothing)[:, None]
-        self._counts[rows] = strength * share
+        self._set(rows, strength * share)
         self._value_units += self._units(rows)
         self._reward_sum += float(s.sum())
         self._reward_count += int(n.sum())
@@ -250,6 +251,10 @@ class BetaBaseline:
 
     def _units(self, rows: Rows) -> int:
         return _units(self._values_of(rows))
+
+    def _set(self, rows: Rows, counts: Floats) -> None:
+        for column in (0, 1):  # four times as fast as both at once
+            self._counts[rows, column] = counts[:, column]
 
     def _insert(self, keys: Keys) -> Rows:
         """Give unseen prompts a row that holds the prior; (B,) rows without -1."""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 Keys = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
+Slots = npt.NDArray[np.int64]
 
 _CHUNK = 1 << 16  # ids that are looked up at once: the temporaries stay in the cache
 _REMEMBERED = 1 << 15  # longest list of ids whose keys are kept for the next call
@@ -30,7 +31,7 @@ class IdTable:
         self._keys: Keys = np.empty((0, 2), np.uint64)  # with spare rows at the end
         self._slots = np.full(2, -1, np.int32)
         self._last: tuple[tuple[str, ...], Keys] | None = None  # ids and keys of the last short list
-        self._last_found: tuple[int, Rows] | None = None  # where they were when there were so many rows
+        self._last_found: tuple[int, Rows, Slots] | None = None  # where, when there were so many rows
 
     @classmethod
     def from_keys(cls, keys: npt.ArrayLike) -> IdTable:
@@ -86,43 +87,46 @@ class IdTable:
 
     def find(self, keys: Keys) -> Rows:
         """(B,) int64 row of each of the (B, 2) keys, -1 for one that was never inserted."""
-        remember = self._last is not None and self._last[1] is keys
-        if remember and self._last_found is not None and self._last_found[0] == self._size:
-            return self._last_found[1].copy()
-        rows = self._search(keys)
-        if remember:
-            self._last_found = self._size, rows.copy()
-        return rows
+        return self._find(keys)[0].copy()
 
     def insert(self, keys: Keys) -> Rows:
         """(B,) int64 row of each of the (B, 2) keys, new ones numbered by their first occurrence."""
-        rows = self.find(keys)
+        rows, slots = self._find(keys)
+        rows = rows.copy()
         unseen = np.flatnonzero(rows < 0)
         if len(unseen):
-            rows[unseen] = self._append(keys[unseen])
+            rows[unseen] = self._append(keys[unseen], slots[unseen])
         return rows
 
-    def _search(self, keys: Keys) -> Rows:
-        rows = np.full(len(keys), -1, np.int64)
+    def _find(self, keys: Keys) -> tuple[Rows, Slots]:
+        """(B,) rows or -1, (B,) the slot where a search ended: the key's, or a free one."""
+        remembered = self._last is not None and self._last[1] is keys
+        if remembered and self._last_found is not None and self._last_found[0] == self._size:
+            return self._last_found[1:]
+        rows, slots = np.full(len(keys), -1, np.int64), np.empty(len(keys), np.int64)
         for start in range(0, len(keys), _CHUNK):
             chunk = keys[start : start + _CHUNK]
             left, slot = np.arange(start, start + len(chunk)), self._home(chunk)
             while len(left):
                 row = self._slots[slot]
+                slots[left] = slot
                 taken = row >= 0
                 left, slot, row = left[taken], slot[taken], row[taken]
                 same = self._equal(row, keys.take(left, axis=0))
                 rows[left[same]] = row[same]
                 left, slot = left[~same], self._next(slot[~same])
-        return rows
+        if remembered:
+            self._last_found = self._size, rows, slots
+        return rows, slots
 
-    def _append(self, keys: Keys) -> Rows:
-        """(m,) rows of m keys that are not in the table, but of which some may be equal."""
+    def _append(self, keys: Keys, slots: Slots) -> Rows:
+        """(m,) rows of m keys, some perhaps equal, whose searches ended at the free slots ``slots``."""
         first, stop = self._size, self._size + len(keys)
-        self._reserve(stop)
+        if self._reserve(stop):
+            slots = self._home(keys)
         # As if all were distinct: a row each. Then the rows of repeated keys are closed up.
         self._keys[first:stop] = keys
-        rows, slots = self._claim(np.arange(first, stop))
+        rows, slots = self._claim(np.arange(first, stop), slots)
         is_first = rows == np.arange(first, stop)
         if not is_first.all():
             final = first - 1 + np.cumsum(is_first)
@@ -133,14 +137,13 @@ class IdTable:
         self._size = first + len(keys)
         return rows
 
-    def _claim(self, rows: Rows) -> tuple[Rows, npt.NDArray[np.int64]]:
-        """Find a slot for the keys of m rows: (m,) the row that got it, (m,) the slot.
+    def _claim(self, rows: Rows, slot: Slots) -> tuple[Rows, Slots]:
+        """Find a slot for the keys of m rows, from ``slot`` on: (m,) the row that got it, (m,) the slot.
 
         Rows with equal keys meet at the same slot, and the first of them gets it for all.
         """
         owner, place = np.empty_like(rows), np.empty_like(rows)
         left, keys = np.arange(len(rows)), self._keys.take(rows, axis=0)
-        slot = self._home(keys)
         while len(left):
             free = self._slots[slot] < 0
             # Of several values for one slot NumPy keeps the last, so the first row is written last.
@@ -155,25 +158,31 @@ class IdTable:
         """Enter the first ``size`` rows into the empty slots; whether their keys are distinct."""
         for start in range(0, size, _CHUNK):
             rows = np.arange(start, min(start + _CHUNK, size))
-            if not np.array_equal(self._claim(rows)[0], rows):
+            owner, _ = self._claim(rows, self._home(self._keys[rows[0] : rows[-1] + 1]))
+            if not np.array_equal(owner, rows):
                 return False
         return True
 
-    def _reserve(self, size: int) -> None:
-        """Room for ``size`` rows. Doubling keeps the cost of growing linear; spare pages stay untouched."""
+    def _reserve(self, size: int) -> bool:
+        """Make room for ``size`` rows; whether rows have other slots now.
+
+        Doubling keeps the cost of growing linear; spare pages stay untouched.
+        """
         if size > len(self._keys):
             grown = np.empty((max(size, 2 * len(self._keys)), 2), np.uint64)
             grown[: self._size] = self._keys[: self._size]
             self._keys = grown
-        if 2 * size > len(self._slots):
-            del self._slots  # before the new one is there: it is rebuilt from the keys
-            self._slots = np.full(1 << (2 * size - 1).bit_length(), -1, np.int32)
-            self._index(self._size)
+        if 2 * size <= len(self._slots):
+            return False
+        del self._slots  # before the new one is there: it is rebuilt from the keys
+        self._slots = np.full(1 << (2 * size - 1).bit_length(), -1, np.int32)
+        self._index(self._size)
+        return True
 
-    def _home(self, keys: Keys) -> npt.NDArray[np.int64]:
+    def _home(self, keys: Keys) -> Slots:
         return (keys[:, 0] >> np.uint64(65 - len(self._slots).bit_length())).astype(np.int64)
 
-    def _next(self, slot: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _next(self, slot: Slots) -> Slots:
         return (slot + 1) & (len(self._slots) - 1)
 
     def _equal(self, rows: npt.NDArray[np.integer], keys: Keys) -> npt.NDArray[np.bool_]:
