@@ -138,7 +138,9 @@ class AdaptiveDiscount:
         Raises:
             ValueError: The state has another version.
         """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"discount state has version {state.get('version')}, expected {_STATE_VERSION}")
+        version = state.get("version")
+        if version not in (1, _STATE_VERSION):
+            raise ValueError(f"discount state has version {version}, expected {_STATE_VERSION} (or 1)")
         self._kls = deque((float(kl) for kl in state["kls"]), maxlen=self.window)
-        self._mean = None if state["mean"] is None else float(state["mean"])
+        mean = state.get("mean")  # version 1 knew the window only
+        self._mean = None if mean is None else float(mean)

@@ -83,9 +83,10 @@ class SingleRollout(Algorithm):
             )
         if isinstance(init_rollouts, bool) or not isinstance(init_rollouts, int) or init_rollouts < 0:
             raise ValueError(f"init_rollouts must be a whole number >= 0, not {init_rollouts!r}")
-        for name, value in (("init_strength", init_strength), ("init_smoothing", init_smoothing)):
-            if value is not None and not (np.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number >= 0, not {value}")
+        if init_strength is not None and not (np.isfinite(init_strength) and init_strength > 0):
+            raise ValueError(f"init_strength must be a finite number > 0 or None, not {init_strength}")
+        if not (np.isfinite(init_smoothing) and init_smoothing >= 0):
+            raise ValueError(f"init_smoothing must be a finite number >= 0, not {init_smoothing}")
         slowest = eta_min if eta is None else eta
         if init_strength is None and init_rollouts and slowest == 1:
             raise ValueError("with a discount of 1 evidence never fades, so init_strength must be given")
@@ -102,12 +103,14 @@ class SingleRollout(Algorithm):
         self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike
     ) -> tuple[FloatVector, dict[str, float]]:
         r, tokens = check_batch(prompt_ids, rewards, lengths)
+        self.baseline.check_rewards(prompt_ids, r)  # now, not after the actor's update
+        keys = self.baseline.keys(prompt_ids)
         advantages = estimators.single_rollout(
-            r, self.baseline.values(prompt_ids), self.eps, tokens if self.weighting == "token" else None
+            r, self.baseline.values(keys), self.eps, tokens if self.weighting == "token" else None
         )
         # The batch is normalised as one: either all rollouts lack a signal or none does.
         metrics = signal_metrics(advantages, not advantages.any(), tokens)
-        metrics["baseline/unseen_fraction"] = self.baseline.unseen_fraction(prompt_ids)
+        metrics["baseline/unseen_fraction"] = self.baseline.unseen_fraction(keys)
         return advantages, metrics
 
     def observe(self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, kl: float | npt.ArrayLike) -> None:

@@ -143,7 +143,8 @@ border-bottom: 1px solid #ddd; vertical-align: top }} img {{ max-width: 100% }}
 def _samples_html(run_dir: Path) -> str:
     """Validation prompts of the last validation."""
     for path in sorted((run_dir / "samples").glob("step-*.jsonl"), reverse=True):
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        # (Split at \n alone: a response may hold other characters that end a line for Python.)
+        records = [json.loads(line) for line in path.read_text().split("\n") if line]
         records = [r for r in records if r["split"] == "val"][:REPORT_SAMPLES]
         if records:
             break

@@ -11,7 +11,7 @@ from mssr.algorithms import Algorithm
 from mssr.cluster.base import Cluster
 from mssr.config import Config
 from mssr.data.dataset import VAL_PREFIX, PromptDataset
-from mssr.data.sampler import EpochSampler
+from mssr.data.sampler import EpochSampler, UncertaintySampler
 from mssr.errors import UserError
 from mssr.rewards import Scorer
 from mssr.trainer.checkpoint import CheckpointStore, read_state
@@ -187,8 +187,6 @@ class Trainer:
 def make_sampler(config: Config, ids: Sequence[str], algorithm: Algorithm) -> PromptSampler:
     """The sampler that ``sampler.name`` means."""
     if config.sampler_name == "uncertainty":
-        from mssr.data.sampler import UncertaintySampler
-
         baseline = algorithm.baseline
         assert baseline is not None  # the config check asks for one
         keys = baseline.keys(ids)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +15,19 @@ import pytest
 from mssr import algorithms
 from mssr.algorithms import Algorithm, advantages
 from mssr.algorithms import registry as registry_module
+from mssr.errors import UserError
 
 pytestmark = pytest.mark.unit
 
 ALL = "dr_grpo grpo lite_ppo mssr mvsr reinforce_pp reinforce_pp_baseline rloo spo".split()
 GROUP_METHODS = "dr_grpo grpo lite_ppo reinforce_pp_baseline rloo".split()
+SINGLE_ROLLOUT = ["mssr", "mvsr", "spo"]
+BATCH_STATISTICS = [*SINGLE_ROLLOUT, "lite_ppo", "reinforce_pp", "reinforce_pp_baseline"]
+
+
+def kl_of(algorithm: Algorithm, kl: float, rollouts: int) -> float | list[float]:
+    """What `observe` wants: one number, or each response's."""
+    return [kl] * rollouts if algorithm.kl_source == "last_visit" else kl
 
 
 def test_the_methods_are_there_with_their_defaults() -> None:
@@ -28,64 +38,20 @@ def test_the_methods_are_there_with_their_defaults() -> None:
         assert algorithm.default_n == (8 if name in GROUP_METHODS else 1)
         assert algorithm.min_n == (2 if name in GROUP_METHODS else 1)
         assert algorithm.shapes_entropy == (name == "mssr")
-    assert algorithms.options("rloo") == {}
+        aggregations = {"dr_grpo": "constant_length", "lite_ppo": "token_mean"}
+        assert algorithm.aggregation == aggregations.get(name)
+        assert algorithm.default_sampler == ("uncertainty" if name == "spo" else "epochs")
+        assert algorithm.kl_source == ("last_visit" if name == "spo" else "update")
+        assert algorithm.divergence == ("abs" if name == "spo" else "k3")
+        assert algorithm.init_rollouts == (8 if name == "spo" else 0)
+        assert algorithm.bounded_rewards == (name in SINGLE_ROLLOUT)
+        assert (algorithm.baseline is not None) == (name in SINGLE_ROLLOUT)
+        assert algorithm.token_level == name.startswith("reinforce_pp")
+        weightings = {name: "sequence" for name in (*SINGLE_ROLLOUT, "lite_ppo")}
+        weightings |= {"reinforce_pp": "token", "reinforce_pp_baseline": "token"}
+        assert algorithms.options(name).get("weighting") == weightings.get(name)
+    assert algorithms.options("rloo") == algorithms.options("dr_grpo") == {}
     assert algorithms.options("grpo") == {"eps": 1e-6}
-    assert algorithms.options("mssr") == algorithms.options("mvsr")
-    assert algorithms.options("mssr")["kl_target"] == 0.01
-
-
-@pytest.mark.parametrize("name", ["mvsr", "mssr"])
-def test_single_rollout_reads_the_baseline_before_it_updates(name: str) -> None:
-    algorithm = algorithms.create(name, prior_mean=0.5)
-    ids, rewards, lengths = ["x", "y", "z"], [1.0, 0.0, 1.0], [3, 3, 3]
-    first, metrics = algorithm.advantages(ids, rewards, lengths)
-    expected = advantages.single_rollout(rewards, [0.5] * 3)
-    np.testing.assert_array_equal(first, expected)
-    assert metrics["baseline/unseen_fraction"] == 1.0
-    assert metrics["advantage/std"] == pytest.approx(1.0, abs=1e-5)
-    assert metrics["advantage/degenerate_fraction"] == 0.0
-    again, _ = algorithm.advantages(ids, rewards, lengths)
-    np.testing.assert_array_equal(again, first)  # asking does not learn
-
-    algorithm.observe(ids, rewards, kl=0.005)  # eta .9175: a, b = .45875 + r, .45875 + 1 - r
-    high = 1.45875 / 1.9175
-    assert algorithm.metrics() == pytest.approx({"baseline/eta": 0.9175, "baseline/mean": (1 + high) / 3})
-    second, metrics = algorithm.advantages(["x", "y", "new"], rewards, lengths)
-    np.testing.assert_allclose(second, advantages.single_rollout(rewards, [high, 1 - high, 0.5]), rtol=1e-5)
-    assert metrics["baseline/unseen_fraction"] == pytest.approx(1 / 3)
-
-
-def test_observe_uses_the_new_eta() -> None:
-    means = []
-    for kl in (0.0, 1.0):
-        algorithm = algorithms.create("mvsr")
-        for reward in (1.0, 1.0, 1.0, 0.0):
-            algorithm.observe(["x"], [reward], kl=kl)
-        means.append(algorithm.metrics()["baseline/mean"])
-    assert means[1] < means[0]  # a changing policy forgets its old successes faster
-
-
-@pytest.mark.parametrize("name", ["mvsr", "mssr"])
-def test_every_option_of_single_rollout_changes_something(name: str) -> None:
-    def run(**settings: float) -> list[float]:
-        algorithm = algorithms.create(name, **settings)
-        for reward, kl in ((1.0, 0.002), (0.0, 0.004), (1.0, 0.02), (1.0, 0.003)):
-            algorithm.observe(["x"], [reward], kl=kl)
-        signal, _ = algorithm.advantages(["x", "y", "z"], [1.0, 0.0, 0.5], [1, 1, 1])
-        return [*signal.tolist(), *algorithm.metrics().values()]
-
-    changes = {
-        "prior_strength": 5.0,
-        "prior_mean": 0.1,
-        "eta_min": 0.5,
-        "eta_max": 0.99,
-        "kl_target": 0.05,
-        "window": 1,
-        "eps": 0.5,
-    }
-    assert set(changes) == set(algorithms.options(name))
-    for option, value in changes.items():
-        assert run(**{option: value}) != run(), option
 
 
 @pytest.mark.parametrize("name", GROUP_METHODS)
@@ -94,7 +60,8 @@ def test_group_methods_group_by_prompt_id(name: str) -> None:
     ids = ["b", "a", "b", "a", "c", "c"]
     rewards = np.array([1, 0, 0, 0, 1, 1], np.float32)
     signal, metrics = algorithm.advantages(ids, rewards, [1] * 6)
-    expected = getattr(advantages, name)(rewards, [0, 1, 0, 1, 2, 2])
+    lengths = [[1] * 6] if name == "reinforce_pp_baseline" else []
+    expected = getattr(advantages, name)(rewards, [0, 1, 0, 1, 2, 2], *lengths)
     np.testing.assert_array_equal(signal, expected)
     assert signal[0] > 0 > signal[2]
     assert metrics["advantage/degenerate_fraction"] == pytest.approx(4 / 6)
@@ -104,7 +71,7 @@ def test_group_methods_group_by_prompt_id(name: str) -> None:
         algorithm.advantages(["a", "b"], [1, 0], [1, 1])
 
 
-@pytest.mark.parametrize("name", ["grpo", "reinforce_pp"])
+@pytest.mark.parametrize("name", ["grpo", "lite_ppo", "reinforce_pp", "reinforce_pp_baseline"])
 def test_eps_reaches_the_advantages(name: str) -> None:
     batch = (["a", "a"], [1.0, 0.0], [2, 2])
     plain, _ = algorithms.create(name).advantages(*batch)
@@ -131,6 +98,12 @@ def test_a_batch_without_signal_is_all_degenerate(name: str) -> None:
     assert metrics["advantage/degenerate_fraction"] == 1.0 and metrics["advantage/std"] == 0.0
 
 
+@pytest.mark.parametrize("name", ["mssr", "mvsr", "reinforce_pp", "spo"])
+def test_a_batch_of_one_has_no_signal(name: str) -> None:
+    signal, metrics = algorithms.create(name).advantages(["a"], [1.0], [4])
+    assert signal.tolist() == [0.0] and metrics["advantage/degenerate_fraction"] == 1.0
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_lengths_must_agree(name: str) -> None:
     algorithm = algorithms.create(name)
@@ -138,6 +111,53 @@ def test_lengths_must_agree(name: str) -> None:
         algorithm.advantages(["a", "a"], [1.0], [4, 7])
     with pytest.raises(ValueError, match="lengths of shape"):
         algorithm.advantages(["a", "a"], [1.0, 0.0], [4])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_wrong_batches_are_refused(name: str) -> None:
+    advantages_of = algorithms.create(name).advantages
+    for rewards, lengths, message in (
+        ([1.0, math.nan], [4, 7], "(finite|must be in).*nan"),
+        ([1.0, math.inf], [4, 7], "(finite|must be in).*inf"),
+        ([1.0, 0.0], [4, -1], "lengths must be >= 0, not -1"),
+        ([1.0, 0.0], [4, 1.5], "whole numbers of tokens, not 1.5"),
+        ([1.0, 0.0], [4, math.nan], "whole numbers of tokens, not nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            advantages_of(["a", "a"], rewards, lengths)
+    with pytest.raises(ValueError, match="single string 'aa'"):
+        advantages_of("aa", [1.0, 0.0], [1, 1])
+    with pytest.raises(ValueError, match="non-empty"):
+        advantages_of([], [], [])
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - set(SINGLE_ROLLOUT)))
+def test_rewards_may_have_any_scale(name: str) -> None:
+    algorithm = algorithms.create(name)
+    ids, lengths = ["a", "a", "b", "b"], [4, 7, 1, 2]
+    plain, _ = algorithm.advantages(ids, [1.0, 0.0, 0.0, 1.0], lengths)
+    moved, _ = algorithm.advantages(ids, [17.0, -3.0, -3.0, 17.0], lengths)
+    scale = 20 if name in ("rloo", "dr_grpo") else 1
+    np.testing.assert_allclose(moved, scale * plain, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", BATCH_STATISTICS)
+def test_weighting_reaches_the_advantages(name: str) -> None:
+    batch = (["a", "a", "b", "b"], [1.0, 0.0, 0.0, 0.5], [1, 9, 2, 4])
+    by_weighting = {
+        weighting: algorithms.create(name, weighting=weighting).advantages(*batch)[0]
+        for weighting in ("sequence", "token")
+    }
+    assert np.abs(by_weighting["sequence"] - by_weighting["token"]).max() > 0.05
+    default, _ = algorithms.create(name).advantages(*batch)
+    np.testing.assert_array_equal(default, by_weighting[algorithms.options(name)["weighting"]])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_empty_response_has_no_signal(name: str) -> None:
+    signal, metrics = algorithms.create(name).advantages(["a", "a", "b", "b"], [1, 0, 1, 0], [3, 2, 0, 1])
+    assert np.isfinite(signal).all() and signal[:2].any()
+    assert metrics["advantage/degenerate_fraction"] == 0.25
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -151,8 +171,9 @@ def test_state_goes_on_exactly(name: str) -> None:
 
     for _ in range(5):
         ids, rewards, _ = batch()
-        original.observe(ids, rewards, float(rng.random() * 0.01))
+        original.observe(ids, rewards, kl_of(original, float(rng.random() * 0.05), len(ids)))
     restored.load_state_dict(original.state_dict())
+    assert original.metrics() == restored.metrics()
     for _ in range(3):
         ids, rewards, lengths = batch()
         for a, b in zip(
@@ -162,13 +183,14 @@ def test_state_goes_on_exactly(name: str) -> None:
         ):
             np.testing.assert_equal(a, b)
         for algorithm in (original, restored):
-            algorithm.observe(ids, rewards, 0.003)
+            algorithm.observe(ids, rewards, kl_of(algorithm, 0.003, len(ids)))
         assert original.metrics() == restored.metrics()
 
 
 def test_state_of_another_method_is_refused() -> None:
     mvsr, grpo = algorithms.create("mvsr"), algorithms.create("grpo")
-    algorithms.create("mssr").load_state_dict(mvsr.state_dict())
+    for name in ("mssr", "spo"):
+        algorithms.create(name).load_state_dict(mvsr.state_dict())
     with pytest.raises(ValueError, match="another algorithm"):
         mvsr.load_state_dict(grpo.state_dict())
     with pytest.raises(ValueError, match="another algorithm"):
@@ -184,9 +206,12 @@ def test_the_registry_names_what_is_wrong() -> None:
         algorithms.create("mssr", kl_taget=0.1)
     with pytest.raises(ValueError, match="eta_min"):
         algorithms.create("mssr", eta_min=2.0)
-    for name in ("mssr", "grpo", "reinforce_pp"):
+    for name in ("grpo", *BATCH_STATISTICS):
         with pytest.raises(ValueError, match="eps"):
             algorithms.create(name, eps=-1.0)
+    for name in BATCH_STATISTICS:
+        with pytest.raises(ValueError, match="weighting must be 'sequence' or 'token', not 'tokens'"):
+            algorithms.create(name, weighting="tokens")
 
 
 def test_a_users_method_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +239,61 @@ def test_a_users_method_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> No
         class Theirs(Mine):
             def __init__(self, scale: float) -> None:
                 super().__init__(scale=scale)
+
+
+FILE_METHOD = """
+from mssr.algorithms import Algorithm, GRPO
+import numpy as np
+
+class Signs(Algorithm):
+    aggregation = "sequence_mean"
+    def __init__(self, *, scale=1.0):
+        self.scale = scale
+    def advantages(self, prompt_ids, rewards, lengths):
+        return np.float32(self.scale) * np.sign(np.asarray(rewards, np.float32) - 0.5), {}
+
+class Stricter(GRPO):
+    min_n = 4
+
+class Abstract(Algorithm):
+    pass
+
+class Demanding(Signs):
+    def __init__(self, scale):
+        super().__init__(scale=scale)
+
+def function():
+    pass
+"""
+
+
+def test_a_users_method_can_be_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(FILE_METHOD)
+    spec = f"{path}:Signs"
+    assert algorithms.get(spec) is algorithms.get(spec)
+    assert algorithms.get(spec).name == spec and algorithms.get(spec).aggregation == "sequence_mean"
+    assert algorithms.options(spec) == {"scale": 1.0}
+    signal, _ = algorithms.create(spec, scale=2.0).advantages(["a", "b"], [1, 0], [1, 1])
+    assert signal.tolist() == [2.0, -2.0]
+    with pytest.raises(ValueError, match="no option 'scal', did you mean 'scale'"):
+        algorithms.create(spec, scal=2.0)
+    assert algorithms.get(f"{path}:Stricter").name == f"{path}:Stricter"
+    assert algorithms.get(f"{path}:GRPO") is algorithms.GRPO
+    assert algorithms.GRPO.name == "grpo" and algorithms.names() == ALL
+    for attribute, message in {
+        "Abstract": "Abstract does not define advantages",
+        "Demanding": "option 'scale' of Demanding must be a keyword with a default",
+        "function": "function is not a subclass of mssr.algorithms.Algorithm",
+        "np": "np is not a subclass",
+        "Sings": "has no class 'Sings', did you mean 'Signs'",
+    }.items():
+        with pytest.raises(UserError, match=message) as error:
+            algorithms.create(f"{path}:{attribute}")
+        assert str(error.value).startswith(f"algorithm '{path}:{attribute}'")
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="must not contain a colon"):
+        algorithms.register("a:b")
 
 
 def test_importing_algorithms_is_quick_and_pure() -> None:

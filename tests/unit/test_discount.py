@@ -99,8 +99,10 @@ def test_the_state_goes_on(each: bool) -> None:
     for d in (discount, restored):
         d.observe(0.004)
     assert restored.eta == discount.eta == pytest.approx(0.96 - 0.3 * 0.085)
-    with pytest.raises(ValueError, match="version 1"):
-        restored.load_state_dict({"version": 1, "kls": []})
+    restored.load_state_dict({"version": 1, "kls": [0.005]})  # a checkpoint of before there was a mean
+    assert restored.eta == pytest.approx(0.9175)
+    with pytest.raises(ValueError, match="version 3"):
+        restored.load_state_dict({"version": 3, "kls": [], "mean": None})
 
 
 def test_infinite_or_missing_kls_are_refused() -> None:

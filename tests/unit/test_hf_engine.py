@@ -13,7 +13,7 @@ from mssr.models.loading import load_model
 from mssr.models.packing import pack
 from mssr.models.policy import PolicyModel
 from mssr.rollout.hf_engine import HfEngine
-from mssr.trainer.loop import make_batch
+from mssr.trainer.estimate import make_batch
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 from tests.conftest import Workspace
 
