@@ -7,8 +7,8 @@ What is checked without decoding: the header of every format; that a JPEG has it
 start of its scan (whatever follows it is allowed: padding, a second picture), that a PNG has all chunks
 with right checksums, a GIF its trailer, a WebP the length it states. A file that fails, or is of another
 format (TIFF, BMP, JPEG 2000 ...), is decoded at load time, which decides. So what can still fail in a worker
-is a JPEG, GIF or WebP with damage in the middle of its data; most decoders draw garbage there without
-an error, and where one raises, the message names the row.
+is a JPEG, GIF or WebP with damage in the middle of its data (most decoders draw garbage there without an
+error), or a PNG that was written with too few pixels; the message then names the row.
 """
 
 from __future__ import annotations

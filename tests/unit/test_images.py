@@ -136,7 +136,6 @@ def test_refusals() -> None:
         png_header(0, 0): "0x0",
         png_header(30000, 4000): "30000x4000 pixels, more than",
         png_header(60000, 60000): "3600000000 pixels",
-        png_header(100, 100): "",
     }.items():
         with pytest.raises(ValueError, match=words):
             source(data).size()
