@@ -13,7 +13,13 @@ from mssr.errors import EXIT_FAILURE, EXIT_OK, EXIT_SIGINT, EXIT_USER_ERROR, Tra
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (0 done, 2 wrong input, 1 else, 130/143 stopped)."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        # argparse takes no key=value after an option.
+        if not hasattr(args, "overrides") or any(x.startswith("-") for x in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.overrides = [*args.overrides, *rest]
     try:
         return int(args.command(args))
     except UserError as error:
@@ -45,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. algorithm.name=grpo")
     train.set_defaults(command=_train)
 
+    data = commands.add_parser("data", help="show what a training will see, as a page with the images")
+    data.add_argument("config")
+    data.add_argument("overrides", nargs="*", metavar="key=value")
+    data.add_argument("--out", help="HTML file to write; data.html in the run directory by default")
+    data.set_defaults(command=_data)
+
     prepare = commands.add_parser("prepare", help="make the embedded task: data and base model")
     prepare.add_argument("task", choices=["digits"])
     prepare.add_argument("--out", required=True, help="directory to write")
@@ -67,6 +79,13 @@ def _train(args: argparse.Namespace) -> int:
     from mssr.trainer.train import train
 
     return train(args.config, args.overrides)
+
+
+def _data(args: argparse.Namespace) -> int:
+    from mssr.tools.data_report import data_report
+
+    data_report(args.config, args.overrides, args.out)
+    return EXIT_OK
 
 
 def _prepare(args: argparse.Namespace) -> int:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mssr import algorithms, plugins
+from mssr import algorithms, plugins, rewards
 from mssr.config import Config, flatten, to_dict
+from mssr.data.sources import parse_sources
 from mssr.data_config import PAPER_INSTRUCTION
 from mssr.errors import UserError
 
@@ -65,7 +66,8 @@ def validate(config: Config) -> None:
     flat = flatten(to_dict(config))
     _check_values(config, flat)
     _check_method(config)
-    _check_templates(config)
+    _check_data(config)
+    rewards.check(config.reward)
     _check_nothing_unread(config, flat)
     _check_combinations(config)
     n, rollouts = config.responses_per_prompt, config.rollout.rollouts_per_step
@@ -123,7 +125,7 @@ def advice(config: Config) -> list[str]:
             "algorithm.correction.mask=sequence bounds the product of all token ratios of a response, which "
             "long responses leave easily; geometric bounds their mean"
         )
-    return lines
+    return lines + rewards.advice(config.reward, config.method.bounded_rewards)
 
 
 def _check_values(config: Config, flat: dict[str, Any]) -> None:
@@ -199,7 +201,10 @@ def _try_loss(config: Config) -> None:
     aggregation_denominator(length, config.aggregation, config.constant_length)
 
 
-def _check_templates(config: Config) -> None:
+def _check_data(config: Config) -> None:
+    parse_sources(config.data.train, "data.train")
+    if config.data.val:
+        parse_sources(config.data.val, "data.val")
     if config.data.prompt_template and config.data.instruction not in (PAPER_INSTRUCTION, ""):
         raise UserError(
             "data.instruction is read by nothing with data.prompt_template; put it into the template"

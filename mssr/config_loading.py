@@ -18,7 +18,12 @@ from mssr.errors import UserError
 
 BASE = "base"
 """A file may name another one that it changes: ``base: ../mssr.yaml``, relative to itself."""
-FREE = ("rollout.engine_options.", "algorithm.options.", "algorithm.loss.options.", "reward.options.", "data.train.", "data.val.")
+FREE = tuple(
+    f"{section}."
+    for section in (
+        "rollout.engine_options algorithm.options algorithm.loss.options reward.options data.train data.val"
+    ).split()
+)
 """Sections whose keys are not ours."""
 
 

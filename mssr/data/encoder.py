@@ -19,8 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from qwen_vl_utils import smart_resize
 
-from mssr.data_config import DataConfig
 from mssr.data.dataset import Row
+from mssr.data_config import DataConfig
 from mssr.errors import UserError
 
 IMAGE_MARK = "<image>"

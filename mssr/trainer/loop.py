@@ -11,6 +11,7 @@ from mssr.algorithms import Algorithm
 from mssr.cluster.base import Cluster
 from mssr.config import Config
 from mssr.data.dataset import VAL_PREFIX, PromptDataset
+from mssr.data.mixture import MixtureSampler
 from mssr.data.sampler import EpochSampler, UncertaintySampler
 from mssr.errors import UserError
 from mssr.rewards import Scorer
@@ -58,7 +59,7 @@ class Trainer:
         self.store, self.log, self.console = store, log, console
         self.timer = PhaseTimer()
         self.estimator = Estimator(config, cluster, self.timer)
-        self.sampler = make_sampler(config, train.ids, self.estimator.algorithm)
+        self.sampler = make_sampler(config, train, self.estimator.algorithm)
         self.collector = RolloutCollector(config, train, self.sampler, scorer, cluster, self.timer)
         self.step = 0
         self._saved_step = 0
@@ -184,13 +185,19 @@ class Trainer:
         }
 
 
-def make_sampler(config: Config, ids: Sequence[str], algorithm: Algorithm) -> PromptSampler:
-    """The sampler that ``sampler.name`` means."""
-    if config.sampler_name == "uncertainty":
-        baseline = algorithm.baseline
-        assert baseline is not None  # the config check asks for one
-        keys = baseline.keys(ids)
-        return UncertaintySampler(
-            ids, config.seed, lambda: baseline.values(keys), config.sampler.uncertainty_eps
-        )
-    return EpochSampler(ids, config.seed, config.data.shuffle)
+def make_sampler(config: Config, dataset: PromptDataset, algorithm: Algorithm) -> PromptSampler:
+    """The sampler that ``sampler.name`` means; of each source, where ``data.train`` weighs several."""
+
+    def sampler(ids: Sequence[str]) -> PromptSampler:
+        if config.sampler_name == "uncertainty":
+            baseline = algorithm.baseline
+            assert baseline is not None  # the config check asks for one
+            keys = baseline.keys(ids)
+            return UncertaintySampler(
+                ids, config.seed, lambda: baseline.values(keys), config.sampler.uncertainty_eps
+            )
+        return EpochSampler(ids, config.seed, config.data.shuffle)
+
+    if dataset.weights is None:
+        return sampler(dataset.ids)
+    return MixtureSampler({k: sampler(ids) for k, ids in dataset.ids_by_source().items()}, dataset.weights)

@@ -12,11 +12,10 @@ from mssr.config_checks import advice
 from mssr.config_loading import load_config
 from mssr.data.dataset import VAL_PREFIX
 from mssr.data.encoder import PromptEncoder
-from mssr.data.loading import load_prompts
+from mssr.data.loading import OVERLONG_FILE, load_prompts
 from mssr.errors import EXIT_OK
 from mssr.models.loading import check_model_path, load_processor
 from mssr.rewards import Scorer
-from mssr.rewards import check as check_reward
 from mssr.tools.plot import plot, write_report
 from mssr.trainer.checkpoint import CheckpointStore, read_state
 from mssr.trainer.console import Console, captured_output
@@ -34,7 +33,6 @@ def train(config_file: str | Path, overrides: Sequence[str] = ()) -> int:
     """
     config = load_config(config_file, overrides, note=lambda line: print(f"mssr: {line}", flush=True))
     check_model_path(config.model)
-    check_reward(config.reward)
     run_dir = prepare_run_directory(config)
     print(f"mssr: run directory {run_dir}", flush=True)
     with captured_output(run_dir / "logs" / "driver.log") as terminal:
@@ -45,7 +43,8 @@ def _run(config: Config, terminal: TextIO) -> int:
     run_dir = config.run_dir
     encoder = PromptEncoder(load_processor(config.model), config.data)
     bad_rows_file = run_dir / "bad_rows.jsonl"
-    bad_rows_file.unlink(missing_ok=True)
+    for stale in (bad_rows_file, run_dir / OVERLONG_FILE):
+        stale.unlink(missing_ok=True)
     train_set = load_prompts(config.data.train, config.data, encoder, bad_rows_file)
     val_set = None
     if config.data.val:
@@ -59,7 +58,8 @@ def _run(config: Config, terminal: TextIO) -> int:
     console = Console(terminal, config.trainer.progress, first_step, config.trainer.steps)
     cluster = None
     try:
-        for line in advice(config):
+        notes = [*advice(config), *train_set.notes]
+        for line in notes:
             console.note(f"note: {line}")
         console.note(f"train: {train_set.summary()}; val: {val_set.summary() if val_set else 'none'}")
         if checkpoint:

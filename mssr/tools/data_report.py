@@ -1,0 +1,191 @@
+"""`mssr data`: what the trainer will see, before any training: counts, lengths, answers, prompts.
+
+The page is one file, pictures included, so that it can be sent to somebody.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mssr.config import Config
+from mssr.config_checks import advice
+from mssr.config_loading import load_config
+from mssr.data.dataset import VAL_PREFIX, Row
+from mssr.data.encoder import PromptEncoder
+from mssr.data.loading import OVERLONG_FILE, LoadedPrompts, load_prompts
+from mssr.models.loading import check_model_path, load_processor
+from mssr.rewards.extraction import unwrap
+
+SHOWN = 12
+"""Prompts on the page, of each split, spread over the data."""
+BINS = 30
+KINDS = (
+    ("choice letter", r"\(?[A-H]\)?\.?"),
+    ("whole number", r"[-+−]?\d{1,3}(,\d{3})+|[-+−]?\d+"),
+    ("decimal number", r"[-+−]?\d*\.\d+"),
+    ("percent", r"[-+−]?[\d.,]+\s*\\?%"),
+    ("fraction", r"[-+−]?\d+/\d+|.*\\[dt]?frac.*"),
+    ("yes or no", r"yes|no|true|false"),
+    ("number with unit", r"[-+−]?[\d.,]+\s*\S+"),
+    ("LaTeX", r".*[\\^_{}$].*"),
+    ("one word", r"\w+"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One of the data sets, checked."""
+
+    name: str
+    loaded: LoadedPrompts
+    dropped: list[tuple[str, str]]
+    """(where, reason) of rows that are not used."""
+
+
+def data_report(config_file: str | Path, overrides: Sequence[str] = (), out: str | None = None) -> Path:
+    """Check the data of a config as a training would, print the counts, write the page; returns its path.
+
+    Raises:
+        UserError: the input is wrong; the same words as a training would have.
+    """
+    config = load_config(config_file, overrides, note=print)
+    check_model_path(config.model)
+    for line in advice(config):
+        print(f"note: {line}")
+    run_dir = config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    encoder = PromptEncoder(load_processor(config.model), config.data)
+    sources: list[tuple[str, Any, str]] = [("train", config.data.train, "")]
+    if config.data.val:
+        sources.append(("validation", config.data.val, VAL_PREFIX))
+    splits = []
+    for name, source, prefix in sources:
+        loaded, dropped = _load(source, config, encoder, run_dir, prefix)
+        splits.append(Split(name, loaded, dropped))
+        print(f"{name}: {loaded.summary()}")
+        for line in loaded.notes:
+            print(f"  note: {line}")
+        for reason, count in _reasons(dropped):
+            print(f"  {count} x {reason}")
+    path = Path(out) if out else run_dir / "data.html"
+    path.write_text(_page(config, encoder, splits))
+    print(f"written: {path}")
+    return path
+
+
+def _load(
+    sources: Any, config: Config, encoder: PromptEncoder, run_dir: Path, prefix: str
+) -> tuple[LoadedPrompts, list[tuple[str, str]]]:
+    """A source, and the rows of it that are not used, from the lists that loading writes."""
+    lists = (run_dir / "bad_rows.jsonl", run_dir / OVERLONG_FILE)
+    for path in lists:
+        path.unlink(missing_ok=True)
+    loaded = load_prompts(sources, config.data, encoder, lists[0], prefix)
+    dropped = []
+    for path in lists:
+        lines = path.read_text().split("\n") if path.is_file() else []
+        for record in (json.loads(line) for line in lines if line):
+            reason = record.get("reason") or f"{record['length']} tokens, longer than data.max_prompt_length"
+            dropped.append((record["where"], reason))
+    return loaded, dropped
+
+
+def _reasons(dropped: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
+    """Kinds of reasons, the most frequent first; numbers in them are put together."""
+    return Counter(re.sub(r"\d+", "N", reason) for _, reason in dropped).most_common(10)
+
+
+def answer_kind(answer: str) -> str:
+    """What an answer looks like: decides whether exact_match, math, choice or number suits it."""
+    text = unwrap(answer).strip().strip("$").strip()
+    for name, pattern in KINDS:
+        if re.fullmatch(pattern, text, re.IGNORECASE | re.DOTALL):
+            return name
+    return "text"
+
+
+def _page(config: Config, encoder: PromptEncoder, splits: Sequence[Split]) -> str:
+    title = html.escape(f"Data of {config.experiment_name}")
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; color: #222 }}
+table {{ border-collapse: collapse; margin: 1rem 0 }} th, td {{ padding: .3rem .8rem; text-align: left;
+border-bottom: 1px solid #ddd; vertical-align: top }} pre {{ white-space: pre-wrap; background: #f5f5f5;
+padding: .6rem }} img {{ max-width: 100%; max-height: 320px; border: 1px solid #ddd; margin-right: .5rem }}
+article {{ border-top: 2px solid #ccc; padding: .6rem 0 }} mark {{ background: #dbe9ff }}
+</style></head><body><h1>{title}</h1>
+{"".join(_split(encoder, split, config.data.max_prompt_length) for split in splits)}
+</body></html>
+"""
+
+
+def _split(encoder: PromptEncoder, split: Split, longest: int) -> str:
+    loaded = split.loaded
+    dataset = loaded.dataset
+    ids = dataset.ids
+    answers = dataset.answers(ids)
+    kinds = _table("answers look like", Counter(map(answer_kind, answers)).most_common())
+    reasons = _table("rows left out because", _reasons(split.dropped)) if split.dropped else ""
+    examples = "".join(
+        f"<tr><td>{html.escape(w)}</td><td>{html.escape(r)}</td></tr>" for w, r in split.dropped[:20]
+    )
+    if examples:
+        examples = f"<details><summary>the first of them</summary><table>{examples}</table></details>"
+    shown = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, SHOWN).astype(int))]
+    prompts = "".join(_prompt(encoder, dataset.row(i)) for i in shown)
+    return f"""<h2>{split.name}: {html.escape(loaded.summary())}</h2>
+{_histogram(np.asarray(loaded.lengths), longest)}{kinds}{reasons}{examples}
+<h3>Prompts, exactly as the model gets them</h3>{prompts}"""
+
+
+def _table(title: str, rows: Sequence[tuple[str, int]]) -> str:
+    cells = "".join(f"<tr><td>{html.escape(name)}</td><td>{count}</td></tr>" for name, count in rows)
+    return f"<table><tr><th>{title}</th><th>rows</th></tr>{cells}</table>"
+
+
+def _histogram(lengths: np.ndarray, longest: int) -> str:
+    """Prompt lengths as an SVG."""
+    counts, edges = np.histogram(lengths, bins=BINS)
+    width, height, top = 720, 160, max(int(counts.max()), 1)
+    bar = width / BINS
+    bars = "".join(
+        f'<rect x="{k * bar:.1f}" y="{height - height * c / top:.1f}" width="{bar - 1:.1f}" '
+        f'height="{height * c / top:.1f}" fill="#4a7fc1">'
+        f"<title>{edges[k]:.0f} to {edges[k + 1]:.0f} tokens: {c}</title></rect>"
+        for k, c in enumerate(counts)
+    )
+    middle = f"median {np.median(lengths):.0f}, 95% below {np.percentile(lengths, 95):.0f}"
+    return (
+        f"<p>Prompt length in tokens: {lengths.min()} to {lengths.max()}, {middle}, limit {longest}.</p>"
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="prompt lengths">'
+        f"{bars}</svg>"
+    )
+
+
+def _prompt(encoder: PromptEncoder, row: Row) -> str:
+    text = re.sub(r"(&lt;\|.*?\|&gt;)", r"<mark>\1</mark>", html.escape(encoder.chat_text(row)))
+    images = encoder.images(row)
+    pictures = "".join(f'<img alt="image" src="data:image/png;base64,{_png(image)}">' for image in images)
+    sizes = ", ".join(f"{i.width} x {i.height}" for i in images) or "no image"
+    tokens = len(encoder.encode(row).token_ids)
+    return (
+        f"<article><p><b>{html.escape(row.id)}</b> ({html.escape(row.where)}): {tokens} tokens, {sizes}, "
+        f"answer <code>{html.escape(row.answer)}</code></p>{pictures}<pre>{text}</pre></article>"
+    )
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
