@@ -234,7 +234,10 @@ class _Parser:
         base: Node | None = None
         if name == "log" and self.at("_"):
             self.i += 1
-            base = self.argument()
+            self.i += 1
+            alone = not self.starts_factor()
+            self.i -= 1
+            base = self.argument(digit=alone)  # \log_28 is of 8, \log_10 5 of 5
         exponent: Node | None = None
         if self.at("^"):
             self.i += 1

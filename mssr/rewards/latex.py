@@ -18,6 +18,7 @@ _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n"
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₋₊", "0123456789-+", strict=True))
 _SUPER_RUN = re.compile("[" + "".join(_SUPERSCRIPTS) + "]+")
 _SUB_RUN = re.compile("[" + "".join(_SUBSCRIPTS) + "]+")
+_REPEATING = re.compile(r"(\d{1,20})\.(\d{0,20})\\(?:overline|bar|dot)\{(\d{1,20})\}")
 _VULGAR = re.compile("[¼½¾⅐-⅞↉]")
 _UNICODE = str.maketrans(
     {
@@ -74,7 +75,15 @@ _COMMANDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\s+", " "),
     )
 )
-_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ('"', '"'))
+_WRAPPERS = (
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\(", r"\)"),
+    (r"\[", r"\]"),
+    ("**", "**"),
+    ('"', '"'),
+    (r"\boxed{", "}"),
+)
 
 
 @lru_cache(maxsize=1024)
@@ -92,7 +101,7 @@ def clean(text: str) -> str:
             str(unicodedata.digit(c)) if c.isdigit() and not c.isascii() else c
             for c in unicodedata.normalize("NFKC", text.translate(_UNICODE))
         ).translate(_UNICODE)
-    text = _unwrap(text)
+    text = _REPEATING.sub(_fraction, undelimited(text))
     if text.count("$") - text.count(r"\$") == 1:
         text = re.sub(r"(?<!\\)\$", r"\\$", text)  # one dollar is money
     for _ in range(3):
@@ -112,6 +121,13 @@ def _vulgar(match: re.Match[str]) -> str:
     return rf"\frac{{{top}}}{{{bottom}}}"
 
 
+def _fraction(match: re.Match[str]) -> str:
+    r"""``0.1\overline{6}`` -> ``\frac{15}{90}``."""
+    whole, fixed, cycle = match[1], match[2], match[3]
+    bottom = 10 ** len(fixed) * (10 ** len(cycle) - 1)
+    return rf"\frac{{{int(whole + fixed + cycle) - int(whole + fixed)}}}{{{bottom}}}"
+
+
 def _marked(match: re.Match[str]) -> str:
     inner = match[1]
     if not any(c.isalpha() for c in inner) or "\\" in inner:
@@ -119,7 +135,7 @@ def _marked(match: re.Match[str]) -> str:
     return f" ⟪{inner.strip()}⟫" + (" " if inner.endswith(" ") else "")
 
 
-def _unwrap(text: str) -> str:
+def undelimited(text: str) -> str:
     """Without the delimiters that stand around the whole."""
     changed = True
     while changed:
@@ -127,7 +143,7 @@ def _unwrap(text: str) -> str:
         text = text.strip().rstrip(".。")
         for opening, closing in _WRAPPERS:
             size = len(opening)
-            if len(text) > 2 * size and text.startswith(opening) and text.endswith(closing):
+            if len(text) > size + len(closing) and text.startswith(opening) and text.endswith(closing):
                 inner = text[size : len(text) - len(closing)]
                 if opening not in inner:
                     text, changed = inner, True

@@ -35,7 +35,7 @@ _NO_UNIT = frozenset(
     "only half mod".split()
 )
 _TOKEN = re.compile(
-    r"\s*(?:([A-Za-zμΩ°＄€£¥₹]+|°[CF])(?:\^\{?(-?\d)\}?|(\d)(?!\d))?|([/·*.-])|\\cdot\b|[⟪⟫()]|\\ )"
+    r"\s*(?:([A-Za-zμΩ°＄€£¥₹]+|°[CF])(?:\^\{?(-?\d)\}?|(\d)(?!\d))?|([/·*.-])|\\cdot\b|[()])"
 )
 _START = re.compile(r"°|[⟪A-Za-zμΩ＄€£¥₹]")
 _WORD = re.compile(r"[A-Za-z]{3,20}(?: [A-Za-z]{3,20})?")
@@ -56,7 +56,7 @@ def canonical(text: str) -> Unit | None:
     powers: dict[str, int] = {}
     sign, pending, position = 1, 1, 0
     last: str | None = None
-    text = text.strip()
+    text = text.replace("⟪", " ").replace("⟫", "").replace("sq.", "sq").replace("cu.", "cu").strip()
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None:
