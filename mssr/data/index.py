@@ -12,14 +12,17 @@ import numpy as np
 from mssr.data.cache import DataCache, digest_of, file_states
 from mssr.data.images import MissingFile, reason
 from mssr.data.rows import Row, column_id, content_id, read_row
-from mssr.data.sources import ArrowTable, Source, open_table
+from mssr.data.sources import ArrowTable, Source, open_table, split_name
 from mssr.data_config import DataConfig
 from mssr.errors import UserError
 
 USABLE, BAD, DUPLICATE = 0, 1, 2
 
-RELEASE_BYTES = 128 * 2**20
-"""Image bytes that are read before the pages of the file are given back."""
+RELEASE_BYTES = 64 * 2**20
+"""Bytes that are read before the pages of the file are given back."""
+
+BYTES_AROUND = 2**17
+"""What the system maps with a row besides its images, roughly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class SourceRows:
     def __init__(self, source: Source, config: DataConfig, cache: DataCache) -> None:
         self.source, self.config, self.cache = source, config, cache
         self.table = open_table(source.name)
+        self._bytes_read = 0
         if not len(self.table):
             raise UserError(f"data {source.name} has no rows")
         self._check_columns()
@@ -78,7 +82,12 @@ class SourceRows:
         return [name for name in names if name]
 
     def row(self, number: int, row_id: str) -> Row:
-        return read_row(self.table.cells(number), row_id, self.table.where(number), self.config)
+        """One row, images not opened; the memory that reading takes is bounded.
+
+        Raises:
+            ValueError: it cannot be used, which a check would have said.
+        """
+        return self._read(self._cells(number), row_id, self.table.where(number))
 
     def ids(self) -> list[str | None]:
         """An id for every row, None where it has none. Reads the index where there is one."""
@@ -120,7 +129,7 @@ class SourceRows:
         else:
             assert isinstance(table, ArrowTable)
             content = table.fingerprint
-        split = self.source.name.rpartition("@")[2]
+        _, split = split_name(self.source.name)
         return digest_of(content, split, len(table), self._columns, c.id_column, c.image_dir)
 
     def _cached(self, key: str) -> RowIndex | None:
@@ -141,15 +150,13 @@ class SourceRows:
         sizes: list[list[int]] = []
         first: dict[str, int] = {}
         files: dict[str, None] = {}
-        bytes_read = 0
         for number in range(len(self)):
             row_id, row_sizes, state, why = None, [], USABLE, None
             try:
                 cells = self._cells(number)
                 row_id = self._id(cells)
-                row = read_row(cells, row_id, "", self.config)
+                row = self._read(cells, row_id, "")
                 files.update((image.path, None) for image in row.images if image.path)
-                bytes_read += sum(len(image.data) for image in row.images if image.data)
                 row_sizes = list(_header_sizes(row))
                 if row_id in first:
                     state, why = self._repeated(row_id, first[row_id])
@@ -163,9 +170,6 @@ class SourceRows:
             states.append(state)
             reasons.append(why)
             sizes.append(row_sizes)
-            if bytes_read > RELEASE_BYTES:
-                self.table.release()
-                bytes_read = 0
         self.table.release()
         table = pa.table(
             {
@@ -178,6 +182,14 @@ class SourceRows:
         known = dict(zip(files, file_states(list(files)), strict=True))
         table = table.replace_schema_metadata({b"files": json.dumps(known).encode()})
         return RowIndex(table, digest_of(key, known))
+
+    def _read(self, cells: dict[str, Any], row_id: str, where: str) -> Row:
+        row = read_row(cells, row_id, where, self.config)
+        self._bytes_read += BYTES_AROUND + sum(len(image.data) for image in row.images if image.data)
+        if self._bytes_read > RELEASE_BYTES:
+            self.table.release()
+            self._bytes_read = 0
+        return row
 
     def _cells(self, number: int) -> dict[str, Any]:
         try:

@@ -15,8 +15,11 @@ several.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import pickle
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,9 @@ from mssr.data.text_tables import TEXT_SUFFIXES, JoinedTable, TextTable
 from mssr.errors import UserError
 
 ARROW_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
+APART_BYTES = 64 * 2**20
+"""Files of this size together are converted in a process of their own."""
+
 FILE_SUFFIXES = (*ARROW_SUFFIXES, *TEXT_SUFFIXES)
 
 
@@ -119,7 +125,7 @@ def open_table(name: str) -> Table:
     Raises:
         UserError: it does not exist or cannot be opened, in one line.
     """
-    path, split = _split(name)
+    path, split = split_name(name)
     try:
         if path.is_file():
             return _open_file(path, split, name)
@@ -204,7 +210,7 @@ class SlicedTable:
         self._table.release()
 
 
-def _split(name: str) -> tuple[Path, str]:
+def split_name(name: str) -> tuple[Path, str]:
     """Path and split, of a name that may contain @ itself."""
     if "@" in name and not Path(name).exists():
         path, _, split = name.rpartition("@")
@@ -223,9 +229,9 @@ def _open_file(path: Path, split: str, name: str) -> Table:
 
         datasets.disable_progress_bars()
         split = split or "train"
-        dataset = datasets.load_dataset(
-            ARROW_SUFFIXES[suffix], data_files={_base(split): str(path)}, split=split
-        )
+        arguments = {"path": ARROW_SUFFIXES[suffix], "data_files": {_base(split): str(path)}}
+        _convert_apart(arguments, [path])
+        dataset = datasets.load_dataset(**arguments, split=split)
         return ArrowTable(dataset, name, [path])
     return _sliced(TextTable(path), split)
 
@@ -264,8 +270,34 @@ def _load(source: str, config: str | None, split: str, name: str) -> Table:
     if local and len(bases) == 1 and all(path.suffix.lower() in TEXT_SUFFIXES for path in paths):
         tables = [TextTable(path) for path in paths]
         return _sliced(tables[0] if len(tables) == 1 else JoinedTable(tables), split)
+    if local:
+        _convert_apart({"path": source, "name": config}, paths)
     dataset = datasets.load_dataset(source, config, split=split)
     return ArrowTable(dataset, name, paths if local else [])
+
+
+def _convert_apart(arguments: dict[str, Any], files: Sequence[Path]) -> None:
+    """Have `datasets` convert large files to Arrow in another process, which may take their size in memory.
+
+    A failure is left to the caller, who opens the data in any case.
+    """
+    import datasets
+
+    if sum(file.stat().st_size for file in files) < APART_BYTES:
+        return
+    if Path(datasets.load_dataset_builder(**arguments).cache_dir).is_dir():
+        return  # converted before
+    program = (
+        "import datasets, json, sys; datasets.disable_progress_bars(); "
+        "datasets.load_dataset_builder(**json.load(sys.stdin)).download_and_prepare()"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps(arguments),
+        text=True,
+        capture_output=True,
+        check=False,
+    )
 
 
 def _default_split(splits: Sequence[str], name: str) -> str:
