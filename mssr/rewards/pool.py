@@ -6,8 +6,8 @@ How a batch is scored:
   knows which one a worker is at, kills the worker when it is at one for longer than the limit or when it
   dies, and gives the rest of its call to others.
 - A worker that is at one response for far longer than others took is set aside until it is done or out of
-  time: it gets the lowest priority, and another takes its place. So a batch in which some responses hang
-  is late by about one time limit and not by one for each of them.
+  time: it gets a low priority, and another takes its place. So a batch in which some responses hang is
+  late by about one time limit and not by one for each of them.
 - Functions that take a list, and async ones, have several responses in hand at a time. If such a call
   fails, hangs or kills its worker, its responses are tried again one by one.
 """
@@ -25,6 +25,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
 
@@ -38,6 +39,11 @@ MAX_ASIDE = 64
 """Workers set aside at a time; each holds little memory of its own."""
 MAX_RESTARTS = 3
 """Losses of the process that forks the workers, a batch."""
+ASIDE_PRIORITY = 10
+"""Niceness of those. Where cores are scarce they get a tenth of the share of others: little for one that
+hangs, and enough for one that needs less than a tenth of its time limit."""
+MIN_PATIENCE_S = 0.01
+"""A worker that is at one response for less than this is not suspected to hang."""
 ASYNC_GRACE_S = 0.5
 """Beyond the limit until a worker that should have ended its coroutines itself is killed."""
 
@@ -105,7 +111,7 @@ class ProcessPool:
             return
         now = time.monotonic()
         events = [self._deadline(w) for w in busy]
-        events += [w.since + self._patience(w, batch) for w in busy if self._may_go_aside(w, batch)]
+        events += [self._check_at(w, batch) for w in busy if self._may_go_aside(w, batch)]
         ready = wait([w.connection for w in busy], max(0.0, min(events) - now))
         for worker in busy:
             if worker.connection in ready:
@@ -117,7 +123,7 @@ class ProcessPool:
                 continue
             if now >= self._deadline(worker):
                 self._lose(worker, timed_out(self._limit), batch)
-            elif self._may_go_aside(worker, batch) and now >= worker.since + self._patience(worker, batch):
+            elif self._may_go_aside(worker, batch) and self._is_stuck(worker, batch, now):
                 self._set_aside(worker, batch)
 
     def _dispatch(self, batch: _Batch) -> None:
@@ -138,7 +144,8 @@ class ProcessPool:
                 batch.calls.appendleft(call)
                 self._end(worker)
                 continue
-            worker.pending, worker.since = call, time.monotonic()
+            worker.pending = call
+            worker.begin(time.monotonic())
 
     def _receive(self, worker: _Worker, batch: _Batch) -> None:
         try:
@@ -156,7 +163,7 @@ class ProcessPool:
             now = time.monotonic()
             batch.finish(index, outcome, now - worker.since)
             if self._together != "async":
-                worker.since = now
+                worker.begin(now)
         if worker.aside and not worker.pending:
             self._end(worker)  # its priority cannot be raised again
 
@@ -166,9 +173,28 @@ class ProcessPool:
         return worker.since + self._limit + (ASYNC_GRACE_S if self._together == "async" else 0.0)
 
     def _patience(self, worker: _Worker, batch: _Batch) -> float:
-        """Seconds at one call after which a worker is set aside."""
+        """Seconds at one response, or call, until a worker is suspected; half of it again until it is sure."""
         count = len(worker.pending) if self._together == "batch" else 1
-        return max(self._limit / 100, 4 * batch.mean_seconds) * count
+        return max(MIN_PATIENCE_S, 3 * batch.mean_seconds) * count
+
+    def _check_at(self, worker: _Worker, batch: _Batch) -> float:
+        return (
+            worker.since + self._patience(worker, batch)
+            if worker.suspect is None
+            else worker.suspect.check_at
+        )
+
+    def _is_stuck(self, worker: _Worker, batch: _Batch, now: float) -> bool:
+        """Whether it ran or slept for long, which is not to be confused with waiting for a core."""
+        if now < self._check_at(worker, batch):
+            return False
+        waited = _seconds_without_core(worker.pid)
+        if worker.suspect is None:
+            worker.suspect = _Suspect(since=now, waited=waited)
+        suspect = worker.suspect
+        left = self._patience(worker, batch) / 2 - (now - suspect.since - (waited - suspect.waited))
+        suspect.check_at = now + left
+        return left <= 0
 
     def _may_go_aside(self, worker: _Worker, batch: _Batch) -> bool:
         """If others wait for its place, and not many are slow: these would time out for want of cores."""
@@ -183,7 +209,7 @@ class ProcessPool:
         batch.set_aside += 1
         worker.aside = True
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, worker.pid, 19)
+            os.setpriority(os.PRIO_PROCESS, worker.pid, ASIDE_PRIORITY)
 
     def _lose(self, worker: _Worker, failure: Failure, batch: _Batch) -> None:
         self._end(worker)
@@ -212,14 +238,28 @@ class ProcessPool:
 
 
 class _Worker:
-    __slots__ = ("aside", "connection", "pending", "pid", "since")
+    __slots__ = ("aside", "connection", "pending", "pid", "since", "suspect")
 
     def __init__(self, connection: Connection, pid: int) -> None:
         self.connection = connection
         self.pid = pid
         self.pending: list[int] = []  # items of its call that it has not reported; it is at the first
         self.since = 0.0  # when it began with that one, or with the call
+        self.suspect: _Suspect | None = None
         self.aside = False
+
+    def begin(self, now: float) -> None:
+        self.since, self.suspect = now, None
+
+
+@dataclass(slots=True)
+class _Suspect:
+    """A worker that is at one response for long, and may be stuck."""
+
+    since: float
+    waited: float
+    """Seconds without a core that it had then."""
+    check_at: float = 0.0
 
 
 class _Batch:
@@ -345,6 +385,15 @@ def _environment() -> dict[str, str]:
         ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
     )
     return defaults | dict(os.environ)
+
+
+def _seconds_without_core(pid: int) -> float:
+    """How long the process was ready to run while others did; 0 where the system does not tell."""
+    try:
+        with open(f"/proc/{pid}/schedstat") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def _describe(status: int) -> str:

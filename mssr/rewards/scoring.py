@@ -201,7 +201,7 @@ def advice(config: RewardConfig, bounded: bool) -> list[str]:
         )
     if bounded and (keys := penalties.configured(config)):
         lines.append(
-            f"{', '.join(keys)}: the method takes rewards in [0, 1], so a penalty lowers no score below 0 and "
+            f"{', '.join(keys)}: the method takes rewards in [0, 1], so no penalty goes below 0 and "
             "wrong answers are not penalised"
         )
     return lines

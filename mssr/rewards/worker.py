@@ -108,6 +108,8 @@ def _fork(
         connection.close()
         _become_worker(libc)
         work(Connection(fd))
+    except OSError:
+        pass  # the driver has given up on this worker, and closed the connection
     except BaseException:
         traceback.print_exc()
     finally:

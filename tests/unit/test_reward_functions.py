@@ -29,7 +29,8 @@ FORMS = {
     "dataclass": "from __future__ import annotations\nfrom dataclasses import dataclass\n"
     "@dataclass\nclass C:\n    x: float\ndef f(response, answer): return C(float(answer)).x",
     "object": "class C:\n    def __call__(self, response, answer): return float(answer)\nf = C()",
-    "partial": "import functools\ndef g(x, response, answer): return float(answer)\nf = functools.partial(g, 1)",
+    "partial": "import functools\n"
+    "def g(x, response, answer): return float(answer)\nf = functools.partial(g, 1)",
     "length": "def f(response, answer, response_length):\n"
     "    return {'score': float(answer), 'tokens': response_length}",
     "async": "import asyncio\nasync def f(response, answer, *, response_length):\n"
@@ -37,7 +38,8 @@ FORMS = {
     "async_object": "class C:\n    async def __call__(self, response, answer): return float(answer)\nf = C()",
     "awaitable": "async def g(answer): return float(answer)\ndef f(response, answer): return g(answer)",
     "batch": "def f(responses, answers): return [float(a) for r, a in zip(responses, answers, strict=True)]",
-    "batch_array": "import numpy as np\ndef f(responses, answers): return np.array([float(a) for a in answers])",
+    "batch_array": "import numpy as np\n"
+    "def f(responses, answers): return np.array([float(a) for a in answers])",
     "batch_generator": "def f(predicts, ground_truths): yield from map(float, ground_truths)",
     "batch_lengths": "def f(responses, answers, *, response_lengths):\n"
     "    return [{'score': float(a), 'tokens': n} for a, n in zip(answers, response_lengths, strict=True)]",
@@ -48,7 +50,8 @@ FORMS = {
     "            'tokens': reward_input['response_length']}",
     "easyr1_batch": "def f(reward_inputs, format_weight: float = 0.1):\n"
     "    assert isinstance(reward_inputs, list)\n"
-    "    return [{'overall': float(r['ground_truth']), 'tokens': r['response_length']} for r in reward_inputs]",
+    "    return [{'overall': float(r['ground_truth']), 'tokens': r['response_length']}\n"
+    "            for r in reward_inputs]",
     "easyr1_async": "async def f(reward_input): return {'overall': float(reward_input['ground_truth'])}",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import signal
@@ -12,12 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from mssr.data_config import RewardConfig
 from mssr.errors import TrainingError
-from mssr.rewards import RewardInput, ScoredBatch, Scorer, pool
+from mssr.rewards import RewardInput, ScoredBatch, Scorer
 
 pytestmark = pytest.mark.unit
 
@@ -120,3 +118,163 @@ def test_what_dies_or_raises_loses_only_itself(scorer: Scorer, command: str) -> 
     assert batch.scores.tolist() == [0.25, 0, *[0.5] * 20, 0]
     assert (batch.errors, batch.timeouts) == (2, 0)
     assert scorer.score(inputs("fine 0.25")).scores.tolist() == [0.25]
+
+
+def test_many_kinds_of_trouble_at_once(hostile: Path) -> None:
+    """Whatever stands beside it, a response is scored or lost by itself, and in its own place."""
+    rng = random.Random(0)
+    trouble = ["sleep", "loop", *DEATHS, *ERRORS]
+    commands = [rng.choice(trouble) if rng.random() < 0.15 else "fine" for _ in range(150)]
+    responses = [f"{command} {i}" for i, command in enumerate(commands, 1)]
+    with make(hostile, time_limit_s=1.5) as scorer:
+        batch = scorer.score(inputs(*responses))
+    assert batch.scores.tolist() == [i if c == "fine" else 0 for i, c in enumerate(commands, 1)]
+    assert batch.errors == sum(c != "fine" for c in commands)
+    assert batch.timeouts == sum(c in ("sleep", "loop") for c in commands)
+
+
+@pytest.mark.parametrize("command", ["sleep", "loop"])
+def test_one_percent_that_hang_cost_about_one_limit_and_not_one_each(hostile: Path, command: str) -> None:
+    responses = [command if i % 100 == 50 else "fine" for i in range(2_000)]
+    with make(hostile, time_limit_s=2.0) as scorer:
+        _, normal = timed(scorer, inputs(*["fine"] * 2_000))
+        batch, seconds = timed(scorer, inputs(*responses))
+    assert (batch.errors, batch.timeouts) == (20, 20) and batch.scores.sum() == 1_980
+    assert seconds - normal < 4  # 2 s and what a busy machine adds; one by one it would be 20
+
+
+def test_slow_responses_are_scored_even_if_all_are(scorer: Scorer) -> None:
+    """Replacing every slow worker at once would have them time out together."""
+    batch = scorer.score(inputs(*["fine"] * 40, *["slow 0.5"] * 8))
+    assert batch.errors == 0 and batch.scores.tolist() == [1.0] * 40 + [0.5] * 8
+
+
+def test_what_a_function_leaves_behind_does_not_disturb_others(scorer: Scorer) -> None:
+    batch = scorer.score(inputs("thread 0.5", "close", "fine 0.25", "thread 0.5"))
+    assert batch.scores[[0, 2, 3]].tolist() == [0.5, 0.25, 0.5]  # the closed one may be lost
+    assert scorer.score(inputs("fine 0.25", "fine 0.5")).scores.tolist() == [0.25, 0.5]
+
+
+def test_output_goes_where_the_drivers_goes(hostile: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with make(hostile) as scorer:
+        scorer.score(inputs("print", "exit"))
+    out, err = capfd.readouterr()
+    assert "out of a reward" in out and "err of a reward" in err
+
+
+def test_the_processes_are_light(tmp_path: Path) -> None:
+    path = tmp_path / "modules.py"
+    path.write_text(
+        "import sys\ndef f(response, answer):\n"
+        "    return {'score': 1, **{name: name in sys.modules for name in answer.split()}}\n"
+    )
+    heavy = "torch transformers ray vllm datasets omegaconf"
+    with make(path, "f") as scorer:
+        parts = scorer.score([RewardInput("", heavy, 1)]).parts
+    assert {name: part.item() for name, part in parts.items()} == dict.fromkeys(heavy.split(), 0)
+
+
+def children(pid: int) -> set[int]:
+    found: set[int] = set()
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found |= {int(child)} | children(int(child))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+
+
+@linux
+def test_close_leaves_no_process(hostile: Path) -> None:
+    before = children(os.getpid())
+    scorer = make(hostile)
+    scorer.score(inputs("fine", "thread", "child", *["fine"] * 10))
+    mine = children(os.getpid()) - before
+    assert len(mine) >= 2  # the one that forks, and workers
+    scorer.close()
+    scorer.close()
+    assert not any(alive(pid) for pid in mine)
+
+
+DRIVER = """
+import sys, threading
+from mssr.data_config import RewardConfig
+from mssr.rewards import RewardInput, Scorer
+scorer = Scorer(RewardConfig(name=sys.argv[1], time_limit_s=60, workers=2), 10)
+scorer.score([RewardInput("fine", "", 1)] * 4)
+print("ready", flush=True)
+try:
+    scorer.score([RewardInput("fine", "", 1)] * 4 + [RewardInput("loop", "", 1), RewardInput("child", "", 1)])
+except KeyboardInterrupt:
+    print("again", scorer.score([RewardInput("fine 0.5", "", 1)] * 4).scores.sum(), flush=True)
+"""
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_a_driver_that_is_killed_or_interrupted(
+    hostile: Path, number: signal.Signals
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, f"{hostile}:act"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    assert wait_until(lambda: len(children(process.pid)) >= 4)  # with what "child" started
+    mine = children(process.pid)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.kill()
+    out, err = process.communicate(timeout=20)
+    assert wait_until(lambda: not any(alive(pid) for pid in mine))
+    assert err == "" and out == ("again 2.0\n" if number == signal.SIGINT else "")
+
+
+@linux
+def test_the_loss_of_the_forking_process_costs_nothing_but_time(hostile: Path) -> None:
+    before = children(os.getpid())
+    with make(hostile) as scorer:
+        (forker,) = children(os.getpid()) - before
+        assert scorer.score(inputs("fine 0.5")).scores.tolist() == [0.5]
+        os.kill(forker, signal.SIGKILL)
+        assert scorer.score(inputs(*["fine 0.5"] * 30)).scores.tolist() == [0.5] * 30
+
+
+def test_a_reward_that_kills_its_surroundings_ends_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "killer.py"
+    path.write_text("import os, time\ndef f(response, answer): os.kill(os.getppid(), 9); time.sleep(9)\n")
+    with make(path, "f") as scorer, pytest.raises(TrainingError, match=r"keep dying \(SIGKILL\)"):
+        scorer.score(inputs("a"))
+
+
+def test_starting_does_not_keep_the_caller_waiting(tmp_path: Path) -> None:
+    path = tmp_path / "heavy.py"
+    path.write_text(
+        "import sys, time\nif 'pytest' not in sys.modules: time.sleep(1)\n"
+        "def f(response, answer): return 1.0\n"
+    )
+    start = time.monotonic()
+    with make(path, "f") as scorer:
+        assert time.monotonic() - start < 0.5
+        assert scorer.score(inputs("a")).scores.tolist() == [1.0]
+        assert time.monotonic() - start > 1

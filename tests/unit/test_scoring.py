@@ -217,7 +217,7 @@ def test_what_means_something_is_accepted() -> None:
 
 
 def test_a_buffer_longer_than_the_responses_is_refused() -> None:
-    with pytest.raises(UserError, match="reward.overlong_buffer=11 exceeds rollout.max_response_length=10"):
+    with pytest.raises(UserError, match=r"overlong_buffer=11 exceeds rollout\.max_response_length=10"):
         Scorer(RewardConfig(overlong_buffer=11), 10)
 
 
