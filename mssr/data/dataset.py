@@ -10,7 +10,7 @@ import numpy as np
 from mssr.data.cache import DataCache
 from mssr.data.images import ImageSource
 from mssr.data.index import BAD, DUPLICATE, USABLE, RowIndex, SourceRows
-from mssr.data.rows import IMAGE_MARK, MAX_IMAGES_PER_PROMPT, BadRow, Row, answer_text
+from mssr.data.rows import IMAGE_MARK, MAX_IMAGES_PER_PROMPT, BadRow, Row
 from mssr.data.sources import parse_sources
 from mssr.data_config import DataConfig
 
@@ -105,12 +105,11 @@ class PromptDataset:
 
     def answers(self, prompt_ids: Sequence[str]) -> list[str]:
         """Ground truths, read without touching the images."""
-        column = self.config.answer_column
         found: dict[str, str] = {}
         for k, part in enumerate(self.parts):
             own = [i for i in dict.fromkeys(prompt_ids) if self.position(i)[0] == k]
-            cells = part.table.column(column, [self.position(i)[1] for i in own]) if own else []
-            found.update((i, answer_text(cell, column)) for i, cell in zip(own, cells, strict=True))
+            texts = part.answers([self.position(i)[1] for i in own]) if own else []
+            found.update(zip(own, texts, strict=True))
         return [found[i] for i in prompt_ids]
 
     def keep(self, prompt_ids: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from mssr.data.cache import DataCache, digest_of, file_states
 from mssr.data.images import MissingFile, reason
-from mssr.data.rows import Row, column_id, content_id, read_row
+from mssr.data.rows import Row, answer_text, column_id, content_id, read_row
 from mssr.data.sources import ArrowTable, Source, open_table, split_name
 from mssr.data_config import DataConfig
 from mssr.errors import UserError
@@ -21,8 +21,8 @@ USABLE, BAD, DUPLICATE = 0, 1, 2
 RELEASE_BYTES = 64 * 2**20
 """Bytes that are read before the pages of the file are given back."""
 
-BYTES_AROUND = 2**17
-"""What the system maps with a row besides its images, roughly."""
+BYTES_AROUND = 2**22
+"""What the system maps with a cell that is read out of order, at worst: two large pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,16 @@ class SourceRows:
         Raises:
             ValueError: it cannot be used, which a check would have said.
         """
-        return self._read(self._cells(number), row_id, self.table.where(number))
+        row = read_row(self._cells(number), row_id, self.table.where(number), self.config)
+        self._count(BYTES_AROUND * len(self._columns))
+        return row
+
+    def answers(self, numbers: Sequence[int]) -> list[str]:
+        """Ground truths, read without touching the images."""
+        column = self.config.answer_column
+        texts = [answer_text(cell, column) for cell in self.table.column(column, numbers)]
+        self._count(BYTES_AROUND * len(numbers))
+        return texts
 
     def ids(self) -> list[str | None]:
         """An id for every row, None where it has none. Reads the index where there is one."""
@@ -155,7 +164,8 @@ class SourceRows:
             try:
                 cells = self._cells(number)
                 row_id = self._id(cells)
-                row = self._read(cells, row_id, "")
+                row = read_row(cells, row_id, "", self.config)
+                self._count(sum(len(image.data) for image in row.images if image.data))
                 files.update((image.path, None) for image in row.images if image.path)
                 row_sizes = list(_header_sizes(row))
                 if row_id in first:
@@ -183,13 +193,11 @@ class SourceRows:
         table = table.replace_schema_metadata({b"files": json.dumps(known).encode()})
         return RowIndex(table, digest_of(key, known))
 
-    def _read(self, cells: dict[str, Any], row_id: str, where: str) -> Row:
-        row = read_row(cells, row_id, where, self.config)
-        self._bytes_read += BYTES_AROUND + sum(len(image.data) for image in row.images if image.data)
+    def _count(self, bytes_read: int) -> None:
+        self._bytes_read += bytes_read
         if self._bytes_read > RELEASE_BYTES:
             self.table.release()
             self._bytes_read = 0
-        return row
 
     def _cells(self, number: int) -> dict[str, Any]:
         try:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mssr.data.images import reason
+from mssr.data.pages import release_pages
 from mssr.data.text_tables import TEXT_SUFFIXES, JoinedTable, TextTable
 from mssr.errors import UserError
 
@@ -182,9 +182,7 @@ class ArrowTable:
         self._dataset = self._dataset.select_columns([c for c in self.column_names if c in columns])
 
     def release(self) -> None:
-        """Mapped pages count as the process's memory; a copy by pickle maps the file anew."""
-        if self._dataset.cache_files:
-            self._dataset = pickle.loads(pickle.dumps(self._dataset))
+        release_pages(file["filename"] for file in self._dataset.cache_files)
 
 
 class SlicedTable:

@@ -26,6 +26,7 @@ def fails(
         raise AssertionError("workers were started")
 
     monkeypatch.setattr("mssr.trainer.train.launch", no_workers)
+    monkeypatch.setenv("MSSR_CACHE", str(tmp_path / "cache"))
 
     def run(*overrides: str, run_dir: Path | None = None) -> str:
         arguments = [str(workspace.config), f"trainer.run_dir={run_dir or tmp_path / 'run'}", *overrides]
@@ -40,6 +41,15 @@ def fails(
 def test_missing_data_file(fails) -> None:
     assert "nowhere.parquet does not exist" in fails("data.train=nowhere.parquet")
     assert "neither a file, a directory nor hub/name@split" in fails("data.val=nowhere")
+
+
+def test_wrong_lists_of_sources(fails, workspace: Workspace) -> None:
+    good = workspace.path / "train.parquet"
+    assert "unknown key 'wieght'" in fails(f"data.train=[{{path: {good}, wieght: 2}}]")
+    assert "must be above 0" in fails(f"data.train=[{{path: {good}, weight: 0}}]")
+    assert "only data.train" in fails(f"data.val=[{{path: {good}, weight: 1}}]")
+    assert "nowhere.csv does not exist" in fails(f"data.train=[{good}, nowhere.csv]")
+    assert "a file is one split" in fails(f"data.train={good}@test")
 
 
 def test_missing_column(fails) -> None:
@@ -79,12 +89,15 @@ def test_unusable_rows_are_named_and_listed(fails, damaged: Path, tmp_path: Path
     assert "t0 occurs twice" in reasons["6"]
 
 
-def test_unusable_rows_may_be_allowed(workspace: Workspace, damaged: Path, tmp_path: Path) -> None:
+def test_unusable_rows_may_be_allowed(
+    workspace: Workspace, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mssr.config_loading import load_config
     from mssr.data.encoder import PromptEncoder
     from mssr.data.loading import load_prompts
     from mssr.models.loading import load_processor
 
+    monkeypatch.setenv("MSSR_CACHE", str(tmp_path / "cache"))
     config = load_config(workspace.config, ["data.max_bad_fraction=0.5"])
     encoder = PromptEncoder(load_processor(config.model), config.data)
     loaded = load_prompts(str(damaged), config.data, encoder, tmp_path / "bad_rows.jsonl")

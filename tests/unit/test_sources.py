@@ -199,3 +199,21 @@ def test_a_name_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(UserError, match=r"data org/name@train cannot be opened: Couldn't reach the Hub$"):
         open_table("org/name@train")
+
+
+def test_reading_leaves_no_memory_behind(tmp_path: Path) -> None:
+    """Rows that were read do not stay in the memory of the process, and read the same again."""
+    import psutil
+
+    data = [{"problem": f"p{i}", "answer": str(i), "images": bytes([i]) * 2**20} for i in range(48)]
+    datasets.Dataset.from_list(data).save_to_disk(str(tmp_path / "saved"))
+    table = open_table(str(tmp_path / "saved"))
+
+    def read() -> int:
+        assert all(table.cells(n) == row for n, row in enumerate(data))
+        return psutil.Process().memory_info().rss
+
+    after_reading = read()
+    table.release()
+    assert after_reading - psutil.Process().memory_info().rss > 30 * 2**20
+    assert read() > 0
