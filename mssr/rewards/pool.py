@@ -15,22 +15,16 @@ How a batch is scored:
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
 
 from mssr.errors import TrainingError
 from mssr.rewards.base import Failure, RewardInput, RewardResult
+from mssr.rewards.forker import Forker, ForkerDiedError, ProcessTimes, process_times
 from mssr.rewards.worker import Job, timed_out
 
 MAX_CALL = 16
@@ -68,7 +62,7 @@ class ProcessPool:
         self._together = together
         self._limit = job.config.time_limit_s
         self._workers: list[_Worker] = []
-        self._forker = _Forker(job)
+        self._forker = Forker(job)
 
     def run(self, items: Sequence[RewardInput]) -> list[Outcome]:
         """The outcomes of the items, in their order.
@@ -82,7 +76,7 @@ class ProcessPool:
             while batch.unfinished:
                 try:
                     self._advance(batch)
-                except _ForkerDiedError as error:
+                except ForkerDiedError as error:
                     restarts += 1
                     self._restart(batch)
                     if restarts > MAX_RESTARTS:
@@ -91,7 +85,7 @@ class ProcessPool:
                         ) from None
         except BaseException:  # also Ctrl-C: the next batch starts with workers that owe nothing
             self.close()
-            self._forker = _Forker(self._job)
+            self._forker = Forker(self._job)
             raise
         assert not any(w.pending for w in self._workers)
         return [batch.outcomes[i] for i in range(len(items))]
@@ -151,8 +145,9 @@ class ProcessPool:
         try:
             message = worker.connection.recv()
         except (EOFError, OSError):
-            status = self._end(worker)
-            self._drop(worker, Failure(f"its process died ({_describe(status)})"), batch)
+            self._forget(worker)
+            status = self._forker.status(worker.pid)
+            self._drop(worker, Failure(f"its process died ({status})"), batch)
             return
         if message is None:  # a call that is to be tried one by one
             batch.again(worker.pending)
@@ -173,27 +168,31 @@ class ProcessPool:
         return worker.since + self._limit + (ASYNC_GRACE_S if self._together == "async" else 0.0)
 
     def _patience(self, worker: _Worker, batch: _Batch) -> float:
-        """Seconds at one response, or call, until a worker is suspected; half of it again until it is sure."""
+        """Seconds at one response, or call, until a worker is suspected; half of it more until it is sure."""
         count = len(worker.pending) if self._together == "batch" else 1
         return max(MIN_PATIENCE_S, 3 * batch.mean_seconds) * count
 
     def _check_at(self, worker: _Worker, batch: _Batch) -> float:
-        return (
-            worker.since + self._patience(worker, batch)
-            if worker.suspect is None
-            else worker.suspect.check_at
-        )
+        if worker.suspect is None:
+            return worker.since + self._patience(worker, batch)
+        return worker.suspect.check_at
 
     def _is_stuck(self, worker: _Worker, batch: _Batch, now: float) -> bool:
         """Whether it ran or slept for long, which is not to be confused with waiting for a core."""
         if now < self._check_at(worker, batch):
             return False
-        waited = _seconds_without_core(worker.pid)
+        times = process_times(worker.pid)
         if worker.suspect is None:
-            worker.suspect = _Suspect(since=now, waited=waited)
+            worker.suspect = _Suspect(now, times)
         suspect = worker.suspect
-        left = self._patience(worker, batch) / 2 - (now - suspect.since - (waited - suspect.waited))
-        suspect.check_at = now + left
+        if times is None or suspect.times is None:
+            own = now - suspect.since
+        elif times.asleep:
+            own = now - suspect.since - (times.waited - suspect.times.waited)
+        else:  # a wait for a core is accounted for only when it is over
+            own = times.used - suspect.times.used
+        left = self._patience(worker, batch) / 2 - own
+        suspect.check_at = now + max(left, 0.001)
         return left <= 0
 
     def _may_go_aside(self, worker: _Worker, batch: _Batch) -> bool:
@@ -225,15 +224,17 @@ class ProcessPool:
             batch.requeue(rest)
         worker.pending = []
 
-    def _end(self, worker: _Worker) -> int:
-        """Kill; returns the wait status."""
+    def _end(self, worker: _Worker) -> None:
+        self._forget(worker)
+        self._forker.end(worker.pid)
+
+    def _forget(self, worker: _Worker) -> None:
         self._workers.remove(worker)
         worker.connection.close()
-        return self._forker.kill(worker.pid)
 
     def _restart(self, batch: _Batch) -> None:
         self.close()
-        self._forker = _Forker(self._job)
+        self._forker = Forker(self._job)
         batch.restart()
 
 
@@ -257,8 +258,8 @@ class _Suspect:
     """A worker that is at one response for long, and may be stuck."""
 
     since: float
-    waited: float
-    """Seconds without a core that it had then."""
+    times: ProcessTimes | None
+    """As they were then."""
     check_at: float = 0.0
 
 
@@ -304,106 +305,3 @@ class _Batch:
     def again(self, indices: Iterable[int]) -> None:
         """To be handed out next, one by one."""
         self.calls.extendleft([i] for i in reversed(list(indices)))
-
-
-class _ForkerDiedError(Exception):
-    pass
-
-
-class _Forker:
-    """The process of `mssr.rewards.worker.main`, which forks the workers."""
-
-    def __init__(self, job: Job) -> None:
-        ours, theirs = socket.socketpair()
-        # Not multiprocessing's own forkserver: that one imports the user's main module into every worker.
-        code = (
-            "import json, sys; sys.path[:] = json.loads(sys.argv[2])\n"
-            "from mssr.rewards.worker import main; main(int(sys.argv[1]))"
-        )
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", code, str(theirs.fileno()), json.dumps(list(map(str, sys.path)))],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=_environment(),
-                start_new_session=True,  # a terminal's Ctrl-C is not for it
-            )
-        self._connection = Connection(ours.detach())
-        self._connection.send(job)
-        self._loaded = False
-        self.close = weakref.finalize(self, _stop, self._process, self._connection)
-
-    def fork(self) -> tuple[Connection, int]:
-        """A new worker.
-
-        Raises:
-            TrainingError: the function does not load there, or the system gives no process.
-        """
-        ours, theirs = socket.socketpair()
-        connection = Connection(ours.detach())
-        with theirs, self._dies():
-            if not self._loaded:
-                failure = self._connection.recv()
-                if failure is not None:
-                    raise TrainingError(f"the reward does not load in its own process: {failure}")
-                self._loaded = True
-            self._connection.send(("fork", None))
-            reduction.send_handle(self._connection, theirs.fileno(), self._process.pid)
-            answer = self._connection.recv()
-        if isinstance(answer, str):
-            raise TrainingError(answer)
-        return connection, answer
-
-    def kill(self, pid: int) -> int:
-        """End a worker; its wait status."""
-        with self._dies():
-            self._connection.send(("kill", pid))
-            status = self._connection.recv()
-            assert isinstance(status, int)
-            return status
-
-    @contextlib.contextmanager
-    def _dies(self) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, OSError) as error:
-            raise _ForkerDiedError(_describe_code(self._process.wait())) from error
-
-
-def _stop(process: subprocess.Popen[bytes], connection: Connection) -> None:
-    connection.close()  # upon which it kills its workers and ends
-    try:
-        process.wait(2)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _environment() -> dict[str, str]:
-    """One thread a process, and the same order of sets in every run."""
-    defaults = {"PYTHONHASHSEED": "0"} | dict.fromkeys(
-        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
-    )
-    return defaults | dict(os.environ)
-
-
-def _seconds_without_core(pid: int) -> float:
-    """How long the process was ready to run while others did; 0 where the system does not tell."""
-    try:
-        with open(f"/proc/{pid}/schedstat") as file:
-            return int(file.read().split()[1]) / 1e9
-    except (OSError, ValueError, IndexError):
-        return 0.0
-
-
-def _describe(status: int) -> str:
-    return _describe_code(os.waitstatus_to_exitcode(status))
-
-
-def _describe_code(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"

@@ -4,7 +4,7 @@ Forking from a process that has loaded everything makes a worker in milliseconds
 that one that hangs can be replaced at once. The driver itself cannot fork: it has threads, and torch.
 
 The driver asks over one connection for a fork or for the end of a worker, and talks to each worker over a
-connection of its own; `mssr.rewards.pool` is the other side. This module and what it imports stay free of
+connection of its own; `mssr.rewards.forker` and `mssr.rewards.pool` are the other side. This module and what it imports stay free of
 torch and Ray.
 """
 
@@ -47,13 +47,14 @@ class Job:
 def main(fd: int) -> None:
     """Load the function that comes as a `Job` over the connection; then fork and kill as asked.
 
-    Requests: ``("fork", None)`` and a file descriptor, answered by the new worker's pid;
-    ``("kill", pid)``, answered by its wait status. It ends with its children when the driver closes the
-    connection or dies.
+    Requests: ``("fork", None)`` and a file descriptor, answered by the new worker's pid; ``("end", pid)``,
+    which kills and is not answered; ``("status", pid)`` of a worker that died, answered by its wait status.
+    It ends with its children when the driver closes the connection or dies.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     connection = Connection(fd)
     children: set[int] = set()
+    ended: set[int] = set()  # those that were killed and not waited for
     try:
         job: Job = connection.recv()
         try:
@@ -68,16 +69,24 @@ def main(fd: int) -> None:
         libc = ctypes.CDLL(None)
         while True:
             request, pid = connection.recv()
+            children -= {child for child in ended if os.waitpid(child, os.WNOHANG)[0]}
+            ended &= children
             if request == "fork":
                 connection.send(_fork(connection, children, libc, lambda c: _work(c, reward, job)))
+            elif request == "end":
+                _kill(pid)
+                ended.add(pid)  # its death may take a while, for it dies with the priority that it has
             else:
-                connection.send(_kill(pid))
+                _kill(pid)  # it has died or is about to, unless it only closed its connection
+                connection.send(os.waitpid(pid, 0)[1])
                 children.discard(pid)
     except (EOFError, OSError):
         pass  # the driver is gone
     finally:
         for pid in children:
             _kill(pid)
+        for pid in children:
+            os.waitpid(pid, 0)
 
 
 def warm_up(reward: functions.LoadedReward, config: RewardConfig) -> None:
@@ -136,15 +145,11 @@ def _become_worker(libc: ctypes.CDLL) -> None:
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
-def _kill(pid: int) -> int:
-    """End a worker and whatever it started; its wait status, which is its own if it had died before."""
+def _kill(pid: int) -> None:
+    """End a worker and whatever it started."""
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(OSError):
             kill(pid, signal.SIGKILL)
-    try:
-        return os.waitpid(pid, 0)[1]
-    except ChildProcessError:
-        return 0
 
 
 def _work(connection: Connection, reward: functions.LoadedReward, job: Job) -> None:
