@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,9 @@ from typing import Any
 # Before torch is imported anywhere: two cores, several processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What the tests check of their data is not to be kept beside the user's.
+os.environ["MSSR_CACHE"] = tempfile.mkdtemp(prefix="mssr-test-cache-")
+atexit.register(shutil.rmtree, os.environ["MSSR_CACHE"], ignore_errors=True)
 
 import numpy as np
 import pytest

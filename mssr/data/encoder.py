@@ -19,12 +19,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from qwen_vl_utils import smart_resize
 
-from mssr.data.dataset import Row
+from mssr.data.rows import IMAGE_MARK, Row
 from mssr.data_config import DataConfig
 from mssr.errors import UserError
-
-IMAGE_MARK = "<image>"
-"""Stands for an image in a question."""
 
 
 @dataclass(frozen=True, slots=True)

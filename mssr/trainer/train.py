@@ -58,7 +58,7 @@ def _run(config: Config, terminal: TextIO) -> int:
     console = Console(terminal, config.trainer.progress, first_step, config.trainer.steps)
     cluster = None
     try:
-        notes = [*advice(config), *train_set.notes]
+        notes = dict.fromkeys([*advice(config), *train_set.notes, *(val_set.notes if val_set else ())])
         for line in notes:
             console.note(f"note: {line}")
         console.note(f"train: {train_set.summary()}; val: {val_set.summary() if val_set else 'none'}")
