@@ -1,0 +1,181 @@
+"""Time of the advantages of one large step, mssr beside verl, as a Markdown table; and of the import.
+
+    PYTHONPATH=. python scripts/bench/advantages.py --out scripts/bench/results/advantages.md
+
+In an environment with verl (scripts/oracles/README.md) its functions run in the same process, on the same
+scores, padded as verl has them. Elsewhere only mssr's are measured. mssr needs NumPy and torch here.
+
+mssr has one advantage for each response and no padding. verl returns a padded grid, in which each token
+has its own copy; the column "and copied to tokens" is mssr's time with such copies, unpadded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mssr.algorithms import create
+
+GROUP = 8
+METHODS = {
+    "grpo": ("grpo", "grpo_vectorized"),
+    "dr_grpo": (),
+    "rloo": ("rloo", "rloo_vectorized"),
+    "lite_ppo": (),
+    "reinforce_pp": ("reinforce_plus_plus",),
+    "reinforce_pp_baseline": ("reinforce_plus_plus_baseline",),
+    "mssr": (),
+    "spo": (),
+}
+COLUMNS = ("method", "mssr, ms", "and copied to tokens, ms", "verl, ms", "largest difference")
+IMPORT = "import time; t = time.perf_counter(); import mssr.algorithms, mssr.algorithms.losses;"
+IMPORT += " print(time.perf_counter() - t)"
+
+
+def milliseconds(call: Callable[[], object], repeats: int, digits: int) -> str:
+    """Median and, in brackets, fastest of so many calls after a first one."""
+    call()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return f"{1e3 * statistics.median(times):.{digits}f} ({1e3 * min(times):.{digits}f})"
+
+
+def verl_functions() -> dict[str, Callable[..., torch.Tensor]]:
+    """verl's estimators by name, as (token rewards, mask, index) -> grid; empty without verl."""
+    try:
+        from verl.trainer.config import AlgoConfig
+        from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+    except ModuleNotFoundError as error:
+        print(f"without verl: {error}", file=sys.stderr)
+        return {}
+    config = AlgoConfig(gamma=1.0)
+
+    def named(name: str) -> Callable[..., torch.Tensor]:
+        function = get_adv_estimator_fn(name)
+        return lambda rewards, mask, index: function(
+            token_level_rewards=rewards, response_mask=mask, index=index, config=config
+        )[0]
+
+    return {name: named(name) for names in METHODS.values() for name in names}
+
+
+def rows(batch: int, tokens: int, repeats: int) -> list[tuple[str, ...]]:
+    rng = np.random.default_rng(0)
+    rewards = rng.integers(0, 2, batch).astype(np.float32)
+    lengths = rng.integers(1, tokens + 1, batch)
+    groups = [f"prompt-{i // GROUP}" for i in range(batch)]
+    # Each call has other prompts, as each step of an epoch has: a method may remember the last ones.
+    steps = [[f"prompt-{step * batch + i}" for i in range(batch)] for step in range(2 * repeats + 4)]
+    index = np.array(groups, dtype=object)
+    oracles = verl_functions()
+    mask = (torch.arange(tokens) < torch.from_numpy(lengths)[:, None]).float()
+    token_rewards = torch.zeros(batch, tokens)
+    token_rewards[torch.arange(batch), torch.from_numpy(lengths) - 1] = torch.from_numpy(rewards)
+    table = []
+    for name, theirs in METHODS.items():
+        method = create(name)
+        batches = [groups] if method.baseline is None else steps
+        if method.baseline is not None:  # in the midst of a training: every prompt has been seen
+            for ids in steps:
+                method.observe(ids, rng.integers(0, 2, batch), np.zeros(batch) if name == "spo" else 0.0)
+
+        following = itertools.cycle(batches)
+
+        def advantages(method=method, following=following) -> np.ndarray:
+            return method.advantages(next(following), rewards, lengths)[0]
+
+        own = milliseconds(advantages, repeats, 2)
+        copied = milliseconds(lambda f=advantages: np.repeat(f(), lengths), repeats, 1)
+        verl, difference = [], []
+        for key in theirs:
+            if key not in oracles:
+                continue
+            grid = oracles[key](token_rewards, mask, index)
+            flat = grid[mask.bool()].numpy()
+            difference.append(float(np.abs(flat - np.repeat(advantages(), lengths)).max()))
+            kind = " vectorised" if key.endswith("vectorized") else ""
+            cell = milliseconds(lambda f=oracles[key]: f(token_rewards, mask, index), repeats, 0)
+            verl.append(f"{cell}{kind}")
+        cells = own, copied, ", ".join(verl), f"{max(difference):.0e}" if difference else ""
+        table.append((name, *cells))
+    return table
+
+
+def import_seconds(repeats: int = 5) -> tuple[float, float]:
+    """Medians over new processes: the import with NumPy and torch, and the whole process."""
+    inside, whole = [], []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        result = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+        whole.append(time.perf_counter() - started)
+        inside.append(float(result.stdout))
+    return statistics.median(inside), statistics.median(whole)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=2048, help=f"responses, a multiple of {GROUP}")
+    parser.add_argument("--tokens", type=int, default=4096, help="longest response")
+    parser.add_argument("--repeats", type=int, default=9, help="calls of each function")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    load = os.getloadavg()[0]
+    import_time, process_time = import_seconds()
+    table = rows(args.batch, args.tokens, args.repeats)
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("verl", "torch", "numpy")
+        if importlib.util.find_spec(name)
+    )
+    command = " ".join(["python", "scripts/bench/advantages.py", *sys.argv[1:]])
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if importlib.util.find_spec("verl"):
+        beside = "verl's functions ran in the same process on the same scores, padded as it has them."
+    else:
+        beside = "verl is not installed here: mssr only."
+    text = "\n".join(
+        [
+            f"`PYTHONPATH=. {command}`, {datetime.date.today()}, {os.cpu_count()} CPU cores,"
+            f" {memory:.0f} GiB, no GPU; {versions}; load average before: {load:.1f}.",
+            "",
+            f"Advantages of {args.batch} responses of 1 to {args.tokens} tokens (groups of {GROUP}; single"
+            f" responses, of other prompts each call, in mssr and spo), {args.threads} threads, median"
+            f" (fastest) of {args.repeats} calls. {beside}",
+            "",
+            "| " + " | ".join(COLUMNS) + " |",
+            "|" + " --- |" * len(COLUMNS),
+            *("| " + " | ".join(row) + " |" for row in table),
+            "",
+            f"`import mssr.algorithms, mssr.algorithms.losses` in a new process, with NumPy and torch:"
+            f" {import_time:.2f} s (the whole process {process_time:.2f} s; medians of 5).",
+            "",
+        ]
+    )
+    print(text)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
