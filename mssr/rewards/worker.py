@@ -4,8 +4,8 @@ Forking from a process that has loaded everything makes a worker in milliseconds
 that one that hangs can be replaced at once. The driver itself cannot fork: it has threads, and torch.
 
 The driver asks over one connection for a fork or for the end of a worker, and talks to each worker over a
-connection of its own; `mssr.rewards.forker` and `mssr.rewards.pool` are the other side. This module and what it imports stay free of
-torch and Ray.
+connection of its own; `mssr.rewards.forker` and `mssr.rewards.pool` are the other side. This module and
+what it imports stay free of torch and Ray.
 """
 
 from __future__ import annotations
