@@ -22,5 +22,11 @@ phase() {
 phase "lint" ruff check .
 phase "format" ruff format --check .
 phase "types" mypy mssr
-phase "tests" pytest "$@"
+if (($#)); then
+    phase "tests" pytest "$@"
+else
+    # The end-to-end tests start many processes themselves; the others share two.
+    phase "unit tests" pytest tests/unit examples -n 2 --dist loadfile
+    phase "end-to-end tests" pytest tests/e2e
+fi
 echo "[test] all passed in $SECONDS s"

@@ -16,14 +16,15 @@ from typing import Any
 # Before torch is imported anywhere: two cores, several processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# What the tests check of their data is not to be kept beside the user's.
-os.environ["MSSR_CACHE"] = tempfile.mkdtemp(prefix="mssr-test-cache-")
-atexit.register(shutil.rmtree, os.environ["MSSR_CACHE"], ignore_errors=True)
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+
+# What the tests find in their data is not to be kept beside the user's.
+os.environ["MSSR_CACHE"] = tempfile.mkdtemp(prefix="mssr-test-cache-")
+atexit.register(shutil.rmtree, os.environ["MSSR_CACHE"], ignore_errors=True)
 
 QUESTION = "What is the sum of the two digits?"
 CORPUS = [QUESTION, "<think>3 and 5</think>\\boxed{8}", "<think>guess</think>\\boxed{1}", "larger"] * 3
