@@ -20,7 +20,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import yaml
+from hypothesis import settings
 from PIL import Image
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("mssr", deadline=None)
+settings.load_profile("mssr")
 
 # What the tests find in their data is not to be kept beside the user's.
 os.environ["MSSR_CACHE"] = tempfile.mkdtemp(prefix="mssr-test-cache-")
