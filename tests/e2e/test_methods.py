@@ -72,8 +72,14 @@ RESUMED = {
         "algorithm.kl.target=0.001",
         "algorithm.kl.horizon=20",
     ],
-    "dynamic": ["algorithm.name=grpo", "rollout.n=2", "sampler.dynamic=true", "rollout.rollouts_per_step=4"],
-    "in-reward": ["algorithm.name=reinforce_pp", "algorithm.kl.placement=reward", "algorithm.kl.target=0.01"],
+    "dynamic": [
+        "algorithm.name=reinforce_pp_baseline",
+        "algorithm.kl.placement=reward",
+        "algorithm.kl.target=0.01",
+        "rollout.n=2",
+        "rollout.rollouts_per_step=4",
+        "sampler.dynamic=true",
+    ],
 }
 RESUME_EACH = """
 import json, sys
