@@ -31,6 +31,8 @@ FREE_TO_CHANGE = (
     "actor.activation_checkpointing",
     "actor.max_nonfinite_updates",
     "data.max_bad_fraction",
+    "data.cache_dir",
+    "reward.workers",
 )
 """Keys (or their beginnings) that say how a run is computed and not what it computes."""
 
