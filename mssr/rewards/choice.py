@@ -49,6 +49,7 @@ def read(text: str, letters: str = LETTERS) -> tuple[frozenset[str], str]:
     """The letters that a text chooses, and the text of the option if one letter stands before it."""
     if len(text) > _MAX_LENGTH:
         return frozenset(), ""
+    text = re.sub(r"^([\s$(]*[A-Za-z]\)?)、", r"\1. ", text)
     text = re.sub("[⟪⟫]", "", latex.clean(text)).strip()
     text = ANNOUNCED.sub("", text, count=1).strip(" *'\"")
     while latex.enclosed(text) and len(text) > 3:

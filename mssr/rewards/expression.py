@@ -111,6 +111,8 @@ class _Parser:
                 self.i += 1
                 node = (operator, node, self.signed())
             elif self.starts_factor():
+                if self.peek()[0] == self.tokens[self.i - 1][0] == "num":
+                    raise Unsupported("two numbers without an operator")
                 node = ("*", node, self.power())
             else:
                 return node

@@ -61,6 +61,8 @@ _COMMANDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\^\s*\{?\s*(?:\\circ(?![A-Za-z])|°|\\degree(?![A-Za-z]))\s*\}?|\\degree(?![A-Za-z])", "° "),
         (r"\\(?:lbrace|\{)", "⟦"),
         (r"\\(?:rbrace|\})", "⟧"),
+        (r"\\langle(?![A-Za-z])", "("),
+        (r"\\rangle(?![A-Za-z])", ")"),
         (r"\\%", "%"),
         (r"\\\$", "＄"),
         (r"\\(?:[lr]vert|vert|mid)(?![A-Za-z])", "|"),
@@ -151,8 +153,8 @@ def undelimited(text: str) -> str:
 
 
 def key(text: str) -> str:
-    """What two canonical texts must share to be the same string: no spaces or text marks, folded case."""
-    return re.sub(r"[\s⟪⟫]", "", text).casefold()
+    """What the same strings share: case and spaces, except between digits, do not count."""
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub("[⟪⟫]", "", text)).casefold()
 
 
 _OPEN, _CLOSE = "([{⟦", ")]}⟧"

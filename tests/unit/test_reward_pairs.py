@@ -1,7 +1,7 @@
 """`math` against a table of answer pairs with the verdict that each should get.
 
 The table also records what math-verify 0.9 says of the two in boxes (of the whole response where there is
-one; ``-`` where it could hang) and what string equality says, so that it shows where the rule departs from both.
+one; ``-`` where it could hang) and what string equality says: where the rule departs from both.
 """
 
 from __future__ import annotations

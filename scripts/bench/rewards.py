@@ -1,0 +1,157 @@
+"""Time of the reward rules over a batch of ordinary answers, as a Markdown table.
+
+    python scripts/bench/rewards.py --out scripts/bench/results/rewards.md
+
+An answer is drawn from templates (integers, decimals, fractions, roots, units, percent, choices, points,
+sets, equations, polynomials) with fresh numbers in every repetition, so that no cache helps; about one in two
+is right, in another spelling. The rules run in this process and, split evenly, in two processes that have
+imported them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import datetime
+import logging
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from mssr.rewards.rules import RULES, score
+
+COLUMNS = (
+    "rule",
+    "answers",
+    "seconds, 1 process",
+    "seconds, 2 processes",
+    "ms an answer",
+    "slowest, ms",
+    "right",
+)
+THINKING = "The triangle has the sides 3, 4 and 5, so it is a right triangle. " * 30
+Item = tuple[str, str]
+
+
+def answer_pair(rng: random.Random) -> Item:
+    """A truth and an answer: the same value in another spelling, or with another number."""
+    n, m, k = rng.randrange(2, 500), rng.randrange(2, 60), rng.randrange(1, 9)
+    wrong = n + rng.choice([0, 0, 1, 7])
+    return rng.choice(
+        [
+            (str(n), str(wrong)),
+            (str(n), f"{wrong}.0"),
+            (f"{n / 10}", rf"\frac{{{wrong}}}{{10}}"),
+            (rf"\frac{{{n}}}{{{m}}}", f"{wrong}/{m}"),
+            (rf"\frac{{{n}}}{{{m}}}", rf"\dfrac{{{2 * wrong}}}{{{2 * m}}}"),
+            (f"{n}\\text{{ cm}}", f"{wrong} cm"),
+            (str(n), rf"{wrong}\text{{ cm}}^2"),
+            (rf"{n}^\circ", f"{wrong}°"),
+            (f"{n}%", rf"{wrong}\%"),
+            (f"{n}000", f"{wrong},000"),
+            ("ABCD"[n % 4], f"({'ABCD'[wrong % 4]})"),
+            ("ABCD"[n % 4], f"{'ABCD'[wrong % 4]}. {m} cm"),
+            (rf"{m}\sqrt{{{k}}}", rf"\sqrt{{{m * m * k + wrong - n}}}"),
+            (rf"{n}\pi", rf"\pi \cdot {wrong}"),
+            (f"({n}, {m})", rf"\left({wrong}, \frac{{{2 * m}}}{{2}}\right)"),
+            (rf"\{{{n}, {m}\}}", rf"\{{{m}, {wrong}\}}"),
+            (f"x={n}", str(wrong)),
+            (f"y={m}x+{n}", f"y={wrong}+{m}x"),
+            (f"x^2+{n + m}x+{n * m}", f"(x+{wrong})(x+{m})"),
+            (f"[{m}, {n + m})", rf"{m} \le x < {wrong + m}"),
+            ("yes" if n % 2 else "no", r"\text{Yes}" if wrong % 2 else r"\text{No}"),
+        ]
+    )
+
+
+def batch(size: int, seed: int) -> list[Item]:
+    rng = random.Random(seed)
+    pairs = [answer_pair(rng) for _ in range(size)]
+    return [(f"<think>{THINKING}</think>So it is $\\boxed{{{answer}}}$.", truth) for truth, answer in pairs]
+
+
+def by_math_verify(response: str, truth: str) -> float:
+    """What the field uses: math-verify on the whole response, its time limits off."""
+    from math_verify import parse, verify
+
+    gold = parse(f"\\boxed{{{truth}}}", parsing_timeout=None)
+    return float(verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None))
+
+
+def scorer(rule: str) -> Callable[[str, str], float]:
+    if rule == "math-verify alone":
+        logging.getLogger("math_verify").setLevel(logging.ERROR)
+        return by_math_verify
+    return lambda response, truth: score(rule, response, truth).score
+
+
+def run(rule: str, items: list[Item]) -> tuple[float, float, float]:
+    """Seconds of all, seconds of the slowest, the sum of the scores."""
+    grade, slowest, total = scorer(rule), 0.0, 0.0
+    started = time.perf_counter()
+    for response, truth in items:
+        before = time.perf_counter()
+        total += grade(response, truth)
+        slowest = max(slowest, time.perf_counter() - before)
+    return time.perf_counter() - started, slowest, total
+
+
+def measure(rule: str, size: int, repeats: int) -> list[str]:
+    run(rule, batch(64, seed=999))  # imports
+    single, split, slowest, right = [], [], [], []
+    with concurrent.futures.ProcessPoolExecutor(2) as pool:
+        list(pool.map(run, [rule] * 2, [batch(64, seed=i) for i in (997, 998)]))
+        for repeat in range(repeats):
+            items = batch(size, seed=repeat)
+            started = time.perf_counter()
+            list(pool.map(run, [rule] * 2, [items[::2], items[1::2]]))
+            split.append(time.perf_counter() - started)
+            seconds, longest, total = run(rule, items)
+            single.append(seconds)
+            slowest.append(longest)
+            right.append(total / size)
+    seconds = statistics.median(single)
+    return [
+        rule,
+        str(size),
+        f"{seconds:.2f}",
+        f"{statistics.median(split):.2f}",
+        f"{1000 * seconds / size:.2f}",
+        f"{1000 * statistics.median(slowest):.0f}",
+        f"{statistics.median(right):.1%}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--size", type=int, default=2_048, help="answers in a batch")
+    parser.add_argument("--repeats", type=int, default=5, help="batches; the table has the medians")
+    parser.add_argument("--rules", nargs="+", default=[*RULES, "math-verify alone"])
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    args = parser.parse_args()
+    rows = [measure(rule, args.size, args.repeats) for rule in args.rules]
+    machine = f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+    command = " ".join(["python", "scripts/bench/rewards.py", *sys.argv[1:]])
+    table = "\n".join(
+        [
+            f"`{command}`, {datetime.date.today()}, {machine}, medians of {args.repeats}",
+            "",
+            "| " + " | ".join(COLUMNS) + " |",
+            "| " + " | ".join(["---"] * len(COLUMNS)) + " |",
+            *("| " + " | ".join(row) + " |" for row in rows),
+            "",
+        ]
+    )
+    print(table)
+    if args.out:
+        args.out.write_text(table)
+
+
+if __name__ == "__main__":
+    main()
