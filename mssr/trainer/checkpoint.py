@@ -80,29 +80,30 @@ class CheckpointStore:
 def write_state(directory: Path, state: dict[str, Any]) -> None:
     """Nested dicts with arrays -> trainer.json and trainer.safetensors."""
     arrays: dict[str, np.ndarray] = {}
-
-    def strip(value: Any, path: str) -> Any:
-        if isinstance(value, np.ndarray):
-            arrays[path] = np.ascontiguousarray(value)
-            return {_ARRAY: path}
-        if isinstance(value, dict):
-            return {key: strip(v, f"{path}/{key}") for key, v in value.items()}
-        return value
-
-    (directory / "trainer.json").write_text(json.dumps(strip(state, "")))
+    (directory / "trainer.json").write_text(json.dumps(_strip(state, "", arrays)))
     save_file(arrays, str(directory / "trainer.safetensors"))
 
 
 def read_state(directory: Path) -> dict[str, Any]:
     """The inverse of `write_state`."""
     arrays = load_file(str(directory / "trainer.safetensors"))
-
-    def fill(value: Any) -> Any:
-        if isinstance(value, dict):
-            if set(value) == {_ARRAY}:
-                return arrays[value[_ARRAY]]
-            return {key: fill(v) for key, v in value.items()}
-        return value
-
-    state: dict[str, Any] = fill(json.loads((directory / "trainer.json").read_text()))
+    state: dict[str, Any] = _fill(json.loads((directory / "trainer.json").read_text()), arrays)
     return state
+
+
+def _strip(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
+    """The value with its arrays moved to ``arrays``. (A closure would keep them alive in a cycle.)"""
+    if isinstance(value, np.ndarray):
+        arrays[path] = np.ascontiguousarray(value)
+        return {_ARRAY: path}
+    if isinstance(value, dict):
+        return {key: _strip(v, f"{path}/{key}", arrays) for key, v in value.items()}
+    return value
+
+
+def _fill(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {_ARRAY}:
+            return arrays[value[_ARRAY]]
+        return {key: _fill(v, arrays) for key, v in value.items()}
+    return value
