@@ -3,7 +3,7 @@
 For logits z = h W^T / temperature with banned entries removed and p = softmax(z):
 
     log-prob  l = z_y - logsumexp(z)            dl/dz = onehot(y) - p
-    entropy   H = logsumexp(z) - sum_v p_v z_v   dH/dz = -p (log p + H)
+    entropy   H = -sum_v p_v log p_v          dH/dz = -p (log p + H)
 
 Logits exist for ``chunk`` tokens at a time, in float32 (float64 for a float64 model), and are recomputed
 in the backward pass.
@@ -62,10 +62,10 @@ class _ChunkedHead(torch.autograd.Function):
             part = slice(start, min(start + chunk, n))
             logits = _logits(hidden[part], weight, temperature, banned)
             log_z[part] = torch.logsumexp(logits, dim=-1)
-            target_logits = logits.gather(1, targets[part, None])[:, 0]
-            log_probs[part] = target_logits - log_z[part]
-            probs = torch.exp(logits - log_z[part, None])
-            entropy[part] = log_z[part] - (probs * logits).sum(-1)
+            log_p = logits.sub_(log_z[part, None])
+            log_probs[part] = log_p.gather(1, targets[part, None])[:, 0]
+            # Not log_z - sum p z, which cancels: it loses two digits where the logits are large.
+            entropy[part] = -(torch.exp(log_p) * log_p).sum(-1)
         ctx.save_for_backward(hidden, weight, targets, log_z, entropy)
         ctx.temperature, ctx.banned, ctx.chunk = temperature, banned, chunk
         return log_probs, entropy

@@ -132,3 +132,15 @@ def test_vision_placeholders_have_probability_zero(policy: PolicyModel, items: l
     )
     assert log_probs[0] < -1e20
     assert torch.isfinite(log_probs[1:]).all() and torch.isfinite(entropy).all()
+
+
+def test_entropy_keeps_its_digits_where_logits_are_large() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(8, 16, generator=generator), torch.randn(500, 16, generator=generator)
+    hidden, weight = (
+        torch.cat([hidden, torch.ones(8, 1)], 1),
+        torch.cat([weight, torch.full((500, 1), 300.0)], 1),
+    )
+    _, entropy = token_log_probs_and_entropy(hidden, weight, torch.zeros(8, dtype=torch.int64))
+    log_p = torch.log_softmax((hidden @ weight.T).double(), dim=-1)  # of the same rounded logits
+    torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(-1), atol=2e-5, rtol=0)
