@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
-
-class SourceSampler(Protocol):
-    """The order of one source. See `mssr.data.sampler.EpochSampler`."""
-
-    @property
-    def epoch(self) -> float: ...
-    def next(self, count: int) -> list[str]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+from mssr.data.sampler import PromptSampler
 
 
 class MixtureSampler:
@@ -32,7 +24,7 @@ class MixtureSampler:
         ValueError: the labels differ, or there is none.
     """
 
-    def __init__(self, samplers: Mapping[str, SourceSampler], weights: Mapping[str, float]) -> None:
+    def __init__(self, samplers: Mapping[str, PromptSampler], weights: Mapping[str, float]) -> None:
         if not samplers or set(samplers) != set(weights):
             raise ValueError(f"weights for {sorted(weights)}, but sources {sorted(samplers)}")
         if not all(weight > 0 for weight in weights.values()):

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+
+class PromptSampler(Protocol):
+    """Which prompts come next."""
+
+    @property
+    def epoch(self) -> float:
+        """Prompts drawn, in units of the data set."""
+        ...
+
+    def next(self, count: int) -> list[str]:
+        """The next ``count`` ids."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class EpochSampler:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,28 +12,12 @@ from mssr.algorithms.advantages import constant_groups
 from mssr.cluster.base import Cluster
 from mssr.config import Config
 from mssr.data.dataset import PromptDataset
+from mssr.data.sampler import PromptSampler
 from mssr.errors import TrainingError
 from mssr.rewards import RewardInput, ScoredBatch, Scorer
 from mssr.rollout.seeds import request_seed
 from mssr.trainer.timing import PhaseTimer
 from mssr.types import Rollout, RolloutRequest, SamplingParams
-
-
-class PromptSampler(Protocol):
-    """Which prompts come next. See `mssr.data.sampler`."""
-
-    @property
-    def epoch(self) -> float:
-        """Prompts drawn, in units of the data set."""
-        ...
-
-    def next(self, count: int) -> list[str]:
-        """The next ``count`` ids."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

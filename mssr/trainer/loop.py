@@ -12,11 +12,11 @@ from mssr.cluster.base import Cluster
 from mssr.config import Config
 from mssr.data.dataset import VAL_PREFIX, PromptDataset
 from mssr.data.mixture import MixtureSampler
-from mssr.data.sampler import EpochSampler, UncertaintySampler
+from mssr.data.sampler import EpochSampler, PromptSampler, UncertaintySampler
 from mssr.errors import UserError
 from mssr.rewards import Scorer
 from mssr.trainer.checkpoint import CheckpointStore, read_state
-from mssr.trainer.collect import PromptSampler, RolloutCollector, reward_inputs, score_metrics
+from mssr.trainer.collect import RolloutCollector, reward_inputs, score_metrics
 from mssr.trainer.console import Console
 from mssr.trainer.estimate import Estimator
 from mssr.trainer.initial_values import initialize_values
