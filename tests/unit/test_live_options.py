@@ -325,3 +325,26 @@ def test_a_run_repeats(lab: Lab) -> None:
     first = lab.trace(config)
     lab._traces.clear()
     assert lab.trace(config) == first
+
+
+EARLY: dict[str, dict[str, Any]] = {
+    "loss": {"algorithm.kl.coef": 0.1, "actor.updates_per_step": 2},
+    "reward": {"algorithm.name": "grpo", "rollout.n": 4, "algorithm.kl.placement": "reward"},
+    "last visits": LAST_VISIT,
+    "without reference": {"algorithm.kl.coef": 0.0, "actor.updates_per_step": 2},
+}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_scores_that_came_early_are_those_of_later(lab: Lab, name: str) -> None:
+    """The ranks' log-probs before the step and the reference's, from another packing."""
+    final = []
+    for early in ("never", "always"):
+        lab.trace(EARLY[name] | {"cluster.launcher": "ray", "actor.score_early": early, "actor.lr": 1e-3})
+        lab._traces.clear()
+        final.append({k: v.clone() for k, v in lab.policy.state_dict().items()})
+    names = [k for k, p in lab.policy.named_parameters() if p.requires_grad]
+    learned = torch.cat([(final[0][k] - lab.initial[k]).flatten() for k in names])
+    difference = torch.cat([(final[1][k] - final[0][k]).flatten() for k in names])
+    assert difference.norm() < 1e-2 * learned.norm()  # Adam makes the most of a gradient of almost 0
+    assert difference.median() == 0 < learned.norm()
