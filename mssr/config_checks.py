@@ -53,7 +53,8 @@ NON_NEGATIVE = (
     "algorithm.shaping.coef algorithm.kl.coef algorithm.baseline.init_rollouts "
     "algorithm.baseline.init_smoothing algorithm.loss.entropy_coef algorithm.loss.text_anchor_coef "
     "sampler.uncertainty_eps actor.warmup_steps actor.weight_decay actor.vision_cache_gib "
-    "trainer.val_every trainer.save_every trainer.samples_every trainer.max_restarts data.max_bad_fraction"
+    "trainer.val_every trainer.save_every trainer.samples_every trainer.max_restarts data.max_bad_fraction "
+    "data.image_cache_gib"
 ).split()
 UNIT_INTERVAL = (
     "data.max_bad_fraction algorithm.baseline.prior_mean algorithm.discount.eta actor.kl_probe_fraction"

@@ -15,9 +15,12 @@ from mssr.types import TrainBatch
 
 
 class PromptCache:
-    """Encodes each prompt once as long as it stays among the most recent ``max_bytes``."""
+    """Encodes each prompt once as long as it stays among the most recent ``max_bytes``.
 
-    def __init__(self, source: PromptSource, model: PolicyModel, max_bytes: int = 2**29) -> None:
+    Responses to the same prompt follow one another, so one is kept in any case.
+    """
+
+    def __init__(self, source: PromptSource, model: PolicyModel, max_bytes: int = 2**30) -> None:
         self._source = source
         self._model = model
         self._max_bytes = max_bytes

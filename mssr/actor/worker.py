@@ -66,7 +66,8 @@ class PolicyWorker:
             weight_decay=config.actor.weight_decay,
         )
         self._checkpoint = ActorCheckpoint(self.policy.model, self.optimizer, rank)
-        prompts = PromptCache(PromptSource(config), self.policy)
+        max_bytes = int(config.data.image_cache_gib * 2**30)
+        prompts = PromptCache(PromptSource(config), self.policy, max_bytes)
         self.updater = PolicyUpdater(
             config, self.policy, self.reference, self.optimizer, prompts, rank, self.device
         )

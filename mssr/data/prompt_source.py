@@ -14,20 +14,16 @@ from mssr.models.loading import load_processor
 
 
 class PromptSource:
-    """Reads rows of the train and validation sets by id; remembers the most recent ones.
+    """Reads rows of the train and validation sets by id; keeps ``data.image_cache_gib`` of prepared ones."""
 
-    Args:
-        cache_pixels: pixels of prepared images to keep, 4 bytes each in the worst case.
-    """
-
-    def __init__(self, config: Config, cache_pixels: int = 64 * 2**20) -> None:
+    def __init__(self, config: Config) -> None:
         self.encoder = PromptEncoder(load_processor(config.model), config.data)
         self._datasets = [PromptDataset(config.data.train, config.data)]
         for one in validation_sets(config.data.val):
             self._datasets.append(one.dataset(config.data, config.run_dir))
         self._cache: OrderedDict[str, tuple[str, list[Image.Image]]] = OrderedDict()
-        self._pixels = 0
-        self._cache_pixels = cache_pixels
+        self._bytes = 0
+        self._max_bytes = int(config.data.image_cache_gib * 2**30)
 
     def get(self, prompt_id: str) -> tuple[str, list[Image.Image]]:
         """(chat text, images in their final size)."""
@@ -37,10 +33,10 @@ class PromptSource:
         row = self.row(prompt_id)
         item = (self.encoder.chat_text(row), self.encoder.images(row))
         self._cache[prompt_id] = item
-        self._pixels += _pixels(item[1])
-        while self._pixels > self._cache_pixels and len(self._cache) > 1:
+        self._bytes += _bytes(item[1])
+        while self._bytes > self._max_bytes and self._cache:
             _, (_, images) = self._cache.popitem(last=False)
-            self._pixels -= _pixels(images)
+            self._bytes -= _bytes(images)
         return item
 
     def row(self, prompt_id: str) -> Row:
@@ -50,6 +46,6 @@ class PromptSource:
         raise KeyError(f"prompt {prompt_id} is in no data set of this run")
 
 
-def _pixels(images: list[Image.Image]) -> int:
-    """What a prompt counts in the cache; a text is not for nothing."""
-    return 1024 + sum(i.width * i.height for i in images)
+def _bytes(images: list[Image.Image]) -> int:
+    """What a prompt counts in the cache: RGB pixels in memory take 4 bytes; a text is not for nothing."""
+    return 4096 + sum(4 * i.width * i.height for i in images)

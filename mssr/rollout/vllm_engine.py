@@ -102,9 +102,9 @@ class VllmEngine:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         # Plain model.load_weights is wrong on CPU, where the weights were prepacked at start.
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        # All three: the encoder cache alone left stale, the same image keeps its old embedding.
+        # Either left stale, the same image keeps its old embedding. The cache of prepared images does not
+        # depend on weights.
         self._llm.llm_engine.reset_prefix_cache()
-        self._llm.llm_engine.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
         self._version = version
 

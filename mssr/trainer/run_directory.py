@@ -41,6 +41,7 @@ FREE_TO_CHANGE = (
     "actor.max_nonfinite_updates",
     "data.max_bad_fraction",
     "data.cache_dir",
+    "data.image_cache_gib",
     "reward.workers",
 )
 """Keys and sections that say how a run is computed and not what it computes."""
