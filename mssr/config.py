@@ -25,8 +25,8 @@ class ModelConfig:
     path: str = ""
     """Hugging Face directory or hub name of a Qwen2.5-VL model."""
     dtype: str = "auto"
-    """Dtype of the forward pass: float32, bfloat16, or auto (float32 on CPU, bfloat16 on GPU).
-    Master weights and optimizer are float32 in every case."""
+    """Dtype of the forward pass: float32, bfloat16, or auto (float32 on CPU, bfloat16 on GPU). What is
+    trained is kept in actor.master_dtype."""
     attn_implementation: str = "auto"
     """Attention in the actor: auto (varlen, or sdpa where layers see a sliding window), varlen (each packed
     sequence by itself, on a GPU with torch's flash kernel), sdpa, eager (both with a mask whose cost is the
@@ -69,6 +69,21 @@ class RolloutConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters in place of full training (arXiv 2106.09685); see docs/memory.md."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains the whole model."""
+    alpha: float = 32.0
+    """An adapter's output is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout of an adapter's input, in passes with a gradient only."""
+    targets: list[str] = field(default_factory=list)
+    """Names of the linear layers of the language model that get adapters, for example q_proj and v_proj;
+    empty means all."""
+
+
+@dataclass
 class ActorConfig:
     """The FSDP2 policy update."""
 
@@ -101,10 +116,21 @@ class ActorConfig:
     kl_probe_fraction: float = 0.25
     """Share of a step's rollouts on which the KL of the update is measured, in (0, 1]."""
     vision_cache_gib: float = 1.0
-    """With model.freeze_vision: memory of a rank's device for image features, which later passes and steps
-    then need not compute; 0 keeps none."""
+    """With model.freeze_vision or actor.lora: memory of a rank's device for image features, which later
+    passes and steps then need not compute; 0 keeps none."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: str = "adamw"
+    """adamw, or adamw_8bit: its moments in 8 bits (torchao)."""
+    master_dtype: str = "float32"
+    """Dtype of what is trained: float32, or bfloat16, rounded as actor.rounding says."""
+    rounding: str = "stochastic"
+    """With actor.master_dtype=bfloat16, how updates too small for it are kept: stochastic (rounded up or
+    down at random, unbiased; moments too) or kahan (what rounding takes away is kept beside)."""
+    offload: str = "none"
+    """What waits in host memory, on a GPU: none, optimizer (its states, but while it steps), or all
+    (parameters, gradients and states; the optimizer steps on the host)."""
     max_nonfinite_updates: int = 3
     """Stop after this many updates in a row that were skipped because loss, gradient or a log-prob (the
     engine's too) was not finite; what spoilt them is in <run_dir>/nonfinite."""
@@ -259,6 +285,11 @@ class Config:
     def needs_reference(self) -> bool:
         """Whether the frozen base model is to be held."""
         return self.algorithm.kl.coef > 0 or self.kl_source == "reference"
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether the vision tower changes; with LoRA only the language model does."""
+        return not self.model.freeze_vision and self.actor.lora.rank == 0
 
     @property
     def kl_in_loss(self) -> bool:

@@ -5,6 +5,7 @@ Every complaint is one line with the key, the reason and what to do.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from mssr import algorithms, plugins, rewards
@@ -20,6 +21,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.engine": ("vllm", "hf"),
     "actor.score_early": ("auto", "always", "never"),
     "actor.lr_schedule": ("constant", "linear", "cosine"),
+    "actor.optimizer": ("adamw", "adamw_8bit"),
+    "actor.master_dtype": ("float32", "bfloat16"),
+    "actor.rounding": ("stochastic", "kahan"),
+    "actor.offload": ("none", "optimizer", "all"),
     "cluster.launcher": ("ray", "local"),
     "cluster.device": ("auto", "cpu", "cuda"),
     "trainer.progress": ("auto", "live", "plain", "off"),
@@ -45,7 +50,7 @@ POSITIVE = (
     "rollout.rollouts_per_step rollout.temperature rollout.max_response_length rollout.workers "
     "rollout.max_num_seqs rollout.kv_cache_gib rollout.gpu_memory_utilization rollout.n "
     "actor.num_ranks actor.updates_per_step actor.lr actor.max_grad_norm actor.micro_batch_tokens "
-    "actor.head_chunk_tokens actor.max_nonfinite_updates actor.kl_probe_fraction "
+    "actor.head_chunk_tokens actor.max_nonfinite_updates actor.kl_probe_fraction actor.lora.alpha "
     "cluster.threads_per_actor cluster.threads_per_rollout cluster.hang_timeout_s "
     "trainer.steps trainer.keep_checkpoints data.min_pixels data.max_pixels data.max_prompt_length"
 ).split()
@@ -53,8 +58,8 @@ NON_NEGATIVE = (
     "algorithm.shaping.coef algorithm.kl.coef algorithm.baseline.init_rollouts "
     "algorithm.baseline.init_smoothing algorithm.loss.entropy_coef algorithm.loss.text_anchor_coef "
     "sampler.uncertainty_eps actor.warmup_steps actor.weight_decay actor.vision_cache_gib "
-    "trainer.val_every trainer.save_every trainer.samples_every trainer.max_restarts data.max_bad_fraction "
-    "data.image_cache_gib"
+    "actor.lora.rank actor.lora.dropout data.image_cache_gib "
+    "trainer.val_every trainer.save_every trainer.samples_every trainer.max_restarts data.max_bad_fraction"
 ).split()
 UNIT_INTERVAL = (
     "data.max_bad_fraction algorithm.baseline.prior_mean algorithm.discount.eta actor.kl_probe_fraction"
@@ -76,6 +81,7 @@ def validate(config: Config) -> None:
     rewards.check(config.reward)
     _check_nothing_unread(config, flat)
     _check_combinations(config)
+    _check_memory(config)
     n, rollouts = config.responses_per_prompt, config.rollout.rollouts_per_step
     if rollouts % n:
         raise UserError(
@@ -151,6 +157,11 @@ def advice(config: Config) -> list[str]:
         lines.append(
             f"algorithm.baseline.init_rollouts={config.init_rollouts}: before training every prompt gets as "
             "many responses, beside the rollouts of the steps"
+        )
+    if config.actor.lora.rank and config.actor.lr < 5e-6:
+        lines.append(
+            f"actor.lr={config.actor.lr} is a rate for full training; adapters (actor.lora) learn at ten "
+            "times that and more"
         )
     if config.algorithm.correction.mask == "sequence":
         lines.append(
@@ -293,6 +304,33 @@ def _check_combinations(config: Config) -> None:
         raise UserError("algorithm.kl.placement=reward with algorithm.kl.coef=0 does nothing; remove it")
 
 
+def _check_memory(config: Config) -> None:
+    actor = config.actor
+    if actor.lora.dropout >= 1:
+        raise UserError(f"actor.lora.dropout={actor.lora.dropout} must be below 1")
+    for setting, wanted, package, extra in (
+        (f"actor.lora.rank={actor.lora.rank}", actor.lora.rank > 0, "peft", "lora"),
+        (f"actor.optimizer={actor.optimizer}", actor.optimizer == "adamw_8bit", "torchao", "int8"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"{setting} needs the package {package}; install mssr[{extra}]")
+    if actor.optimizer == "adamw_8bit" and actor.master_dtype == "bfloat16":
+        raise UserError(
+            "actor.optimizer=adamw_8bit trains float32 parameters; set actor.master_dtype=float32, or "
+            "actor.optimizer=adamw, whose moments are bfloat16 with actor.master_dtype=bfloat16"
+        )
+    if actor.optimizer == "adamw_8bit" and actor.offload == "all":
+        raise UserError(
+            "actor.offload=all runs the optimizer on the host, for which adamw_8bit is not made; set "
+            "actor.optimizer=adamw, or actor.offload=optimizer"
+        )
+    if actor.keep_gathered and actor.offload == "all":
+        raise UserError(
+            "actor.keep_gathered=true holds whole parameters on the device, off which actor.offload=all is "
+            "to keep them; set one of the two"
+        )
+
+
 def _check_nothing_unread(config: Config, flat: dict[str, Any]) -> None:
     """An option that nothing reads would mislead, so a changed one is an error."""
     defaults = flatten(to_dict(Config()))
@@ -367,6 +405,12 @@ def _readers(config: Config) -> dict[str, tuple[bool, str]]:
         f"sampler.name={config.sampler_name}",
     )
     also("sampler.max_draws", config.sampler.dynamic, "sampler.dynamic=false")
-    also("actor.vision_cache_gib", config.model.freeze_vision, "model.freeze_vision=false")
+    also("actor.vision_cache_gib", not config.trains_vision, "model.freeze_vision=false")
+    also(
+        "actor.lora.alpha actor.lora.dropout actor.lora.targets",
+        config.actor.lora.rank > 0,
+        "actor.lora.rank=0",
+    )
+    also("actor.rounding", config.actor.master_dtype == "bfloat16", "actor.master_dtype=float32")
     also("watch.patience", bool(config.watch.signs), "every sign in watch null")
     return readers

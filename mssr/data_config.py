@@ -53,9 +53,9 @@ class DataConfig:
     shuffle: bool = True
     """New random order in every epoch; false keeps the order of the file."""
     image_cache_gib: float = 1.0
-    """Host memory of each worker for prepared images (decoded, resized; cut into patches in the actor), so that
-    later epochs need not prepare them again; the least recently used give way. An engine of vLLM keeps as
-    much besides (rollout.engine_options.mm_processor_cache_gb)."""
+    """Host memory of each worker for prepared images (decoded, resized; cut into patches in the actor), so
+    that later epochs need not prepare them again; the least recently used give way. An engine of vLLM has a
+    cache of its own besides (rollout.engine_options.mm_processor_cache_gb)."""
     cache_dir: str | None = None
     """Where the checked lengths and ids of data sets are kept; null is $MSSR_CACHE or ~/.cache/mssr."""
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
 )
 
 from mssr.files import sha256
 from mssr.heartbeat import beat
+from mssr.models.lora import is_adapter
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {
@@ -42,7 +42,7 @@ _ALLOWED = {
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "bfloat16", "float32"},
+    "torch": {"Size", "bfloat16", "float32", "int16", "uint8"},
     "pathlib": {"PosixPath"},
 }
 """Everything that the index of a checkpoint of ours is made of."""
@@ -52,14 +52,23 @@ class ActorCheckpoint:
     """Saves and loads the policy and its optimizer. Every method but `finish` is a collective.
 
     Args:
-        model: whose parameters are saved, by their Hugging Face names.
-        optimizer: over them.
+        model: whose parameters are saved, by their Hugging Face names; of one with adapters, these alone.
+        optimizer: over what is trained.
+        on_device: within it the optimizer's states are where the optimizer left them, see
+            `mssr.actor.offload`.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        rank: int,
+        on_device: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._rank = rank
+        self._on_device = on_device
         # Of its own, so that a save in the background meets no collective of the training.
         self._group = dist.new_group(backend="gloo")
         self._directory = Path()
@@ -68,18 +77,20 @@ class ActorCheckpoint:
     def begin(self, directory: str, background: bool) -> None:
         """Write the state as it is now; with ``background`` only a copy is made before returning."""
         self._directory = Path(directory)
-        state = self._state()
-        # Learning rate, betas and the like follow from the config and the step.
-        del state["optimizer"]["param_groups"]
+        with self._on_device():
+            self._saving = self._begin(self._state(), background)
+
+    def _begin(self, state: dict[str, Any], background: bool) -> Future[Any]:
+        directory = str(self._directory)
         if background:
             future: Any = dcp.async_save(state, checkpoint_id=directory, process_group=self._group)
-        else:
-            future = Future()
-            try:
-                future.set_result(dcp.save(state, checkpoint_id=directory, process_group=self._group))
-            except Exception as error:
-                future.set_exception(error)
-        self._saving = future
+            return future
+        future = Future()
+        try:
+            future.set_result(dcp.save(state, checkpoint_id=directory, process_group=self._group))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
     def done(self) -> bool:
         """Whether what `begin` began is written."""
@@ -109,18 +120,19 @@ class ActorCheckpoint:
 
     def load(self, directory: str) -> None:
         """Take parameters and optimizer from a directory that was saved on any number of ranks."""
-        state = self._state()
-        groups = state["optimizer"].pop("param_groups")
-        dcp.load(state, storage_reader=SafeReader(directory), planner=_SafePlanner())
-        state["optimizer"]["param_groups"] = groups
-        set_model_state_dict(self._model, state["model"])
-        set_optimizer_state_dict(self._model, self._optimizer, optim_state_dict=state["optimizer"])
+        with self._on_device():
+            # Into the tensors themselves, each as its dtype is.
+            dcp.load(self._state(), storage_reader=SafeReader(directory), planner=_SafePlanner())
 
     def _state(self) -> dict[str, Any]:
-        return {
-            "model": get_model_state_dict(self._model),
-            "optimizer": dict(get_optimizer_state_dict(self._model, self._optimizer)),
-        }
+        """The tensors of model and optimizer, not copies."""
+        model = get_model_state_dict(self._model)
+        if any(map(is_adapter, model)):
+            model = {name: value for name, value in model.items() if is_adapter(name)}
+        optimizer = dict(get_optimizer_state_dict(self._model, self._optimizer))
+        # Learning rate, betas and the like follow from the config and the step.
+        del optimizer["param_groups"]
+        return {"model": model, "optimizer": optimizer}
 
 
 class SafeReader(dcp.FileSystemReader):

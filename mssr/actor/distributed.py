@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from mssr.models.policy import PolicyModel
 
@@ -19,7 +25,7 @@ from mssr.models.policy import PolicyModel
 def init_process_group(
     rank: int, ranks: int, init_method: str, device: torch.device, timeout_s: float
 ) -> DeviceMesh:
-    """Join the group. gloo on CPU, nccl on GPUs.
+    """Join the group. gloo for what is on CPU, nccl for what is on GPUs.
 
     Args:
         init_method: "tcp://host:port" of rank 0, or "file:///path" on one machine.
@@ -28,7 +34,7 @@ def init_process_group(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         init_method=init_method,
         rank=rank,
         world_size=ranks,
@@ -38,26 +44,39 @@ def init_process_group(
 
 
 def shard(
-    model: PolicyModel, mesh: DeviceMesh, compute_dtype: torch.dtype, keep_gathered: bool
+    model: PolicyModel,
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    keep_gathered: bool,
+    offload: bool = False,
+    fill: Callable[[nn.Module], None] = lambda module: None,
 ) -> PolicyModel:
     """FSDP2: every decoder layer and vision block is gathered alone, the rest with the root.
 
-    Parameters stay float32; forward and backward run in ``compute_dtype``, reductions in float32.
+    Parameters keep their dtype; forward and backward run in ``compute_dtype``, reductions in float32.
     A frozen vision tower, whose features are kept, stays whole on every rank: a rank that knows the
     features of its images, or has none, then runs no tower and no other rank waits for it.
 
     Args:
         keep_gathered: whole parameters stay from one pass to the next, until `reshard`.
+        offload: parameters and gradients are in host memory but while they are used. Nothing on CPU.
+        fill: called with every part before it is sharded, so that whole parameters exist part by part.
     """
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     core = model.model.model
-    whole = set() if model.features is None else set(core.visual.parameters())
-    blocks = () if whole else core.visual.blocks
+    policies: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if offload and mesh.device_type == "cuda" else OffloadPolicy(),
+    }
+    blocks = core.visual.blocks if model.features is None else ()
     for block in (*blocks, *core.language_model.layers):
-        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=not keep_gathered)
+        fill(block)
+        fully_shard(block, reshard_after_forward=not keep_gathered, **policies)
+    fill(model)
+    whole = set() if model.features is None else set(core.visual.parameters())
     # The root holds embedding, head and norms. It stays gathered from forward to backward in any case,
     # because the fused head reads the head's weight directly.
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False, ignored_params=whole)
+    fully_shard(model, reshard_after_forward=False, ignored_params=whole, **policies)
     return model
 
 
@@ -96,6 +115,11 @@ def full_tensor(value: Any) -> torch.Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
+def local_tensor(value: Any) -> torch.Tensor:
+    """What this rank holds of a sharded tensor."""
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
 def clip_grad_norm(
     parameters: Sequence[torch.nn.Parameter], max_norm: float, flag: torch.Tensor
 ) -> tuple[float, bool]:
@@ -104,17 +128,20 @@ def clip_grad_norm(
     In that case they are left as they are, so that what spoilt them can be found.
 
     Args:
+        parameters: each sharded over all ranks.
         flag: () float32 on the device, 1 if this rank saw something that is not finite, else 0.
 
     Returns:
         The norm before, and whether any rank's flag is 1; the same on all ranks.
     """
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = full_tensor(norm)
-    flag = flag.clone()
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    gradients = [local_tensor(p.grad) for p in parameters if p.grad is not None]
+    # In float32 whatever the gradients are.
+    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
+    sums = torch.stack([norms.square().sum().to(flag.device), flag])
+    dist.all_reduce(sums)
     # Together, so that the host waits for the device once.
-    value, flagged = torch.stack([norm.float(), flag]).tolist()
-    if math.isfinite(value) and not flagged:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return value, bool(flagged)
+    square, flags = sums.tolist()
+    norm, flagged = math.sqrt(square) if square >= 0 else math.nan, flags > 0
+    if math.isfinite(norm) and not flagged:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
+    return norm, flagged

@@ -17,6 +17,7 @@ import torch
 
 from mssr.actor.distributed import accumulate_locally, all_max, all_sum, clip_grad_norm, reshard
 from mssr.actor.guard import NonFiniteGuard, Skipped
+from mssr.actor.optimizers import Optimizer
 from mssr.actor.planning import MicroBatch, Planner, UpdatePlan
 from mssr.actor.prompts import PromptCache
 from mssr.algorithms.losses import kl_penalty
@@ -54,7 +55,7 @@ class PolicyUpdater:
 
     Args:
         policy: sharded model in training.
-        reference: sharded frozen model, or None when nothing needs it.
+        reference: sharded frozen model, or the policy without its adapters; None when nothing needs it.
         optimizer: over the trainable parameters of ``policy``.
     """
 
@@ -62,8 +63,8 @@ class PolicyUpdater:
         self,
         config: Config,
         policy: PolicyModel,
-        reference: PolicyModel | None,
-        optimizer: torch.optim.Optimizer,
+        reference: torch.nn.Module | None,
+        optimizer: Optimizer,
         prompts: PromptCache,
         rank: int,
         device: torch.device,
@@ -76,7 +77,7 @@ class PolicyUpdater:
         self.rank = rank
         self.device = device
         self.objective = make_objective(config)
-        self.cost_model = CostModel(policy.model.config, train_vision=not config.model.freeze_vision)
+        self.cost_model = CostModel(policy.model.config, train_vision=config.trains_vision)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         self.guard = NonFiniteGuard(
             config.run_dir / "nonfinite", rank, config.actor.max_nonfinite_updates, device
@@ -137,7 +138,7 @@ class PolicyUpdater:
         Returns:
             By index in the batch: (T,) float32 of the policy, and with ``reference`` those of it.
         """
-        models = [self.policy]
+        models: list[torch.nn.Module] = [self.policy]
         if reference:
             assert self.reference is not None
             models.append(self.reference)

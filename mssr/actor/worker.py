@@ -15,13 +15,17 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mssr.actor.checkpoint import ActorCheckpoint
 from mssr.actor.distributed import full_tensor, init_process_group, shard
+from mssr.actor.initial_weights import InitialWeights
+from mssr.actor.offload import with_offload
+from mssr.actor.optimizers import make_optimizer
 from mssr.actor.prompts import PromptCache
 from mssr.actor.update import PolicyUpdater
 from mssr.config import Config
 from mssr.data.prompt_source import PromptSource
 from mssr.heartbeat import beat
 from mssr.models.features import FeatureCache
-from mssr.models.loading import load_model
+from mssr.models.loading import empty_model, load_model
+from mssr.models.lora import WithoutAdapters, add_adapters, full_weights
 from mssr.models.policy import PolicyModel
 from mssr.types import TrainBatch
 
@@ -57,48 +61,69 @@ class PolicyWorker:
         # Policy and reference have the same frozen tower, in memory too.
         self._tower: torch.nn.Module | None = None
         self._features = FeatureCache(int(config.actor.vision_cache_gib * 2**30))
-        self.policy = self._build(mesh, trainable=True)
-        self.reference = self._build(mesh, trainable=False) if config.needs_reference else None
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.policy.parameters() if p.requires_grad],
-            lr=config.actor.lr,
-            betas=(config.actor.betas[0], config.actor.betas[1]),
-            weight_decay=config.actor.weight_decay,
-        )
-        self._checkpoint = ActorCheckpoint(self.policy.model, self.optimizer, rank)
+        adapters = config.actor.lora.rank > 0
+        two_models = config.needs_reference and not adapters
+        weights = InitialWeights(self._load, rank, self.device)
+        self.policy = self._build(mesh, weights, trainable=True, last=not two_models)
+        self.reference: torch.nn.Module | None = None
+        if two_models:
+            self.reference = self._build(mesh, weights, trainable=False, last=True)
+        elif config.needs_reference:
+            self.reference = WithoutAdapters(self.policy)
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        optimizer = make_optimizer(config, parameters, rank)
+        steps = with_offload(optimizer, config.actor.offload, self.device)
+        on_device = getattr(steps, "on_device", contextlib.nullcontext)
+        self._checkpoint = ActorCheckpoint(self.policy.model, optimizer, rank, on_device)
         max_bytes = int(config.data.image_cache_gib * 2**30)
         prompts = PromptCache(PromptSource(config), self.policy, max_bytes)
-        self.updater = PolicyUpdater(
-            config, self.policy, self.reference, self.optimizer, prompts, rank, self.device
-        )
+        self.updater = PolicyUpdater(config, self.policy, self.reference, steps, prompts, rank, self.device)
 
-    def _build(self, mesh: DeviceMesh, trainable: bool) -> PolicyModel:
+    def _load(self) -> torch.nn.Module:
+        """The whole model with its adapters, in host memory."""
         hf_model = load_model(self.config.model, torch.float32)
-        if trainable and self.config.actor.activation_checkpointing:
+        self._add_adapters(hf_model)
+        return hf_model
+
+    def _add_adapters(self, hf_model: torch.nn.Module) -> None:
+        if self.config.actor.lora.rank:
+            add_adapters(hf_model, self.config.actor.lora, self.config.seed)
+
+    def _build(self, mesh: DeviceMesh, weights: InitialWeights, trainable: bool, last: bool) -> PolicyModel:
+        actor = self.config.actor
+        hf_model = empty_model(self.config.model, torch.float32)
+        hf_model.requires_grad_(trainable)
+        if trainable:
+            self._add_adapters(hf_model)
+        if trainable and actor.activation_checkpointing:
             hf_model.gradient_checkpointing_enable({"use_reentrant": False})
             hf_model.train()  # transformers checkpoints only in train mode; Qwen2.5-VL has no dropout
-        hf_model.requires_grad_(trainable)
-        frozen = self.config.model.freeze_vision
-        if frozen:
-            hf_model.model.visual = self._frozen_tower(hf_model.model.visual)
+        frozen_tower = not self.config.trains_vision
+        if frozen_tower:
+            hf_model.model.visual.requires_grad_(False)
+        for parameter in hf_model.parameters():
+            # What is not trained need not be more exact than the forward pass makes it.
+            master = getattr(torch, actor.master_dtype)
+            parameter.data = parameter.data.to(master if parameter.requires_grad else self.compute_dtype)
+        fill = weights.filler(hf_model, last)
+        if frozen_tower:
+            if self._tower is None:
+                self._tower = hf_model.model.visual
+            hf_model.model.visual = self._tower
         model = PolicyModel(
-            hf_model.to(self.device),
+            hf_model,
             temperature=self.config.rollout.temperature,
-            head_chunk=self.config.actor.head_chunk_tokens,
-            features=self._features if frozen else None,
-        ).to(self.device)
-        return shard(model, mesh, self.compute_dtype, self.config.actor.keep_gathered)
-
-    def _frozen_tower(self, tower: torch.nn.Module) -> torch.nn.Module:
-        """The first one given, with weights in the dtype of the forward pass."""
-        if self._tower is None:
-            self._tower = tower.requires_grad_(False)
-            for parameter in tower.parameters():
-                parameter.data = parameter.data.to(self.compute_dtype)
-        return self._tower
+            head_chunk=actor.head_chunk_tokens,
+            features=self._features if frozen_tower else None,
+        )
+        offload = actor.offload == "all"
+        return shard(model, mesh, self.compute_dtype, actor.keep_gathered, offload, fill)
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         """See `PolicyUpdater.step`."""
+        if self.config.actor.lora.dropout:
+            # So that a run that is resumed drops what it would have dropped.
+            torch.manual_seed(hash((self.config.seed, step, self.rank)) % 2**63)
         with self._profiled(step + 1):
             metrics = self.updater.step(batch, step)
         if self.device.type == "cuda":
@@ -123,11 +148,10 @@ class PolicyWorker:
 
     def export_weights(self) -> dict[str, torch.Tensor] | None:
         """All weights by Hugging Face name, on CPU in the dtype of the forward pass, the tied head
-        included; None on ranks other than 0."""
+        included and adapters merged in; None on ranks other than 0."""
         weights = {}
-        for name, value in self.policy.model.state_dict().items():
+        for name, tensor in full_weights(self.policy.model, full_tensor):
             beat()
-            tensor = full_tensor(value)
             if self.rank == 0:
                 # A copy: what is sent must not change under the receiver during the next update.
                 weights[name] = tensor.detach().to("cpu", self.compute_dtype, copy=True)

@@ -76,18 +76,40 @@ def load_model(config: ModelConfig, dtype: Any, packed: bool = True) -> Any:
     Raises:
         UserError: the weights cannot be read or do not fit the config.
     """
+    return _make_model(config, dtype, packed, with_weights=True)
+
+
+def empty_model(config: ModelConfig, dtype: Any) -> Any:
+    """What `load_model` gives, on the meta device: every tensor with its shape and without memory.
+
+    Raises:
+        UserError: the config of the model cannot be read.
+    """
+    return _make_model(config, dtype, packed=True, with_weights=False)
+
+
+def _make_model(config: ModelConfig, dtype: Any, packed: bool, with_weights: bool) -> Any:
+    import torch
     import transformers
 
     from mssr.models.attention import use_varlen_attention
 
     varlen = config.attn_implementation in ("auto", "varlen")
+    options = {
+        "dtype": dtype,
+        "attn_implementation": "sdpa" if varlen else config.attn_implementation,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    kind = transformers.AutoModelForImageTextToText
     try:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            config.path,
-            dtype=dtype,
-            attn_implementation="sdpa" if varlen else config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
+        if with_weights:
+            model = kind.from_pretrained(config.path, **options)
+        else:
+            model_config = transformers.AutoConfig.from_pretrained(
+                config.path, trust_remote_code=config.trust_remote_code
+            )
+            with torch.device("meta"):
+                model = kind.from_config(model_config, **options)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise UserError(f"model.path: {config.path} cannot be loaded ({_reason(error)})") from error
     if varlen and packed:

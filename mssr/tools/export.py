@@ -13,6 +13,8 @@ from mssr.trainer.manifest import verify
 def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) -> Path:
     """Write the policy of a checkpoint with tokenizer, processor and generation config.
 
+    Adapters are merged into the weights, and are written by themselves, for peft, to ``out/adapter``.
+
     Args:
         checkpoint: a checkpoint directory, a pointer to one (``checkpoints/best``), or a run directory for
             its latest one.
@@ -38,9 +40,19 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) ->
 
     check_model_path(config.model)
     model = load_model(config.model, torch.float32)
-    state = model.state_dict()
-    load_model_state(state, str(path / "actor"))
-    model.load_state_dict(state)
+    lora = config.actor.lora
+    if lora.rank:
+        from mssr.models.lora import add_adapters, is_adapter, peft_config, remove_adapters, save_adapter
+
+        described = peft_config(model, lora)
+        add_adapters(model, lora, config.seed)
+        state = {name: value for name, value in model.state_dict().items() if is_adapter(name)}
+        load_model_state(state, str(path / "actor"))
+        save_adapter(state, described, config.model.path, out / "adapter")
+        remove_adapters(model)
+    else:
+        state = model.state_dict()
+        load_model_state(state, str(path / "actor"))
     stored = transformers.AutoConfig.from_pretrained(config.model.path).dtype or torch.float32
     model.to(stored if dtype is None else getattr(torch, dtype))
     out.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,13 @@ _DEPENDS_ON = (
     "seed model. data. reward. algorithm.baseline.init_rollouts rollout.engine rollout.temperature "
     "rollout.max_response_length"
 ).split()
-_INDEPENDENT_OF = ("data.val", "data.image_cache_gib", "data.max_bad_fraction", "data.shuffle", "reward.workers")
+_INDEPENDENT_OF = (
+    "data.val",
+    "data.image_cache_gib",
+    "data.max_bad_fraction",
+    "data.shuffle",
+    "reward.workers",
+)
 
 
 def initialize_values(

@@ -38,6 +38,7 @@ FREE_TO_CHANGE = (
     "actor.head_chunk_tokens",
     "actor.score_early",
     "actor.activation_checkpointing",
+    "actor.offload",
     "actor.max_nonfinite_updates",
     "data.max_bad_fraction",
     "data.cache_dir",
@@ -46,7 +47,7 @@ FREE_TO_CHANGE = (
 )
 """Keys and sections that say how a run is computed and not what it computes."""
 
-LISTED = ("data.val", "reward.time_limit_s")
+LISTED = ("data.val", "reward.time_limit_s", "actor.lora.dropout")
 """Keys within those of `MEANING` that the state does not depend on."""
 
 MEANING = (
@@ -56,6 +57,10 @@ MEANING = (
     "reward",
     "algorithm",
     "sampler",
+    "actor.lora",
+    "actor.optimizer",
+    "actor.master_dtype",
+    "actor.rounding",
     "rollout.engine",
     "rollout.n",
     "rollout.rollouts_per_step",

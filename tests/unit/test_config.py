@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from mssr import algorithms
 from mssr.cli import main
 from mssr.config import to_dict
+from mssr.config_checks import advice
 from mssr.config_loading import from_dict, load_config
 from mssr.errors import UserError
 
@@ -34,6 +36,11 @@ DIGITS = Path(__file__).parents[2] / "configs/digits/mssr.yaml"
         ("trainer.loggers=[comet]", "trainer.loggers"),
         ("model.attn_implementation=flash", "must be one of auto, varlen, sdpa, eager, flash_attention_2"),
         ("actor.vision_cache_gib=2", "read by nothing with model.freeze_vision=false"),
+        ("actor.lora.alpha=8", "read by nothing with actor.lora.rank=0"),
+        ("actor.lora.rank=-1", "actor.lora.rank=-1 must not be negative"),
+        ("actor.rounding=kahan", "read by nothing with actor.master_dtype=float32"),
+        ("actor.optimizer=sgd", "actor.optimizer=sgd must be one of adamw, adamw_8bit"),
+        ("actor.offload=disk", "actor.offload=disk must be one of none, optimizer, all"),
         ("nonsense", "must look like key=value"),
     ],
 )
@@ -44,6 +51,41 @@ def test_a_bad_override_is_one_line_that_names_the_key(
     captured = capsys.readouterr()
     assert words in captured.err
     assert captured.err.count("\n") == 1 and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("actor.optimizer=adamw_8bit actor.master_dtype=bfloat16", "set actor.master_dtype=float32"),
+        ("actor.optimizer=adamw_8bit actor.offload=all", "actor.offload=all runs the optimizer on the host"),
+        ("actor.offload=all actor.keep_gathered=true", "actor.keep_gathered=true holds whole parameters"),
+        ("actor.lora.rank=4 actor.lora.dropout=1", "actor.lora.dropout=1.0 must be below 1"),
+    ],
+)
+def test_memory_options_that_contradict_each_other_are_refused(overrides: str, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(DIGITS, ["actor.keep_gathered=false", *overrides.split()])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "package", "extra"),
+    [("actor.lora.rank=4", "peft", "lora"), ("actor.optimizer=adamw_8bit", "torchao", "int8")],
+)
+def test_a_package_that_is_missing_is_named(
+    override: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_config(DIGITS, [override])
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == package else find_spec(n))
+    with pytest.raises(UserError, match=rf"needs the package {package}; install mssr\[{extra}\]"):
+        load_config(DIGITS, [override])
+
+
+def test_with_adapters_features_are_kept_and_a_rate_for_full_training_is_told() -> None:
+    config = load_config(DIGITS, ["actor.lora.rank=4", "actor.vision_cache_gib=2", "actor.lr=1e-6"])
+    assert not config.trains_vision
+    assert any("actor.lr=1e-06 is a rate for full training" in line for line in advice(config))
 
 
 def test_grpo_with_one_response_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,7 +129,8 @@ def change(key: str, value: Any, **base: Any) -> tuple[dict[str, Any], dict[str,
     "key",
     "model.path model.freeze_vision data.train data.id_column data.max_prompt_length data.shuffle "
     "reward.name reward.options reward.format algorithm.name algorithm.baseline.prior_strength "
-    "algorithm.discount.eta_min sampler.name seed rollout.n rollout.rollouts_per_step rollout.engine".split(),
+    "algorithm.discount.eta_min sampler.name seed rollout.n rollout.rollouts_per_step rollout.engine "
+    "actor.lora.rank actor.lora.alpha actor.optimizer actor.master_dtype actor.rounding".split(),
 )
 def test_what_the_state_means_may_not_change(key: str) -> None:
     value = {"tolerance": 0.1} if key == "reward.options" else 7
@@ -143,7 +144,7 @@ def test_what_the_state_means_may_not_change(key: str) -> None:
     "key",
     "actor.lr actor.lr_schedule actor.warmup_steps actor.weight_decay actor.max_grad_norm actor.betas "
     "actor.updates_per_step rollout.temperature rollout.max_response_length watch.patience data.val "
-    "reward.time_limit_s".split(),
+    "reward.time_limit_s actor.lora.dropout".split(),
 )
 def test_what_changes_the_course_is_listed(key: str) -> None:
     old = flatten(to_dict(Config()))[key]
@@ -155,7 +156,7 @@ def test_what_changes_the_course_is_listed(key: str) -> None:
     "key",
     "experiment_name trainer.run_dir trainer.steps trainer.resume_force cluster.launcher rollout.workers "
     "rollout.engine_options rollout.max_num_seqs actor.num_ranks actor.micro_batch_tokens data.cache_dir "
-    "reward.workers".split(),
+    "reward.workers actor.offload".split(),
 )
 def test_how_it_is_computed_may_change_silently(key: str) -> None:
     old, new = change(key, {"swap": 1} if key.endswith("options") else 77)

@@ -1,0 +1,107 @@
+"""Optimizer states that wait in host memory, and are on the device only while they are needed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from mssr.actor.distributed import local_tensor
+
+PART_BYTES = 2**30
+"""About so much of the states is on the device at the same time."""
+
+
+def with_offload(
+    optimizer: torch.optim.Optimizer, offload: str, device: torch.device
+) -> torch.optim.Optimizer | OffloadedOptimizer:
+    """The optimizer as ``actor.offload`` wants it. On CPU there is nothing to move, and with "all" its states
+    are on the host in any case, beside the parameters."""
+    if offload == "optimizer" and device.type == "cuda":
+        return OffloadedOptimizer(optimizer)
+    return optimizer
+
+
+class OffloadedOptimizer:
+    """An optimizer whose states wait in host memory. It steps the parameters part by part, which changes
+    nothing, because every parameter is stepped by itself.
+
+    A state keeps its tensor on the device, whose memory is freed meanwhile; the copy in host memory is pinned
+    where there is a GPU, so that it is moved at full speed and in the order of the device's other work.
+
+    Args:
+        optimizer: with one group of parameters.
+        part_bytes: how much of the states is on the device at the same time.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, part_bytes: int = PART_BYTES) -> None:
+        assert len(optimizer.param_groups) == 1
+        self.optimizer = optimizer
+        self._part_bytes = part_bytes
+        self._host: dict[tuple[torch.Tensor, str], torch.Tensor] = {}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        """Like the optimizer's."""
+        [group] = self.optimizer.param_groups
+        everything = group["params"]
+        try:
+            for part in self._parts(everything):
+                group["params"] = part
+                self._fetch(part)
+                self.optimizer.step()
+                self._put(part)
+        finally:
+            group["params"] = everything
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """All states are on the device, to be saved, or loaded into."""
+        [group] = self.optimizer.param_groups
+        self._fetch(group["params"])
+        try:
+            yield
+        finally:
+            self._put(group["params"])
+
+    def _parts(self, parameters: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        # A state is at most two float32 an element.
+        part: list[torch.Tensor] = []
+        for parameter in parameters:
+            if part and 8 * sum(local_tensor(p).numel() for p in [*part, parameter]) > self._part_bytes:
+                yield part
+                part = []
+            part.append(parameter)
+        yield part
+
+    def _states(
+        self, parameters: list[torch.Tensor]
+    ) -> Iterator[tuple[tuple[torch.Tensor, str], torch.Tensor]]:
+        """((parameter, name), what this rank holds of the state)."""
+        for parameter in parameters:
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                if name != "step":  # a number, on the host in any case
+                    yield (parameter, name), local_tensor(value)
+
+    @torch.no_grad()
+    def _put(self, parameters: list[torch.Tensor]) -> None:
+        for key, state in self._states(parameters):
+            if key not in self._host:
+                self._host[key] = torch.empty(state.shape, dtype=state.dtype, pin_memory=state.is_cuda)
+            self._host[key].copy_(state, non_blocking=True)
+            state.untyped_storage().resize_(0)
+
+    @torch.no_grad()
+    def _fetch(self, parameters: list[torch.Tensor]) -> None:
+        for key, state in self._states(parameters):
+            if state.nbytes and not state.untyped_storage().nbytes():
+                state.untyped_storage().resize_(state.nbytes)
+                state.copy_(self._host[key], non_blocking=True)
