@@ -116,9 +116,9 @@ class KLConfig:
 class CorrectionConfig:
     """Importance weights for the mismatch of engine and actor: ratio = pi_actor / pi_engine."""
 
-    weight: str = "none"
+    weight: str | None = None
     """none, token (min(ratio, max_weight) on every token's policy loss) or sequence (the ratio of the
-    whole response)."""
+    whole response). null: token with rollout.lag=1, whose responses are of older weights, else none."""
     max_weight: float = 2.0
     """Where the weights are truncated."""
     mask: str = "none"

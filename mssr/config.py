@@ -51,8 +51,11 @@ class RolloutConfig:
     """Sampling temperature; the actor's log-probs use it too."""
     max_response_length: int = 2048
     """Longest response in tokens."""
+    lag: int = 0
+    """1: the next step's responses are generated, with the weights as they are, while the actor trains on
+    this step's; algorithm.correction accounts for the difference. 0: one after the other."""
     workers: int = 1
-    """Number of engines; the requests of a step are shared out among them."""
+    """Number of engines; they share one queue of requests."""
     max_num_seqs: int = 256
     """Sequences an engine decodes at the same time."""
     kv_cache_gib: int = 4
@@ -92,6 +95,9 @@ class ActorConfig:
     layer and pass: less communication for more memory, right for small models."""
     head_chunk_tokens: int = 256
     """As many logits exist at the same time (twice) as so many tokens have."""
+    score_early: str = "auto"
+    """Have the ranks score responses (log-probs before the step and of the reference) while others are still
+    being generated: always, never, or auto (where ranks have GPUs of their own, which would be idle)."""
     kl_probe_fraction: float = 0.25
     """Share of a step's rollouts on which the KL of the update is measured, in (0, 1]."""
     vision_cache_gib: float = 1.0
@@ -283,6 +289,12 @@ class Config:
         loss = self.algorithm.loss
         own = self.method.aggregation or policy_losses.loss_aggregation(loss.name) or "token_mean"
         return _own(loss.aggregation, own)
+
+    @property
+    def correction_options(self) -> dict[str, Any]:
+        """Those of `mssr.algorithms.correction.rollout_correction`."""
+        options = to_dict(self.algorithm.correction)
+        return options | {"weight": _own(options["weight"], "token" if self.rollout.lag else "none")}
 
     @property
     def constant_length(self) -> int:

@@ -18,6 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.attn_implementation": ("auto", "varlen", "sdpa", "eager", "flash_attention_2"),
     "rollout.engine": ("vllm", "hf"),
+    "actor.score_early": ("auto", "always", "never"),
     "actor.lr_schedule": ("constant", "linear", "cosine"),
     "cluster.launcher": ("ray", "local"),
     "cluster.device": ("auto", "cpu", "cuda"),
@@ -85,10 +86,36 @@ def validate(config: Config) -> None:
             f"actor.updates_per_step={config.actor.updates_per_step} does not divide "
             f"rollout.rollouts_per_step={rollouts}"
         )
+    _check_overlap(config)
     if config.cluster.launcher == "local":
         for key in ("actor.num_ranks", "rollout.workers"):
             if flat[key] != 1:
                 raise UserError(f"cluster.launcher=local runs in one process; set {key}=1")
+
+
+def _check_overlap(config: Config) -> None:
+    """What may run at the same time."""
+    lag, early = config.rollout.lag, config.actor.score_early == "always"
+    if lag not in (0, 1):
+        raise UserError(f"rollout.lag={lag} must be 0 or 1")
+    if config.cluster.launcher == "local" and (lag or early):
+        key = "rollout.lag=1" if lag else "actor.score_early=always"
+        raise UserError(f"{key} lets engines and ranks work at the same time: it needs cluster.launcher=ray")
+    if lag and early:
+        raise UserError(
+            "actor.score_early=always with rollout.lag=1: the ranks train while responses are generated; remove "
+            "one of them"
+        )
+    if lag and config.correction_options["weight"] == "none" and config.algorithm.correction.mask == "none":
+        raise UserError(
+            "rollout.lag=1 trains on responses of older weights and algorithm.correction.weight=none does not "
+            "correct for it; remove that, or set algorithm.correction.mask"
+        )
+    if lag and config.sampler.dynamic and config.sampler_name == "uncertainty":
+        raise UserError(
+            "rollout.lag=1 with sampler.dynamic=true and sampler.name=uncertainty: further draws would "
+            "depend on how far the training of the step before is; turn one of them off"
+        )
 
 
 def responses_per_prompt(config: Config) -> int:
@@ -201,7 +228,7 @@ def _try_loss(config: Config) -> None:
 
     token, length = torch.zeros(1), torch.ones(1, dtype=torch.int64)
     policy_loss(token, token, token, length, name=config.algorithm.loss.name, **config.loss_options)
-    rollout_correction(token, token, length, **to_dict(config.algorithm.correction))
+    rollout_correction(token, token, length, **config.correction_options)
     aggregation_denominator(length, config.aggregation, config.constant_length)
 
 
@@ -326,7 +353,8 @@ def _readers(config: Config) -> dict[str, tuple[bool, str]]:
     also("algorithm.kl.estimator algorithm.kl.target", section.kl.coef > 0, "algorithm.kl.coef=0")
     also("algorithm.kl.horizon", section.kl.target is not None, "algorithm.kl.target=null")
     correction = section.correction
-    also("algorithm.correction.max_weight", correction.weight != "none", "algorithm.correction.weight=none")
+    weighted = config.correction_options["weight"] != "none"
+    also("algorithm.correction.max_weight", weighted, "algorithm.correction.weight=none")
     also(
         "algorithm.correction.mask_low algorithm.correction.mask_high",
         correction.mask != "none",

@@ -88,6 +88,8 @@ class TrainBatch:
     """(sum of T,) in place of ``advantages`` where those of a response's tokens differ (KL in the reward)."""
     old_log_probs: npt.NDArray[np.float32] | None = None
     """(sum of T,) under the policy before the step, if they are known already."""
+    reference_log_probs: npt.NDArray[np.float32] | None = None
+    """(sum of T,) under the frozen base model, if they are known already."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference in this step's loss."""
 

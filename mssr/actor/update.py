@@ -21,7 +21,7 @@ from mssr.actor.planning import MicroBatch, Planner, UpdatePlan
 from mssr.actor.prompts import PromptCache
 from mssr.algorithms.losses import kl_penalty
 from mssr.algorithms.objective import KnownTokens, LossInParts, Objective, TokenBatch
-from mssr.config import Config, to_dict
+from mssr.config import Config
 from mssr.heartbeat import beat
 from mssr.models.cost import CostModel
 from mssr.models.packing import PackedBatch, pack
@@ -160,6 +160,7 @@ class PolicyUpdater:
         """Log-probs of the policy before the step and of the reference from one packing; the anchor's."""
         passes = plan.ranks[self.rank]
         use_reference = self.reference is not None and not self.config.kl_in_reward
+        use_reference &= state.batch.reference_log_probs is None
         if needs_old or use_reference:
             for micro, packed in self._packed(state.batch, passes):
                 if needs_old:
@@ -217,6 +218,9 @@ class PolicyUpdater:
         else:
             per_sequence = torch.from_numpy(batch.advantages[list(sequences)]).to(self.device)
             advantages = per_sequence.repeat_interleave(lengths)
+        reference = _gather(state.reference, sequences) if state.reference else None
+        if batch.reference_log_probs is not None:
+            reference = self._of_tokens(state, batch.reference_log_probs, sequences)
         has_image = None
         if state.anchor:
             images = torch.from_numpy(self._has_images(batch)[list(sequences)]).to(self.device)
@@ -226,7 +230,7 @@ class PolicyUpdater:
             engine_log_probs=self._of_tokens(state, batch.engine_log_probs, sequences),
             advantages=advantages,
             lengths=lengths,
-            reference_log_probs=_gather(state.reference, sequences) if state.reference else None,
+            reference_log_probs=reference,
             anchor_log_probs=_gather(state.anchor, sequences) if state.anchor else None,
             has_image=has_image,
         )
@@ -343,5 +347,5 @@ def make_objective(config: Config) -> Objective:
         kl_estimator=section.kl.estimator,  # type: ignore[arg-type]
         entropy_coef=section.loss.entropy_coef,
         anchor_coef=section.loss.text_anchor_coef,
-        correction=to_dict(section.correction),
+        correction=config.correction_options,
     )

@@ -14,6 +14,9 @@ Report = Callable[[str, str], None]
 """Called as ``report(event, detail)`` before something that was lost is replaced; raises `TrainingError`
 if that happened too often."""
 
+OnFinished = Callable[[int, Rollout], None]
+"""Called with a rollout and the index of its request, in the thread that generates."""
+
 
 class SaveHandle(Protocol):
     """A checkpoint of the ranks that is being written."""
@@ -39,8 +42,21 @@ class Cluster(Protocol):
     `WorkersLostError`; then `restart`, `load` and `sync_weights` make the cluster usable again.
     """
 
-    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        params: SamplingParams,
+        on_finished: OnFinished | None = None,
+        stoppable: bool = True,
+    ) -> list[Rollout]:
         """One rollout a request, in their order, from all engines together.
+
+        May run in a thread of its own beside `update` and `log_probs`.
+
+        Args:
+            requests: those first that are likely to take longest; engines begin with them.
+            on_finished: told of each rollout as it ends.
+            stoppable: give up where the user wants the run to end; False finishes first.
 
         Raises:
             StopRequestedError: the user wants the run to end; what was generated is lost.
@@ -49,6 +65,11 @@ class Cluster(Protocol):
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         """One policy update on all ranks; returns its metrics."""
+        ...
+
+    @property
+    def ranks_idle_in_rollout(self) -> bool:
+        """Whether the ranks have devices of their own, which do nothing while engines generate."""
         ...
 
     def log_probs(self, batch: TrainBatch, reference: bool = False) -> TokenLogProbs:
@@ -96,7 +117,7 @@ def launch(config: Config, report: Report, stop: Callable[[], bool]) -> Cluster:
         return RayCluster(config, report, stop)
     from mssr.cluster.local import LocalCluster
 
-    return LocalCluster(config)
+    return LocalCluster(config, stop)
 
 
 def join_log_probs(shares: Iterable[dict[int, tuple[np.ndarray, ...]]], reference: bool) -> TokenLogProbs:

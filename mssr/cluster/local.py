@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mssr.actor.worker import PolicyWorker, resolve_device
-from mssr.cluster.base import SaveHandle, join_log_probs
+from mssr.cluster.base import OnFinished, SaveHandle, join_log_probs
 from mssr.cluster.memory import rss_gib
 from mssr.config import Config
+from mssr.errors import StopRequestedError
+from mssr.rollout.queue import RequestQueue
 from mssr.rollout.weights import pack_weights
 from mssr.rollout.worker import RolloutWorker
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
@@ -22,9 +24,10 @@ class LocalCluster:
     With ``actor.num_ranks=0``, which only an evaluation has, there is no rank, and `generate` is all it does.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, stop: Callable[[], bool]) -> None:
         import torch
 
+        self._stop = stop
         device = resolve_device(config.cluster.device)
         self._scratch = tempfile.TemporaryDirectory(prefix="mssr-")
         # vLLM replaces torch.set_num_threads; the count of the whole process is set before.
@@ -37,8 +40,26 @@ class LocalCluster:
         self._has_actor = config.actor.num_ranks > 0
         self._rollout = RolloutWorker(config, device)
 
-    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
-        return self._rollout.generate(requests, params)
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        params: SamplingParams,
+        on_finished: OnFinished | None = None,
+        stoppable: bool = True,
+    ) -> list[Rollout]:
+        found: dict[int, Rollout] = {}
+        for part in self._rollout.generate(RequestQueue(enumerate(requests)), params):
+            if stoppable and self._stop():
+                raise StopRequestedError
+            for index, rollout in part:
+                found[index] = rollout
+                if on_finished is not None:
+                    on_finished(index, rollout)
+        return [found[i] for i in range(len(requests))]
+
+    @property
+    def ranks_idle_in_rollout(self) -> bool:
+        return False
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         return self._actor.update(batch, step)

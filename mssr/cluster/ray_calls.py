@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,38 @@ class Calls:
                     continue
                 del pending[ref]
         return [outcomes[ref] for _, ref in refs]
+
+    def parts(
+        self, streams: Mapping[Worker, Any], stop: Callable[[], bool] | None = None
+    ) -> Iterator[tuple[Worker, Any]]:
+        """What streaming calls yield, as it comes, with whose it is.
+
+        A call that fails yields its `Failure` and nothing after it. Ends when all calls have ended.
+
+        Raises:
+            StopRequestedError: ``stop`` said so.
+        """
+        pending = {stream: worker for worker, stream in streams.items()}
+        watch = _Watch(self._limit)
+        while pending:
+            if stop is not None and stop():
+                raise StopRequestedError
+            ready, _ = ray.wait(list(pending), timeout=self._poll_s, fetch_local=False)
+            for stream in ready:
+                worker = pending[stream]
+                try:
+                    part = _outcome(worker, next(stream))
+                except StopIteration:
+                    del pending[stream]
+                    continue
+                if isinstance(part, Failure):
+                    del pending[stream]
+                yield worker, part
+            for stream, worker in list(pending.items()):
+                silent = watch.silent_s(worker)
+                if silent is not None:
+                    del pending[stream]
+                    yield worker, Failure(worker, WorkerHungError(f"no sign of life for {silent:.0f} s"))
 
 
 def stacks(workers: Sequence[Worker], timeout_s: float = 5.0) -> str:

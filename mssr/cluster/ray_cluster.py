@@ -16,9 +16,10 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from mssr.cluster.base import Report, SaveHandle, join_log_probs
+from mssr.cluster.base import OnFinished, Report, SaveHandle, join_log_probs
 from mssr.cluster.memory import rss_gib
 from mssr.cluster.ray_calls import HEALTH, Calls, Failure, Worker, WorkerDiedError, WorkerHungError, stacks
+from mssr.cluster.ray_generation import FEEDING, Generation
 from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
 from mssr.config import Config
 from mssr.errors import EngineError, UserError, WorkersLostError
@@ -48,6 +49,8 @@ class RayCluster:
         self._stop = stop
         self._calls = Calls(config.cluster.hang_timeout_s)
         self._version = 0
+        self._weights: list[Any] | None = None
+        """Those of the last transfer, where they are kept."""
         self._group: Any = None
         self._ranks: list[Worker] = []
         self._engines: list[Worker] = []
@@ -62,21 +65,24 @@ class RayCluster:
             self.shutdown()
             raise
 
-    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
-        rollouts: dict[int, Rollout] = {}
-        missing = list(range(len(requests)))
-        while missing:
-            # Dealt out like cards, so that neighbours in the order, alike in length, are spread.
-            shares = [missing[k :: len(self._engines)] for k in range(len(self._engines))]
-            results = self._call_engines(
-                [e.handle.generate.remote([requests[i] for i in s], params) for e, s in self._with(shares)],
-                stop=self._stop,
-            )
-            for share, result in zip(shares, results, strict=True):
-                if result is not None:
-                    rollouts.update(zip(share, result, strict=True))
-            missing = [i for i in missing if i not in rollouts]
-        return [rollouts[i] for i in range(len(requests))]
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        params: SamplingParams,
+        on_finished: OnFinished | None = None,
+        stoppable: bool = True,
+    ) -> list[Rollout]:
+        slots = self._config.rollout.max_num_seqs
+        stop = self._stop if stoppable else None
+        generation = Generation(self._calls, requests, params, slots, on_finished, stop)
+        while not generation.done:
+            for failure in generation.run(self._engines):
+                self._after_failure(self._engines.index(failure.worker), failure)
+        return generation.result()
+
+    @property
+    def ranks_idle_in_rollout(self) -> bool:
+        return self._device == "cuda"
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         shared = ray.put(batch)
@@ -87,8 +93,10 @@ class RayCluster:
         return join_log_probs(self._call_ranks("log_probs", ray.put(batch), reference), reference)
 
     def sync_weights(self, version: int) -> None:
-        self._version = version
         weights = self._call_ranks("export_weights")[0]
+        self._version = version
+        # Where engines generate while the ranks train, one that is replaced needs what the others have.
+        self._weights = weights if self._config.rollout.lag else None
         # An engine that fails here is replaced by one that has the weights.
         self._call_engines([e.handle.load_weights.remote(weights, version) for e in self._engines])
 
@@ -171,7 +179,7 @@ class RayCluster:
     def _remote(self, cls: type, name: str, index: int, log: str) -> Worker:
         cluster, logs = self._config.cluster, os.path.abspath(self._config.run_dir / "logs")
         threads = cluster.threads_per_actor if cls is RayPolicyWorker else cluster.threads_per_rollout
-        actor = ray.remote(concurrency_groups={HEALTH: 1, SAVING: 1})(cls).options(
+        actor = ray.remote(concurrency_groups={HEALTH: 1, SAVING: 1, FEEDING: 1})(cls).options(
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self._group, placement_group_bundle_index=index
             ),
@@ -182,21 +190,21 @@ class RayCluster:
         self._processes[worker] = worker.handle.process.options(concurrency_group=HEALTH).remote()
         return worker
 
-    def _with(self, shares: Sequence[Any]) -> zip[tuple[Worker, Any]]:
-        return zip(self._engines, shares, strict=True)
-
-    def _call_engines(self, refs: list[Any], stop: Callable[[], bool] | None = None) -> list[Any]:
+    def _call_engines(self, refs: list[Any]) -> list[Any]:
         """A call of every engine. One that failed is replaced, has the weights, and its result is None."""
-        results = self._calls.gather(list(self._with(refs)), stop=stop)
+        results = self._calls.gather(list(zip(self._engines, refs, strict=True)))
         for k, result in enumerate(results):
-            if not isinstance(result, Failure):
-                continue
-            if not (_is_lost(result) or isinstance(result.error, EngineError)):
-                assert result.error is not None
-                raise result.error
-            self._replace_engine(k, result)
-            results[k] = None
+            if isinstance(result, Failure):
+                self._after_failure(k, result)
+                results[k] = None
         return results
+
+    def _after_failure(self, k: int, failure: Failure) -> None:
+        """Replace an engine, if that helps."""
+        if not (_is_lost(failure) or isinstance(failure.error, EngineError)):
+            assert failure.error is not None
+            raise failure.error
+        self._replace_engine(k, failure)
 
     def _replace_engine(self, k: int, failure: Failure) -> None:
         hung = isinstance(failure.error, WorkerHungError)
@@ -205,7 +213,7 @@ class RayCluster:
         self._report("engine_hung" if hung else "engine_died", f"{failure}{where}; it is replaced")
         self._start([k], [])
         if self._version:
-            weights = self._call_ranks("export_weights")[0]
+            weights = self._weights or self._call_ranks("export_weights")[0]
             engine = self._engines[k]
             call = engine.handle.load_weights.remote(weights, self._version)
             [loaded] = self._calls.gather([(engine, call)])

@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mssr import heartbeat
 from mssr.config import Config
-from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
+from mssr.rollout.queue import Finished, Numbered, RequestQueue
+from mssr.types import SamplingParams, TrainBatch
 
 if TYPE_CHECKING:
     import numpy as np
 
     from mssr.actor.worker import PolicyWorker
+
+HANDFUL = 16
+"""One in so many of an engine's slots: the rollouts that it returns together."""
+MAX_DELAY_S = 2.0
+"""Longest that a rollout waits for others to be returned with."""
 
 
 class RayWorker:
@@ -100,17 +108,54 @@ class RayPolicyWorker(RayWorker):
 class RayRolloutWorker(RayWorker):
     """An engine. `start`, then the methods of `RolloutWorker`."""
 
+    def __init__(self, log_file: str, threads: int) -> None:
+        super().__init__(log_file, threads)
+        self._lock = threading.Lock()
+        self._queues: dict[int, RequestQueue] = {}
+
     def start(self, config: Config, device: str, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
         from mssr.rollout.worker import RolloutWorker
 
+        self._slots = config.rollout.max_num_seqs
         self._worker = RolloutWorker(config, device)
 
-    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
-        heartbeat.beat()
-        return self._worker.generate(requests, params)
+    def generate(self, call: int, requests: Sequence[Numbered], params: SamplingParams) -> Iterator[Finished]:
+        """Answer these requests, and those that `feed` brings until it ends the call.
+
+        Rollouts that end are handed over by the handful, which costs the driver less than one by one.
+        """
+        queue = self._queue(call)
+        queue.put(requests)
+        handful = max(1, self._slots // HANDFUL)
+        ended: Finished = []
+        returned, since = 0, time.monotonic()
+        for part in self._worker.generate(queue, params):
+            heartbeat.beat()
+            ended += part
+            idle = queue.taken == returned + len(ended)
+            late = time.monotonic() - since > MAX_DELAY_S
+            if ended and (idle or late or len(ended) >= handful):
+                yield ended
+                returned, since = returned + len(ended), time.monotonic()
+                ended = []
+        with self._lock:
+            del self._queues[call]
+
+    def feed(self, call: int, requests: Sequence[Numbered] | None) -> None:
+        """Further requests for a call of `generate`, or None: no more will come. Called in a thread of its
+        own, perhaps before that call has begun."""
+        queue = self._queue(call)
+        if requests is None:
+            queue.close()
+        else:
+            queue.put(requests)
+
+    def _queue(self, call: int) -> RequestQueue:
+        with self._lock:
+            return self._queues.setdefault(call, RequestQueue(open=True))
 
     def load_weights(self, weights: list[Any], version: int) -> None:
         """``weights``: what `RayPolicyWorker.export_weights` gave on rank 0."""

@@ -2,5 +2,15 @@
 
 from mssr.rewards.base import RewardInput, RewardResult
 from mssr.rewards.scoring import ScoredBatch, Scorer, advice, check, names
+from mssr.rewards.stream import ScoringStream
 
-__all__ = ["RewardInput", "RewardResult", "ScoredBatch", "Scorer", "advice", "check", "names"]
+__all__ = [
+    "RewardInput",
+    "RewardResult",
+    "ScoredBatch",
+    "Scorer",
+    "ScoringStream",
+    "advice",
+    "check",
+    "names",
+]

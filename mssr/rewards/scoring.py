@@ -15,6 +15,7 @@ from mssr import plugins
 from mssr.errors import TrainingError, UserError
 from mssr.rewards import functions, penalties
 from mssr.rewards.base import Failure, RewardInput, RewardResult
+from mssr.rewards.batch import Outcome
 from mssr.rewards.pool import ProcessPool
 from mssr.rewards.worker import Job
 
@@ -106,7 +107,14 @@ class Scorer:
             TrainingError: ``error_limit`` is reached, or the processes cannot be kept running.
             ValueError: the scorer is closed.
         """
-        outcomes = self._pool.run(inputs)
+        return self.combine(inputs, self.outcomes(inputs))
+
+    def outcomes(self, inputs: Sequence[RewardInput]) -> list[Outcome]:
+        """What came of each response; the first half of `score`, for parts of a batch."""
+        return self._pool.run(inputs)
+
+    def combine(self, inputs: Sequence[RewardInput], outcomes: Sequence[Outcome]) -> ScoredBatch:
+        """The outcomes of a whole batch as its scores; the second half of `score`."""
         failures = {i: o for i, o in enumerate(outcomes) if isinstance(o, Failure)}
         for i, failure in failures.items():
             self._log_first(i, inputs[i], failure)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from mssr.config import Config
-from mssr.types import Rollout, RolloutRequest, SamplingParams
+from mssr.rollout.queue import Finished, RequestQueue
+from mssr.types import SamplingParams
 
 if TYPE_CHECKING:
     import torch
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
 class RolloutEngine(Protocol):
     """Generates responses; holds its own copy of the policy."""
 
-    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
-        """One response a request, in the order of the requests.
+    def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
+        """One response a request, until the queue is closed and empty.
+
+        Yields after every step of the engine what ended in it, perhaps nothing.
 
         What is sampled depends on the request's seed and the weights, not on the other requests.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from mssr.data.prompt_source import PromptSource
 from mssr.heartbeat import beat
 from mssr.models.loading import load_model
 from mssr.models.policy import vision_placeholder_ids
+from mssr.rollout.queue import Finished, RequestQueue
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
 
@@ -34,12 +35,10 @@ class HfEngine:
         eos = tokenizer.eos_token_id if eos is None else eos
         self._eos = set(eos if isinstance(eos, list) else [eos])
 
-    @torch.inference_mode()
-    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
-        rollouts: list[Rollout] = []
-        for start in range(0, len(requests), self._batch):
-            rollouts += self._generate_batch(requests[start : start + self._batch], params)
-        return rollouts
+    def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
+        while taken := requests.take(self._batch, wait=True):
+            numbers, batch = zip(*taken, strict=True)
+            yield list(zip(numbers, self._generate_batch(batch, params), strict=True))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         self._model.load_state_dict(dict(weights), strict=True)
@@ -48,6 +47,7 @@ class HfEngine:
     def close(self) -> None:
         """Nothing to give back."""
 
+    @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
         prompts = [self._prompts.get(r.prompt_id) for r in requests]
         images = [image for _, prompt_images in prompts for image in prompt_images]

@@ -6,7 +6,7 @@ vLLM rebinds threads and claims memory, so this belongs in a process of its own.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from mssr.data.prompt_source import PromptSource
 from mssr.errors import EngineError, UserError
 from mssr.heartbeat import beat
 from mssr.models.policy import vision_placeholder_ids
+from mssr.rollout.queue import Finished, Numbered, RequestQueue
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
 SUPPORTED_VLLM = "0.32"
@@ -74,25 +75,27 @@ class VllmEngine:
             torch.set_num_threads = lambda count: None  # type: ignore[assignment]
         self._banned = vision_placeholder_ids(self._llm.llm_engine.model_config.hf_config)
 
-    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
-        inputs = [self._input(r.prompt_id) for r in requests]
-        sampling = [self._sampling(r, params) for r in requests]
-        try:
-            outputs = self._run(inputs, sampling)
-        except Exception as error:  # a dead engine raises its own types, with megabytes of input
-            last = (str(error).strip() or type(error).__name__).splitlines()[-1][:300]
-            raise EngineError(f"vLLM failed: {last}") from error
-        return [self._rollout(r, o) for r, o in zip(requests, outputs, strict=True)]
-
-    def _run(self, inputs: list[dict[str, Any]], sampling: list[Any]) -> list[Any]:
-        """What `LLM.generate` does, with a sign of life at every step of the engine."""
+    def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
         engine = self._llm.llm_engine
-        self._llm.enqueue(inputs, sampling, use_tqdm=False)
-        finished = []
-        while engine.has_unfinished_requests():
-            beat()
-            finished += [output for output in engine.step() if output.finished]
-        return sorted(finished, key=lambda output: int(output.request_id))
+        running: dict[str, Numbered] = {}
+        while (taken := requests.take(wait=not running)) or running:
+            try:
+                running.update(self._enqueue(taken, params))
+                beat()
+                ended = [output for output in engine.step() if output.finished]
+            except Exception as error:  # a dead engine raises its own types, with megabytes of input
+                last = (str(error).strip() or type(error).__name__).splitlines()[-1][:300]
+                raise EngineError(f"vLLM failed: {last}") from error
+            numbered = [(running.pop(output.request_id), output) for output in ended]
+            yield [(number, self._rollout(request, output)) for (number, request), output in numbered]
+
+    def _enqueue(self, requests: Sequence[Numbered], params: SamplingParams) -> dict[str, Numbered]:
+        """Hand requests to vLLM; returns them by the ids that it gives them."""
+        if not requests:
+            return {}
+        inputs = [self._input(request.prompt_id) for _, request in requests]
+        sampling = [self._sampling(request, params) for _, request in requests]
+        return dict(zip(self._llm.enqueue(inputs, sampling, use_tqdm=False), requests, strict=True))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         # Plain model.load_weights is wrong on CPU, where the weights were prepacked at start.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from mssr.config import Config
 from mssr.rollout.engine import make_engine
+from mssr.rollout.queue import Finished, RequestQueue
 from mssr.rollout.weights import PackedWeights, unpack_weights
-from mssr.types import Rollout, RolloutRequest, SamplingParams
+from mssr.types import SamplingParams
 
 
 class RolloutWorker:
@@ -20,9 +21,9 @@ class RolloutWorker:
     def __init__(self, config: Config, device: str) -> None:
         self._engine = make_engine(config, device)
 
-    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
+    def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
         """See `RolloutEngine.generate`."""
-        return self._engine.generate(requests, params) if requests else []
+        return self._engine.generate(requests, params)
 
     def load_weights(self, weights: PackedWeights, version: int) -> None:
         """See `RolloutEngine.load_weights`."""

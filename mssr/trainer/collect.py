@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from mssr.config import Config
 from mssr.data.dataset import PromptDataset
 from mssr.data.sampler import PromptSampler
 from mssr.errors import TrainingError
-from mssr.rewards import RewardInput, ScoredBatch, Scorer
+from mssr.rewards import RewardInput, ScoredBatch, Scorer, ScoringStream
 from mssr.rollout.seeds import request_seed
+from mssr.trainer.early_scores import EarlyScores, ScoredTokens
+from mssr.trainer.response_lengths import ResponseLengths
 from mssr.trainer.timing import PhaseTimer
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
@@ -30,6 +33,8 @@ class Collected:
     """(B,) float32."""
     metrics: dict[str, float]
     """Over all rollouts that were generated, those that dynamic sampling left out included."""
+    scored: list[ScoredTokens] | None = None
+    """B, where the ranks scored the responses while others were generated."""
 
     @property
     def prompt_ids(self) -> list[str]:
@@ -42,7 +47,10 @@ class Collected:
 
 
 class RolloutCollector:
-    """Draws prompts, has responses generated, and scores them."""
+    """Draws prompts, has responses generated, and scores them as they end.
+
+    Its `timer` is its own, because it may work in another thread than the rest of the step.
+    """
 
     def __init__(
         self,
@@ -51,17 +59,26 @@ class RolloutCollector:
         sampler: PromptSampler,
         scorer: Scorer,
         cluster: Cluster,
-        timer: PhaseTimer,
     ) -> None:
         self.config = config
         self.dataset = dataset
         self.sampler = sampler
         self.scorer = scorer
         self.cluster = cluster
-        self.timer = timer
+        self.timer = PhaseTimer()
+        self.lengths = ResponseLengths()
+        self._scores_early = scores_early(config, cluster)
 
-    def collect(self, step: int) -> Collected:
+    def draw(self) -> list[str]:
+        """The prompts of the next step."""
+        return self.sampler.next(self.config.prompts_per_step)
+
+    def collect(self, step: int, prompt_ids: Sequence[str], stoppable: bool = True) -> Collected:
         """The rollouts of a step.
+
+        Args:
+            prompt_ids: what `draw` gave; dynamic sampling draws more itself.
+            stoppable: as in `Cluster.generate`.
 
         Raises:
             TrainingError: dynamic sampling found too few groups with a signal.
@@ -69,16 +86,21 @@ class RolloutCollector:
         wanted, n = self.config.prompts_per_step, self.config.responses_per_prompt
         dynamic = self.config.sampler.dynamic
         rollouts: list[Rollout] = []
+        early: list[ScoredTokens] = []
         draws: list[ScoredBatch] = []
         kept = np.empty(0, np.int64)
         occurrences: Counter[str] = Counter()
         for _ in range(self.config.sampler.max_draws if dynamic else 1):
-            drawn = self.generate(self.sampler.next(wanted - len(kept) // n), step, n, occurrences)
-            scored = self.score(self.dataset, drawn)
+            if rollouts:
+                prompt_ids = self.sampler.next(wanted - len(kept) // n)
+            drawn, scored, scored_early = self.generate(
+                prompt_ids, step, n, occurrences, self._scores_early, stoppable
+            )
             groups = np.arange(len(drawn)) // n
             live = ~constant_groups(scored.scores, groups) if dynamic else np.ones(len(drawn), bool)
             kept = np.concatenate([kept, len(rollouts) + np.flatnonzero(live)])
             rollouts += drawn
+            early += scored_early
             draws.append(scored)
             if len(kept) == wanted * n:
                 break
@@ -88,24 +110,71 @@ class RolloutCollector:
                 f"{wanted} prompts have responses with different rewards; the data is too easy or too hard "
                 "for this policy, or sampler.dynamic is to be off"
             )
+        self.lengths.observe(rollouts)
         everything = join_scores(draws)
         metrics = rollout_metrics(rollouts, everything)
+        metrics["rollout/policy_lag"] = float(np.mean([step - r.policy_version for r in rollouts]))
         if dynamic:
             metrics["sampler/draws"] = float(len(draws))
             metrics["sampler/kept_fraction"] = len(kept) / len(rollouts)
-        return Collected([rollouts[i] for i in kept], everything.scores[kept], metrics)
+        return Collected(
+            [rollouts[i] for i in kept],
+            everything.scores[kept],
+            metrics,
+            [early[i] for i in kept] if self._scores_early else None,
+        )
 
     def generate(
-        self, prompt_ids: Sequence[str], step: int, n: int, occurrences: Counter[str] | None = None
-    ) -> list[Rollout]:
-        """``n`` responses to every prompt, next to one another.
+        self,
+        prompt_ids: Sequence[str],
+        step: int,
+        n: int,
+        occurrences: Counter[str] | None = None,
+        scores_early: bool = False,
+        stoppable: bool = True,
+    ) -> tuple[list[Rollout], ScoredBatch, list[ScoredTokens]]:
+        """``n`` responses to every prompt, next to one another, with their scores.
 
         Args:
             occurrences: how often the step drew each prompt before; counted on. The seed of a response
                 is a hash of (run seed, step, prompt, sample index), so a prompt that comes again takes
                 further sample indices and gets other responses.
+            scores_early: have the ranks score them too, see `mssr.trainer.early_scores`; else the last
+                result is empty.
+            stoppable: as in `Cluster.generate`.
         """
-        occurrences = Counter() if occurrences is None else occurrences
+        requests = self._requests(prompt_ids, step, n, Counter() if occurrences is None else occurrences)
+        # Engines begin with those that are likely to take longest.
+        expected = self.lengths.expected([r.prompt_id for r in requests])
+        order = np.argsort(-expected, kind="stable").tolist()
+        rollout = self.config.rollout
+        params = SamplingParams(rollout.temperature, rollout.max_response_length)
+        answers = self.dataset.answers([r.prompt_id for r in requests])
+        with contextlib.ExitStack() as stack:
+            rewards = stack.enter_context(ScoringStream(self.scorer))
+            early = None
+            if scores_early:
+                reference = self.config.needs_reference
+                early = stack.enter_context(EarlyScores(self.cluster, order, reference))
+
+            def on_finished(place: int, response: Rollout) -> None:
+                index = order[place]
+                rewards.add(index, _reward_input(response, answers[index]))
+                if early is not None:
+                    early.add(index, response)
+
+            with self.timer("rollout"):
+                ordered = self.cluster.generate([requests[i] for i in order], params, on_finished, stoppable)
+            with self.timer("reward"):
+                scored = rewards.result()
+            with self.timer("score"):
+                scored_early = early.result() if early is not None else []
+        rollouts = dict(zip(order, ordered, strict=True))
+        return [rollouts[i] for i in range(len(order))], scored, scored_early
+
+    def _requests(
+        self, prompt_ids: Sequence[str], step: int, n: int, occurrences: Counter[str]
+    ) -> list[RolloutRequest]:
         requests = []
         for i in prompt_ids:
             first = occurrences[i] * n
@@ -114,24 +183,26 @@ class RolloutCollector:
                 RolloutRequest(i, k, request_seed(self.config.seed, step, i, k))
                 for k in range(first, first + n)
             ]
-        rollout = self.config.rollout
-        with self.timer("rollout"):
-            return self.cluster.generate(
-                requests, SamplingParams(rollout.temperature, rollout.max_response_length)
-            )
+        return requests
 
-    def score(self, dataset: PromptDataset, rollouts: Sequence[Rollout]) -> ScoredBatch:
-        with self.timer("reward"):
-            return self.scorer.score(reward_inputs(dataset, rollouts))
+
+def scores_early(config: Config, cluster: Cluster) -> bool:
+    """Whether the ranks score responses while others are generated: where they may, and it is of use."""
+    wanted = config.actor.score_early
+    of_use = config.needs_reference or config.actor.updates_per_step > 1
+    if wanted == "auto":
+        return of_use and not config.rollout.lag and cluster.ranks_idle_in_rollout
+    return of_use and wanted == "always"
 
 
 def reward_inputs(dataset: PromptDataset, rollouts: Sequence[Rollout]) -> list[RewardInput]:
     """What the reward sees of the rollouts."""
     answers = dataset.answers([r.prompt_id for r in rollouts])
-    return [
-        RewardInput(r.text, answer, len(r.response_token_ids))
-        for r, answer in zip(rollouts, answers, strict=True)
-    ]
+    return [_reward_input(r, answer) for r, answer in zip(rollouts, answers, strict=True)]
+
+
+def _reward_input(rollout: Rollout, answer: str) -> RewardInput:
+    return RewardInput(rollout.text, answer, len(rollout.response_token_ids))
 
 
 def join_scores(batches: Sequence[ScoredBatch]) -> ScoredBatch:

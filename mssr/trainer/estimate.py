@@ -16,7 +16,9 @@ from mssr.algorithms.kl_control import KLController
 from mssr.cluster.base import Cluster
 from mssr.config import Config
 from mssr.errors import UserError
+from mssr.trainer.batch import make_batch
 from mssr.trainer.collect import Collected
+from mssr.trainer.early_scores import ScoredTokens, split_scores
 from mssr.trainer.last_visits import LastVisits
 from mssr.trainer.timing import PhaseTimer
 from mssr.types import Rollout, TrainBatch
@@ -45,7 +47,7 @@ class Estimator:
             UserError: the method cannot use such rewards.
         """
         ids, scores, lengths = collected.prompt_ids, collected.scores, collected.lengths
-        old, penalties, metrics = self._before_update(collected.rollouts)
+        old, reference, penalties, metrics = self._before_update(collected)
         token_advantages = None
         try:
             if penalties is None:
@@ -56,7 +58,7 @@ class Estimator:
         except ValueError as error:
             raise UserError(f"reward.name={self.config.reward.name}: {error}") from error
         batch = make_batch(
-            collected.rollouts, advantages, token_advantages, old, kl_coef=self._kl_coef_in_loss
+            collected.rollouts, advantages, token_advantages, old, reference, self._kl_coef_in_loss
         )
         return batch, metrics | signal
 
@@ -102,40 +104,49 @@ class Estimator:
         return self.kl.coef if self.config.kl_in_loss else 0.0
 
     def _before_update(
-        self, rollouts: Sequence[Rollout]
-    ) -> tuple[np.ndarray | None, np.ndarray | None, dict[str, float]]:
-        """What must be known of the policy before the step: old log-probs, KL penalties, metrics.
+        self, collected: Collected
+    ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None, dict[str, float]]:
+        """What must be known before the step: (N,) log-probs of the policy and of the reference, (N,) KL
+        penalties of rewards, each where it is needed or known; metrics.
 
         One scoring pass serves both the KL in the reward and the previous responses of the prompts.
         """
+        rollouts, early = collected.rollouts, collected.scored
         in_reward = self.config.kl_in_reward
-        if not in_reward and self.last_visits is None:
-            return None, None, {}
         previous = self.last_visits.previous(rollouts) if self.last_visits is not None else {}
-        to_score = [
-            *rollouts,
-            *(_with_response(rollouts[i], tokens) for i, tokens in previous.items()),
-        ]
-        with self.timer("score"):
-            scored = self.cluster.log_probs(
-                make_batch(to_score, np.zeros(len(to_score), np.float32)), reference=in_reward
-            )
-        parts = np.split(scored.policy, np.cumsum([len(r.response_token_ids) for r in to_score])[:-1])
-        old = np.concatenate(parts[: len(rollouts)])
+        now: list[Rollout] = []
+        if early is None and (in_reward or self.last_visits is not None):
+            now = rollouts
+        to_score = [*now, *(_with_response(rollouts[i], tokens) for i, tokens in previous.items())]
+        scored = self._score(to_score, reference=in_reward and early is None) if to_score else []
+        early, again = (early or scored[: len(now)]), scored[len(now) :]
+        if not early:
+            return None, None, None, {}
+        old = np.concatenate([x.policy for x in early])
+        reference = None
+        if early[0].reference is not None:
+            reference = np.concatenate([x.reference for x in early if x.reference is not None])
         metrics: dict[str, float] = {}
         if self.last_visits is not None:
-            now = dict(zip(previous, parts[len(rollouts) :], strict=True))
-            measure = self.algorithm.divergence
-            self._drift = self.last_visits.drift(rollouts, now, measure)
-            self.last_visits.remember(rollouts, parts[: len(rollouts)])
-            visited = self._drift[np.isfinite(self._drift)]
-            metrics["baseline/drift"] = float(visited.mean()) if len(visited) else 0.0
+            visited = dict(zip(previous, (x.policy for x in again), strict=True))
+            self._drift = self.last_visits.drift(rollouts, visited, self.algorithm.divergence)
+            self.last_visits.remember(rollouts, [x.policy for x in early])
+            known = self._drift[np.isfinite(self._drift)]
+            metrics["baseline/drift"] = float(known.mean()) if len(known) else 0.0
         penalties = None
         if in_reward:
-            assert scored.reference is not None
-            penalties, kl_ref = self._penalties(old, scored.reference[: len(old)])
+            assert reference is not None
+            penalties, kl_ref = self._penalties(old, reference)
             metrics["policy/kl_ref"] = kl_ref
-        return old, penalties, metrics
+            reference = None  # the loss has no KL
+        return old, reference, penalties, metrics
+
+    def _score(self, rollouts: Sequence[Rollout], reference: bool) -> list[ScoredTokens]:
+        with self.timer("score"):
+            scored = self.cluster.log_probs(
+                make_batch(rollouts, np.zeros(len(rollouts), np.float32)), reference=reference
+            )
+        return split_scores(scored, rollouts)
 
     def _penalties(self, old: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, float]:
         """(N,) penalty of each token's reward, and the mean k3."""
@@ -147,29 +158,6 @@ class Estimator:
         estimator: Any = self.config.algorithm.kl.estimator
         penalty = self.kl.coef * kl_penalty(*pair, kind=estimator)
         return penalty.numpy(), float(kl_penalty(*pair, kind="k3").mean())
-
-
-def make_batch(
-    rollouts: Sequence[Rollout],
-    advantages: np.ndarray,
-    token_advantages: np.ndarray | None = None,
-    old_log_probs: np.ndarray | None = None,
-    kl_coef: float = 0.0,
-) -> TrainBatch:
-    """Rollouts laid end to end."""
-    tokens = [part for r in rollouts for part in (r.prompt_token_ids, r.response_token_ids)]
-    lengths = [len(r.prompt_token_ids) + len(r.response_token_ids) for r in rollouts]
-    return TrainBatch(
-        prompt_ids=tuple(r.prompt_id for r in rollouts),
-        tokens=np.concatenate(tokens),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        prompt_lengths=np.array([len(r.prompt_token_ids) for r in rollouts], dtype=np.int64),
-        advantages=advantages,
-        engine_log_probs=np.concatenate([r.log_probs for r in rollouts]),
-        token_advantages=token_advantages,
-        old_log_probs=old_log_probs,
-        kl_coef=kl_coef,
-    )
 
 
 def _with_response(rollout: Rollout, tokens: np.ndarray) -> Rollout:

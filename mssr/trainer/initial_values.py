@@ -54,8 +54,7 @@ def initialize_values(
     for start in range(0, len(missing), part):
         if stop():
             return False
-        rollouts = collector.generate(missing[start : start + part], _STEP, n)
-        scored = collector.score(collector.dataset, rollouts)
+        rollouts, scored, _ = collector.generate(missing[start : start + part], _STEP, n)
         for k in range(0, len(rollouts), n):
             group = rollouts[k : k + n]
             cache.add(

@@ -23,6 +23,7 @@ from mssr.trainer.estimate import Estimator
 from mssr.trainer.events import EventLog
 from mssr.trainer.initial_values import initialize_values
 from mssr.trainer.loggers import MetricsLog
+from mssr.trainer.pipeline import RolloutPipeline
 from mssr.trainer.run_directory import write_samples
 from mssr.trainer.signals import StopRequest
 from mssr.trainer.timing import PhaseTimer
@@ -66,7 +67,8 @@ class Trainer:
         self.timer = PhaseTimer()
         self.estimator = Estimator(config, cluster, self.timer)
         self.sampler = make_sampler(config, train, self.estimator.algorithm)
-        self.collector = RolloutCollector(config, train, self.sampler, scorer, cluster, self.timer)
+        self.collector = RolloutCollector(config, train, self.sampler, scorer, cluster)
+        self.pipeline = RolloutPipeline(config, self.collector, self.timer)
         self.validation = Validation(config, val, scorer, cluster)
         self.watch = CollapseWatch(config.watch)
         self.step = 0
@@ -84,6 +86,7 @@ class Trainer:
         state = read_state(checkpoint)
         try:
             self.sampler.load_state_dict(state["sampler"])
+            self.pipeline.load_state_dict(state["pipeline"])
             self.estimator.load_state_dict(state["estimator"])
             self.watch.load_state_dict(state["watch"])
         except ValueError as error:
@@ -112,6 +115,8 @@ class Trainer:
         except StopRequestedError:
             if self._unlogged is not None:
                 self._unlogged = _add(self._unlogged, self.timer.take())
+        finally:
+            self.pipeline.close()
         if stop.requested:
             self._begin_save()
         self._finish_save()
@@ -129,20 +134,18 @@ class Trainer:
         if algorithm.init_rollouts:
             initialize_values(self.config, algorithm, self.collector, note, lambda: stop.requested)
         self.timer.take()
+        self.collector.timer.take()
 
     def _train_step(self) -> None:
-        """Collect scored rollouts, estimate their advantages, update, learn, send the weights on."""
+        """Take scored rollouts, estimate their advantages, update, learn, send the weights on."""
         with self.timer("step"):
-            before = self.sampler.state_dict()
-            try:
-                collected = self.collector.collect(self.step)
-            except StopRequestedError:
-                self.sampler.load_state_dict(before)
-                raise
+            collected = self.pipeline.take(self.step)
+            self.pipeline.begin_next(self.step + 1)
             batch, metrics = self.estimator.batch(collected)
             with self.timer("update"):
                 metrics |= self.cluster.update(batch, self.step)
             metrics |= self.estimator.observe(collected, metrics)
+            self.pipeline.finish_next()
             self.step += 1
             self._unlogged = metrics | collected.metrics
             with self.timer("sync"):
@@ -202,6 +205,7 @@ class Trainer:
             state = {
                 "step": self.step,
                 "sampler": self.sampler.state_dict(),
+                "pipeline": self.pipeline.state_dict(),
                 "estimator": self.estimator.state_dict(),
                 "watch": self.watch.state_dict(),
                 "unlogged": self._unlogged,

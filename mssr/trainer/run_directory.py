@@ -36,6 +36,7 @@ FREE_TO_CHANGE = (
     "actor.micro_batch_tokens",
     "actor.keep_gathered",
     "actor.head_chunk_tokens",
+    "actor.score_early",
     "actor.activation_checkpointing",
     "actor.max_nonfinite_updates",
     "data.max_bad_fraction",

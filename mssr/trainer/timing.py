@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -17,8 +17,12 @@ class PhaseTimer:
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        key = f"timing/{phase}_s"
-        self._seconds[key] = self._seconds.get(key, 0.0) + time.perf_counter() - start
+        self.add({f"timing/{phase}_s": time.perf_counter() - start})
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add seconds by metric name, for example those of another timer."""
+        for key, value in seconds.items():
+            self._seconds[key] = self._seconds.get(key, 0.0) + value
 
     def take(self) -> dict[str, float]:
         """Seconds by metric name, and start again."""

@@ -13,7 +13,8 @@ from mssr.models.loading import load_model
 from mssr.models.packing import pack
 from mssr.models.policy import PolicyModel
 from mssr.rollout.hf_engine import HfEngine
-from mssr.trainer.estimate import make_batch
+from mssr.rollout.queue import RequestQueue
+from mssr.trainer.batch import make_batch
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 from tests.conftest import Workspace
 
@@ -39,11 +40,17 @@ def tokens(rollouts: list[Rollout]) -> list[list[int]]:
     return [r.response_token_ids.tolist() for r in rollouts]
 
 
+def answers(engine: HfEngine, asked: list[RolloutRequest], params: SamplingParams) -> list[Rollout]:
+    """The rollouts of these requests, in their order."""
+    found = dict(pair for part in engine.generate(RequestQueue(enumerate(asked)), params) for pair in part)
+    return [found[i] for i in range(len(asked))]
+
+
 def test_what_is_sampled_depends_on_the_seed_alone(engine: HfEngine) -> None:
     both = requests(16)
-    forward = tokens(engine.generate(both, PARAMS))
-    backward = tokens(engine.generate(both[::-1], PARAMS))
-    alone = [tokens(engine.generate([r], PARAMS))[0] for r in both[:4]]
+    forward = tokens(answers(engine, both, PARAMS))
+    backward = tokens(answers(engine, both[::-1], PARAMS))
+    alone = [tokens(answers(engine, [r], PARAMS))[0] for r in both[:4]]
     assert forward == backward[::-1]
     assert forward[:4] == alone
     assert forward[0] != forward[8]  # the same prompt, another seed
@@ -52,7 +59,7 @@ def test_what_is_sampled_depends_on_the_seed_alone(engine: HfEngine) -> None:
 def test_log_probs_are_those_of_the_actor(
     engine: HfEngine, policy: PolicyModel, workspace: Workspace
 ) -> None:
-    rollouts = engine.generate(requests(8), PARAMS)
+    rollouts = answers(engine, requests(8), PARAMS)
     batch = make_batch(rollouts, np.zeros(8, np.float32))
     cache = PromptCache(PromptSource(load_config(workspace.config)), policy)
     with torch.no_grad():
@@ -63,7 +70,7 @@ def test_log_probs_are_those_of_the_actor(
 def test_samples_follow_the_policy(engine: HfEngine, policy: PolicyModel, workspace: Workspace) -> None:
     """2,000 first tokens of one prompt against the exact distribution."""
     many = [RolloutRequest("t2", k, seed=k) for k in range(2000)]
-    drawn = np.array([r.response_token_ids[0] for r in engine.generate(many, SamplingParams(0.8, 1))])
+    drawn = np.array([r.response_token_ids[0] for r in answers(engine, many, SamplingParams(0.8, 1))])
     source = PromptSource(load_config(workspace.config))
     ids = source.encoder.encode(source.row("t2")).token_ids
     with torch.no_grad():
@@ -78,23 +85,23 @@ def test_samples_follow_the_policy(engine: HfEngine, policy: PolicyModel, worksp
 
 def test_limits_greedy_and_new_weights(engine: HfEngine, policy: PolicyModel) -> None:
     greedy = SamplingParams(1.0, 5, greedy=True)
-    first = engine.generate(requests(8), greedy)
+    first = answers(engine, requests(8), greedy)
     assert all(len(r.response_token_ids) <= 5 for r in first)
     cut = [r for r in first if r.finish_reason == "length"]
     assert cut and all(len(r.response_token_ids) == 5 for r in cut)
-    assert tokens(first) == tokens(engine.generate([RolloutRequest(f"t{i}", 0, 5) for i in range(8)], greedy))
+    assert tokens(first) == tokens(answers(engine, [RolloutRequest(f"t{i}", 0, 5) for i in range(8)], greedy))
     changed = {k: v + 0.05 * torch.randn_like(v) for k, v in policy.model.state_dict().items()}
     engine.load_weights(changed.items(), version=7)
-    second = engine.generate(requests(8), greedy)
+    second = answers(engine, requests(8), greedy)
     assert all(r.policy_version == 7 for r in second) and tokens(first) != tokens(second)
     engine.load_weights(policy.model.state_dict().items(), version=0)
-    assert tokens(engine.generate(requests(8), greedy)) == tokens(first)
+    assert tokens(answers(engine, requests(8), greedy)) == tokens(first)
 
 
 def test_a_prompt_that_engine_and_actor_see_differently_is_named(
     engine: HfEngine, policy: PolicyModel, workspace: Workspace
 ) -> None:
-    batch = make_batch(engine.generate(requests(2), PARAMS), np.zeros(2, np.float32))
+    batch = make_batch(answers(engine, requests(2), PARAMS), np.zeros(2, np.float32))
     batch.tokens[batch.offsets[1]] += 1
     cache = PromptCache(PromptSource(load_config(workspace.config)), policy)
     cache.item(batch, 0)

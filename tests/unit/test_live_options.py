@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from mssr.actor.prompts import PromptCache
 from mssr.actor.update import PolicyUpdater
-from mssr.cluster.base import join_log_probs
+from mssr.cluster.base import OnFinished, join_log_probs
 from mssr.config import Config, flatten, to_dict
 from mssr.config_loading import load_config
 from mssr.data.dataset import PromptDataset
@@ -34,7 +34,7 @@ from mssr.errors import TrainingError
 from mssr.models.loading import load_model
 from mssr.models.policy import PolicyModel
 from mssr.rewards import Scorer
-from mssr.trainer.estimate import make_batch
+from mssr.trainer.batch import make_batch
 from mssr.trainer.loop import Trainer
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 from tests.conftest import Workspace
@@ -170,7 +170,15 @@ class FakeCluster:
         self.updater = PolicyUpdater(config, lab.policy, reference, optimizer, prompts, 0, device)
         self.batches: list[TrainBatch] = []
 
-    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
+    ranks_idle_in_rollout = False
+
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        params: SamplingParams,
+        on_finished: OnFinished | None = None,
+        stoppable: bool = True,
+    ) -> list[Rollout]:
         rollouts = []
         for request in requests:
             rng = np.random.default_rng(request.seed)
@@ -192,6 +200,9 @@ class FakeCluster:
         for rollout, values in zip(rollouts, exact, strict=True):
             # An engine that disagrees with the actor by some tenths.
             rollout.log_probs[:] = values + 0.3 * rollout.log_probs
+        for index, rollout in enumerate(rollouts):
+            if on_finished is not None:
+                on_finished(index, rollout)
         return rollouts
 
     def log_probs(self, batch: TrainBatch, reference: bool = False) -> TokenLogProbs:

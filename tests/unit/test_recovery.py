@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mssr.cluster.base import OnFinished
 from mssr.config import Config
 from mssr.config_loading import load_config
 from mssr.data.encoder import PromptEncoder
@@ -48,6 +49,7 @@ class FakeCluster:
 
     entropy = 1.0
     skipped = 0.0
+    ranks_idle_in_rollout = False
 
     def __init__(self, fail: Callable[[str, int], None]) -> None:
         self.fail = fail
@@ -59,9 +61,19 @@ class FakeCluster:
         self.calls[verb] = self.calls.get(verb, 0) + 1
         self.fail(verb, self.calls[verb])
 
-    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        params: SamplingParams,
+        on_finished: OnFinished | None = None,
+        stoppable: bool = True,
+    ) -> list[Rollout]:
         self._called("generate")
-        return [self._rollout(r) for r in requests]
+        rollouts = [self._rollout(r) for r in requests]
+        for index, rollout in enumerate(rollouts):
+            if on_finished is not None:
+                on_finished(index, rollout)
+        return rollouts
 
     def _rollout(self, request: RolloutRequest) -> Rollout:
         key = f"{request.prompt_id} {request.seed} {self.engine_weight!r}"

@@ -1,0 +1,119 @@
+"""Generation on several engines: one queue of requests for all, rollouts handed on as they end.
+
+An engine holds as many requests as it can run at a time, and a few to go on with; for every rollout that
+it returns it gets another request. So none is idle while requests wait, however long responses are. Where
+all requests fit into the engines at once they are dealt out like cards, and which engine has which does
+not depend on time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mssr.cluster.base import OnFinished
+from mssr.cluster.ray_calls import Calls, Failure, Worker
+from mssr.types import Rollout, RolloutRequest, SamplingParams
+
+FEEDING = "feeding"
+"""Concurrency group of the method that brings further requests to a busy engine."""
+SPARE = 8
+"""One in so many of an engine's slots: the requests that it holds beyond those that it runs."""
+
+_calls = itertools.count()
+
+
+class Generation:
+    """One call of `Cluster.generate`, over the failures of engines.
+
+    Args:
+        requests: those first that are likely to take longest.
+        slots: sequences that an engine runs at a time.
+        stop: asked now and then whether to give up everything; None: never.
+    """
+
+    def __init__(
+        self,
+        calls: Calls,
+        requests: Sequence[RolloutRequest],
+        params: SamplingParams,
+        slots: int,
+        on_finished: OnFinished | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> None:
+        self._calls = calls
+        self._requests = requests
+        self._params = params
+        self._most = slots + max(1, slots // SPARE)
+        self._on_finished = on_finished
+        self._stop = stop
+        self._rollouts: dict[int, Rollout] = {}
+        self._waiting = deque(range(len(requests)))
+        self._held: dict[Worker, set[int]] = {}
+        self._number = 0
+
+    @property
+    def done(self) -> bool:
+        return len(self._rollouts) == len(self._requests)
+
+    def result(self) -> list[Rollout]:
+        """The rollouts in the order of the requests."""
+        return [self._rollouts[i] for i in range(len(self._requests))]
+
+    def run(self, engines: Sequence[Worker]) -> list[Failure]:
+        """Go on until all is done or no engine is left; returns how engines failed.
+
+        The requests of an engine that fails go to the others.
+
+        Raises:
+            StopRequestedError: ``stop`` said so.
+        """
+        self._number = next(_calls)
+        each = min(self._most, math.ceil(len(self._waiting) / len(engines)))
+        dealt = [self._waiting.popleft() for _ in range(min(len(self._waiting), each * len(engines)))]
+        streams = {}
+        for k, engine in enumerate(engines):
+            self._held[engine] = set(dealt[k :: len(engines)])
+            first = self._numbered(dealt[k :: len(engines)])
+            call = engine.handle.generate.options(num_returns="streaming")
+            streams[engine] = call.remote(self._number, first, self._params)
+        failures = []
+        try:
+            for engine, part in self._calls.parts(streams, self._stop):
+                if isinstance(part, Failure):
+                    failures.append(part)
+                    self._waiting.extendleft(sorted(self._held.pop(engine), reverse=True))
+                    self._feed(self._held)
+                    continue
+                for index, rollout in part:
+                    self._held[engine].discard(index)
+                    self._rollouts[index] = rollout
+                    if self._on_finished is not None:
+                        self._on_finished(index, rollout)
+                if self.done:
+                    break
+                self._feed([engine])
+        finally:
+            for engine in self._held:
+                self._send(engine, None)
+            self._held.clear()
+        return failures
+
+    def _feed(self, engines: Sequence[Worker] | dict[Worker, Any]) -> None:
+        """Give engines what they have room for."""
+        for engine in engines:
+            held = self._held[engine]
+            room = min(self._most - len(held), len(self._waiting))
+            if room > 0:
+                further = [self._waiting.popleft() for _ in range(room)]
+                held.update(further)
+                self._send(engine, self._numbered(further))
+
+    def _send(self, engine: Worker, requests: list[tuple[int, RolloutRequest]] | None) -> None:
+        engine.handle.feed.options(concurrency_group=FEEDING).remote(self._number, requests)
+
+    def _numbered(self, indices: Sequence[int]) -> list[tuple[int, RolloutRequest]]:
+        return [(i, self._requests[i]) for i in indices]

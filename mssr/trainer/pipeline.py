@@ -1,0 +1,147 @@
+"""Which batch of rollouts a step trains on: its own, or with ``rollout.lag=1`` one collected a step ahead.
+
+With lag 1 the batch of step k+1 is collected with the weights as they are at the beginning of step k, in a
+thread, while step k trains. At the end of a step nothing is under way any more: weights, validation and
+checkpoints find the engines idle, and a checkpoint holds the batch that waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from mssr.config import Config
+from mssr.errors import StopRequestedError
+from mssr.trainer.collect import Collected, RolloutCollector
+from mssr.trainer.timing import PhaseTimer
+from mssr.types import Rollout
+
+_STATE_VERSION = 1
+
+
+class RolloutPipeline:
+    """Hands out one batch a step.
+
+    Each step: `take`, `begin_next`, the training, `finish_next`.
+    """
+
+    def __init__(self, config: Config, collector: RolloutCollector, timer: PhaseTimer) -> None:
+        self.config = config
+        self.collector = collector
+        self.timer = timer
+        self._thread = ThreadPoolExecutor(1, "collector")
+        self._next: Future[Collected] | None = None
+        self._waiting: Collected | None = None
+
+    def take(self, step: int) -> Collected:
+        """The batch of this step (0 the first), collected now unless it waits.
+
+        Raises:
+            StopRequestedError: the user wants the run to end; it is as if nothing had been drawn.
+        """
+        if self._waiting is not None:
+            collected, self._waiting = self._waiting, None
+            return collected
+        sampler = self.collector.sampler
+        before = sampler.state_dict()
+        try:
+            collected = self.collector.collect(step, self.collector.draw())
+        except StopRequestedError:
+            sampler.load_state_dict(before)
+            raise
+        self.timer.add(self.collector.timer.take())
+        return collected
+
+    def begin_next(self, step: int) -> None:
+        """Begin to collect the batch of this step in the background, where the lag asks for it.
+
+        Its prompts are drawn at once, so that they do not depend on how far the training is.
+        """
+        if self.config.rollout.lag and step < self.config.trainer.steps:
+            prompts = self.collector.draw()
+            self._next = self._thread.submit(self.collector.collect, step, prompts, stoppable=False)
+
+    def finish_next(self) -> None:
+        """Wait for what `begin_next` began.
+
+        Raises:
+            TrainingError: as `RolloutCollector.collect`.
+        """
+        if self._next is None:
+            return
+        with self.timer("rollout"):
+            self._waiting = self._next.result()
+        self._next = None
+        seconds = self.collector.timer.take()
+        # They passed beside those of the training, and are no part of the step's sum.
+        self.timer.add({key.replace("timing/", "timing/ahead_"): value for key, value in seconds.items()})
+
+    def close(self) -> None:
+        """Wait until nothing is under way."""
+        self._thread.shutdown()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The batch that waits, and what the collector knows. Nothing may be under way."""
+        assert self._next is None
+        waiting = None if self._waiting is None else _to_state(self._waiting)
+        return {
+            "version": _STATE_VERSION,
+            "lengths": self.collector.lengths.state_dict(),
+            "waiting": waiting,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken.
+
+        Raises:
+            ValueError: the state is of another version.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(f"pipeline state has version {state.get('version')}, not {_STATE_VERSION}")
+        self.collector.lengths.load_state_dict(state["lengths"])
+        self._waiting = None if state["waiting"] is None else _from_state(state["waiting"])
+
+
+def _to_state(collected: Collected) -> dict[str, Any]:
+    """As JSON values and arrays."""
+    rollouts = collected.rollouts
+    return {
+        "prompt_ids": collected.prompt_ids,
+        "texts": [r.text for r in rollouts],
+        "finish_reasons": [r.finish_reason for r in rollouts],
+        "sample_indices": [r.sample_index for r in rollouts],
+        "policy_versions": [r.policy_version for r in rollouts],
+        "prompt_lengths": np.array([len(r.prompt_token_ids) for r in rollouts], np.int64),
+        "prompt_tokens": np.concatenate([r.prompt_token_ids for r in rollouts]),
+        "lengths": collected.lengths.astype(np.int64),
+        "tokens": np.concatenate([r.response_token_ids for r in rollouts]),
+        "log_probs": np.concatenate([r.log_probs for r in rollouts]),
+        "scores": collected.scores,
+        "metrics": collected.metrics,
+    }
+
+
+def _from_state(state: Mapping[str, Any]) -> Collected:
+    prompts = _split(state["prompt_tokens"], state["prompt_lengths"])
+    tokens, log_probs = (_split(state[key], state["lengths"]) for key in ("tokens", "log_probs"))
+    rollouts = [
+        Rollout(
+            prompt_id=prompt_id,
+            sample_index=state["sample_indices"][i],
+            prompt_token_ids=prompts[i],
+            response_token_ids=tokens[i],
+            log_probs=log_probs[i],
+            finish_reason=state["finish_reasons"][i],
+            policy_version=state["policy_versions"][i],
+            text=state["texts"][i],
+        )
+        for i, prompt_id in enumerate(state["prompt_ids"])
+    ]
+    return Collected(rollouts, state["scores"], dict(state["metrics"]))
+
+
+def _split(values: np.ndarray, lengths: np.ndarray) -> Sequence[np.ndarray]:
+    return np.split(values, np.cumsum(lengths)[:-1])
