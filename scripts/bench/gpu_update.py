@@ -313,6 +313,8 @@ def main(arguments: list[str] | None = None) -> None:
         device = torch.device(args.device)
         dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
         write_model(Path(scratch) / "model", args.size, device, dtype)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         prompts, responses = draw_lengths(args.sequences, 1, args.scale)
         rows = write_rows(Path(scratch), prompts, args.scale)
         config = make_config(args, Path(scratch) / "model", rows)
