@@ -103,13 +103,13 @@ def _check_overlap(config: Config) -> None:
         raise UserError(f"{key} lets engines and ranks work at the same time: it needs cluster.launcher=ray")
     if lag and early:
         raise UserError(
-            "actor.score_early=always with rollout.lag=1: the ranks train while responses are generated; remove "
-            "one of them"
+            "actor.score_early=always with rollout.lag=1: the ranks train while responses are generated; "
+            "remove one of them"
         )
     if lag and config.correction_options["weight"] == "none" and config.algorithm.correction.mask == "none":
         raise UserError(
-            "rollout.lag=1 trains on responses of older weights and algorithm.correction.weight=none does not "
-            "correct for it; remove that, or set algorithm.correction.mask"
+            "rollout.lag=1 trains on responses of older weights and algorithm.correction.weight=none does "
+            "not correct for it; remove that, or set algorithm.correction.mask"
         )
     if lag and config.sampler.dynamic and config.sampler_name == "uncertainty":
         raise UserError(

@@ -68,10 +68,9 @@ class ScoringStream:
                 continue
             try:
                 outcomes = self._scorer.outcomes([item for _, item in part])
+                self._outcomes.update(zip([i for i, _ in part], outcomes, strict=True))
             except BaseException as error:  # handed to the thread that asks for the result
                 self._error = error
-            else:
-                self._outcomes.update(zip([i for i, _ in part], outcomes, strict=True))
 
 
 class _Abandoned(Exception):

@@ -95,7 +95,9 @@ class VllmEngine:
             return {}
         inputs = [self._input(request.prompt_id) for _, request in requests]
         sampling = [self._sampling(request, params) for _, request in requests]
-        return dict(zip(self._llm.enqueue(inputs, sampling, use_tqdm=False), requests, strict=True))
+        ids = self._llm.enqueue(inputs, sampling, use_tqdm=False)
+        # They are returned with a random suffix, which outputs do not have.
+        return dict(zip([i.partition("-")[0] for i in ids], requests, strict=True))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         # Plain model.load_weights is wrong on CPU, where the weights were prepacked at start.

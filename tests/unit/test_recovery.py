@@ -54,6 +54,9 @@ class FakeCluster:
     def __init__(self, fail: Callable[[str, int], None]) -> None:
         self.fail = fail
         self.calls: dict[str, int] = {}
+        self.version = 0
+        self.versions: list[int] = []
+        """Of the engine's weights, at every call of `generate`."""
         self.restart()
         self.engine_weight = 0.0
 
@@ -68,7 +71,12 @@ class FakeCluster:
         on_finished: OnFinished | None = None,
         stoppable: bool = True,
     ) -> list[Rollout]:
-        self._called("generate")
+        self.versions.append(self.version)
+        try:
+            self._called("generate")
+        except StopRequestedError:
+            if stoppable:
+                raise
         rollouts = [self._rollout(r) for r in requests]
         for index, rollout in enumerate(rollouts):
             if on_finished is not None:
@@ -81,7 +89,9 @@ class FakeCluster:
         text = " ".join(map(str, tokens))
         log_probs = -tokens.astype(np.float32) / 256
         prompt = np.arange(3, dtype=np.int32)
-        return Rollout(request.prompt_id, request.sample_index, prompt, tokens, log_probs, "stop", 0, text)
+        return Rollout(
+            request.prompt_id, request.sample_index, prompt, tokens, log_probs, "stop", self.version, text
+        )
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         self._called("update")
@@ -101,7 +111,7 @@ class FakeCluster:
 
     def sync_weights(self, version: int) -> None:
         self._called("sync_weights")
-        self.engine_weight = self.weight
+        self.engine_weight, self.version = self.weight, version
 
     def begin_save(self, directory: str) -> FakeSave:
         self._called("begin_save")
@@ -161,10 +171,12 @@ def drive(
     fail: Callable[[str, int], None],
     stop: Any = None,
     cluster_type: type[FakeCluster] = FakeCluster,
+    lag: int = 0,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """A run from wherever the directory stands; returns its metrics."""
     config: Config = world[0]
+    config = replace(config, rollout=replace(config.rollout, lag=lag))
     config = replace(config, trainer=replace(config.trainer, run_dir=str(run_dir), **options))
     for part in ("samples", "checkpoints"):
         (run_dir / part).mkdir(parents=True, exist_ok=True)
