@@ -96,7 +96,8 @@ def make_config(args: argparse.Namespace, directory: Path) -> Config:
     config.rollout.engine_options = {OPTIONS: {"generate_s": args.generate_s, "update_s": args.update_s}}
     config.actor.num_ranks, config.cluster.device = args.ranks, "cpu"
     config.actor.score_early = "always" if args.score_early else "never"
-    config.reward.format, config.reward.workers = "none", 2
+    # On a machine with more workers than cores the pool may have to wait.
+    config.reward.format, config.reward.workers, config.reward.time_limit_s = "none", 2, 120.0
     return config
 
 
@@ -115,7 +116,7 @@ def run(
 ) -> tuple[list[dict[str, list[float]]], list[dict[str, float]]]:
     """Of each step, wall and CPU seconds by phase, and memory in MiB."""
     config = make_config(args, directory)
-    config.run_dir.mkdir()
+    (config.run_dir / "samples").mkdir(parents=True)
     dataset = PromptDataset(config.data.train, config.data)
     dataset.check()
     console = Console(sys.stderr, "off", args.steps)

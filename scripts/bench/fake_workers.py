@@ -19,8 +19,8 @@ from mssr.rollout.queue import Finished, RequestQueue
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
 
 PROMPT_TOKENS = 500
-WORD = "and 3 "
-"""About what a token is in text."""
+WORD = "3 + "
+"""About as long as a token is in text."""
 WEIGHTS_BYTES = 2**20
 OPTIONS = "fake"
 """Key of ``rollout.engine_options`` that holds ``generate_s`` and ``update_s``, the seconds of each."""
