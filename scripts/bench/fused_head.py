@@ -1,24 +1,32 @@
-"""Time and memory of log-prob, entropy and their gradients: mssr's head beside the straightforward one.
+"""Time and memory of log-prob, entropy and their gradients: mssr's head beside others.
 
-    PYTHONPATH=. python scripts/bench/fused_head.py --out scripts/bench/results/fused_head.md
+    PYTHONPATH=. python scripts/bench/fused_head.py --hidden 2048 --time-tokens 1024 --verl DIR --liger DIR
+    PYTHONPATH=. python scripts/bench/fused_head.py --hidden 3584 --time-tokens 512 --verl DIR --liger DIR
 
-One measurement is a forward and backward pass in a process of its own, after a small one that loads the
-libraries; rounds take each version once, so all meet the same weather. Peak extra memory is what was held
-at the peak beyond hidden states, weight and targets: on a CPU the largest resident set since it was reset
-(Linux), on a GPU the peak of torch's allocator. The gradients that a pass must return are part of it, and
-are also given by themselves.
+One measurement is a forward and backward pass. Memory: at the full shape, each version in a process of its
+own, after a small pass that loads the libraries. Peak extra memory is what was held at the peak beyond hidden
+states, weight and targets: on a CPU the largest resident set since it was reset (Linux), on a GPU the peak of
+torch's allocator. The gradients that a pass must return are part of it, and are also given by themselves.
+Time: all versions in turn in one process, so all meet the same weather; with ``--time-tokens`` on fewer
+tokens, of which the time is a multiple: a version's work for a chunk does not depend on the number of chunks.
+Before that, all versions run at a small shape, and their gradients are compared with those in float64.
 
 - straightforward: all logits, log_softmax, entropy, autograd
 - two passes: `token_log_probs_and_entropy`, logits computed again in the backward pass
 - gradient in forward: `token_loss`
-- verl: its fused kernel, on a GPU where it is installed; otherwise the table says why it is missing.
-  Liger has no head that gives the entropy with its gradient.
+- verl: the torch version of its fused head, a file that is read from ``--verl``, a directory with the package
+  (``pip install --no-deps --target DIR verl``)
+- verl, kernel: its Triton kernel, on a GPU where all of verl is installed
+- Liger: its GRPO loss, on one-token sequences (which makes it this loss, without entropy), from ``--liger``.
+  Uncompiled on a CPU, compiled on a GPU. It cannot take an entropy loss.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
+import importlib.util
 import json
 import os
 import platform
@@ -27,7 +35,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,46 +55,92 @@ def loss_of(
     return loss - coef * entropy.sum() if coef else loss
 
 
-def straightforward(inputs: Inputs) -> None:
+def straightforward(inputs: Inputs) -> torch.Tensor:
     hidden, weight, targets, advantages, coef = inputs
-    log_p = torch.log_softmax((hidden @ weight.T).float(), dim=-1)
+    log_p = torch.log_softmax(_at_least_float(hidden @ weight.T), dim=-1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
     if coef:
         entropy = -(log_p.exp() * log_p).sum(-1)
     else:  # as a metric
         with torch.no_grad():
             entropy = -(log_p.exp() * log_p).sum(-1)
-    loss_of(log_probs, entropy, advantages, coef).backward()
+    return loss_of(log_probs, entropy, advantages, coef)
 
 
-def two_pass(inputs: Inputs) -> None:
+def _at_least_float(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def two_pass(inputs: Inputs) -> torch.Tensor:
     hidden, weight, targets, advantages, coef = inputs
-    loss_of(*token_log_probs_and_entropy(hidden, weight, targets), advantages, coef).backward()
+    return loss_of(*token_log_probs_and_entropy(hidden, weight, targets), advantages, coef)
 
 
-def in_forward(inputs: Inputs) -> None:
+def in_forward(inputs: Inputs) -> torch.Tensor:
     hidden, weight, targets, advantages, coef = inputs
 
     def objective(log_probs: torch.Tensor, entropy: torch.Tensor, part: slice) -> torch.Tensor:
         return loss_of(log_probs, entropy, advantages[part], coef)
 
-    token_loss(hidden, weight, targets, objective)[0].backward()
+    return token_loss(hidden, weight, targets, objective)[0]
 
 
-def verl(inputs: Inputs) -> None:
+def verl(inputs: Inputs) -> torch.Tensor:
+    hidden, weight, targets, advantages, coef = inputs
+    log_probs, entropy = _verl_module().FusedLinearForPPO(chunk_size=256)(hidden, weight, targets)
+    return loss_of(log_probs, entropy, advantages, coef)
+
+
+def verl_kernel(inputs: Inputs) -> torch.Tensor:
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     hidden, weight, targets, advantages, coef = inputs
     log_probs, entropy = linear_cross_entropy(hidden, weight, targets, 1.0, "none")
-    loss_of(log_probs, entropy, advantages, coef).backward()
+    return loss_of(log_probs, entropy, advantages, coef)
 
 
-VERSIONS: dict[str, Callable[[Inputs], None]] = {
+def liger(inputs: Inputs) -> torch.Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    hidden, weight, targets, advantages, _ = inputs
+    compiled = hidden.is_cuda
+    function = LigerFusedLinearGRPOLoss(
+        beta=0.0, use_ref_model=False, compiled=compiled, chunk_size=256, loss_type="bnpo"
+    )
+    loss, _ = function(
+        hidden[:, None], weight, targets[:, None], torch.ones_like(targets)[:, None], advantages
+    )
+    # Its ratio is 1, so its value is the mean of the advantages; the gradient is that of the log-probs.
+    return loss * len(hidden)
+
+
+@functools.cache
+def _verl_module() -> Any:
+    """The one file, without the package, whose import needs much else."""
+    name = "verl.utils.experimental.torch_functional"
+    path = next(Path(p) / f"{name.replace('.', '/')}.py" for p in sys.path if (Path(p) / "verl").is_dir())
+    spec = importlib.util.spec_from_file_location("verl_fused_head", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+VERSIONS: dict[str, Callable[[Inputs], torch.Tensor]] = {
     "straightforward": straightforward,
     "mssr, two passes": two_pass,
     "mssr, gradient in forward": in_forward,
     "verl": verl,
+    "verl, kernel": verl_kernel,
+    "Liger": liger,
 }
+
+
+def run(name: str, inputs: Inputs) -> None:
+    """Forward and backward; gradients of an earlier pass are dropped first."""
+    for x in inputs[:2]:
+        x.grad = None
+    VERSIONS[name](inputs).backward()
 
 
 def make_inputs(args: argparse.Namespace, tokens: int, vocabulary: int) -> Inputs:
@@ -107,75 +163,107 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def measure(args: argparse.Namespace) -> dict[str, float]:
-    """In a process of its own."""
-    torch.set_num_threads(args.threads)
-    run, cuda = VERSIONS[args.measure], args.device == "cuda"
-    run(make_inputs(args, 64, 1024))  # libraries and thread pools
+def memory(args: argparse.Namespace) -> dict[str, float]:
+    """Of one version, in a process of its own: GiB, and the seconds of this one pass."""
+    name, cuda = args.measure, args.device == "cuda"
+    run(name, make_inputs(args, 64, 1024))  # libraries and thread pools
     inputs = make_inputs(args, args.tokens, args.vocabulary)
     if cuda:
-        for _ in range(2):  # kernels of this shape are chosen and loaded
-            run(inputs)
-            for x in inputs[:2]:
-                x.grad = None
+        run(name, inputs)  # kernels of this shape are chosen and loaded
+        for x in inputs[:2]:
+            x.grad = None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
         before = resident("VmRSS")
-    started, cpu = time.perf_counter(), time.process_time()
-    run(inputs)
-    if cuda:
-        torch.cuda.synchronize()
-    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    seconds, _ = timed(name, inputs)
     peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
     gradients = sum(x.grad.numel() * x.grad.element_size() for x in inputs[:2])  # type: ignore[union-attr]
-    return {"seconds": seconds, "cpu": cpu, "peak": (peak - before) / GIB, "gradients": gradients / GIB}
+    return {"once": seconds, "peak": (peak - before) / GIB, "gradients": gradients / GIB}
 
 
-def available(name: str, device: str) -> str:
-    """Why a version cannot run here; empty if it can."""
-    if name != "verl":
-        return ""
-    if device != "cuda":
-        return "verl: its kernel needs a GPU"
-    try:
-        import verl.utils.kernel.linear_cross_entropy  # noqa: F401
-    except ImportError as error:
-        return f"verl: not installed ({error})"
-    return ""
+def timed(name: str, inputs: Inputs) -> tuple[float, float]:
+    """Seconds, and seconds of CPU time."""
+    cuda = inputs[0].is_cuda
+    if cuda:
+        torch.cuda.synchronize()
+    started, cpu = time.perf_counter(), time.process_time()
+    run(name, inputs)
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, time.process_time() - cpu
 
 
-def rounds(names: list[str], argv: list[str], repeats: int) -> dict[str, dict[str, float]]:
-    """Medians of all numbers by version, and as ``least_seconds`` the fastest."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for number in range(repeats):
+def times(args: argparse.Namespace, names: list[str]) -> dict[str, dict[str, float]]:
+    """Medians by version of rounds in which each has its turn, in this process."""
+    inputs = make_inputs(args, args.time_tokens or args.tokens, args.vocabulary)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for number in range(args.repeats + 1):
         for name in names:
-            command = [sys.executable, __file__, *argv, "--measure", name]
-            result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[name].append(json.loads(result.stdout.splitlines()[-1]))
-            print(f"round {number + 1}, {name}: {found[name][-1]}", file=sys.stderr, flush=True)
+            measured = timed(name, inputs)
+            if number:  # the first warms up
+                found[name].append(measured)
+            print(f"round {number}, {name}: {measured[0]:.2f} s", file=sys.stderr, flush=True)
     return {
-        name: {key: statistics.median(m[key] for m in values) for key in values[0]}
-        | {"least_seconds": min(m["seconds"] for m in values)}
+        name: {
+            "seconds": statistics.median(s for s, _ in values),
+            "least_seconds": min(s for s, _ in values),
+            "cpu": statistics.median(c for _, c in values),
+        }
         for name, values in found.items()
     }
 
 
-def table(medians: dict[str, dict[str, float]]) -> list[str]:
-    base = medians["straightforward"]
+def errors(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
+    """By version, the largest error of a gradient at a small shape, relative to the largest gradient."""
+    shape = argparse.Namespace(**vars(args) | {"hidden": 64})
+    inputs = make_inputs(shape, 300, 1000)
+    exact_inputs: Inputs = tuple(  # type: ignore[assignment]
+        x.detach().double().requires_grad_() if k < 2 else x for k, x in enumerate(inputs)
+    )
+    run("straightforward", exact_inputs)
+    result = {}
+    for name in names:
+        run(name, inputs)
+        pairs = [(x.grad, e.grad) for x, e in zip(inputs[:2], exact_inputs[:2], strict=True)]
+        result[name] = max(float((x - e).abs().max() / e.abs().max()) for x, e in pairs)  # type: ignore
+    return result
+
+
+def available(name: str, device: str, entropy_coef: float) -> str:
+    """Why a version cannot run here; empty if it can."""
+    if name == "Liger" and entropy_coef:
+        return "Liger: takes no entropy loss"
+    if name == "verl, kernel" and device != "cuda":
+        return "verl's kernel needs a GPU"
+    try:
+        if name == "verl":
+            _verl_module()
+        elif name == "verl, kernel":
+            import verl.utils.kernel.linear_cross_entropy  # noqa: F401
+        elif name == "Liger":
+            import liger_kernel.chunked_loss  # noqa: F401
+    except (ImportError, StopIteration) as error:
+        return f"{name}: not installed ({error})".replace(" ()", "")
+    return ""
+
+
+def table(found: dict[str, dict[str, float]]) -> list[str]:
+    base = found["straightforward"]
     lines = [
-        "| version | s (fastest) | CPU s | time ratio | CPU ratio | peak extra GiB | of it gradients"
-        " | memory ratio | without gradients |",
-        "|" + " --- |" * 9,
+        "| version | s (fastest) | CPU s | time ratio | CPU ratio | s, once, all tokens | peak extra GiB"
+        " | of it gradients | memory ratio | without gradients | error of gradients |",
+        "|" + " --- |" * 11,
     ]
-    for name, m in medians.items():
+    for name, m in found.items():
         besides = (m["peak"] - m["gradients"]) / (base["peak"] - base["gradients"])
         lines.append(
             f"| {name} | {m['seconds']:.2f} ({m['least_seconds']:.2f}) | {m['cpu']:.2f}"
-            f" | {m['seconds'] / base['seconds']:.2f} | {m['cpu'] / base['cpu']:.2f} | {m['peak']:.2f}"
-            f" | {m['gradients']:.2f} | {m['peak'] / base['peak']:.1%} | {besides:.1%} |"
+            f" | {m['seconds'] / base['seconds']:.2f} | {m['cpu'] / base['cpu']:.2f} | {m['once']:.1f}"
+            f" | {m['peak']:.2f} | {m['gradients']:.2f} | {m['peak'] / base['peak']:.1%} | {besides:.1%}"
+            f" | {m['error']:.0e} |"
         )
     return lines
 
@@ -187,6 +275,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--time-tokens", type=int, help="for the time; all if not given")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument(
@@ -194,29 +283,40 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--verl", type=Path, help="directory that holds the package verl")
+    parser.add_argument("--liger", type=Path, help="directory that holds the package liger_kernel")
     parser.add_argument("--out", type=Path, help="append the table to this file")
     parser.add_argument("--measure", choices=tuple(VERSIONS), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    sys.path += [str(path) for path in (args.verl, args.liger) if path]
     if args.measure:
-        print(json.dumps(measure(args)))
+        print(json.dumps(memory(args)))
         return
-    missing = [reason for name in VERSIONS if (reason := available(name, args.device))]
-    names = [name for name in VERSIONS if not available(name, args.device)]
+    why = {name: available(name, args.device, args.entropy_coef) for name in VERSIONS}
+    names = [name for name in VERSIONS if not why[name]]
     load = os.getloadavg()[0]
-    medians = rounds(names, sys.argv[1:], args.repeats)
+    found = times(args, names)
+    for name, error in errors(args, names).items():
+        command = [sys.executable, __file__, *sys.argv[1:], "--measure", name]
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[name] |= json.loads(result.stdout.splitlines()[-1]) | {"error": error}
+        print(f"memory, {name}: {found[name]['peak']:.2f} GiB", file=sys.stderr, flush=True)
     machine = f"{os.cpu_count()} CPU cores, {args.threads} threads" if args.device == "cpu" else ""
     machine = machine or torch.cuda.get_device_name()
+    shown = [("DIR" if before in ("--verl", "--liger") else word) for before, word in pairwise(sys.argv)]
     text = "\n".join(
         [
-            f"`PYTHONPATH=. python scripts/bench/fused_head.py {' '.join(sys.argv[1:])}`,"
+            f"`PYTHONPATH=. python scripts/bench/fused_head.py {' '.join(shown)}`,"
             f" {datetime.date.today()}, {machine}, {platform.machine()}, torch {torch.__version__}; load"
             f" average before {load:.1f}, after {os.getloadavg()[0]:.1f}.",
             "",
             f"V = {args.vocabulary}, D = {args.hidden}, {args.tokens} tokens, {args.dtype}, forward and"
-            f" backward, medians of {args.repeats} interleaved rounds. "
-            + ". ".join([*missing, "Ratios are to straightforward."]),
+            f" backward. Times on {args.time_tokens or args.tokens} tokens, medians of {args.repeats} rounds,"
+            " in which each version has its turn. Ratios are to straightforward. "
+            + ". ".join(filter(None, why.values())),
             "",
-            *table(medians),
+            *table(found),
             "",
             "",
         ]

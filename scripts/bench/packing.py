@@ -3,13 +3,18 @@
     PYTHONPATH=. python scripts/bench/packing.py --out scripts/bench/results/packing.md
     PYTHONPATH=. python scripts/bench/packing.py --device cuda --model 3b --scale 1 --sequences 512
 
-Lengths are like those of Vision-R1: log-normal responses of mean 500, at most 4096, and prompts of 300 to
-1500 tokens, all but some 40 to 160 of them an image's; ``--scale`` multiplies all of them and the token
-budget. An update is forward and backward of all sequences by `PolicyUpdater`, the weights being random.
+Lengths are like those of Vision-R1, see `workload`; ``--scale`` multiplies all of them and the token budget.
+An update is forward and backward of all sequences by `PolicyUpdater`, the weights being random.
 
-The padded version is the same code on micro-batches whose sequences are all filled up to the same length,
-within the same budget, padding counted. Neither its head nor its vision tower works on padding, and its
-attention needs no mask, so the padding is as cheap as it can be.
+The padded versions are the same code on micro-batches whose sequences are all filled up to the same length,
+within the same budget, padding counted. Neither their head nor their vision tower works on padding, and their
+attention needs no mask, so the padding is as cheap as it can be. They are filled up to
+
+- the limits of prompt and response: batches of fixed width, as verl's without ``remove_padding``;
+- the longest of the step: its longest prompt (filled up on the left) and its longest response (on the right),
+  laid out before the step is cut into micro-batches, as TRL does. ``--sequences`` of the ``--step`` sequences
+  are trained on, to save time; the longest is that of all of them;
+- the longest sequence of the micro-batch, in random order or sorted by length.
 """
 
 from __future__ import annotations
@@ -17,7 +22,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import math
 import os
 import statistics
 import sys
@@ -39,49 +43,9 @@ from mssr.models.cost import CostModel, SequenceWork
 from mssr.models.packing import PackedBatch, PackItem, pack
 from mssr.models.policy import PolicyModel
 from mssr.types import TrainBatch
+from scripts.bench.workload import PROMPT, RESPONSE_LIMIT, SHAPES, TEXT, draw_lengths, model_config
 
 BUDGET = 16384
-RESPONSE_MEAN, RESPONSE_LIMIT, SIGMA, PROMPT = 500, 4096, 0.8, (300, 1500)
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden": 128, "mlp": 256, "layers": 4, "heads": 4, "kv_heads": 2, "vocab": 512},
-    "3b": {"hidden": 2048, "mlp": 11008, "layers": 36, "heads": 16, "kv_heads": 2, "vocab": 151936},
-    "7b": {"hidden": 3584, "mlp": 18944, "layers": 28, "heads": 28, "kv_heads": 4, "vocab": 152064},
-}
-TINY_VISION = {"hidden_size": 64, "intermediate_size": 128, "depth": 4, "num_heads": 2,
-               "fullatt_block_indexes": [3]}  # fmt: skip
-VISION = {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16,
-          "fullatt_block_indexes": [7, 15, 23, 31]}  # fmt: skip
-
-
-def model_config(name: str) -> transformers.Qwen2_5_VLConfig:
-    """A Qwen2.5-VL in the shape of the 3B or 7B one, or a tiny one."""
-    shape = SHAPES[name]
-    last = shape["vocab"] - 1
-    return transformers.Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": shape["hidden"],
-            "intermediate_size": shape["mlp"],
-            "num_hidden_layers": shape["layers"],
-            "num_attention_heads": shape["heads"],
-            "num_key_value_heads": shape["kv_heads"],
-            "vocab_size": shape["vocab"],
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
-            if name == "tiny"
-            else {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        },
-        vision_config={
-            **(TINY_VISION if name == "tiny" else VISION),
-            "out_hidden_size": shape["hidden"],
-            "window_size": 112,
-        },
-        image_token_id=last,
-        video_token_id=last - 1,
-        vision_start_token_id=last - 2,
-        vision_end_token_id=last - 3,
-        tie_word_embeddings=name != "7b",
-    )
 
 
 def make_policy(name: str, device: torch.device, attention: str) -> PolicyModel:
@@ -99,28 +63,18 @@ def make_policy(name: str, device: torch.device, attention: str) -> PolicyModel:
     return PolicyModel(model.train()).to(device)
 
 
-def draw_lengths(prompts: int, n: int, scale: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(prompts,) prompt lengths and (prompts * n,) response lengths."""
-    rng = np.random.default_rng(seed)
-    prompt = rng.integers(*PROMPT, prompts)
-    response = rng.lognormal(math.log(RESPONSE_MEAN) - SIGMA**2 / 2, SIGMA, prompts * n)
-    response = np.minimum(np.maximum(response, 8), RESPONSE_LIMIT)
-    return np.maximum(prompt * scale, 40).astype(int), np.maximum(response * scale, 2).astype(int)
-
-
 class Prompts:
     """Made-up prompts and responses, in place of the actor's cache of encoded ones."""
 
-    def __init__(self, policy: PolicyModel, sequences: int, scale: float) -> None:
+    def __init__(self, policy: PolicyModel, lengths: np.ndarray, responses: np.ndarray, scale: float) -> None:
         config = policy.model.config
         vision = config.vision_config
-        lengths, responses = draw_lengths(sequences, 1, scale)
         rng = np.random.default_rng(1)
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         pool = torch.randn(4 * int(lengths.max()), values, generator=torch.Generator().manual_seed(0))
         self.items = []
         for k, (length, response) in enumerate(zip(lengths, responses, strict=True)):
-            text = max(int(rng.integers(40, 160) * scale), 8)
+            text = max(int(rng.integers(*TEXT) * scale), 8)
             height = max(int((length - text) ** 0.5), 1)
             width = (length - text) // height
             image = height * width
@@ -203,7 +157,8 @@ def throughput(args: argparse.Namespace, device: torch.device) -> list[tuple[str
     masked = make_policy(args.model, device, "sdpa")
     masked.load_state_dict(policy.state_dict())
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    prompts = Prompts(policy, args.sequences, args.scale)
+    of_step = draw_lengths(args.step, 1, args.scale)
+    prompts = Prompts(policy, *(x[: args.sequences] for x in of_step), args.scale)
     batch = prompts.batch()
     lengths = batch.lengths
     limit = int((PROMPT[1] + RESPONSE_LIMIT) * args.scale)
@@ -211,8 +166,11 @@ def throughput(args: argparse.Namespace, device: torch.device) -> list[tuple[str
     def updater(kind: type[PolicyUpdater], model: PolicyModel) -> Any:
         return kind(config, model, None, optimizer, prompts, 0, device)  # type: ignore[arg-type]
 
-    packing, padding, to_limit = (updater(k, policy) for k in (PolicyUpdater, PaddedUpdater, PaddedUpdater))
-    to_limit.fill_to = limit
+    packing, padding, to_longest, to_limit = (
+        updater(k, policy) for k in (PolicyUpdater, PaddedUpdater, PaddedUpdater, PaddedUpdater)
+    )
+    longest = sum(int(x.max()) for x in of_step)
+    to_longest.fill_to, to_limit.fill_to = longest, limit
     plan = packing.plan(batch, 0)[0]
     shuffled = np.random.default_rng(3).permutation(len(lengths))
     by_length = np.argsort(-lengths, kind="stable")
@@ -220,6 +178,10 @@ def throughput(args: argparse.Namespace, device: torch.device) -> list[tuple[str
         "packed": (packing, plan),
         "padded to the longest of the micro-batch": (padding, padded_passes(shuffled, lengths, budget)),
         "the same, sorted by length": (padding, padded_passes(by_length, lengths, budget)),
+        "padded to the longest prompt and response of the step": (
+            to_longest,
+            padded_passes(shuffled, lengths, budget, longest),
+        ),
         "padded to the limits of prompt and response": (
             to_limit,
             padded_passes(shuffled, lengths, budget, limit),
@@ -344,7 +306,8 @@ def main(write: Callable[[str], object] = print) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", choices=tuple(SHAPES), default="tiny")
     parser.add_argument("--scale", type=float, default=0.25, help="of all lengths and the token budget")
-    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--sequences", type=int, default=64, help="that are trained on, of the step's")
+    parser.add_argument("--step", type=int, default=512, help="sequences whose longest decides the width")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=8, help="of the balance table")
@@ -362,7 +325,8 @@ def main(write: Callable[[str], object] = print) -> None:
         f"transformers {transformers.__version__}, {args.threads} threads; load average {load:.1f} before, "
         f"{os.getloadavg()[0]:.1f} after.",
         "",
-        f"Update (forward and backward) of {args.sequences} sequences, {args.model} model, lengths times "
+        f"Update (forward and backward) of {args.sequences} of the {args.step} sequences of a step, "
+        f"{args.model} model, lengths times "
         f"{args.scale:g}, {int(BUDGET * args.scale)} tokens a micro-batch; medians of {args.repeats}, the "
         "sides in turn. Tokens are those of prompts and responses, without padding.",
         "",

@@ -1,0 +1,110 @@
+"""Ray workers that compute nothing and import no torch, so that many fit on a small machine.
+
+They are the real Ray actors, with engines and ranks that sleep in place of theirs. What they return has the
+size of the real thing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mssr.cluster import ray_cluster
+from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
+from mssr.config import Config
+from mssr.rollout.queue import Finished, RequestQueue
+from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
+
+PROMPT_TOKENS = 500
+WORD = "3 + "
+"""About as long as a token is in text."""
+WEIGHTS_BYTES = 2**20
+OPTIONS = "fake"
+"""Key of ``rollout.engine_options`` that holds ``generate_s`` and ``update_s``, the seconds of each."""
+
+
+def use_fake_workers() -> None:
+    """Make `RayCluster` start these in place of the real ones."""
+    for name, fake in (("RayRolloutWorker", FakeRolloutWorker), ("RayPolicyWorker", FakePolicyWorker)):
+        assert hasattr(ray_cluster, name)
+        setattr(ray_cluster, name, fake)
+
+
+class FakeEngine:
+    """A `RolloutWorker` whose responses all have the greatest length and end one after the other."""
+
+    def __init__(self, config: Config) -> None:
+        self._seconds = float(config.rollout.engine_options[OPTIONS]["generate_s"])
+        self._slots = config.rollout.max_num_seqs
+        self._version = 0
+        rng = np.random.default_rng(0)
+        tokens = config.rollout.max_response_length
+        self._prompt = rng.integers(0, 1000, PROMPT_TOKENS).astype(np.int32)
+        self._tokens = rng.integers(0, 1000, 2 * tokens).astype(np.int32)
+        self._log_probs = -rng.random(2 * tokens).astype(np.float32)
+        self._length = tokens
+
+    def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
+        running: list[tuple[float, int, RolloutRequest]] = []
+        while True:
+            taken = requests.take(self._slots - len(running), wait=not running)
+            if not taken and not running:
+                return
+            now = time.monotonic()
+            for index, request in taken:
+                share = 0.2 + 0.8 * (request.seed % 1000) / 1000
+                running.append((now + share * self._seconds, index, request))
+            time.sleep(0.2)
+            now = time.monotonic()
+            yield [(index, self._rollout(request)) for end, index, request in running if end <= now]
+            running = [item for item in running if item[0] > now]
+
+    def load_weights(self, weights: Any, version: int) -> None:
+        self._version = version
+
+    def _rollout(self, request: RolloutRequest) -> Rollout:
+        part = slice(start := request.seed % self._length, start + self._length)
+        return Rollout(
+            prompt_id=request.prompt_id,
+            sample_index=request.sample_index,
+            prompt_token_ids=self._prompt,
+            response_token_ids=self._tokens[part],
+            log_probs=self._log_probs[part],
+            finish_reason="stop",
+            policy_version=self._version,
+            text=f"{WORD * self._length}\\boxed{{{request.seed % 2}}}",
+        )
+
+
+class FakeRolloutWorker(RayRolloutWorker):
+    """An engine that sleeps."""
+
+    def start(self, config: Config, device: str, threads: int) -> None:
+        self._slots = config.rollout.max_num_seqs
+        self._worker: Any = FakeEngine(config)
+
+
+class FakePolicyWorker(RayPolicyWorker):
+    """An actor rank that sleeps."""
+
+    def start(self, config: Config, rank: int, init_method: str, device: str) -> None:
+        self._rank, self._ranks = rank, config.actor.num_ranks
+        self._seconds = float(config.rollout.engine_options[OPTIONS]["update_s"])
+
+    def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
+        time.sleep(self._seconds)
+        names = "kl_update kl_ref entropy grad_norm loss clip_fraction skipped_updates".split()
+        return {f"policy/{name}": 0.01 * (name != "skipped_updates") for name in names}
+
+    def log_probs(self, batch: TrainBatch, reference: bool) -> dict[int, tuple[np.ndarray, ...]]:
+        lengths = batch.response_lengths
+        own = range(self._rank, len(batch), self._ranks)
+        return {s: (np.full(lengths[s], -1.0, np.float32),) * (1 + reference) for s in own}
+
+    def export_weights(self) -> list[Any]:
+        import ray
+
+        return [] if self._rank else [ray.put(np.zeros(WEIGHTS_BYTES, np.uint8))]

@@ -1,0 +1,336 @@
+"""Tokens per second, MFU and peak memory of the policy update by phase, in the real shapes of Qwen2.5-VL.
+
+    PYTHONPATH=. python scripts/bench/gpu_update.py --size 3b --out scripts/bench/results/gpu_update.md
+    PYTHONPATH=. python scripts/bench/gpu_update.py --size 7b --lora 64
+    PYTHONPATH=. python scripts/bench/gpu_update.py --size 3b --step     # a complete step through the Trainer
+    PYTHONPATH=. python scripts/bench/gpu_update.py --size tiny --sequences 12 --per-update 2 --scale 0.1
+
+Further arguments are config keys: ``actor.micro_batch_tokens=32768 algorithm.kl.coef=0``.
+
+The model has random weights and is written to a directory; rows with JPEG images go through the real data
+path; `PolicyWorker`, one rank, makes the updates. ``--sequences`` of Vision-R1's lengths (see `workload`) are
+trained on once, ``--per-update`` in each update, so that the medians are over 512 / 64 = 8 updates, after one
+to warm up. Advantages are random, and the engine's log-probs those of a policy that knows nothing.
+
+Full training holds 16 bytes a parameter and a float32 reference 4 more: the 7B one (8.3e9 parameters) fits in
+139 GiB only with ``algorithm.kl.coef=0``, that is 124 GiB before activations, if at all.
+
+MFU is model operations over seconds and peak operations per second of the device, for bfloat16 dense (known
+by its name, or ``--peak-tflops``). Model operations of a forward pass F are those of `mssr/models/cost.py`:
+
+    F = matrices + attention + vision
+    matrices  = sum(L) * 2 * layers * (2*d*h*e + 2*d*g*e + 3*d*f) + sum(T) * 2*d*V    responses only
+    attention = sum(L^2) * 2 * layers * h*e                                           causal, so half
+    vision    = patch embedding, blocks with windows as they are, merger, for every image once
+
+with L tokens of a sequence, T of them of the response. Training costs 3 F. With LoRA it is 2 * matrices
++ 3 * attention + vision, for frozen weights need no gradient of their own and a frozen tower none at all; the
+adapters are left out. What activation checkpointing computes again is not counted.
+
+It needs torch and transformers with what they need, and jinja2, numpy, pillow, psutil, pyarrow, pyyaml,
+qwen-vl-utils, safetensors and torchvision; ``--lora`` peft, and ``--step`` filelock, matplotlib, omegaconf
+and rich; neither ray, vllm nor datasets. Where a machine has no index, bring wheels of what it lacks, made by
+``pip wheel --no-deps -w wheels qwen-vl-utils omegaconf antlr4-python3-runtime==4.9.3``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import yaml
+
+from mssr.config import Config, to_dict
+from mssr.data.prompt_source import PromptSource
+from mssr.types import TrainBatch
+from scripts.bench.phases import Operations, Phases
+from scripts.bench.workload import SHAPES, draw_lengths, write_model, write_rows
+
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+"""bfloat16 operations a second, dense, of the SXM boards, by what is in a device's name."""
+IMPORTS = "jinja2 PIL psutil pyarrow qwen_vl_utils safetensors torchvision yaml".split()
+STEP_IMPORTS = "filelock matplotlib omegaconf rich".split()
+SYNCS = 5
+"""Exports of the weights that are measured."""
+
+
+def make_config(args: argparse.Namespace, model: Path, rows: Path) -> Config:
+    config = Config()
+    config.model.path, config.data.train, config.data.id_column = str(model), str(rows), "id"
+    # Images are written in the size that they are to have.
+    config.data.min_pixels, config.data.instruction = 56 * 56, ""
+    config.data.cache_dir, config.trainer.run_dir = str(rows.parent / "cache"), str(rows.parent / "run")
+    config.cluster.launcher, config.cluster.device, config.rollout.engine = "local", args.device, "hf"
+    config.cluster.threads_per_actor = config.cluster.threads_per_rollout = args.threads
+    config.actor.updates_per_step, config.trainer.val_every, config.trainer.save_every = 1, 0, 0
+    config.actor.activation_checkpointing = args.size != "tiny"
+    if args.lora:
+        if not hasattr(config.actor, "lora"):
+            sys.exit("gpu_update: this version of mssr has no actor.lora, so --lora cannot be measured")
+        set_option(config, f"actor.lora.rank={args.lora}")
+    for option in args.options:
+        set_option(config, option)
+    return config
+
+
+def set_option(config: Config, option: str) -> None:
+    """``key=value`` without the checks of `load_config`, which needs omegaconf."""
+    key, _, value = option.partition("=")
+    *sections, name = key.split(".")
+    target: Any = config
+    for section in sections:
+        target = getattr(target, section)
+    if not hasattr(target, name):
+        sys.exit(f"gpu_update: there is no option {key}")
+    setattr(target, name, yaml.safe_load(value))
+
+
+def make_batches(config: Config, per_update: int, vocabulary: int, responses: np.ndarray) -> list[TrainBatch]:
+    """Batches of all prompts. Responses are random bytes, which are the tokenizer's first 256 tokens."""
+    rng = np.random.default_rng(2)
+    source, batches = PromptSource(config), []
+    for start in range(0, len(responses), per_update):
+        ids = [str(k) for k in range(start, start + per_update)]
+        prompts = [source.encoder.encode(source.row(i)).token_ids.numpy() for i in ids]
+        lengths = responses[start : start + per_update]
+        parts = [x for p, t in zip(prompts, lengths, strict=True) for x in (p, rng.integers(0, 256, t))]
+        batches.append(
+            TrainBatch(
+                prompt_ids=tuple(ids),
+                tokens=np.concatenate(parts).astype(np.int32),
+                offsets=np.concatenate(
+                    [[0], np.cumsum([len(p) + t for p, t in zip(prompts, lengths, strict=True)])]
+                ),
+                prompt_lengths=np.array([len(p) for p in prompts]),
+                advantages=rng.standard_normal(len(ids)).astype(np.float32),
+                engine_log_probs=np.full(int(lengths.sum()), -np.log(vocabulary), np.float32),
+                kl_coef=config.algorithm.kl.coef,
+            )
+        )
+    return batches
+
+
+@dataclasses.dataclass
+class Update:
+    """One measured update."""
+
+    tokens: int
+    forward: float
+    training: float
+    seconds: dict[str, float]
+
+
+def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> tuple[list[Update], Phases]:
+    """Every batch once, after the last one to warm up."""
+    from mssr.actor.worker import PolicyWorker
+    from mssr.rollout.weights import pack_weights
+
+    rendezvous = Path(str(config.trainer.run_dir)) / "rendezvous"
+    rendezvous.parent.mkdir(parents=True)
+    worker = PolicyWorker(config, 0, f"file://{rendezvous}", args.device)
+    updater, phases = worker.updater, Phases(worker.device)
+    phases.watch(updater, "_before_update", "reference")
+    phases.watch(updater, "backward", "forward and backward")
+    phases.watch(updater, "_probe_kl", "KL probe")
+    phases.watch(updater.optimizer, "step", "optimizer")
+    phases.count(updater.prompts, "item", "prompts")
+    visual = worker.policy.model.model.visual
+    frozen_tower = not any(p.requires_grad for p in visual.parameters())
+    batches = make_batches(config, args.per_update, SHAPES[args.size]["vocab"], responses)
+    updates: list[Update] = []
+    for number, batch in enumerate([batches[-1], *batches]):
+        with phases("step"):
+            metrics = worker.update(batch, number)
+        of_prompts = phases.seconds.pop("prompts")
+        # After the step, which is to meet its prompts for the first time.
+        with phases("old log-probs"):
+            worker.log_probs(batch, reference=False)
+        assert not metrics["policy/skipped_updates"]
+        if number <= SYNCS:
+            with phases("sync"):
+                weights = worker.export_weights()
+                assert weights is not None
+                pack_weights(weights)
+            del weights
+        seconds = phases.take() | {"prompts": of_prompts}
+        seconds["update"] = seconds["step"] - seconds.get("reference", 0.0) - seconds["KL probe"]
+        seconds["the rest of it"] = seconds["update"] - seconds["forward and backward"] - seconds["optimizer"]
+        operations = Operations.of(batch, worker.policy.model.config)
+        training = operations.training(bool(args.lora), frozen_tower)
+        if number:
+            updates.append(Update(int(batch.lengths.sum()), operations.forward, training, seconds))
+        else:
+            phases.peaks.clear()
+        print(f"{number}: {json.dumps({k: round(v, 3) for k, v in seconds.items()})}", file=sys.stderr)
+    worker.close()
+    if not config.needs_reference:
+        for update in updates:
+            update.seconds.pop("reference")
+    phases.peaks["update"] = max(phases.peaks[k] for k in ("forward and backward", "optimizer"))
+    return updates, phases
+
+
+ROWS = {
+    "old log-probs": ("old log-probs", "forward"),
+    "reference": ("reference log-probs", "forward"),
+    "forward and backward": ("forward and backward", "training"),
+    "optimizer": ("optimizer", None),
+    "the rest of it": ("clipping, plan, metrics", None),
+    "update": ("**update**: these three", "training"),
+    "KL probe": ("KL probe", None),
+    "step": ("step: reference, update, probe", None),
+    "prompts": ("of it the host's time for prompts", None),
+    "sync": ("export of the weights to the host", None),
+}
+"""Phase -> its name in the table, and which operations it does."""
+
+
+def table(updates: list[Update], phases: Phases, peak: float | None) -> list[str]:
+    lines = ["| phase | s, median | tokens/s | MFU | peak GiB |", "|" + " --- |" * 5]
+    for key, (name, kind) in ROWS.items():
+        done = [u for u in updates if key in u.seconds]
+        if not done:
+            continue
+        seconds = statistics.median(u.seconds[key] for u in done)
+        rate = statistics.median(u.tokens / u.seconds[key] for u in done) if kind else None
+        mfu = None
+        if kind and peak:
+            mfu = statistics.median(getattr(u, kind) / u.seconds[key] / peak for u in done)
+        memory = phases.peaks.get(key)
+        cells = f"{seconds:.2f}", _cell(rate, ".0f"), _cell(mfu, ".1%"), _cell(memory, ".1f")
+        lines.append(f"| {' | '.join((name, *cells))} |")
+    return lines
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def complete_step(args: argparse.Namespace, config: Config) -> list[str]:
+    """Two steps through `mssr train`, of which the second is told."""
+    from mssr.trainer.train import train
+
+    config.rollout.rollouts_per_step, config.rollout.max_response_length = (
+        args.step_rollouts,
+        args.step_tokens,
+    )
+    # Generation keeps the log-probs of all tokens of the vocabulary until its batch is done.
+    config.rollout.max_num_seqs, config.trainer.steps, config.trainer.progress = 16, 2, "plain"
+    run_dir = Path(str(config.trainer.run_dir))
+    file = run_dir.parent / "config.yaml"
+    file.write_text(yaml.safe_dump(to_dict(config)))
+    code = train(file)
+    assert code == 0, code
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    kept = {
+        k: v for k, v in records[-1].items() if k.split("/")[0] in ("timing", "perf", "memory", "rollout")
+    }
+    lines = ["| metric of step 2 | |", "| --- | --- |"]
+    return lines + [f"| {key} | {value:.4g} |" for key, value in sorted(kept.items())]
+
+
+def device_peak(args: argparse.Namespace) -> float | None:
+    """Operations a second, None where it is not known."""
+    if args.peak_tflops:
+        return float(args.peak_tflops) * 1e12
+    name = torch.cuda.get_device_name() if args.device == "cuda" else ""
+    return next((peak for key, peak in PEAKS.items() if key in name), None)
+
+
+def head(args: argparse.Namespace, config: Config, peak: float | None, load: float) -> list[str]:
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} CPU cores, no GPU"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    what = f"LoRA, rank {args.lora}" if args.lora else "full training"
+    actor = config.actor
+    lines = [
+        f"## {args.size}, {what}" + (", a complete step" if args.step else ""),
+        "",
+        f"`PYTHONPATH=. python scripts/bench/gpu_update.py {' '.join(sys.argv[1:])}`, "
+        f"{datetime.date.today()}, {machine}, {versions}; load average before {load:.1f}.",
+        "",
+    ]
+    if args.step:
+        return [
+            *lines,
+            f"{args.step_rollouts} rollouts of at most {args.step_tokens} tokens, `cluster.launcher=local`,"
+            " `rollout.engine=hf`, all in one process.",
+            "",
+        ]
+    formula = "2 matrices + 3 attention + vision" if args.lora else "3 F"
+    return [
+        *lines,
+        f"{args.sequences} sequences of Vision-R1's lengths (times {args.scale:g}), {args.per_update} an "
+        f"update, {actor.micro_batch_tokens} tokens a micro-batch, activation checkpointing "
+        f"{'on' if actor.activation_checkpointing else 'off'}. Tokens are those of prompts and responses.",
+        "",
+        f"MFU: model operations ({formula}, forward F; causal attention, the head on responses, the vision "
+        "tower with its windows; nothing that is computed again; see the script) over seconds and "
+        + (f"{peak / 1e12:g}e12 operations a second." if peak else "a peak that is not known here."),
+        "",
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--size", choices=tuple(SHAPES), default="tiny")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters of this rank; 0: all")
+    parser.add_argument("--step", action="store_true", help="a complete step in place of measured updates")
+    parser.add_argument("--sequences", type=int, default=512)
+    parser.add_argument("--per-update", type=int, default=64, help="sequences of an update; divides them")
+    parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
+    parser.add_argument("--step-rollouts", type=int, default=32)
+    parser.add_argument("--step-tokens", type=int, default=64, help="longest response of a complete step")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--peak-tflops", type=float, help="of the device, in bfloat16")
+    parser.add_argument("--scratch", type=Path, help="where model and images are written for the time")
+    parser.add_argument("--out", type=Path, help="append the table to this file")
+    parser.add_argument("options", nargs="*", help="key=value of the config")
+    args = parser.parse_args(arguments)
+    if args.sequences % args.per_update:
+        parser.error("--per-update does not divide --sequences")
+    needed = IMPORTS + ["peft"] * bool(args.lora) + STEP_IMPORTS * args.step
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        sys.exit(f"gpu_update: not installed here: {', '.join(missing)}")
+    load, peak, loaded = os.getloadavg()[0], device_peak(args), set(sys.modules)
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory(prefix="mssr-gpu-", dir=args.scratch) as scratch:
+        device = torch.device(args.device)
+        dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+        write_model(Path(scratch) / "model", args.size, device, dtype)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        prompts, responses = draw_lengths(args.sequences, 1, args.scale)
+        rows = write_rows(Path(scratch), prompts, args.scale)
+        config = make_config(args, Path(scratch) / "model", rows)
+        lines = head(args, config, peak, load)
+        if args.step:
+            lines += complete_step(args, config)
+        else:
+            lines += table(*measure(args, config, responses), peak)
+    assert not {"ray", "vllm"} & (set(sys.modules) - loaded)
+    text = "\n".join([*lines, "", ""])
+    print(text)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("a") as file:
+            file.write(text)
+
+
+if __name__ == "__main__":
+    main()

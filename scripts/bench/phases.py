@@ -1,0 +1,109 @@
+"""What benchmarks of the update count: model operations of a batch, seconds and peak memory of phases."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mssr.models.cost import UNIT, CostModel
+from mssr.types import TrainBatch
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Operations:
+    """Model operations of a batch, by the formulas of `gpu_update`."""
+
+    matrices: float
+    attention: float
+    vision: float
+
+    @classmethod
+    def of(cls, batch: TrainBatch, model_config: Any) -> Operations:
+        cost = CostModel(model_config, train_vision=False)  # so that images cost their forward pass
+        work = cost.work(batch)
+        attention = cost.per_square * float((batch.lengths.astype(np.float64) ** 2).sum())
+        text = float(work.text_cost.sum()) * UNIT / 3
+        return cls(text - attention, attention, float(work.image_cost.sum()) * UNIT)
+
+    @property
+    def forward(self) -> float:
+        return self.matrices + self.attention + self.vision
+
+    def training(self, frozen_weights: bool = False, frozen_tower: bool = False) -> float:
+        """Forward and backward."""
+        matrices = (2 if frozen_weights else 3) * self.matrices
+        return matrices + 3 * self.attention + (1 if frozen_tower else 3) * self.vision
+
+
+class Phases:
+    """Seconds and peak memory of what runs inside ``with phases(name)``, the device's work included.
+
+    Phases may lie within others. Memory is that of torch's allocator, or on a CPU the resident set.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._open: list[str] = []
+        self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._fold_peak()
+        self._open.append(name)
+        started = time.perf_counter()
+        yield
+        if self._cuda:
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        self._fold_peak()
+        self._open.remove(name)
+
+    def watch(self, owner: Any, method: str, name: str) -> None:
+        """Make every call of a method of an object a phase."""
+        call: Callable[..., Any] = getattr(owner, method)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with self(name):
+                return call(*args, **kwargs)
+
+        setattr(owner, method, watched)
+
+    def count(self, owner: Any, method: str, name: str) -> None:
+        """Add up the host's seconds in a method; the device may work meanwhile."""
+        call: Callable[..., Any] = getattr(owner, method)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            result = call(*args, **kwargs)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            return result
+
+        setattr(owner, method, counted)
+
+    def take(self) -> dict[str, float]:
+        """The seconds by phase, and start again. Peaks stay."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+    def _fold_peak(self) -> None:
+        """The peak since the last call belongs to all phases that are open."""
+        if self._cuda:
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() / GIB
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+            Path("/proc/self/clear_refs").write_text("5")
+        for name in self._open:
+            self.peaks[name] = max(self.peaks.get(name, 0.0), peak)

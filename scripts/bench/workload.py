@@ -1,0 +1,150 @@
+"""What the benchmarks of the update run on: shapes of Qwen2.5-VL and lengths like Vision-R1's, also as files.
+
+The shapes are those of the published configs of Qwen2.5-VL-3B-Instruct and -7B-Instruct, and `tiny` one for
+tests. The weights are random: what an update costs does not depend on them. Lengths are log-normal responses
+of mean 500, at most 4096, and prompts of 300 to 1500 tokens, all but some 40 to 160 of them an image's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from mssr.models import tiny
+
+RESPONSE_MEAN, RESPONSE_LIMIT, SIGMA, PROMPT, TEXT = 500, 4096, 0.8, (300, 1500), (40, 160)
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden": 128, "mlp": 256, "layers": 4, "heads": 4, "kv_heads": 2, "vocab": 512},
+    "3b": {"hidden": 2048, "mlp": 11008, "layers": 36, "heads": 16, "kv_heads": 2, "vocab": 151936},
+    "7b": {"hidden": 3584, "mlp": 18944, "layers": 28, "heads": 28, "kv_heads": 4, "vocab": 152064},
+}
+TINY_VISION = {"hidden_size": 64, "intermediate_size": 128, "depth": 4, "num_heads": 2,
+               "fullatt_block_indexes": [3]}  # fmt: skip
+VISION = {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16,
+          "fullatt_block_indexes": [7, 15, 23, 31]}  # fmt: skip
+CELL = 28
+"""Side in pixels of what becomes one token: 2 x 2 patches of 14."""
+
+
+def model_config(name: str, special: dict[str, int] | None = None) -> transformers.Qwen2_5_VLConfig:
+    """A Qwen2.5-VL in the shape of the 3B or 7B one, or a tiny one.
+
+    Args:
+        special: ids of the special tokens in the tokenizer; None puts those for images at the end of the
+            vocabulary and has no end token.
+    """
+    shape = SHAPES[name]
+    last = shape["vocab"] - 1
+    ids: dict[str, Any] = special or {
+        "<|image_pad|>": last,
+        "<|video_pad|>": last - 1,
+        "<|vision_start|>": last - 2,
+        "<|vision_end|>": last - 3,
+    }
+    section = [4, 6, 6] if name == "tiny" else [16, 24, 24]
+    return transformers.Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": shape["hidden"],
+            "intermediate_size": shape["mlp"],
+            "num_hidden_layers": shape["layers"],
+            "num_attention_heads": shape["heads"],
+            "num_key_value_heads": shape["kv_heads"],
+            "vocab_size": shape["vocab"],
+            "max_position_embeddings": 128000,
+            "rms_norm_eps": 1e-6,
+            "bos_token_id": ids.get("<|endoftext|>"),
+            "eos_token_id": ids.get("<|im_end|>"),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section},
+            "tie_word_embeddings": name != "7b",
+        },
+        vision_config={
+            **(TINY_VISION if name == "tiny" else VISION),
+            "out_hidden_size": shape["hidden"],
+            "window_size": 112,
+            "tokens_per_second": 2,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=name != "7b",
+    )
+
+
+def write_model(directory: Path, name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Random weights in a Hugging Face directory, with a tokenizer of a few hundred tokens.
+
+    The tokenizer's ids are the lowest of the vocabulary, so that special tokens and text fit; a policy with
+    random weights also samples the others, which decode to nothing.
+
+    Args:
+        device: where the random numbers are drawn.
+        dtype: of the weights in the file.
+    """
+    tokenizer = tiny.train_tokenizer(["0 1 2 3 4 5 6 7 8 9"], 256)
+    special = tiny.special_ids(tokenizer)
+    config = model_config(name, special)
+    torch.manual_seed(0)
+    with device:
+        model = transformers.AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=[special["<|im_end|>"], special["<|endoftext|>"]], pad_token_id=special["<|endoftext|>"]
+    )
+    pixels = {"shortest_edge": 56 * 56, "longest_edge": CELL * CELL * 2 * PROMPT[1]}
+    processor = transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(size=pixels),
+        tokenizer=tokenizer,
+        video_processor=transformers.Qwen2VLVideoProcessor(size=pixels),
+        chat_template=tiny.CHAT_TEMPLATE,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    tiny.save_quietly(model, directory)
+    processor.save_pretrained(directory)
+
+
+def draw_lengths(prompts: int, n: int, scale: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(prompts,) prompt lengths and (prompts * n,) response lengths."""
+    rng = np.random.default_rng(seed)
+    prompt = rng.integers(*PROMPT, prompts)
+    response = rng.lognormal(math.log(RESPONSE_MEAN) - SIGMA**2 / 2, SIGMA, prompts * n)
+    response = np.minimum(np.maximum(response, 8), RESPONSE_LIMIT)
+    return np.maximum(prompt * scale, 40).astype(int), np.maximum(response * scale, 2).astype(int)
+
+
+def write_rows(directory: Path, lengths: np.ndarray, scale: float, template: int = 12) -> Path:
+    """A JSONL file of prompts of about so many tokens, each with a JPEG image of its own.
+
+    Args:
+        lengths: (B,) tokens of the prompts, as `draw_lengths` gives them.
+        template: tokens that the chat template adds.
+
+    Returns:
+        the file. Its ids are "0", "1", ...
+    """
+    rng = np.random.default_rng(1)
+    images = directory / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for k, length in enumerate(lengths.tolist()):
+        digits = max(int(rng.integers(*TEXT) * scale), 4)
+        cells = max(length - digits - template, 4)
+        height = int(cells**0.5)
+        # A few colours, enlarged: as smooth as photographs are, and no two alike.
+        colours = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+        image = colours.resize((cells // height * CELL, height * CELL), Image.Resampling.BICUBIC)
+        image.save(images / f"{k}.jpg", quality=90)
+        question = "".join(map(str, rng.integers(0, 10, digits)))
+        row = {"id": str(k), "images": [str(images / f"{k}.jpg")], "problem": question, "answer": "1"}
+        rows.append(json.dumps(row))
+    file = directory / "rows.jsonl"
+    file.write_text("\n".join(rows) + "\n")
+    return file
