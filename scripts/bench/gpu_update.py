@@ -25,7 +25,8 @@ by its name, or ``--peak-tflops``). Model operations of a forward pass F are tho
 
 with L tokens of a sequence, T of them of the response. Training costs 3 F. With LoRA it is 2 * matrices
 + 3 * attention + vision, for frozen weights need no gradient of their own and a frozen tower none at all; the
-adapters are left out. What activation checkpointing computes again is not counted.
+adapters are left out. What activation checkpointing computes again is not counted, and of a frozen tower only
+the passes that run it, for its features are kept.
 
 It needs torch and transformers with what they need, and jinja2, numpy, pillow, psutil, pyarrow, pyyaml,
 qwen-vl-utils, safetensors and torchvision; ``--lora`` peft, and ``--step`` filelock, matplotlib, omegaconf
@@ -44,6 +45,7 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ import yaml
 
 from mssr.config import Config, to_dict
 from mssr.data.prompt_source import PromptSource
+from mssr.models.cost import UNIT, CostModel
 from mssr.types import TrainBatch
 from scripts.bench.phases import Operations, Phases
 from scripts.bench.workload import SHAPES, draw_lengths, write_model, write_rows
@@ -127,8 +130,8 @@ class Update:
     """One measured update."""
 
     tokens: int
-    forward: float
-    training: float
+    operations: dict[str, float]
+    """Model operations by phase."""
     seconds: dict[str, float]
 
 
@@ -148,6 +151,10 @@ def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> 
     phases.count(updater.prompts, "item", "prompts")
     visual = worker.policy.model.model.visual
     frozen_tower = not any(p.requires_grad for p in visual.parameters())
+    models = [m for m in (worker.policy, worker.reference) if m is not None]
+    # One and the same where it is frozen.
+    towers = {m for model in models for name, m in model.named_modules() if name.split(".")[-1] == "visual"}
+    encoded = vision_operations(towers, worker.policy.model.config, phases)
     batches = make_batches(config, args.per_update, SHAPES[args.size]["vocab"], responses)
     updates: list[Update] = []
     for number, batch in enumerate([batches[-1], *batches]):
@@ -167,10 +174,14 @@ def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> 
         seconds = phases.take() | {"prompts": of_prompts}
         seconds["update"] = seconds["step"] - seconds.get("reference", 0.0) - seconds["KL probe"]
         seconds["the rest of it"] = seconds["update"] - seconds["forward and backward"] - seconds["optimizer"]
-        operations = Operations.of(batch, worker.policy.model.config)
-        training = operations.training(bool(args.lora), frozen_tower)
+        whole = Operations.of(batch, worker.policy.model.config)
+        by_phase = {k: dataclasses.replace(whole, vision=encoded.pop(k, 0.0)) for k in COMPUTING}
+        operations = {k: o.forward for k, o in by_phase.items()}
+        operations["update"] = operations["forward and backward"] = by_phase["forward and backward"].training(
+            bool(args.lora), frozen_tower
+        )
         if number:
-            updates.append(Update(int(batch.lengths.sum()), operations.forward, training, seconds))
+            updates.append(Update(int(batch.lengths.sum()), operations, seconds))
         else:
             phases.peaks.clear()
         print(f"{number}: {json.dumps({k: round(v, 3) for k, v in seconds.items()})}", file=sys.stderr)
@@ -182,32 +193,55 @@ def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> 
     return updates, phases
 
 
+def vision_operations(
+    towers: Iterable[torch.nn.Module], model_config: Any, phases: Phases
+) -> dict[str, float]:
+    """Filled with the operations of forward passes of vision towers, by the phase in which they were.
+
+    The features of a frozen tower are kept from one pass to the next, so not every pass runs it.
+    """
+    cost = CostModel(model_config, train_vision=False)
+    found: dict[str, float] = {}
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        patches = kwargs["grid_thw"].prod(-1).cpu().numpy()
+        for name in phases.running:
+            found[name] = found.get(name, 0.0) + float(cost.images(patches).sum()) * UNIT
+
+    for tower in towers:
+        tower.register_forward_pre_hook(count, with_kwargs=True)
+    return found
+
+
+COMPUTING = ("old log-probs", "reference", "forward and backward")
+"""Phases that run the model."""
 ROWS = {
-    "old log-probs": ("old log-probs", "forward"),
-    "reference": ("reference log-probs", "forward"),
-    "forward and backward": ("forward and backward", "training"),
-    "optimizer": ("optimizer", None),
-    "the rest of it": ("clipping, plan, metrics", None),
-    "update": ("**update**: these three", "training"),
-    "KL probe": ("KL probe", None),
-    "step": ("step: reference, update, probe", None),
-    "prompts": ("of it the host's time for prompts", None),
-    "sync": ("export of the weights to the host", None),
+    "old log-probs": "old log-probs",
+    "reference": "reference log-probs",
+    "forward and backward": "forward and backward",
+    "optimizer": "optimizer",
+    "the rest of it": "clipping, plan, metrics",
+    "update": "**update**: these three",
+    "KL probe": "KL probe",
+    "step": "step: reference, update, probe",
+    "prompts": "of it the host's time for prompts",
+    "sync": "export of the weights to the host",
 }
-"""Phase -> its name in the table, and which operations it does."""
+"""Phase -> its name in the table."""
 
 
 def table(updates: list[Update], phases: Phases, peak: float | None) -> list[str]:
     lines = ["| phase | s, median | tokens/s | MFU | peak GiB |", "|" + " --- |" * 5]
-    for key, (name, kind) in ROWS.items():
+    for key, name in ROWS.items():
         done = [u for u in updates if key in u.seconds]
         if not done:
             continue
         seconds = statistics.median(u.seconds[key] for u in done)
-        rate = statistics.median(u.tokens / u.seconds[key] for u in done) if kind else None
-        mfu = None
-        if kind and peak:
-            mfu = statistics.median(getattr(u, kind) / u.seconds[key] / peak for u in done)
+        rate = mfu = None
+        if key in done[0].operations:
+            rate = statistics.median(u.tokens / u.seconds[key] for u in done)
+            if peak:
+                mfu = statistics.median(u.operations[key] / u.seconds[key] / peak for u in done)
         memory = phases.peaks.get(key)
         cells = f"{seconds:.2f}", _cell(rate, ".0f"), _cell(mfu, ".1%"), _cell(memory, ".1f")
         lines.append(f"| {' | '.join((name, *cells))} |")

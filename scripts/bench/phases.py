@@ -68,6 +68,11 @@ class Phases:
         self._fold_peak()
         self._open.remove(name)
 
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The phases that are open, the outermost first."""
+        return tuple(self._open)
+
     def watch(self, owner: Any, method: str, name: str) -> None:
         """Make every call of a method of an object a phase."""
         call: Callable[..., Any] = getattr(owner, method)

@@ -71,13 +71,35 @@ def test_a_table_of_all_phases(tmp_path: Path, capsys: pytest.CaptureFixture[str
     gpu_update.main([*sizes, "--threads", "1", "--peak-tflops", "0.1", "--out", str(out)])
     lines = [line.split("|")[1:-1] for line in out.read_text().splitlines() if line.startswith("|")]
     rows = {cells[0].strip(): cells[1:] for cells in lines[2:]}
-    assert set(rows) == {name for name, _ in gpu_update.ROWS.values()}
+    assert set(rows) == set(gpu_update.ROWS.values())
     for name in ("old log-probs", "reference log-probs", "forward and backward", "**update**: these three"):
         seconds, rate, mfu, memory = rows[name]
         assert float(seconds) > 0 and float(rate) > 0 and float(mfu.strip(" %")) > 0 and float(memory) > 0
     gpu_update.main([*sizes, "--threads", "1", "--out", str(out), "algorithm.kl.coef=0"])
     second = out.read_text().split("## ")[2]
     assert "reference log-probs" not in second and "not known here" in second
+
+
+@pytest.mark.parametrize("freeze", ["true", "false"])
+def test_vision_counts_where_the_tower_runs(tmp_path: Path, freeze: str) -> None:
+    """The features of a frozen one are kept: the first pass of a step, the reference's, computes them."""
+    args = argparse.Namespace(size="tiny", device="cpu", threads=1, lora=0, per_update=2)
+    args.options = [f"model.freeze_vision={freeze}"]
+    write_model(tmp_path / "model", "tiny", torch.device("cpu"), torch.float32)
+    prompts, responses = draw_lengths(4, 1, 0.1)
+    config = make_config(args, tmp_path / "model", write_rows(tmp_path, prompts, 0.1))
+    update = gpu_update.measure(args, config, responses)[0][0]
+    [batch, _] = make_batches(config, 2, 512, responses)
+    operations = Operations.of(batch, transformers.AutoConfig.from_pretrained(tmp_path / "model"))
+    text = operations.matrices + operations.attention
+    found = update.operations
+    assert found["reference"] == pytest.approx(operations.forward)
+    if freeze == "true":
+        assert found["forward and backward"] == pytest.approx(3 * text)
+        assert found["old log-probs"] == pytest.approx(text)
+    else:
+        assert found["forward and backward"] == pytest.approx(3 * operations.forward)
+        assert found["old log-probs"] == pytest.approx(operations.forward)
 
 
 def test_an_option_that_is_none_and_lora_that_is_not_there_are_named() -> None:
