@@ -52,7 +52,7 @@ class DataConfig:
     """Go on if at most this fraction of the rows is unusable; they are listed in bad_rows.jsonl."""
     shuffle: bool = True
     """New random order in every epoch; false keeps the order of the file."""
-    image_cache_gib: float = 1.0
+    image_cache_gib: float = 4.0
     """Host memory of each worker for prepared images (decoded, resized; cut into patches in the actor), so
     that later epochs need not prepare them again; the least recently used give way. An engine of vLLM has a
     cache of its own besides (rollout.engine_options.mm_processor_cache_gb)."""

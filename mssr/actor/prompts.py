@@ -18,12 +18,22 @@ class PromptCache:
     """Encodes each prompt once as long as it stays among the most recent ``max_bytes``.
 
     Responses to the same prompt follow one another, so one is kept in any case.
+
+    Args:
+        pixel_dtype: in which pixels are kept: that of the forward pass, which would round them anyway.
     """
 
-    def __init__(self, source: PromptSource, model: PolicyModel, max_bytes: int = 2**30) -> None:
+    def __init__(
+        self,
+        source: PromptSource,
+        model: PolicyModel,
+        max_bytes: int = 2**30,
+        pixel_dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._source = source
         self._model = model
         self._max_bytes = max_bytes
+        self._pixel_dtype = pixel_dtype
         self._bytes = 0
         self._items: OrderedDict[tuple[str, bool], PackItem] = OrderedDict()
 
@@ -61,11 +71,14 @@ class PromptCache:
         if text_only:
             row = dataclasses.replace(row, images=(), problem=row.problem.replace("<image>", ""))
         encoded = self._source.encoder.encode(row)
+        keys = image_keys(encoded)
+        if encoded.pixel_values is not None:
+            encoded = dataclasses.replace(encoded, pixel_values=encoded.pixel_values.to(self._pixel_dtype))
         item = PackItem(
             prompt=encoded,
             prompt_positions=self._model.rope_positions(encoded),
             response=torch.empty(0, dtype=torch.int64),
-            image_keys=image_keys(encoded),
+            image_keys=keys,
         )
         self._items[key] = item
         self._bytes += encoded.nbytes

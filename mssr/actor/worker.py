@@ -76,7 +76,7 @@ class PolicyWorker:
         on_device = getattr(steps, "on_device", contextlib.nullcontext)
         self._checkpoint = ActorCheckpoint(self.policy.model, optimizer, rank, on_device)
         max_bytes = int(config.data.image_cache_gib * 2**30)
-        prompts = PromptCache(PromptSource(config), self.policy, max_bytes)
+        prompts = PromptCache(PromptSource(config), self.policy, max_bytes, self.compute_dtype)
         self.updater = PolicyUpdater(config, self.policy, self.reference, steps, prompts, rank, self.device)
 
     def _load(self) -> torch.nn.Module:

@@ -118,11 +118,13 @@ class Calls:
             StopRequestedError: ``stop`` said so.
         """
         pending = {stream: worker for worker, stream in streams.items()}
-        watch = _Watch(self._limit)
+        watch, watched = _Watch(self._limit), time.monotonic()
         while pending:
             if stop is not None and stop():
                 raise StopRequestedError
             ready, _ = ray.wait(list(pending), timeout=self._poll_s, fetch_local=False)
+            if len(pending) > 1 and ready:  # it returns one only, though others may have something too
+                ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0, fetch_local=False)
             for stream in ready:
                 worker = pending[stream]
                 try:
@@ -133,6 +135,9 @@ class Calls:
                 if isinstance(part, Failure):
                     del pending[stream]
                 yield worker, part
+            if time.monotonic() - watched < self._poll_s:
+                continue  # to look after all workers for every message would take longer than the messages
+            watched = time.monotonic()
             for stream, worker in list(pending.items()):
                 silent = watch.silent_s(worker)
                 if silent is not None:
