@@ -1,0 +1,328 @@
+"""GRPO in TRL's GRPOTrainer beside GRPO and MSSR here: the same tiny Qwen2.5-VL, rows, budget, machine.
+
+    mssr prepare digits --out data/digits
+    PYTHONPATH=. python scripts/bench/peer_trl.py --out scripts/bench/results/peer_trl.md
+    PYTHONPATH=. python scripts/bench/peer_trl.py curves --out scripts/bench/results/peer_trl_curves.md
+
+``speed``: seconds a step of 256 rollouts, (a) of 32 tokens each (a model that never ends a response), (b)
+with a long tail of lengths (its end token has probability 1/48 at every position; at most 256 tokens). All
+trainers are started once and take turns, a step each, so that they see the same machine; while one works,
+the others stand still. The time of a step is everything from one step's end to the next one's.
+
+``curves``: mean reward over the steps of the digits task from the same base model, several seeds a side.
+
+Both sides: float32, two cores in all, the same rows and images, the same number of prompts (GRPO: 32 with 8
+responses each; MSSR: 256 with one), of updates a step, and learning rate; AdamW, gradient norm clipped at 1,
+k3 towards the reference with coefficient 0.01, clip range 0.2 / 0.3, mean over all tokens of an update,
+temperature 1, the same reward function. TRL has an environment of its own, made at the first run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent / "peer"
+REPO = HERE.parents[2]
+sys.path.insert(0, str(HERE))
+
+from turns import Side  # noqa: E402
+
+ROLLOUTS, GROUP = 256, 8
+END_PROBABILITY = 1 / 48
+CASES = {"a": ("32 tokens each", 0.0, 32), "b": ("long tail of lengths, at most 256", END_PROBABILITY, 256)}
+PHASES = ("rollout", "reward", "update", "sync")
+
+
+def make_model(base: Path, out: Path, end_probability: float) -> list[int]:
+    """The base model changed so that its end token has a constant probability, all other text tokens having
+    nearly the same; returns the special tokens, which are never sampled.
+
+    The last hidden dimension is made a constant: every embedding holds it, so does every image feature, and
+    no layer writes to it. It is so large that the final norm leaves little of the other dimensions, and the
+    rows of the (tied) head say with it which tokens are likely.
+    """
+    import torch
+    import transformers
+
+    shutil.copytree(base, out, dirs_exist_ok=True)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    core, constant = model.model, 100.0
+    weight = core.language_model.embed_tokens.weight
+    ids = transformers.AutoTokenizer.from_pretrained(base)
+    special = sorted(ids.all_special_ids)
+    text_tokens = len(weight) - len(special)
+    with torch.no_grad():
+        merger = core.visual.merger.mlp[2]
+        merger.weight[-1], merger.bias[-1] = 0.0, constant
+        for layer in core.language_model.layers:
+            layer.self_attn.o_proj.weight[-1] = layer.mlp.down_proj.weight[-1] = 0.0
+            layer.input_layernorm.weight[-1] = layer.post_attention_layernorm.weight[-1] = 0.0
+        # After the norm the constant is 1 / constant, so a row of (1 + z) * constant gives logit 1 + z.
+        core.language_model.norm.weight[-1] = len(weight[0]) ** -0.5 / constant
+        weight[:, -1] = constant
+        weight[special, -1] = constant * (1 - 30)
+        if end_probability:
+            odds = end_probability / (1 - end_probability) * text_tokens
+            weight[ids.eos_token_id, -1] = constant * (1 + float(torch.tensor(odds).log()))
+    model.save_pretrained(out)
+    return [i for i in special if i != ids.eos_token_id]
+
+
+class Peer:
+    """Starts trainers with the same settings in all that both sides have.
+
+    Args:
+        work: directory for models, logs and runs.
+    """
+
+    def __init__(self, args: argparse.Namespace, work: Path) -> None:
+        self.args, self.work = args, work
+        self.python = args.trl_environment.absolute() / "bin" / "python"
+
+    def trl(self, name: str, **settings: Any) -> Side:
+        """TRL's GRPO."""
+        settings |= {
+            "data": str(self.args.data / "train.parquet"),
+            "out": str(self.work / name),
+            "threads": self.args.threads,
+            "rollouts": ROLLOUTS,
+            "n": GROUP,
+            "batch": self.args.trl_batch,
+        }
+        environment = {
+            "PYTHONPATH": str(REPO),
+            "OMP_NUM_THREADS": str(self.args.threads),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        command = [str(self.python), str(HERE / "trl_side.py"), json.dumps(settings)]
+        return Side(name, command, self.work / f"{name}.log", environment)
+
+    def ours(self, name: str, algorithm: str, **settings: Any) -> Side:
+        """``mssr train`` with the config of the digits run."""
+        overrides = {
+            "algorithm.name": algorithm,
+            "algorithm.kl.coef": 0.01,
+            "model.path": settings["model"],
+            "data.train": self.args.data / "train.parquet",
+            "data.val": "null",
+            "reward.name": f"{HERE / 'rewards.py'}:{settings['reward']}",
+            "rollout.rollouts_per_step": ROLLOUTS,
+            "rollout.max_response_length": settings["limit"],
+            "actor.updates_per_step": settings["updates"],
+            "actor.lr": settings["lr"],
+            "trainer.steps": settings["steps"],
+            "trainer.save_every": 0,
+            "trainer.run_dir": self.work / name,
+            "seed": settings["seed"],
+        }
+        shutil.rmtree(self.work / name, ignore_errors=True)
+        arguments = [f"{key}={value}" for key, value in overrides.items()] + self.args.set
+        command = [sys.executable, str(HERE / "mssr_side.py"), str(self.args.config), *arguments]
+        return Side(name, command, self.work / f"{name}.log", {"PYTHONPATH": str(REPO)})
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """The metrics of a run of ours, by step."""
+        lines = (self.work / name / "metrics.jsonl").read_text().splitlines()
+        return [record for line in lines if (record := json.loads(line))["step"]]
+
+
+def speed(peer: Peer) -> list[str]:
+    args = peer.args
+    lines: list[str] = []
+    for case in args.cases:
+        title, end_probability, limit = CASES[case]
+        model = peer.work / f"model-{case}"
+        banned = make_model(args.data / "model", model, end_probability)
+        settings = {
+            "model": str(model),
+            "reward": "even_length",
+            "limit": limit,
+            "updates": args.updates,
+            "lr": 1e-6,
+            "steps": args.warm_up + args.rounds,
+            "seed": 0,
+        }
+        sides = []
+        for side in args.sides:
+            name = f"{case}-{side}"
+            sides.append(
+                peer.trl(name, **settings, banned=banned)
+                if side == "trl"
+                else peer.ours(name, side, **settings)
+            )
+            sides[-1].ready()  # one after the other: starting is work, too
+        steps: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}
+        for _ in range(args.warm_up + args.rounds):
+            for side, trainer in zip(args.sides, sides, strict=True):
+                steps[side].append(trainer.step())
+        for trainer in sides:
+            trainer.close()
+        for side in args.sides:
+            if side != "trl":
+                steps[side] = [
+                    a | b for a, b in zip(steps[side], peer.records(f"{case}-{side}"), strict=True)
+                ]
+            del steps[side][: args.warm_up]
+        rows = [speed_row(side, steps[side], steps.get("trl")) for side in args.sides]
+        lines += [f"({case}) {title}", "", *table(SPEED_COLUMNS, rows), ""]
+    return lines
+
+
+SPEED_COLUMNS = ("trainer", "tokens a response", "s a step", "fastest to slowest", "CPU s a step",
+                 "rollouts/s", "times TRL", "by CPU time", "phases, s")  # fmt: skip
+
+
+def speed_row(side: str, steps: list[dict[str, Any]], trl: list[dict[str, Any]] | None) -> tuple[str, ...]:
+    """One line of the table, from the records of measured steps."""
+
+    def median(records: list[dict[str, Any]], key: str) -> float:
+        return statistics.median(record[key] for record in records)
+
+    tokens = [step["tokens" if side == "trl" else "rollout/tokens"] for step in steps]
+    seconds = sorted(step["seconds"] for step in steps)
+    ratios = [median(trl, key) / median(steps, key) if trl else 0.0 for key in ("seconds", "cpu_seconds")]
+    phases = [f"{phase} {median(steps, f'timing/{phase}_s'):.2f}" for phase in PHASES if side != "trl"]
+    return (
+        "TRL, GRPO" if side == "trl" else f"mssr, {side.upper()}",
+        f"{statistics.mean(tokens) / ROLLOUTS:.1f}",
+        f"{median(steps, 'seconds'):.2f}",
+        f"{seconds[0]:.2f} to {seconds[-1]:.2f}",
+        f"{median(steps, 'cpu_seconds'):.2f}",
+        f"{ROLLOUTS / median(steps, 'seconds'):.0f}",
+        *(f"{ratio:.2f}" for ratio in ratios),
+        ", ".join(phases) or "-",
+    )
+
+
+def curves(peer: Peer) -> list[str]:
+    """Mean reward in windows of five steps, for each seed and over all."""
+    args = peer.args
+    rewards: dict[str, list[list[float]]] = {"trl": [], "grpo": []}
+    for seed in range(args.seeds):
+        settings = {
+            "model": str(args.data / "model"),
+            "reward": "digits",
+            "limit": 32,
+            "updates": args.updates,
+            "lr": 5e-5,
+            "steps": args.steps,
+            "seed": seed,
+        }
+        for side, start in (("trl", peer.trl), ("grpo", peer.ours)):
+            extra = {"banned": args.banned} if side == "trl" else {"algorithm": "grpo"}
+            name = f"curves-{side}-{seed}"
+            running = start(name, **extra, **settings)
+            running.ready()
+            told = [running.step() for _ in range(args.steps)]
+            running.close()
+            if side == "trl":
+                rewards[side].append([record["reward"] for record in told])
+            else:
+                rewards[side].append([record["reward/accuracy"] for record in peer.records(name)])
+    return curve_table(rewards, args.steps)
+
+
+def curve_table(rewards: dict[str, list[list[float]]], steps: int, window: int = 5) -> list[str]:
+    """The two sides' means over seeds, and their difference in standard errors of it.
+
+    Seeds are few, so the error of a side is that of single runs pooled over all windows and both sides.
+    """
+    windows = [slice(k, min(k + window, steps)) for k in range(0, steps, window)]
+    runs = {
+        side: [[statistics.mean(run[w]) for w in windows] for run in of_side]
+        for side, of_side in rewards.items()
+    }
+    pairs = [column for of_side in runs.values() for column in zip(*of_side, strict=True)]
+    pooled = statistics.mean(statistics.variance(column) for column in pairs) ** 0.5
+    count = len(runs["trl"])
+    error = pooled * (2 / count) ** 0.5
+    rows = []
+    for k, w in enumerate(windows):
+        trl, ours = ([run[k] for run in runs[side]] for side in ("trl", "grpo"))
+        difference = statistics.mean(ours) - statistics.mean(trl)
+        rows.append(
+            (
+                f"{w.start + 1} to {w.stop}",
+                *(", ".join(f"{x:.3f}" for x in side) for side in (trl, ours)),
+                f"{statistics.mean(trl):.3f}",
+                f"{statistics.mean(ours):.3f}",
+                f"{difference:+.3f}",
+                f"{difference / error:+.1f}",
+            )
+        )
+    columns = ("steps", "TRL, each seed", "mssr, each seed", "TRL, mean", "mssr, mean", "difference",
+               "in its standard errors")  # fmt: skip
+    return [f"Mean reward; a run's window has a standard deviation of {pooled:.3f} between seeds.", "",
+            *table(columns, rows), ""]  # fmt: skip
+
+
+def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (columns, ("---",) * len(columns), *rows)]
+
+
+def versions(python: Path) -> str:
+    code = (
+        "import torch, transformers, trl; print(trl.__version__, transformers.__version__, torch.__version__)"
+    )
+    trl, transformers, torch = subprocess.check_output([python, "-c", code], text=True).split()[-3:]
+    return f"TRL {trl} with transformers {transformers}, torch {torch}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", choices=("speed", "curves"), default="speed")
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
+    parser.add_argument(
+        "--sides", nargs="+", choices=("trl", "grpo", "mssr"), default=["trl", "grpo", "mssr"]
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="measured steps of each side, in turn")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps before them")
+    parser.add_argument("--updates", type=int, help="optimizer steps a step; 1 for speed, 4 for curves")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=30, help="of a curve")
+    parser.add_argument("--threads", type=int, default=2, help="of TRL")
+    parser.add_argument("--trl-batch", type=int, default=256, help="per_device_train_batch_size, at most")
+    parser.add_argument("--banned", type=int, nargs="*", default=[], help="tokens TRL must not sample")
+    parser.add_argument("--data", type=Path, default=Path("data/digits"))
+    parser.add_argument("--config", type=Path, default=REPO / "configs/digits/mssr.yaml")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of ours")
+    parser.add_argument("--trl-environment", type=Path, default=REPO / ".venv-trl")
+    parser.add_argument("--work", type=Path, default=REPO / "runs/peer")
+    parser.add_argument("--out", type=Path, help="also write the tables to this file")
+    args = parser.parse_args()
+    args.updates = args.updates or {"speed": 1, "curves": 4}[args.what]
+    subprocess.run([HERE / "trl_environment.sh", args.trl_environment.absolute()], check=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    load = os.getloadavg()[0]
+    peer = Peer(args, args.work.absolute())
+    tables = {"speed": speed, "curves": curves}[args.what](peer)
+    command = " ".join(["python", "scripts/bench/peer_trl.py", *sys.argv[1:]])
+    lines = [
+        f"`PYTHONPATH=. {command}`, {datetime.date.today()}, {os.cpu_count()} CPU cores, no GPU, "
+        f"{versions(peer.python)}; load average {load:.1f} before, {os.getloadavg()[0]:.1f} after. "
+        f"{ROLLOUTS} rollouts and {args.updates} updates a step, medians of {args.rounds} after "
+        f"{args.warm_up}, the sides in turn."
+        if args.what == "speed"
+        else "",
+        "",
+        *tables,
+    ]
+    print("\n".join(lines))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
