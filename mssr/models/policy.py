@@ -104,15 +104,12 @@ class PolicyModel(nn.Module):
         """(merged patches, D), the tower run on those images only whose features are not kept."""
         assert self.features is not None
         found = {key: kept for key in keys if (kept := self.features.get(key)) is not None}
-        missing = [k for k, key in enumerate(keys) if key not in found]
-        if missing:
-            patches = grid_thw.prod(-1).tolist()
-            pixels = torch.split(pixel_values, patches)
-            new = self._image_features(torch.cat([pixels[k] for k in missing]), grid_thw[missing])
-            sizes = [patches[k] // self.merge_size**2 for k in missing]
-            for k, features in zip(missing, torch.split(new, sizes), strict=True):
-                found[keys[k]] = features
-                self.features.put(keys[k], features)
+        pixels = torch.split(pixel_values, grid_thw.prod(-1).tolist())
+        for k, key in enumerate(keys):
+            if key not in found:
+                # One by one: what is kept must not depend on what else was in the pass.
+                found[key] = self._image_features(pixels[k], grid_thw[k : k + 1])
+                self.features.put(key, found[key])
         return torch.cat([found[key] for key in keys])
 
     def _blank_image(self) -> tuple[torch.Tensor, torch.Tensor]:

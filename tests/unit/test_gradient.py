@@ -230,14 +230,18 @@ def test_parts_of_sequences_give_the_gradient_and_metrics_of_the_whole(
     # Sequences have 5, 3 and 6 tokens: a chunk of 4 ends within the first, and spans the second and third.
     loss, part_log_probs, part_entropy = token_loss(*inputs, lab.packed.targets, parts, chunk=4)
     actual = loss, *torch.autograd.grad(loss, inputs)
-    tolerance = 1e-10 if dtype == torch.float64 else 1e-6
+    tolerance = 1e-10 if dtype == torch.float64 else 5e-6  # rounding differs from processor to processor
     for a, e in zip(actual, expected, strict=True):
         size = max(float(e.detach().abs().max()), 0.0 if e.dim() else 1.0)  # terms of the loss may cancel
         torch.testing.assert_close(a, e, rtol=0, atol=tolerance * size)
     torch.testing.assert_close((part_log_probs, part_entropy), (log_probs.detach(), entropy.detach()))
     assert parts.metrics.keys() == metrics.keys()
     for key, value in metrics.items():
-        torch.testing.assert_close(parts.metrics[key], value, msg=lambda text, key=key: f"{key}: {text}")
+        # Log-probs agree to rounding, which k3 with its exponential magnifies.
+        close = {"rtol": 1e-5, "atol": 1e-5} if value.dtype == torch.float32 else {}
+        torch.testing.assert_close(
+            parts.metrics[key], value, **close, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def _cast(known: KnownTokens, dtype: torch.dtype) -> KnownTokens:
