@@ -42,9 +42,9 @@ CASES = {"a": ("32 tokens each", 0.0, 32), "b": ("long tail of lengths, at most 
 PHASES = ("rollout", "reward", "update", "sync")
 
 
-def make_model(base: Path, out: Path, end_probability: float) -> list[int]:
-    """The base model changed so that its end token has a constant probability, all other text tokens having
-    nearly the same; returns the special tokens, which are never sampled.
+def make_model(base: Path, out: Path, end_probability: float) -> None:
+    """The base model changed so that its end token has a constant probability, all text tokens nearly the
+    same, and the other special tokens none worth the name: TRL does not survive an image token.
 
     The last hidden dimension is made a constant: every embedding holds it, so does every image feature, and
     no layer writes to it. It is so large that the final norm leaves little of the other dimensions, and the
@@ -74,7 +74,15 @@ def make_model(base: Path, out: Path, end_probability: float) -> list[int]:
             odds = end_probability / (1 - end_probability) * text_tokens
             weight[ids.eos_token_id, -1] = constant * (1 + float(torch.tensor(odds).log()))
     model.save_pretrained(out)
-    return [i for i in special if i != ids.eos_token_id]
+
+
+def vision_tokens(model: Path) -> list[int]:
+    """The tokens that TRL must not sample; ours never does."""
+    import transformers
+
+    from mssr.models.policy import vision_placeholder_ids
+
+    return vision_placeholder_ids(transformers.AutoConfig.from_pretrained(model))
 
 
 class Peer:
@@ -141,7 +149,7 @@ def speed(peer: Peer) -> list[str]:
     for case in args.cases:
         title, end_probability, limit = CASES[case]
         model = peer.work / f"model-{case}"
-        banned = make_model(args.data / "model", model, end_probability)
+        make_model(args.data / "model", model, end_probability)
         settings = {
             "model": str(model),
             "reward": "even_length",
@@ -155,9 +163,7 @@ def speed(peer: Peer) -> list[str]:
         for side in args.sides:
             name = f"{case}-{side}"
             sides.append(
-                peer.trl(name, **settings, banned=banned)
-                if side == "trl"
-                else peer.ours(name, side, **settings)
+                peer.trl(name, **settings, banned=[]) if side == "trl" else peer.ours(name, side, **settings)
             )
             sides[-1].ready()  # one after the other: starting is work, too
         steps: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}
@@ -207,6 +213,7 @@ def curves(peer: Peer) -> list[str]:
     """Mean reward in windows of five steps, for each seed and over all."""
     args = peer.args
     rewards: dict[str, list[list[float]]] = {"trl": [], "grpo": []}
+    banned = vision_tokens(args.data / "model")
     for seed in range(args.seeds):
         settings = {
             "model": str(args.data / "model"),
@@ -218,7 +225,7 @@ def curves(peer: Peer) -> list[str]:
             "seed": seed,
         }
         for side, start in (("trl", peer.trl), ("grpo", peer.ours)):
-            extra = {"banned": args.banned} if side == "trl" else {"algorithm": "grpo"}
+            extra = {"banned": banned} if side == "trl" else {"algorithm": "grpo"}
             name = f"curves-{side}-{seed}"
             running = start(name, **extra, **settings)
             running.ready()
@@ -293,7 +300,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="of a curve")
     parser.add_argument("--threads", type=int, default=2, help="of TRL")
     parser.add_argument("--trl-batch", type=int, default=256, help="per_device_train_batch_size, at most")
-    parser.add_argument("--banned", type=int, nargs="*", default=[], help="tokens TRL must not sample")
     parser.add_argument("--data", type=Path, default=Path("data/digits"))
     parser.add_argument("--config", type=Path, default=REPO / "configs/digits/mssr.yaml")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of ours")
@@ -308,13 +314,16 @@ def main() -> None:
     peer = Peer(args, args.work.absolute())
     tables = {"speed": speed, "curves": curves}[args.what](peer)
     command = " ".join(["python", "scripts/bench/peer_trl.py", *sys.argv[1:]])
+    how = {
+        "speed": f"medians of {args.rounds} after {args.warm_up}, the sides in turn",
+        "curves": f"GRPO with {args.seeds} seeds a side, {args.steps} steps",
+    }
     lines = [
         f"`PYTHONPATH=. {command}`, {datetime.date.today()}, {os.cpu_count()} CPU cores, no GPU, "
         f"{versions(peer.python)}; load average {load:.1f} before, {os.getloadavg()[0]:.1f} after. "
-        f"{ROLLOUTS} rollouts and {args.updates} updates a step, medians of {args.rounds} after "
-        f"{args.warm_up}, the sides in turn."
-        if args.what == "speed"
-        else "",
+        f"{ROLLOUTS} rollouts and {args.updates} updates a step, {how[args.what]}. TRL: "
+        f"per_device_train_batch_size at most {args.trl_batch}, {args.threads} threads, no gradient "
+        f"checkpointing. Ours: {args.config.name}, {' '.join(args.set) or 'as it is'}.",
         "",
         *tables,
     ]
