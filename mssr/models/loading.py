@@ -45,7 +45,7 @@ def load_processor(config: ModelConfig) -> Any:
     Raises:
         UserError: there is none, it has no chat template, or its tokenizer is not the model's.
     """
-    import transformers
+    transformers = _transformers()
 
     try:
         processor = transformers.AutoProcessor.from_pretrained(
@@ -90,7 +90,8 @@ def empty_model(config: ModelConfig, dtype: Any) -> Any:
 
 def _make_model(config: ModelConfig, dtype: Any, packed: bool, with_weights: bool) -> Any:
     import torch
-    import transformers
+
+    transformers = _transformers()
 
     from mssr.models.attention import use_varlen_attention
 
@@ -121,6 +122,17 @@ def _make_model(config: ModelConfig, dtype: Any, packed: bool, with_weights: boo
                 "does not know; use sdpa"
             )
     return model.eval()
+
+
+def _transformers() -> Any:
+    """The library, which where torchao is installed would import it in every process, taking seconds, for
+    quantised models that we do not load."""
+    import transformers
+    from transformers.utils import import_utils
+
+    for module in (import_utils, transformers.utils):
+        module.is_torchao_available = lambda *_, **__: False
+    return transformers
 
 
 def _reason(error: Exception) -> str:
