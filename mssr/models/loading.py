@@ -79,6 +79,7 @@ def load_model(config: ModelConfig, dtype: Any, packed: bool = True) -> Any:
     import transformers
 
     from mssr.models.attention import use_varlen_attention
+    from mssr.models.patch_embed import use_linear_patch_embed
 
     varlen = config.attn_implementation in ("auto", "varlen")
     try:
@@ -98,6 +99,7 @@ def load_model(config: ModelConfig, dtype: Any, packed: bool = True) -> Any:
                 f"model.attn_implementation=varlen: {config.path} has layers with a sliding window, which it "
                 "does not know; use sdpa"
             )
+    use_linear_patch_embed(model)
     return model.eval()
 
 
