@@ -94,6 +94,7 @@ def _make_model(config: ModelConfig, dtype: Any, packed: bool, with_weights: boo
     transformers = _transformers()
 
     from mssr.models.attention import use_varlen_attention
+    from mssr.models.patch_embed import use_linear_patch_embed
 
     varlen = config.attn_implementation in ("auto", "varlen")
     options = {
@@ -121,6 +122,7 @@ def _make_model(config: ModelConfig, dtype: Any, packed: bool, with_weights: boo
                 f"model.attn_implementation=varlen: {config.path} has layers with a sliding window, which it "
                 "does not know; use sdpa"
             )
+    use_linear_patch_embed(model)
     return model.eval()
 
 

@@ -296,9 +296,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="measured steps of each side, in turn")
     parser.add_argument("--warm-up", type=int, default=1, help="steps before them")
     parser.add_argument("--updates", type=int, help="optimizer steps a step; 1 for speed, 4 for curves")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=30, help="of a curve")
-    parser.add_argument("--threads", type=int, default=2, help="of TRL")
+    parser.add_argument("--seeds", type=int, default=3, help="of each side's curve, at least 2")
+    parser.add_argument("--steps", type=int, default=20, help="of a curve")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="of TRL; 1 is far quicker where others use the machine, too"
+    )
     parser.add_argument("--trl-batch", type=int, default=256, help="per_device_train_batch_size, at most")
     parser.add_argument("--data", type=Path, default=Path("data/digits"))
     parser.add_argument("--config", type=Path, default=REPO / "configs/digits/mssr.yaml")

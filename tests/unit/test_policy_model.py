@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -52,6 +53,19 @@ def plain_log_probs(policy: PolicyModel, item: PackItem) -> tuple[torch.Tensor, 
     log_p = torch.log_softmax(logits, dim=-1)
     entropy = -(log_p.exp() * log_p.masked_fill(log_p.isinf(), 0)).sum(-1)
     return log_p.gather(1, item.response[:, None])[:, 0], entropy
+
+
+def test_linear_patch_embed_is_the_convolution(policy: PolicyModel, items: list[PackItem]) -> None:
+    embed = copy.deepcopy(policy.model.model.visual.patch_embed).double()
+    pixels = pack(items, policy.merge_size).pixel_values
+    results = []
+    for forward in (embed, lambda x: type(embed).forward(embed, x)):
+        out = forward(pixels)
+        (gradient,) = torch.autograd.grad(out.square().sum(), embed.proj.weight)
+        results.append((out, gradient))
+    for linear, convolution in zip(*results, strict=True):
+        assert linear.dtype == torch.float64
+        torch.testing.assert_close(linear, convolution)
 
 
 def test_packed_equals_one_by_one(policy: PolicyModel, items: list[PackItem]) -> None:
