@@ -130,6 +130,7 @@ class VllmEngine:
             seed=None if params.greedy else request.seed,
             max_tokens=params.max_tokens,
             logprobs=0,
+            detokenize=False,  # token by token, and of log-probs too; `_rollout` decodes once
             logit_bias=dict.fromkeys(self._banned, float("-inf")),
         )
 
@@ -147,7 +148,7 @@ class VllmEngine:
             log_probs=np.asarray(chosen, dtype=np.float32),
             finish_reason=completion.finish_reason or "length",
             policy_version=self._version,
-            text=completion.text,
+            text=self._prompts.encoder.processor.tokenizer.decode(tokens, skip_special_tokens=True),
         )
 
 
