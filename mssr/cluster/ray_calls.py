@@ -120,6 +120,8 @@ class Calls:
         pending = {stream: worker for worker, stream in streams.items()}
         watch, watched = _Watch(self._limit), time.monotonic()
         while pending:
+            if not ray.is_initialized():  # ray.wait would start it again
+                raise RuntimeError("Ray was shut down by another thread")
             if stop is not None and stop():
                 raise StopRequestedError
             ready, _ = ray.wait(list(pending), timeout=self._poll_s, fetch_local=False)

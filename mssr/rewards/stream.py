@@ -48,9 +48,10 @@ class ScoringStream:
     def __enter__(self) -> ScoringStream:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._error = self._error or _Abandoned()  # what has come and is not scored is dropped
-        self._end()
+        if kind is not KeyboardInterrupt:  # a response that hangs would keep the user waiting
+            self._end()
 
     def _end(self) -> None:
         self._arrived.put(None)

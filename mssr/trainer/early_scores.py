@@ -74,8 +74,8 @@ class EarlyScores:
     def __enter__(self) -> EarlyScores:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown(wait=kind is not KeyboardInterrupt, cancel_futures=True)
 
     def _score(self, part: Sequence[int]) -> TokenLogProbs:
         batch = make_batch([self._rollouts[i] for i in part], np.zeros(len(part), np.float32))

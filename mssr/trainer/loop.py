@@ -101,27 +101,28 @@ class Trainer:
         Raises:
             WorkersLostError: the policy is gone; a new trainer is to go on from the last checkpoint.
         """
-        steps = self.config.trainer.steps
         try:
-            self.cluster.sync_weights(version=self.step)
-            if self.step == 0:
-                self._before_first_step(stop)
-            self.console.begin(self.step - (self._unlogged is not None))
-            if self._unlogged is not None:
-                self._finish_step()
-            while self.step < steps and not stop.requested:
-                self._train_step()
-                self._finish_step()
+            with self.pipeline:
+                self._run_steps(stop)
         except StopRequestedError:
             if self._unlogged is not None:
                 self._unlogged = _add(self._unlogged, self.timer.take())
-        finally:
-            self.pipeline.close()
         if stop.requested:
             self._begin_save()
         self._finish_save()
         if self._save_failed:
             raise TrainingError("the last checkpoint could not be written; see events.jsonl")
+
+    def _run_steps(self, stop: StopRequest) -> None:
+        self.cluster.sync_weights(version=self.step)
+        if self.step == 0:
+            self._before_first_step(stop)
+        self.console.begin(self.step - (self._unlogged is not None))
+        if self._unlogged is not None:
+            self._finish_step()
+        while self.step < self.config.trainer.steps and not stop.requested:
+            self._train_step()
+            self._finish_step()
 
     def _before_first_step(self, stop: StopRequest) -> None:
         before = self.validate()

@@ -25,7 +25,7 @@ _STATE_VERSION = 1
 class RolloutPipeline:
     """Hands out one batch a step.
 
-    Each step: `take`, `begin_next`, the training, `finish_next`.
+    Each step: `take`, `begin_next`, the training, `finish_next`. Leave the ``with`` to end its thread.
     """
 
     def __init__(self, config: Config, collector: RolloutCollector, timer: PhaseTimer) -> None:
@@ -79,9 +79,12 @@ class RolloutPipeline:
         # They passed beside those of the training, and are no part of the step's sum.
         self.timer.add({key.replace("timing/", "timing/ahead_"): value for key, value in seconds.items()})
 
-    def close(self) -> None:
-        """Wait until nothing is under way."""
-        self._thread.shutdown()
+    def __enter__(self) -> RolloutPipeline:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait until nothing is under way, but not for who is in a hurry."""
+        self._thread.shutdown(wait=kind is not KeyboardInterrupt, cancel_futures=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The batch that waits, and what the collector knows. Nothing may be under way."""

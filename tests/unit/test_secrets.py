@@ -248,7 +248,8 @@ def test_transformers_is_told_what_the_config_says(trust: bool, monkeypatch: pyt
 
     def from_pretrained(path: str, **options: Any) -> Any:
         told.append(options["trust_remote_code"])
-        return SimpleNamespace(chat_template="x", image_token_id=1, eval=lambda: None)
+        model = SimpleNamespace(visual=SimpleNamespace(patch_embed=SimpleNamespace()))
+        return SimpleNamespace(chat_template="x", image_token_id=1, eval=lambda: None, model=model)
 
     for name in ("AutoProcessor", "AutoConfig", "AutoModelForImageTextToText"):
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", from_pretrained)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mssr.data_config import RewardConfig
-from mssr.errors import TrainingError
+from mssr.errors import StopRequestedError, TrainingError
 from mssr.rewards import RewardInput, RewardResult, ScoredBatch, Scorer, ScoringStream
 from mssr.rewards.batch import Outcome
 from mssr.trainer.early_scores import PARTS, EarlyScores
@@ -84,14 +84,24 @@ def test_an_error_in_the_thread_is_raised_and_an_abandoned_batch_ends() -> None:
         stream.add(0, RewardInput("bad", "", 1))
         stream.result()
     held = Recorded()
-    with pytest.raises(KeyboardInterrupt), ScoringStream(held) as stream:
+    with pytest.raises(StopRequestedError), ScoringStream(held) as stream:
         stream.add(0, inputs(1)[0])
         assert held.began.wait(10)
         for i in range(1, 4):
             stream.add(i, inputs(1)[0])
-        held.go.set()
-        raise KeyboardInterrupt
+        threading.Timer(0.2, held.go.set).start()
+        raise StopRequestedError
     assert held.parts == [1] and not stream._thread.is_alive()
+
+
+def test_who_is_in_a_hurry_does_not_wait_for_a_response_that_hangs() -> None:
+    hanging = Recorded()
+    with pytest.raises(KeyboardInterrupt), ScoringStream(hanging) as stream:
+        stream.add(0, inputs(1)[0])
+        assert hanging.began.wait(10)
+        raise KeyboardInterrupt
+    assert stream._thread.is_alive() and stream._thread.daemon
+    hanging.go.set()
 
 
 def rollout(index: int, length: int) -> Rollout:
