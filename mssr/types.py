@@ -28,7 +28,7 @@ class SamplingParams:
     """Take the most likely token at every position (used by validation)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # with slots, pickling would run Python for every one of thousands
 class RolloutRequest:
     """One response to be generated. Example: ``RolloutRequest("a1b2", sample_index=0, seed=77)``"""
 
@@ -40,7 +40,7 @@ class RolloutRequest:
     """Seed of this response alone, see `mssr.rollout.seeds.request_seed`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # likewise
 class Rollout:
     """One generated response.
 

@@ -16,6 +16,9 @@ HEALTH = "health"
 """Concurrency group of the methods that answer while a worker is busy."""
 GRACE_S = 5.0
 """After the failure of one rank, how long the others have to show that theirs is the cause."""
+GATHER_S, PAUSE_S = 0.05, 0.001
+"""How long messages of streams are gathered at most, and for each stream: every look costs as much as several
+messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +129,18 @@ class Calls:
                 raise StopRequestedError
             ready, _ = ray.wait(list(pending), timeout=self._poll_s, fetch_local=False)
             if len(pending) > 1 and ready:  # it returns one only, though others may have something too
+                time.sleep(min(GATHER_S, PAUSE_S * len(pending)))
                 ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0, fetch_local=False)
+            refs = {}
             for stream in ready:
-                worker = pending[stream]
                 try:
-                    part = _outcome(worker, next(stream))
+                    refs[stream] = next(stream)
                 except StopIteration:
                     del pending[stream]
-                    continue
+            for stream, part in zip(
+                refs, _outcomes([(pending[s], ref) for s, ref in refs.items()]), strict=True
+            ):
+                worker = pending[stream]
                 if isinstance(part, Failure):
                     del pending[stream]
                 yield worker, part
@@ -194,6 +201,14 @@ class _Watch:
 
 def _ask(worker: Worker) -> Any:
     return worker.handle.silent_s.options(concurrency_group=HEALTH).remote()
+
+
+def _outcomes(calls: Sequence[tuple[Worker, Any]]) -> list[Any]:
+    """The results or failures of calls that have ended; together, which costs less than one by one."""
+    try:
+        return list(ray.get([ref for _, ref in calls]))
+    except ray.exceptions.RayError:
+        return [_outcome(worker, ref) for worker, ref in calls]
 
 
 def _outcome(worker: Worker, ref: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 from mssr.cluster.base import OnFinished
 from mssr.cluster.ray_calls import Calls, Failure, Worker
+from mssr.cluster.transport import unpack_rollouts
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
 FEEDING = "feeding"
@@ -88,7 +89,7 @@ class Generation:
                     self._waiting.extendleft(sorted(self._held.pop(engine), reverse=True))
                     self._feed(self._held)
                     continue
-                for index, rollout in part:
+                for index, rollout in unpack_rollouts(part):
                     self._held[engine].discard(index)
                     self._rollouts[index] = rollout
                     if self._on_finished is not None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mssr import heartbeat
+from mssr.cluster.transport import PackedRollouts, pack_rollouts
 from mssr.config import Config
 from mssr.rollout.queue import Finished, Numbered, RequestQueue
 from mssr.types import SamplingParams, TrainBatch
@@ -122,7 +123,9 @@ class RayRolloutWorker(RayWorker):
         self._slots = config.rollout.max_num_seqs
         self._worker = RolloutWorker(config, device)
 
-    def generate(self, call: int, requests: Sequence[Numbered], params: SamplingParams) -> Iterator[Finished]:
+    def generate(
+        self, call: int, requests: Sequence[Numbered], params: SamplingParams
+    ) -> Iterator[PackedRollouts]:
         """Answer these requests, and those that `feed` brings until it ends the call.
 
         Rollouts that end are handed over by the handful, which costs the driver less than one by one.
@@ -138,7 +141,7 @@ class RayRolloutWorker(RayWorker):
             idle = queue.taken == returned + len(ended)
             late = time.monotonic() - since > MAX_DELAY_S
             if ended and (idle or late or len(ended) >= handful):
-                yield ended
+                yield pack_rollouts(ended)
                 returned, since = returned + len(ended), time.monotonic()
                 ended = []
         with self._lock:

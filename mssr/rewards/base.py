@@ -1,4 +1,7 @@
-"""What is scored, and what comes of it."""
+"""What is scored, and what comes of it.
+
+Without slots, with which pickling would run Python for every one of thousands.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RewardInput:
     """One response to score. Example: ``RewardInput("<think></think>\\\\boxed{8}", "8", 14)``"""
 
@@ -18,7 +21,7 @@ class RewardInput:
     """Tokens of the response, the end token included."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RewardResult:
     """The score of one response. Example: ``RewardResult(1.0, {"accuracy": 1.0, "format": 1.0})``"""
 
@@ -28,7 +31,7 @@ class RewardResult:
     """Named numbers that are only reported, finite."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Failure:
     """A response that got no score. Example: ``Failure("no score within 10 s", timeout=True)``"""
 

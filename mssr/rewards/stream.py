@@ -9,11 +9,15 @@ from mssr.rewards.base import RewardInput
 from mssr.rewards.batch import Outcome
 from mssr.rewards.scoring import ScoredBatch, Scorer
 
+GATHER_S = 0.05
+"""How long what comes is gathered before it is scored: every few responses cost a round to the processes."""
+
 
 class ScoringStream:
     """A batch whose responses come one by one, scored in a thread of its own.
 
-    What has come while others were scored is scored next, together. Leave the ``with`` to end the thread.
+    What has come while others were scored, and shortly after, is scored next, together. Leave the ``with``
+    to end the thread.
 
     Args:
         scorer: nobody else may use it meanwhile.
@@ -25,6 +29,7 @@ class ScoringStream:
         self._inputs: dict[int, RewardInput] = {}
         self._outcomes: dict[int, Outcome] = {}
         self._error: BaseException | None = None
+        self._ending = threading.Event()
         self._thread = threading.Thread(target=self._score, name="scoring", daemon=True)
         self._thread.start()
 
@@ -54,6 +59,7 @@ class ScoringStream:
             self._end()
 
     def _end(self) -> None:
+        self._ending.set()
         self._arrived.put(None)
         self._thread.join()
 
@@ -61,6 +67,7 @@ class ScoringStream:
         more = True
         while more:
             arrived = [self._arrived.get()]
+            self._ending.wait(GATHER_S)
             while not self._arrived.empty():
                 arrived.append(self._arrived.get())
             more = None not in arrived

@@ -69,7 +69,8 @@ class LastVisits:
     def remember(self, rollouts: Sequence[Rollout], log_probs: Sequence[np.ndarray]) -> None:
         """Replace what is kept of these prompts; ``log_probs`` are of the policy that answered."""
         for rollout, values in zip(rollouts, log_probs, strict=True):
-            self._visits[rollout.prompt_id] = (rollout.response_token_ids, values)
+            # Copies: what is there is part of larger arrays, which would stay as long.
+            self._visits[rollout.prompt_id] = (rollout.response_token_ids.copy(), values.copy())
 
     def state_dict(self) -> dict[str, Any]:
         tokens = [tokens for tokens, _ in self._visits.values()]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,120 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from mssr.config_loading import load_config
-from mssr.data.prompt_source import PromptSource
-from mssr.types import TrainBatch
 from tests.conftest import Workspace
+from tests.e2e.ranks import RunRanks, make_batch, relative_difference
 
 pytestmark = pytest.mark.e2e
 
-RANK_SCRIPT = """
-import json, sys
-from pathlib import Path
-import numpy as np, torch
-from mssr.actor.distributed import full_tensor
-from mssr.actor.update import _Step
-from mssr.actor.worker import PolicyWorker
-from mssr.config_loading import load_config
-from mssr.types import TrainBatch
 
-rank, config_file, directory = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-spec = json.loads((directory / "spec.json").read_text())
-results = []
-for number, job in enumerate(spec):
-    config = load_config(config_file, job["overrides"])
-    arrays = np.load(directory / f"batch-{number}.npz")
-    batch = TrainBatch(prompt_ids=tuple(job["prompt_ids"]), kl_coef=config.algorithm.kl.coef, **arrays)
-    worker = PolicyWorker(config, rank, f"file://{directory}/rendezvous-{number}")
-    if job.get("load"):
-        worker.load(job["load"])
-    metrics = {}
-    if job.get("gradient"):
-        updater = worker.updater
-        state = _Step(batch)
-        plan = updater.plan(batch, 0)[0]
-        runs = []
-        first_layer = worker.policy.model.model.language_model.layers[0]
-        first_layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-        updater._before_update(state, plan, needs_old=False)
-        updater.backward(state, plan)
-        tensors = {n: full_tensor(p.grad) for n, p in worker.policy.named_parameters() if p.grad is not None}
-        metrics = {"passes": len(plan.ranks[0]), "layer_runs": len(runs)}
-    else:
-        for step in range(job.get("steps", 1)):
-            metrics = worker.update(batch, step)
-        tensors = worker.export_weights()
-    if job.get("save"):
-        worker.begin_save(job["save"])
-        worker.finish_save()
-    worker.close()
-    results.append((tensors, metrics))
-if rank == 0:
-    torch.save(results, directory / "results.pt")
-"""
-
-Result = tuple[dict[str, torch.Tensor], dict[str, float]]
-
-
-def run_ranks(
-    workspace: Workspace, batch: TrainBatch | None, ranks: int, jobs: list[dict[str, Any]]
-) -> list[Result]:
-    """Start the ranks as processes, run jobs on them one after the other; returns rank 0's results.
-
-    A job may have a ``batch`` of its own in place of the common one.
-    """
-    directory = Path(tempfile.mkdtemp(dir=workspace.path))
-    spec = []
-    for number, job in enumerate(jobs):
-        own = job.get("batch", batch)
-        fields = {f.name: getattr(own, f.name) for f in dataclasses.fields(own)}
-        arrays = {k: v for k, v in fields.items() if isinstance(v, np.ndarray)}
-        np.savez(directory / f"batch-{number}.npz", **arrays)
-        overrides = [*job.get("overrides", []), f"actor.num_ranks={ranks}"]
-        spec.append(job | {"batch": number, "overrides": overrides, "prompt_ids": own.prompt_ids})
-    (directory / "spec.json").write_text(json.dumps(spec))
-    command = [sys.executable, "-c", RANK_SCRIPT]
-    processes = [
-        subprocess.Popen([*command, str(r), str(workspace.config), str(directory)], stderr=subprocess.PIPE)
-        for r in range(ranks)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=200)
-            assert process.returncode == 0, errors.decode()[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
-    return torch.load(directory / "results.pt")
-
-
-def make_batch(workspace: Workspace, prompt_ids: list[str], seed: int = 0) -> TrainBatch:
-    """Random responses of random lengths, with random advantages."""
-    source = PromptSource(load_config(workspace.config))
-    rng = np.random.default_rng(seed)
-    prompts = [source.encoder.encode(source.row(i)).token_ids.numpy() for i in prompt_ids]
-    responses = [rng.integers(0, 250, rng.integers(2, 14)) for _ in prompt_ids]
-    parts = [part for pair in zip(prompts, responses, strict=True) for part in pair]
-    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    return TrainBatch(
-        prompt_ids=tuple(prompt_ids),
-        tokens=np.concatenate(parts).astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        prompt_lengths=np.array([len(p) for p in prompts]),
-        advantages=rng.standard_normal(len(prompt_ids)).astype(np.float32),
-        engine_log_probs=np.full(sum(map(len, responses)), -3.0, dtype=np.float32),
-    )
-
-
-def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Of the whole vectors, so that no single near-zero entry decides."""
-    assert a.keys() == b.keys()
-    difference = sum(((a[k] - b[k]).double() ** 2).sum() for k in a)
-    norm = sum((a[k].double() ** 2).sum() for k in a)
-    return float((difference / norm) ** 0.5)
-
-
-def test_gradient_depends_neither_on_micro_batches_nor_on_ranks(workspace: Workspace) -> None:
+def test_gradient_depends_neither_on_micro_batches_nor_on_ranks(
+    workspace: Workspace, run_ranks: RunRanks
+) -> None:
     batch = make_batch(workspace, [f"t{i % 8}" for i in range(12)])
 
     def job(budget: int, *overrides: str) -> dict[str, Any]:
@@ -135,12 +26,10 @@ def test_gradient_depends_neither_on_micro_batches_nor_on_ranks(workspace: Works
         return {"gradient": True, "overrides": [*sizes, f"actor.micro_batch_tokens={budget}", *overrides]}
 
     kept, recomputed = "actor.keep_gathered=true", "actor.activation_checkpointing=true"
-    *runs, (gradient, counts) = run_ranks(
-        workspace, batch, 1, [job(100000), job(120), job(100000, recomputed)]
-    )
+    *runs, (gradient, counts) = run_ranks(batch, 1, [job(100000), job(120), job(100000, recomputed)])
     assert relative_difference(runs[0][0], gradient) < 1e-5
     assert (runs[0][1]["layer_runs"], counts["layer_runs"]) == (1, 2)
-    runs += run_ranks(workspace, batch, 2, [job(100000), job(70), job(100000, kept), job(70, kept)])
+    runs += run_ranks(batch, 2, [job(100000), job(70), job(100000, kept), job(70, kept)])
     assert [m["passes"] for _, m in runs][::2] == [1, 1, 1]
     assert all(m["passes"] > 2 for _, m in runs[1::2])  # the budgets really differ
     names = set(runs[0][0])
@@ -160,16 +49,16 @@ EVERY_TERM = [
 ]
 
 
-def test_the_other_terms_of_the_loss_depend_on_neither(workspace: Workspace) -> None:
+def test_the_other_terms_of_the_loss_depend_on_neither(workspace: Workspace, run_ranks: RunRanks) -> None:
     batch = make_batch(workspace, [f"t{i % 8}" for i in range(8)])
 
     def job(budget: int, *overrides: str) -> dict[str, Any]:
         sizes = ["actor.updates_per_step=1", "rollout.rollouts_per_step=8"]
         return {"gradient": True, "overrides": [*sizes, f"actor.micro_batch_tokens={budget}", *overrides]}
 
-    (plain, _), (whole, _) = run_ranks(workspace, batch, 1, [job(100000), job(100000, *EVERY_TERM)])
+    (plain, _), (whole, _) = run_ranks(batch, 1, [job(100000), job(100000, *EVERY_TERM)])
     assert relative_difference(plain, whole) > 0.01
-    for gradient, _ in run_ranks(workspace, batch, 2, [job(100000, *EVERY_TERM), job(70, *EVERY_TERM)]):
+    for gradient, _ in run_ranks(batch, 2, [job(100000, *EVERY_TERM), job(70, *EVERY_TERM)]):
         assert relative_difference(whole, gradient) < 1e-5
 
 
@@ -180,25 +69,27 @@ UNEVEN = [
 ]
 
 
-def test_uneven_work_neither_hangs_nor_counts(workspace: Workspace) -> None:
+def test_uneven_work_neither_hangs_nor_counts(workspace: Workspace, run_ranks: RunRanks) -> None:
     def job(prompts: list[str], updates: int) -> dict[str, Any]:
         sizes = [f"actor.updates_per_step={updates}", f"rollout.rollouts_per_step={len(prompts)}"]
         overrides = [*sizes, "actor.kl_probe_fraction=1.0"]
         return {"batch": make_batch(workspace, prompts), "overrides": overrides}
 
-    on_one = run_ranks(workspace, None, 1, [job(*case) for case in UNEVEN])
-    on_two = run_ranks(workspace, None, 2, [job(*case) for case in UNEVEN])
+    on_one = run_ranks(None, 1, [job(*case) for case in UNEVEN])
+    on_two = run_ranks(None, 2, [job(*case) for case in UNEVEN])
     for case, (one, metrics_one), (two, metrics_two) in zip(UNEVEN, on_one, on_two, strict=True):
         assert relative_difference(one, two) < 1e-4, case
         for key in ("policy/entropy", "policy/loss", "policy/kl_update", "rollout/mismatch_max"):
             assert metrics_one[key] == pytest.approx(metrics_two[key], rel=1e-3, abs=1e-6), (case, key)
 
 
-def test_a_non_finite_gradient_is_skipped_on_all_ranks(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_non_finite_gradient_is_skipped_on_all_ranks(
+    workspace: Workspace, run_ranks: RunRanks, tmp_path: Path
+) -> None:
     batch = make_batch(workspace, ["t0", "t1", "t2", "t3"])
     batch.advantages[0] = np.nan  # in one of the two updates, on one rank
     job = {"overrides": [f"trainer.run_dir={tmp_path}"]}
-    (untouched, _), (weights, metrics) = run_ranks(workspace, batch, 2, [{"steps": 0}, job])
+    (untouched, _), (weights, metrics) = run_ranks(batch, 2, [{"steps": 0}, job])
     assert metrics["policy/skipped_updates"] == 1 and np.isfinite(metrics["policy/entropy"])
     assert all(torch.isfinite(w).all() for w in weights.values())
     assert relative_difference(untouched, weights) > 0  # the other update was made
@@ -209,17 +100,19 @@ def test_a_non_finite_gradient_is_skipped_on_all_ranks(workspace: Workspace, tmp
     assert any("language_model" in name for name in report["parameters"])
 
 
-def test_a_checkpoint_loads_on_another_number_of_ranks(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_checkpoint_loads_on_another_number_of_ranks(
+    workspace: Workspace, run_ranks: RunRanks, tmp_path: Path
+) -> None:
     batch = make_batch(workspace, ["t0", "t1", "t2", "t3"])
     directory, from_one = str(tmp_path / "checkpoint"), str(tmp_path / "from-one")
     (saved, _), (next_two, _), (other_optimizer, _) = run_ranks(
-        workspace, batch, 2, [{"save": directory}, {"load": directory}, {"load": directory, "steps": 2}]
+        batch, 2, [{"save": directory}, {"load": directory}, {"load": directory, "steps": 2}]
     )
     (loaded, _), (next_one, _) = run_ranks(
-        workspace, batch, 1, [{"load": directory, "steps": 0, "save": from_one}, {"load": directory}]
+        batch, 1, [{"load": directory, "steps": 0, "save": from_one}, {"load": directory}]
     )
     assert all(torch.equal(saved[k], loaded[k]) for k in saved)
-    [(back, _)] = run_ranks(workspace, batch, 2, [{"load": from_one, "steps": 0}])
+    [(back, _)] = run_ranks(batch, 2, [{"load": from_one, "steps": 0}])
     assert all(torch.equal(saved[k], back[k]) for k in saved)
     # With the optimizer's moments, so that the next step is the same too.
     assert relative_difference(next_one, next_two) < 1e-4
@@ -243,29 +136,29 @@ OPTIONS = [
 ]
 
 
-def test_every_option_of_the_update_reaches_the_parameters(workspace: Workspace) -> None:
+def test_every_option_of_the_update_reaches_the_parameters(workspace: Workspace, run_ranks: RunRanks) -> None:
     batch = make_batch(workspace, [f"t{i}" for i in range(8)] * 2)
     basis = ["actor.lr=0.01", "actor.max_grad_norm=10"]
     jobs = [{"overrides": [*basis, *option], "steps": 2} for option in ([], *([o] for o in OPTIONS))]
-    (plain, _), *results = run_ranks(workspace, batch, 1, jobs)
+    (plain, _), *results = run_ranks(batch, 1, jobs)
     differences = {o: relative_difference(plain, w) for o, (w, _) in zip(OPTIONS, results, strict=True)}
     assert not [option for option, difference in differences.items() if difference < 1e-6]
 
 
-def test_keeping_parameters_gathered_changes_nothing(workspace: Workspace) -> None:
+def test_keeping_parameters_gathered_changes_nothing(workspace: Workspace, run_ranks: RunRanks) -> None:
     """Over several steps: a parameter that stays gathered past an update would be stale."""
     batch = make_batch(workspace, [f"t{i}" for i in range(8)])
     jobs = [{"steps": 3, "overrides": [f"actor.keep_gathered={kept}"]} for kept in ("false", "true")]
-    (gathered, metrics), (kept, metrics_kept) = run_ranks(workspace, batch, 2, jobs)
+    (gathered, metrics), (kept, metrics_kept) = run_ranks(batch, 2, jobs)
     assert relative_difference(gathered, kept) < 1e-4
     for key in ("policy/kl_update", "policy/kl_ref", "rollout/mismatch_max", "policy/grad_norm"):
         assert metrics[key] == pytest.approx(metrics_kept[key], rel=1e-3), key
 
 
-def test_a_frozen_vision_tower_does_not_move(workspace: Workspace) -> None:
+def test_a_frozen_vision_tower_does_not_move(workspace: Workspace, run_ranks: RunRanks) -> None:
     batch = make_batch(workspace, ["t0", "t1", "t3", "t0"])
     (base, _), (trained, _), (frozen, _) = run_ranks(
-        workspace, batch, 2, [{"steps": 0}, {}, {"overrides": ["model.freeze_vision=true"]}]
+        batch, 2, [{"steps": 0}, {}, {"overrides": ["model.freeze_vision=true"]}]
     )
     vision = [name for name in base if ".visual." in name]
     assert all(torch.equal(base[n], frozen[n]) for n in vision)
@@ -273,13 +166,14 @@ def test_a_frozen_vision_tower_does_not_move(workspace: Workspace) -> None:
     assert any(not torch.equal(base[n], frozen[n]) for n in base)
 
 
-def test_a_frozen_tower_is_run_alone_and_its_features_are_kept(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_frozen_tower_is_run_alone_and_its_features_are_kept(
+    workspace: Workspace, run_ranks: RunRanks, tmp_path: Path
+) -> None:
     """One rank has images and the other has none; with and without memory for features; saved and loaded."""
     batch = make_batch(workspace, ["t1", "t2", "t2", "t2"])
     frozen = ["model.freeze_vision=true", "actor.updates_per_step=1", "rollout.rollouts_per_step=4"]
     directory = str(tmp_path / "checkpoint")
     (computed, _), (kept, _) = run_ranks(
-        workspace,
         batch,
         2,
         [
@@ -288,7 +182,6 @@ def test_a_frozen_tower_is_run_alone_and_its_features_are_kept(workspace: Worksp
         ],
     )
     (alone, _), (loaded, _) = run_ranks(
-        workspace,
         batch,
         1,
         [{"steps": 2, "overrides": frozen}, {"load": directory, "steps": 0, "overrides": frozen}],

@@ -11,7 +11,7 @@ import torch
 from mssr.config_loading import load_config
 from mssr.models.loading import load_model
 from tests.conftest import Workspace
-from tests.e2e.test_actor import make_batch, relative_difference, run_ranks
+from tests.e2e.ranks import RunRanks, make_batch, relative_difference
 
 pytestmark = pytest.mark.e2e
 
@@ -24,7 +24,7 @@ KINDS = {"lora": LORA, "eight": EIGHT, "kahan": KAHAN, "stochastic": STOCHASTIC}
 
 @pytest.mark.parametrize("kinds", [("lora", "eight"), ("kahan", "stochastic")], ids="-".join)
 def test_they_train_alike_and_resume_on_fewer_ranks(
-    workspace: Workspace, tmp_path: Path, kinds: tuple[str, ...]
+    workspace: Workspace, run_ranks: RunRanks, tmp_path: Path, kinds: tuple[str, ...]
 ) -> None:
     batch = make_batch(workspace, ["t0", "t1", "t2", "t3"])
     base = load_model(load_config(workspace.config).model, torch.float32).state_dict()
@@ -33,14 +33,14 @@ def test_they_train_alike_and_resume_on_fewer_ranks(
         options, directory = KINDS[kind], str(tmp_path / kind)
         jobs.append({"overrides": options, "save": directory})
         jobs.append({"overrides": options, "load": directory})
-    results = run_ranks(workspace, batch, 2, jobs)
+    results = run_ranks(batch, 2, jobs)
     jobs = []
     for kind in kinds:
         options, directory = KINDS[kind], str(tmp_path / kind)
         jobs.append({"overrides": options, "load": directory, "steps": 0})
         jobs.append({"overrides": options, "load": directory})
         jobs.append({"overrides": options})
-    others = run_ranks(workspace, batch, 1, jobs)
+    others = run_ranks(batch, 1, jobs)
     for k, kind in enumerate(kinds):
         saved, next_two = (weights for weights, _ in results[2 * k : 2 * k + 2])
         loaded, next_one, alone = (weights for weights, _ in others[3 * k : 3 * k + 3])
@@ -53,16 +53,16 @@ def test_they_train_alike_and_resume_on_fewer_ranks(
         assert relative_difference(saved, next_one) > 0.5 * moved, kind  # that step was not nothing
 
 
-def test_they_resume_on_more_ranks(workspace: Workspace, tmp_path: Path) -> None:
+def test_they_resume_on_more_ranks(workspace: Workspace, run_ranks: RunRanks, tmp_path: Path) -> None:
     batch = make_batch(workspace, ["t0", "t1", "t2", "t3"])
     jobs: list[dict[str, Any]] = [
         {"overrides": options, "save": str(tmp_path / kind)} for kind, options in KINDS.items()
     ]
-    saved = run_ranks(workspace, batch, 1, jobs)
+    saved = run_ranks(batch, 1, jobs)
     jobs = [
         {"overrides": options, "load": str(tmp_path / kind), "steps": 0} for kind, options in KINDS.items()
     ]
-    (initial, _), *loaded = run_ranks(workspace, batch, 2, [{"steps": 0}, *jobs])
+    (initial, _), *loaded = run_ranks(batch, 2, [{"steps": 0}, *jobs])
     base = load_model(load_config(workspace.config).model, torch.float32).state_dict()
     assert all(torch.equal(initial[n], base[n]) for n in base)  # read on rank 0, and handed on
     for (before, _), (after, _) in zip(saved, loaded, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from mssr.cluster.ray_calls import Failure, Worker, WorkerDiedError
 from mssr.cluster.ray_generation import Generation
 from mssr.cluster.ray_workers import RayRolloutWorker
+from mssr.cluster.transport import PackedRollouts, pack_rollouts, unpack_rollouts
 from mssr.rollout.queue import Finished, RequestQueue
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
@@ -55,7 +57,7 @@ class FakeEngine:
         self.ended = requests is None
         self.queue += requests or []
 
-    def tick(self, now: int) -> Finished | Failure:
+    def tick(self, now: int) -> PackedRollouts | Failure | None:
         if self.dies_at == now:
             return Failure(self.worker, WorkerDiedError("died"))
         while self.queue and len(self.running) < self.slots:
@@ -63,7 +65,7 @@ class FakeEngine:
             self.running[index] = now + request.seed, request
         over = [i for i, (end, _) in self.running.items() if end <= now]
         self.answered += over
-        return [(i, rollout(self.running.pop(i)[1])) for i in over]
+        return pack_rollouts([(i, rollout(self.running.pop(i)[1])) for i in over]) if over else None
 
 
 class FakeCalls:
@@ -172,8 +174,28 @@ def test_a_worker_returns_rollouts_by_the_handful_and_keeps_none_back() -> None:
     worker._worker = OneByOne()  # type: ignore[assignment]
     requests = [(i, RolloutRequest(f"p{i}", 0, i)) for i in range(10)]
     parts = worker.generate(7, requests[:6], PARAMS)
-    sizes = [len(next(parts)), len(next(parts))]  # the second although more may come: the engine is idle
+    sizes = [
+        len(next(parts).numbers) for _ in range(2)
+    ]  # the second although more may come: the engine is idle
     assert sizes == [4, 2]
     worker.feed(7, requests[6:])
     worker.feed(7, None)
-    assert [len(p) for p in parts] == [4] and worker._queues == {}
+    assert [len(p.numbers) for p in parts] == [4] and worker._queues == {}
+
+
+def test_what_is_packed_for_the_way_comes_out_as_it_was() -> None:
+    rng = np.random.default_rng(0)
+    sent = []
+    for k, (p, t) in enumerate([(3, 2), (0, 1), (5, 0), (4, 7)]):
+        tokens = rng.integers(0, 99, p + t).astype(np.int32)
+        log_probs = -rng.random(t).astype(np.float32)
+        reason = "stop" if k % 2 else "length"
+        sent.append(
+            (10 - k, Rollout(f"p{k}", k, tokens[:p], tokens[p:], log_probs, reason, k + 5, f"text {k}"))
+        )
+    got = unpack_rollouts(pickle.loads(pickle.dumps(pack_rollouts(sent))))
+    assert [n for n, _ in got] == [n for n, _ in sent]
+    for (_, a), (_, b) in zip(sent, got, strict=True):
+        for name, value in vars(a).items():
+            np.testing.assert_array_equal(getattr(b, name), value, err_msg=name)
+            assert getattr(getattr(b, name), "dtype", None) == getattr(value, "dtype", None), name

@@ -23,7 +23,7 @@ from mssr.models.packing import pack
 from mssr.models.policy import PolicyModel
 from mssr.tools import export as export_tool
 from tests.conftest import Workspace
-from tests.e2e.test_actor import make_batch
+from tests.e2e.ranks import make_batch
 
 pytestmark = pytest.mark.unit
 

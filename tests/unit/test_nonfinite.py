@@ -26,7 +26,7 @@ from mssr.models.loading import load_model
 from mssr.models.policy import PolicyModel
 from mssr.types import TrainBatch
 from tests.conftest import Workspace
-from tests.e2e.test_actor import make_batch
+from tests.e2e.ranks import make_batch
 
 pytestmark = pytest.mark.unit
 IDS = ["t0", "t1", "t2", "t3"]

@@ -1,0 +1,157 @@
+"""Ranks of the actor without Ray: two processes, started once, that run the jobs of many tests."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.pool import AsyncResult, Pool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mssr.config_loading import load_config
+from mssr.data.prompt_source import PromptSource
+from mssr.types import TrainBatch
+from tests.conftest import Workspace
+
+Tensors = dict[str, torch.Tensor]
+RunRanks = Callable[[TrainBatch | None, int, list[dict[str, Any]]], list[tuple[Tensors, dict[str, float]]]]
+TIME_LIMIT_S = 200
+
+
+@contextlib.contextmanager
+def rank_processes(workspace: Workspace) -> Iterator[RunRanks]:
+    """Yields ``run(batch, ranks, jobs)``, which runs jobs one after the other on the ranks and returns what
+    rank 0 has after each: weights, or with ``gradient`` the gradients of the first update; and metrics.
+
+    A job is a dictionary with ``overrides`` of the workspace's config, ``steps`` (1), ``load`` and ``save``
+    directories, ``gradient``, and a ``batch`` of its own in place of the common one.
+    """
+    pools: list[Pool] = []
+
+    def run(
+        batch: TrainBatch | None, ranks: int, jobs: list[dict[str, Any]]
+    ) -> list[tuple[Tensors, dict[str, float]]]:
+        if not pools:
+            pools.append(multiprocessing.get_context("spawn").Pool(2))
+        directory = Path(tempfile.mkdtemp(dir=workspace.path))
+        _write_jobs(directory, batch, ranks, jobs)
+        try:
+            # Each blocks its process until all have met, so no process gets two of them.
+            running = [
+                pools[0].apply_async(_run_jobs, (rank, str(workspace.config), str(directory)))
+                for rank in range(ranks)
+            ]
+            _wait(running)
+        except BaseException:
+            pools.pop().terminate()  # the other rank waits for the one that failed
+            raise
+        return torch.load(directory / "results.pt")
+
+    try:
+        yield run
+    finally:
+        for pool in pools:
+            pool.terminate()
+
+
+def _wait(running: list[AsyncResult[None]]) -> None:
+    """Until all have ended, or one has failed."""
+    deadline = time.monotonic() + TIME_LIMIT_S
+    while running:
+        assert time.monotonic() < deadline, "the ranks hang"
+        running[0].wait(0.05)
+        for ended in [result for result in running if result.ready()]:
+            ended.get()
+            running.remove(ended)
+
+
+def _write_jobs(directory: Path, batch: TrainBatch | None, ranks: int, jobs: list[dict[str, Any]]) -> None:
+    spec = []
+    for number, job in enumerate(jobs):
+        own = job.get("batch", batch)
+        fields = {f.name: getattr(own, f.name) for f in dataclasses.fields(own)}
+        np.savez(
+            directory / f"batch-{number}.npz",
+            **{k: v for k, v in fields.items() if isinstance(v, np.ndarray)},
+        )
+        overrides = [*job.get("overrides", []), f"actor.num_ranks={ranks}"]
+        spec.append(job | {"batch": number, "overrides": overrides, "prompt_ids": own.prompt_ids})
+    (directory / "spec.json").write_text(json.dumps(spec))
+
+
+def _run_jobs(rank: int, config_file: str, directory: str) -> None:
+    """In a process of a rank."""
+    from mssr.actor.worker import PolicyWorker
+
+    here = Path(directory)
+    results = []
+    for number, job in enumerate(json.loads((here / "spec.json").read_text())):
+        config = load_config(config_file, job["overrides"])
+        arrays = np.load(here / f"batch-{number}.npz")
+        batch = TrainBatch(prompt_ids=tuple(job["prompt_ids"]), kl_coef=config.algorithm.kl.coef, **arrays)
+        worker = PolicyWorker(config, rank, f"file://{here}/rendezvous-{number}")
+        if job.get("load"):
+            worker.load(job["load"])
+        if job.get("gradient"):
+            results.append(_first_gradient(worker, batch))
+        else:
+            metrics: dict[str, float] = {}
+            for step in range(job.get("steps", 1)):
+                metrics = worker.update(batch, step)
+            results.append((worker.export_weights(), metrics))
+        if job.get("save"):
+            worker.begin_save(job["save"])
+            worker.finish_save()
+        worker.close()
+    if rank == 0:
+        torch.save(results, here / "results.pt")
+
+
+def _first_gradient(worker: Any, batch: TrainBatch) -> tuple[Tensors, dict[str, float]]:
+    from mssr.actor.distributed import full_tensor
+    from mssr.actor.update import _Step
+
+    updater = worker.updater
+    state = _Step(batch)
+    plan = updater.plan(batch, 0)[0]
+    runs: list[int] = []
+    first_layer = worker.policy.model.model.language_model.layers[0]
+    first_layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    updater._before_update(state, plan, needs_old=False)
+    updater.backward(state, plan)
+    tensors = {n: full_tensor(p.grad) for n, p in worker.policy.named_parameters() if p.grad is not None}
+    return tensors, {"passes": len(plan.ranks[0]), "layer_runs": len(runs)}
+
+
+def make_batch(workspace: Workspace, prompt_ids: list[str], seed: int = 0) -> TrainBatch:
+    """Random responses of random lengths, with random advantages."""
+    source = PromptSource(load_config(workspace.config))
+    rng = np.random.default_rng(seed)
+    prompts = [source.encoder.encode(source.row(i)).token_ids.numpy() for i in prompt_ids]
+    responses = [rng.integers(0, 250, rng.integers(2, 14)) for _ in prompt_ids]
+    parts = [part for pair in zip(prompts, responses, strict=True) for part in pair]
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    return TrainBatch(
+        prompt_ids=tuple(prompt_ids),
+        tokens=np.concatenate(parts).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        prompt_lengths=np.array([len(p) for p in prompts]),
+        advantages=rng.standard_normal(len(prompt_ids)).astype(np.float32),
+        engine_log_probs=np.full(sum(map(len, responses)), -3.0, dtype=np.float32),
+    )
+
+
+def relative_difference(a: Tensors, b: Tensors) -> float:
+    """Of the whole vectors, so that no single near-zero entry decides."""
+    assert a.keys() == b.keys()
+    difference = sum(((a[k] - b[k]).double() ** 2).sum() for k in a)
+    norm = sum((a[k].double() ** 2).sum() for k in a)
+    return float((difference / norm) ** 0.5)
