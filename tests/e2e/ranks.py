@@ -34,24 +34,26 @@ def rank_processes(workspace: Workspace) -> Iterator[RunRanks]:
     A job is a dictionary with ``overrides`` of the workspace's config, ``steps`` (1), ``load`` and ``save``
     directories, ``gradient``, and a ``batch`` of its own in place of the common one.
     """
+    # A process for each rank: torch remembers, beyond the end of a process group, which rank it was.
     pools: list[Pool] = []
 
     def run(
         batch: TrainBatch | None, ranks: int, jobs: list[dict[str, Any]]
     ) -> list[tuple[Tensors, dict[str, float]]]:
-        if not pools:
-            pools.append(multiprocessing.get_context("spawn").Pool(2))
+        while len(pools) < ranks:
+            pools.append(multiprocessing.get_context("spawn").Pool(1))
         directory = Path(tempfile.mkdtemp(dir=workspace.path))
         _write_jobs(directory, batch, ranks, jobs)
         try:
-            # Each blocks its process until all have met, so no process gets two of them.
-            running = [
-                pools[0].apply_async(_run_jobs, (rank, str(workspace.config), str(directory)))
-                for rank in range(ranks)
-            ]
-            _wait(running)
+            _wait(
+                [
+                    pool.apply_async(_run_jobs, (rank, str(workspace.config), str(directory)))
+                    for rank, pool in enumerate(pools[:ranks])
+                ]
+            )
         except BaseException:
-            pools.pop().terminate()  # the other rank waits for the one that failed
+            while pools:  # the other rank waits for the one that failed
+                pools.pop().terminate()
             raise
         return torch.load(directory / "results.pt")
 
