@@ -88,7 +88,7 @@ class OffloadedOptimizer:
         """((parameter, name), what this rank holds of the state)."""
         for parameter in parameters:
             for name, value in self.optimizer.state.get(parameter, {}).items():
-                if name != "step":  # a number, on the host in any case
+                if name != "step":  # a number
                     yield (parameter, name), local_tensor(value)
 
     @torch.no_grad()

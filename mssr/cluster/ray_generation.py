@@ -1,8 +1,10 @@
 """Generation on several engines: one queue of requests for all, rollouts handed on as they end.
 
 An engine holds as many requests as it can run at a time, and a few to go on with; for every rollout that
-it returns it gets another request. So none is idle while requests wait, however long responses are. Where
-all requests fit into the engines at once they are dealt out like cards, and which engine has which does
+it returns it gets another request. So none is idle while requests wait, however long responses are. Every
+prompt has an engine where it goes if there is room, so that its images are prepared by one engine, in all
+epochs, and a group shares what the engine keeps of its prompt; an engine that has none of its own left
+takes from the one that has most. Where all requests fit into the engines at once, which engine has which does
 not depend on time.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,7 +55,8 @@ class Generation:
         self._on_finished = on_finished
         self._stop = stop
         self._rollouts: dict[int, Rollout] = {}
-        self._waiting = deque(range(len(requests)))
+        self._waiting: dict[Worker, deque[int]] = {}
+        """The requests that no engine has, by the engine where they go first."""
         self._held: dict[Worker, set[int]] = {}
         self._number = 0
 
@@ -73,20 +77,24 @@ class Generation:
             StopRequestedError: ``stop`` said so.
         """
         self._number = next(_calls)
-        each = min(self._most, math.ceil(len(self._waiting) / len(engines)))
-        dealt = [self._waiting.popleft() for _ in range(min(len(self._waiting), each * len(engines)))]
+        self._waiting = {engine: deque() for engine in engines}
+        left = [i for i in range(len(self._requests)) if i not in self._rollouts]
+        for index in left:
+            self._waiting[engines[_home(self._requests[index].prompt_id, len(engines))]].append(index)
+        each = min(self._most, math.ceil(len(left) / len(engines)))
+        own = {engine: self._take(engine, each, others=False) for engine in engines}
         streams = {}
-        for k, engine in enumerate(engines):
-            self._held[engine] = set(dealt[k :: len(engines)])
-            first = self._numbered(dealt[k :: len(engines)])
+        for engine in engines:
+            first = own[engine] + self._take(engine, each - len(own[engine]))
+            self._held[engine] = set(first)
             call = engine.handle.generate.options(num_returns="streaming")
-            streams[engine] = call.remote(self._number, first, self._params)
+            streams[engine] = call.remote(self._number, self._numbered(first), self._params)
         failures = []
         try:
             for engine, part in self._calls.parts(streams, self._stop):
                 if isinstance(part, Failure):
                     failures.append(part)
-                    self._waiting.extendleft(sorted(self._held.pop(engine), reverse=True))
+                    self._waiting[engine].extendleft(sorted(self._held.pop(engine), reverse=True))
                     self._feed(self._held)
                     continue
                 for index, rollout in unpack_rollouts(part):
@@ -107,14 +115,31 @@ class Generation:
         """Give engines what they have room for."""
         for engine in engines:
             held = self._held[engine]
-            room = min(self._most - len(held), len(self._waiting))
-            if room > 0:
-                further = [self._waiting.popleft() for _ in range(room)]
+            if further := self._take(engine, self._most - len(held)):
                 held.update(further)
                 self._send(engine, self._numbered(further))
+
+    def _take(self, engine: Worker, room: int, others: bool = True) -> list[int]:
+        """At most ``room`` requests for an engine, the first ones: its own, then those of others."""
+        taken: list[int] = []
+        queue = self._waiting[engine]
+        while len(taken) < room:
+            if not queue:
+                if not others:
+                    break
+                queue = max(self._waiting.values(), key=len)
+                if not queue:
+                    break
+            taken.append(queue.popleft())
+        return taken
 
     def _send(self, engine: Worker, requests: list[tuple[int, RolloutRequest]] | None) -> None:
         engine.handle.feed.options(concurrency_group=FEEDING).remote(self._number, requests)
 
     def _numbered(self, indices: Sequence[int]) -> list[tuple[int, RolloutRequest]]:
         return [(i, self._requests[i]) for i in indices]
+
+
+def _home(prompt_id: str, engines: int) -> int:
+    """The number of the engine where a prompt goes first."""
+    return zlib.crc32(prompt_id.encode()) % engines

@@ -19,7 +19,7 @@ from mssr.errors import UserError
 USABLE, BAD, DUPLICATE = 0, 1, 2
 
 RELEASE_BYTES = 64 * 2**20
-"""Bytes that are read before the pages of the file are given back."""
+"""Bytes that are read before the pages of the file are given back; those of smaller files never are."""
 
 BYTES_AROUND = 2**22
 """What the system maps with a cell that is read out of order, at worst: two large pages."""
@@ -195,7 +195,7 @@ class SourceRows:
 
     def _count(self, bytes_read: int) -> None:
         self._bytes_read += bytes_read
-        if self._bytes_read > RELEASE_BYTES:
+        if min(self._bytes_read, self.table.mapped_bytes) > RELEASE_BYTES:
             self.table.release()
             self._bytes_read = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -13,6 +14,17 @@ from mssr.data.validation_sets import validation_sets
 from mssr.models.loading import load_processor
 
 
+class Prompt(NamedTuple):
+    """A prompt as engines take it."""
+
+    text: str
+    """After the chat template, with one placeholder for each image."""
+    token_ids: list[int]
+    """Of the text, so with one token for each image."""
+    images: list[Image.Image]
+    """In their final size."""
+
+
 class PromptSource:
     """Reads rows of the train and validation sets by id; keeps ``data.image_cache_gib`` of prepared ones."""
 
@@ -21,23 +33,24 @@ class PromptSource:
         self._datasets = [PromptDataset(config.data.train, config.data)]
         for one in validation_sets(config.data.val):
             self._datasets.append(one.dataset(config.data, config.run_dir))
-        self._cache: OrderedDict[str, tuple[str, list[Image.Image]]] = OrderedDict()
+        self._cache: OrderedDict[str, Prompt] = OrderedDict()
         self._bytes = 0
         self._max_bytes = int(config.data.image_cache_gib * 2**30)
 
-    def get(self, prompt_id: str) -> tuple[str, list[Image.Image]]:
-        """(chat text, images in their final size)."""
+    def get(self, prompt_id: str) -> Prompt:
+        """Read, tokenised and decoded."""
         if prompt_id in self._cache:
             self._cache.move_to_end(prompt_id)
             return self._cache[prompt_id]
         row = self.row(prompt_id)
-        item = (self.encoder.chat_text(row), self.encoder.images(row))
-        self._cache[prompt_id] = item
-        self._bytes += _bytes(item[1])
+        text = self.encoder.chat_text(row)
+        token_ids = self.encoder.processor.tokenizer(text)["input_ids"]
+        prompt = Prompt(text, token_ids, self.encoder.images(row))
+        self._cache[prompt_id] = prompt
+        self._bytes += _bytes(prompt)
         while self._bytes > self._max_bytes and self._cache:
-            _, (_, images) = self._cache.popitem(last=False)
-            self._bytes -= _bytes(images)
-        return item
+            self._bytes -= _bytes(self._cache.popitem(last=False)[1])
+        return prompt
 
     def row(self, prompt_id: str) -> Row:
         for dataset in self._datasets:
@@ -46,6 +59,6 @@ class PromptSource:
         raise KeyError(f"prompt {prompt_id} is in no data set of this run")
 
 
-def _bytes(images: list[Image.Image]) -> int:
-    """What a prompt counts in the cache: RGB pixels in memory take 4 bytes; a text is not for nothing."""
-    return 4096 + sum(4 * i.width * i.height for i in images)
+def _bytes(prompt: Prompt) -> int:
+    """What a prompt counts in the cache: a pixel takes 4 bytes, a token 8; a text is not for nothing."""
+    return 4096 + 8 * len(prompt.token_ids) + sum(4 * i.width * i.height for i in prompt.images)

@@ -14,9 +14,11 @@ several.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -73,6 +75,11 @@ class Table(Protocol):
         ...
 
     def column(self, name: str, numbers: Sequence[int]) -> list[Any]: ...
+    @property
+    def mapped_bytes(self) -> int:
+        """Most memory that reading can take until `release`."""
+        ...
+
     def release(self) -> None:
         """Give back the memory of the pages that were read."""
         ...
@@ -181,6 +188,10 @@ class ArrowTable:
         """Read no other columns from now on."""
         self._dataset = self._dataset.select_columns([c for c in self.column_names if c in columns])
 
+    @functools.cached_property
+    def mapped_bytes(self) -> int:
+        return sum(os.path.getsize(file["filename"]) for file in self._dataset.cache_files)
+
     def release(self) -> None:
         release_pages(file["filename"] for file in self._dataset.cache_files)
 
@@ -203,6 +214,10 @@ class SlicedTable:
 
     def column(self, name: str, numbers: Sequence[int]) -> list[Any]:
         return self._table.column(name, [int(self._numbers[n]) for n in numbers])
+
+    @property
+    def mapped_bytes(self) -> int:
+        return self._table.mapped_bytes
 
     def release(self) -> None:
         self._table.release()

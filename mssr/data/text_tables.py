@@ -91,6 +91,10 @@ class TextTable:
                 result.append(None)
         return result
 
+    @property
+    def mapped_bytes(self) -> int:
+        return len(self._bytes)
+
     def release(self) -> None:
         """Give back the memory of the pages that were read."""
         if hasattr(self._bytes, "madvise"):
@@ -237,6 +241,10 @@ class JoinedTable:
 
     def column(self, name: str, numbers: Sequence[int]) -> list[Any]:
         return [table.column(name, [own])[0] for table, own in map(self._find, numbers)]
+
+    @property
+    def mapped_bytes(self) -> int:
+        return sum(table.mapped_bytes for table in self.tables)
 
     def release(self) -> None:
         for table in self.tables:

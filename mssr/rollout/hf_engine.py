@@ -50,9 +50,9 @@ class HfEngine:
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
         prompts = [self._prompts.get(r.prompt_id) for r in requests]
-        images = [image for _, prompt_images in prompts for image in prompt_images]
+        images = [image for prompt in prompts for image in prompt.images]
         inputs = self._prompts.encoder.processor(
-            text=[text for text, _ in prompts],
+            text=[prompt.text for prompt in prompts],
             images=images or None,
             padding=True,
             padding_side="left",

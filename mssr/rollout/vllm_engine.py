@@ -113,13 +113,13 @@ class VllmEngine:
         self._llm.llm_engine.engine_core.shutdown()
 
     def _input(self, prompt_id: str) -> dict[str, Any]:
-        text, images = self._prompts.get(prompt_id)
+        _, token_ids, images = self._prompts.get(prompt_id)
         if not images:
-            return {"prompt": text}
+            return {"prompt_token_ids": token_ids}
         # Known by name, an image need not be hashed to be found in the caches.
         uuids = [f"{prompt_id}/{k}" for k in range(len(images))]
         return {
-            "prompt": text,
+            "prompt_token_ids": token_ids,
             "multi_modal_data": {"image": images},
             "multi_modal_uuids": {"image": uuids},
         }

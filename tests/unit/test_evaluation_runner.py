@@ -45,7 +45,7 @@ class FakeCluster:
         self.engines.shut_down += 1
 
     def _rollout(self, request: RolloutRequest, params: SamplingParams) -> Rollout:
-        text, images = self.source.get(request.prompt_id)
+        text, _, images = self.source.get(request.prompt_id)
         self.engines.prompts[request.prompt_id] = (text, [image.size for image in images])
         reply = self.engines.answer(request.prompt_id, 0 if params.greedy else request.seed)
         tokens = np.zeros(len(reply), np.int32)

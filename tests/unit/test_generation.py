@@ -116,11 +116,20 @@ def test_no_engine_waits_for_the_stragglers_of_another() -> None:
     assert calls.now < 0.7 * fixed
 
 
-def test_what_fits_is_dealt_out_at_once_like_cards() -> None:
-    job, _ = generation([1, 2, 3, 4, 5], 8)
-    engines = [FakeEngine(f"engine {k}", 8) for k in range(2)]
-    job.run([e.worker for e in engines])
-    assert [sorted(e.answered) for e in engines] == [[0, 2, 4], [1, 3]]
+def test_a_prompt_goes_to_the_same_engine_in_every_epoch_and_the_engines_get_equal_shares() -> None:
+    groups = [RolloutRequest(f"p{i // 4}", i % 4, 1) for i in range(200)]
+    epochs = []
+    for order in (groups, groups[::-1]):
+        engines = [FakeEngine(f"engine {k}", 80) for k in range(3)]
+        job = Generation(FakeCalls(), order, PARAMS, 80)  # type: ignore[arg-type]
+        job.run([e.worker for e in engines])
+        answered = [[order[i].prompt_id for i in e.answered] for e in engines]
+        assert sorted(map(len, answered)) == [66, 67, 67]
+        epochs.append(answered)
+    both = [set(a) & set(b) for a, b in zip(*epochs, strict=True)]
+    assert sum(map(len, both)) >= 40  # of 50; where a share is full, prompts go to the others
+    split = [p for p in {r.prompt_id for r in groups} if sum(p in a for a in epochs[0]) > 1]
+    assert len(split) <= 4  # a group is split where a share ends
 
 
 def test_the_requests_of_an_engine_that_dies_go_to_the_others() -> None:
