@@ -10,6 +10,7 @@ from typing import Any
 
 from mssr import algorithms, plugins, rewards
 from mssr.config import Config, flatten, to_dict
+from mssr.config_readers import check_nothing_unread
 from mssr.data.sources import parse_sources
 from mssr.data.validation_sets import validation_sets
 from mssr.data_config import PAPER_INSTRUCTION
@@ -79,7 +80,7 @@ def validate(config: Config) -> None:
     _check_engine_options(config)
     _check_data(config)
     rewards.check(config.reward)
-    _check_nothing_unread(config, flat)
+    check_nothing_unread(config, flat)
     _check_combinations(config)
     _check_memory(config)
     n, rollouts = config.responses_per_prompt, config.rollout.rollouts_per_step
@@ -95,9 +96,9 @@ def validate(config: Config) -> None:
         )
     _check_overlap(config)
     if config.cluster.launcher == "local":
-        for key in ("actor.num_ranks", "rollout.workers"):
-            if flat[key] != 1:
-                raise UserError(f"cluster.launcher=local runs in one process; set {key}=1")
+        several = [f"{key}=1" for key in ("actor.num_ranks", "rollout.workers") if flat[key] != 1]
+        if several:
+            raise UserError(f"cluster.launcher=local runs in one process; set {' '.join(several)}")
 
 
 def _check_overlap(config: Config) -> None:
@@ -108,6 +109,11 @@ def _check_overlap(config: Config) -> None:
     if config.cluster.launcher == "local" and (lag or early):
         key = "rollout.lag=1" if lag else "actor.score_early=always"
         raise UserError(f"{key} lets engines and ranks work at the same time: it needs cluster.launcher=ray")
+    if early and not config.needs_reference and config.actor.updates_per_step == 1:
+        raise UserError(
+            "actor.score_early=always has nothing to score: there is no reference, and the only update of a "
+            "step computes the log-probs itself; remove it"
+        )
     if lag and early:
         raise UserError(
             "actor.score_early=always with rollout.lag=1: the ranks train while responses are generated; "
@@ -329,88 +335,3 @@ def _check_memory(config: Config) -> None:
             "actor.keep_gathered=true holds whole parameters on the device, off which actor.offload=all is "
             "to keep them; set one of the two"
         )
-
-
-def _check_nothing_unread(config: Config, flat: dict[str, Any]) -> None:
-    """An option that nothing reads would mislead, so a changed one is an error."""
-    defaults = flatten(to_dict(Config()))
-    for key, (read, fix) in _readers(config).items():
-        if not read and flat[key] != defaults[key]:
-            raise UserError(f"{key}={flat[key]} is read by nothing with {fix}; change that or remove it")
-
-
-def _readers(config: Config) -> dict[str, tuple[bool, str]]:
-    """Option -> whether this config reads it, and the setting that decides it."""
-    from mssr.algorithms import policy_losses  # needs torch
-
-    section = config.algorithm
-    method = f"algorithm.name={section.name}"
-    taken = algorithms.options(section.name)
-    discount = section.discount
-    rule = discount.eta_rule or taken.get("eta_rule")
-    readers = {
-        f"algorithm.{part}.{option}": (option in taken, method)
-        for part in ("baseline", "discount")
-        for option in to_dict(getattr(section, part))
-    }
-    readers["algorithm.eps"] = ("eps" in taken, method)
-    readers["algorithm.weighting"] = ("weighting" in taken, method)
-
-    def also(keys: str, read: bool, setting: str) -> None:
-        for key in keys.split():
-            if readers.get(key, (True, ""))[0]:
-                readers[key] = (read, setting)
-
-    also(
-        "algorithm.baseline.init_strength algorithm.baseline.init_smoothing",
-        config.init_rollouts > 0,
-        "algorithm.baseline.init_rollouts=0",
-    )
-    also(
-        " ".join(f"algorithm.discount.{o}" for o in to_dict(discount) if o != "eta"),
-        discount.eta is None,
-        f"algorithm.discount.eta={discount.eta}",
-    )
-    also("algorithm.discount.half_life", rule == "half_life", f"algorithm.discount.eta_rule={rule}")
-    also("algorithm.discount.kl_target", rule != "half_life", f"algorithm.discount.eta_rule={rule}")
-    source = f"algorithm.discount.kl_source={config.kl_source}"
-    also("algorithm.discount.window", config.kl_source != "last_visit", source)
-    also(
-        "algorithm.shaping.coef algorithm.shaping.divisor algorithm.shaping.entropy",
-        config.shapes_entropy,
-        f"{method} unless algorithm.shaping.enabled=true",
-    )
-    loss = f"algorithm.loss.name={section.loss.name}"
-    for option in ("clip_low", "clip_high", "dual_clip", "tau_positive", "tau_negative"):
-        read = option in policy_losses.loss_options(section.loss.name)
-        also(f"algorithm.loss.{option}", read, loss)
-    also(
-        "algorithm.loss.constant_length",
-        config.aggregation == "constant_length",
-        f"algorithm.loss.aggregation={config.aggregation}",
-    )
-    also("algorithm.kl.estimator algorithm.kl.target", section.kl.coef > 0, "algorithm.kl.coef=0")
-    also("algorithm.kl.horizon", section.kl.target is not None, "algorithm.kl.target=null")
-    correction = section.correction
-    weighted = config.correction_options["weight"] != "none"
-    also("algorithm.correction.max_weight", weighted, "algorithm.correction.weight=none")
-    also(
-        "algorithm.correction.mask_low algorithm.correction.mask_high",
-        correction.mask != "none",
-        "algorithm.correction.mask=none",
-    )
-    also(
-        "sampler.uncertainty_eps",
-        config.sampler_name == "uncertainty",
-        f"sampler.name={config.sampler_name}",
-    )
-    also("sampler.max_draws", config.sampler.dynamic, "sampler.dynamic=false")
-    also("actor.vision_cache_gib", not config.trains_vision, "model.freeze_vision=false")
-    also(
-        "actor.lora.alpha actor.lora.dropout actor.lora.targets",
-        config.actor.lora.rank > 0,
-        "actor.lora.rank=0",
-    )
-    also("actor.rounding", config.actor.master_dtype == "bfloat16", "actor.master_dtype=float32")
-    also("watch.patience", bool(config.watch.signs), "every sign in watch null")
-    return readers

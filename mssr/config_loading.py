@@ -90,6 +90,8 @@ def merge_layers(
             prompts_per_step = None
         prompts_per_step = prompts or prompts_per_step
     config = cast(Config, OmegaConf.to_object(merged))
+    if config.trainer.progress == "False":  # so YAML reads a bare off
+        config.trainer.progress = "off"
     if prompts_per_step is not None:
         config.rollout.rollouts_per_step = prompts_per_step * responses_per_prompt(config)
     validate(config)

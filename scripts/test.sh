@@ -27,6 +27,6 @@ if (($#)); then
 else
     # The end-to-end tests start many processes themselves; the others share two.
     phase "unit tests" pytest tests/unit examples -n 2 --dist loadfile
-    phase "end-to-end tests" pytest tests/e2e
+    phase "end-to-end tests" pytest tests/e2e --durations=15
 fi
 echo "[test] all passed in $SECONDS s"

@@ -68,6 +68,15 @@ MEANING = (
 """Keys and sections that say what the saved state means: whose weights, which prompts, whose baselines, which
 position in which order. All others may change on the way, and are shown when they do."""
 
+FORM = (
+    "actor.lora.rank",
+    "actor.lora.targets",
+    "actor.optimizer",
+    "actor.master_dtype",
+    "actor.rounding",
+)
+"""Keys of `MEANING` that decide which tensors a state is made of: with others it cannot be read at all."""
+
 LOCK_FILE = ".lock"
 
 
@@ -230,6 +239,11 @@ def check_checkpoint(config: Config, checkpoint: Path) -> tuple[str, ...]:
 def _describe(drift: Drift, what: str, remedy: str, force: bool) -> tuple[str, ...]:
     if drift.refused and not force:
         raise UserError(f"{what} ({'; '.join(drift.refused)}); {remedy}")
+    if unreadable := [line for line in drift.refused if line.partition(":")[0] in FORM]:
+        raise UserError(
+            f"{what} ({'; '.join(unreadable)}), whose state has another form, so trainer.resume_force=true "
+            "cannot go on from it; start from an export of it in another trainer.run_dir"
+        )
     return tuple(
         [f"changed by trainer.resume_force, against the saved state: {line}" for line in drift.refused]
         + [f"changed since the state was saved: {line}" for line in drift.listed]

@@ -166,6 +166,8 @@ def test_a_run_directory_of_another_run(fails, workspace: Workspace, tmp_path: P
     assert prepare("actor.lr=0.1") == ()
     forced = prepare("actor.lr=0.1", "seed=3", "trainer.resume_force=true")
     assert forced == ("changed by trainer.resume_force, against the saved state: seed: 0 -> 3",)
+    error = fails("seed=3", "actor.lora.rank=4", "trainer.resume_force=true", run_dir=run_dir)
+    assert "actor.lora.rank: 0 -> 4" in error and "another form" in error and "seed" not in error
     assert "already holds a run" in fails("trainer.resume=never", "seed=3", run_dir=run_dir)
     assert (run_dir / "metrics.jsonl").read_text() == '{"step": 1}\n'
     (run_dir / "config.yaml").write_text("a: [1")

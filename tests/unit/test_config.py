@@ -131,6 +131,12 @@ def test_a_config_survives_its_own_yaml() -> None:
     assert from_dict(to_dict(config)) == config
 
 
+def test_a_bare_off_is_not_a_truth_value() -> None:
+    assert load_config(DIGITS, ["trainer.progress=off"]).trainer.progress == "off"
+    with pytest.raises(UserError, match="trainer.progress=True must be one of"):
+        load_config(DIGITS, ["trainer.progress=on"])
+
+
 def test_missing_and_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml does not exist" in capsys.readouterr().err

@@ -145,6 +145,10 @@ def test_older_weights_are_corrected_for_unless_told_otherwise(workspace: Worksp
             "score_early=always .* cluster.launcher=ray",
         ),
         (["actor.score_early=always", "rollout.lag=1", "cluster.launcher=ray"], "score_early=always with"),
+        (
+            ["actor.score_early=always", "algorithm.kl.coef=0", "actor.updates_per_step=1"],
+            "score_early=always has nothing to score",
+        ),
     ],
 )
 def test_what_cannot_overlap_is_refused(workspace: Workspace, overrides: list[str], told: str) -> None:
