@@ -120,3 +120,15 @@ class TokenLogProbs:
     """(sum of T,) of the policy as it is."""
     reference: npt.NDArray[np.float32] | None
     """(sum of T,) of the frozen base model, where asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankLogProbs:
+    """What one rank has scored of a batch."""
+
+    sequences: npt.NDArray[np.int64]
+    """(K,) the rollouts, by their index in the batch, in the order of the values."""
+    policy: npt.NDArray[np.float32]
+    """(sum of their T,) under the policy as it is."""
+    reference: npt.NDArray[np.float32] | None
+    """(sum of their T,) under the frozen base model, where asked for."""

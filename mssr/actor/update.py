@@ -27,7 +27,7 @@ from mssr.heartbeat import beat
 from mssr.models.cost import CostModel
 from mssr.models.packing import PackedBatch, pack
 from mssr.models.policy import PolicyModel
-from mssr.types import TrainBatch
+from mssr.types import RankLogProbs, TrainBatch
 
 
 @dataclass
@@ -132,29 +132,28 @@ class PolicyUpdater:
         return self._planner(batch).updates(self.config.actor.updates_per_step, (self.config.seed, step))
 
     @torch.no_grad()
-    def log_probs(self, batch: TrainBatch, reference: bool) -> dict[int, tuple[np.ndarray, ...]]:
-        """Log-probs of this rank's share of a batch under the policy as it is, and the reference.
-
-        Returns:
-            By index in the batch: (T,) float32 of the policy, and with ``reference`` those of it.
-        """
+    def log_probs(self, batch: TrainBatch, reference: bool) -> RankLogProbs:
+        """Log-probs of this rank's share of a batch under the policy as it is, and the reference."""
         models: list[torch.nn.Module] = [self.policy]
         if reference:
             assert self.reference is not None
             models.append(self.reference)
-        found: dict[int, tuple[np.ndarray, ...]] = {}
+        sequences: list[int] = []
+        values: list[list[np.ndarray]] = [[np.empty(0, np.float32)] for _ in models]
         for micro, packed in self._packed(batch, self._planner(batch).everything()[self.rank]):
-            lengths = packed.response_lengths.tolist()
-            by_model = [
-                torch.split(model(packed, micro.any_rank_has_images)[0].cpu(), lengths) for model in models
-            ]
+            for model, found in zip(models, values, strict=True):
+                scored = model(packed, micro.any_rank_has_images)[0]
+                if micro.weight:
+                    found.append(scored.cpu().numpy())
             if micro.weight:
-                values = zip(*by_model, strict=True)
-                found.update(
-                    {s: tuple(x.numpy() for x in v) for s, v in zip(micro.sequences, values, strict=True)}
-                )
+                sequences += micro.sequences
         self._reshard()
-        return found
+        by_model = [np.concatenate(found) for found in values]
+        return RankLogProbs(
+            sequences=np.array(sequences, np.int64),
+            policy=by_model[0],
+            reference=by_model[1] if reference else None,
+        )
 
     @torch.no_grad()
     def _before_update(self, state: _Step, plan: UpdatePlan, needs_old: bool) -> None:

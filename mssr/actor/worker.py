@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,7 +26,7 @@ from mssr.models.features import FeatureCache
 from mssr.models.loading import empty_model, load_model
 from mssr.models.lora import WithoutAdapters, add_adapters, full_weights
 from mssr.models.policy import PolicyModel
-from mssr.types import TrainBatch
+from mssr.types import RankLogProbs, TrainBatch
 
 
 class PolicyWorker:
@@ -142,7 +141,7 @@ class PolicyWorker:
             yield
         profile.export_chrome_trace(str(directory / f"step-{step:06d}-rank-{self.rank}.json"))
 
-    def log_probs(self, batch: TrainBatch, reference: bool) -> dict[int, tuple[np.ndarray, ...]]:
+    def log_probs(self, batch: TrainBatch, reference: bool) -> RankLogProbs:
         """See `PolicyUpdater.log_probs`: this rank's share of the batch."""
         return self.updater.log_probs(batch, reference)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from mssr.config import Config
-from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
+from mssr.types import RankLogProbs, Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 
 Report = Callable[[str, str], None]
 """Called as ``report(event, detail)`` before something that was lost is replaced; raises `TrainingError`
@@ -120,10 +120,22 @@ def launch(config: Config, report: Report, stop: Callable[[], bool]) -> Cluster:
     return LocalCluster(config, stop)
 
 
-def join_log_probs(shares: Iterable[dict[int, tuple[np.ndarray, ...]]], reference: bool) -> TokenLogProbs:
-    """What the ranks scored (see `PolicyUpdater.log_probs`), in the order of the batch."""
-    found: dict[int, tuple[np.ndarray, ...]] = {}
-    for share in shares:
-        found |= share
-    models = [np.concatenate(x) for x in zip(*(found[s] for s in range(len(found))), strict=True)]
-    return TokenLogProbs(policy=models[0], reference=models[1] if reference else None)
+def join_log_probs(shares: Sequence[RankLogProbs], batch: TrainBatch) -> TokenLogProbs:
+    """What the ranks scored of a batch, each its share, in the order of the batch."""
+    starts, lengths = batch.response_offsets, batch.response_lengths
+    order = np.concatenate([share.sequences for share in shares])
+    assert len(order) == len(batch), "the ranks scored some rollouts twice or not at all"
+    # Where each value belongs: the start of its rollout, and how far it is into it.
+    ends = np.cumsum(lengths[order])
+    places = np.repeat(starts[order] - ends + lengths[order], lengths[order]) + np.arange(ends[-1])
+
+    def joined(values: list[np.ndarray]) -> np.ndarray:
+        result = np.empty(len(places), np.float32)
+        result[places] = np.concatenate(values)
+        return result
+
+    references = [share.reference for share in shares if share.reference is not None]
+    return TokenLogProbs(
+        policy=joined([share.policy for share in shares]),
+        reference=joined(references) if references else None,
+    )

@@ -65,7 +65,7 @@ class LocalCluster:
         return self._actor.update(batch, step)
 
     def log_probs(self, batch: TrainBatch, reference: bool = False) -> TokenLogProbs:
-        return join_log_probs([self._actor.log_probs(batch, reference)], reference)
+        return join_log_probs([self._actor.log_probs(batch, reference)], batch)
 
     def sync_weights(self, version: int) -> None:
         weights = self._actor.export_weights()

@@ -90,7 +90,7 @@ class RayCluster:
         return metrics
 
     def log_probs(self, batch: TrainBatch, reference: bool = False) -> TokenLogProbs:
-        return join_log_probs(self._call_ranks("log_probs", ray.put(batch), reference), reference)
+        return join_log_probs(self._call_ranks("log_probs", ray.put(batch), reference), batch)
 
     def sync_weights(self, version: int) -> None:
         weights = self._call_ranks("export_weights")[0]

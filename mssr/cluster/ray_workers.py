@@ -17,11 +17,9 @@ from mssr import heartbeat
 from mssr.cluster.transport import PackedRollouts, pack_rollouts
 from mssr.config import Config
 from mssr.rollout.queue import Finished, Numbered, RequestQueue
-from mssr.types import SamplingParams, TrainBatch
+from mssr.types import RankLogProbs, SamplingParams, TrainBatch
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from mssr.actor.worker import PolicyWorker
 
 HANDFUL = 16
@@ -79,7 +77,7 @@ class RayPolicyWorker(RayWorker):
         heartbeat.beat()
         return self._worker.update(batch, step)
 
-    def log_probs(self, batch: TrainBatch, reference: bool) -> dict[int, tuple[np.ndarray, ...]]:
+    def log_probs(self, batch: TrainBatch, reference: bool) -> RankLogProbs:
         heartbeat.beat()
         return self._worker.log_probs(batch, reference)
 

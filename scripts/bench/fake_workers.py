@@ -16,7 +16,7 @@ from mssr.cluster import ray_cluster
 from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
 from mssr.config import Config
 from mssr.rollout.queue import Finished, RequestQueue
-from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
+from mssr.types import RankLogProbs, Rollout, RolloutRequest, SamplingParams, TrainBatch
 
 PROMPT_TOKENS = 500
 WORD = "3 + "
@@ -99,10 +99,11 @@ class FakePolicyWorker(RayPolicyWorker):
         names = "kl_update kl_ref entropy grad_norm loss clip_fraction skipped_updates".split()
         return {f"policy/{name}": 0.01 * (name != "skipped_updates") for name in names}
 
-    def log_probs(self, batch: TrainBatch, reference: bool) -> dict[int, tuple[np.ndarray, ...]]:
+    def log_probs(self, batch: TrainBatch, reference: bool) -> RankLogProbs:
         lengths = batch.response_lengths
-        own = range(self._rank, len(batch), self._ranks)
-        return {s: (np.full(lengths[s], -1.0, np.float32),) * (1 + reference) for s in own}
+        own = np.arange(self._rank, len(batch), self._ranks)
+        values = np.full(lengths[own].sum(), -1.0, np.float32)
+        return RankLogProbs(sequences=own, policy=values, reference=values if reference else None)
 
     def export_weights(self) -> list[Any]:
         import ray

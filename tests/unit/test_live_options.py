@@ -206,7 +206,7 @@ class FakeCluster:
         return rollouts
 
     def log_probs(self, batch: TrainBatch, reference: bool = False) -> TokenLogProbs:
-        return join_log_probs([self.updater.log_probs(batch, reference)], reference)
+        return join_log_probs([self.updater.log_probs(batch, reference)], batch)
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         self.batches.append(batch)

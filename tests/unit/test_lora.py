@@ -14,6 +14,7 @@ import torch
 
 from mssr.actor.checkpoint import SafeReader
 from mssr.actor.worker import PolicyWorker
+from mssr.cluster.base import join_log_probs
 from mssr.config import LoraConfig, to_dict
 from mssr.config_loading import load_config
 from mssr.errors import UserError
@@ -48,9 +49,9 @@ def weights_of(worker: PolicyWorker) -> dict[str, torch.Tensor]:
 
 
 def all_log_probs(worker: PolicyWorker, batch: Any) -> tuple[np.ndarray, np.ndarray]:
-    found = worker.log_probs(batch, reference=True)
-    policy, reference = zip(*(found[k] for k in sorted(found)), strict=True)
-    return np.concatenate(policy), np.concatenate(reference)
+    found = join_log_probs([worker.log_probs(batch, reference=True)], batch)
+    assert found.reference is not None
+    return found.policy, found.reference
 
 
 def plain_log_probs(worker: PolicyWorker, batch: Any, weights: dict[str, torch.Tensor]) -> np.ndarray:

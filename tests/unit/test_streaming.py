@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from mssr.cluster.base import join_log_probs
 from mssr.data_config import RewardConfig
 from mssr.errors import StopRequestedError, TrainingError
 from mssr.rewards import RewardInput, RewardResult, ScoredBatch, Scorer, ScoringStream
 from mssr.rewards.batch import Outcome
 from mssr.trainer.early_scores import PARTS, EarlyScores
 from mssr.trainer.response_lengths import ResponseLengths
-from mssr.types import Rollout, TokenLogProbs, TrainBatch
+from mssr.types import RankLogProbs, Rollout, TokenLogProbs, TrainBatch
 
 pytestmark = pytest.mark.unit
 BOX = "<think>so</think>\\boxed{%s}"
@@ -161,3 +162,28 @@ def test_long_responses_are_expected_of_prompts_that_had_them() -> None:
     again.observe([rollout(7, 1)])
     assert again.expected(["p1", "p0", "p7"]).tolist() == [10, 3, 1]
     assert lengths.expected(["p7"]).tolist() == [6.5]
+
+
+def test_what_ranks_scored_is_put_in_the_order_of_the_batch() -> None:
+    lengths, prompts = np.array([2, 3, 1, 4]), np.array([1, 2, 3, 1])
+    batch = TrainBatch(
+        prompt_ids=("a", "b", "c", "d"),
+        tokens=np.zeros(17, np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths + prompts)]),
+        prompt_lengths=prompts,
+        advantages=np.zeros(4, np.float32),
+        engine_log_probs=np.zeros(10, np.float32),
+    )
+    values = np.arange(10, dtype=np.float32)
+    starts = batch.response_offsets
+
+    def share(*own: int) -> RankLogProbs:
+        policy = np.concatenate([values[starts[s] : starts[s + 1]] for s in own])
+        return RankLogProbs(np.array(own), policy, 10 * policy)
+
+    for shares in ([share(2, 0), share(3, 1)], [share(3, 2, 1, 0)]):
+        joined = join_log_probs(shares, batch)
+        np.testing.assert_array_equal(joined.policy, values)
+        np.testing.assert_array_equal(joined.reference, 10 * values)
+    with pytest.raises(AssertionError, match="twice or not at all"):
+        join_log_probs([share(0, 1), share(3)], batch)
