@@ -16,9 +16,9 @@ HEALTH = "health"
 """Concurrency group of the methods that answer while a worker is busy."""
 GRACE_S = 5.0
 """After the failure of one rank, how long the others have to show that theirs is the cause."""
-GATHER_S, PAUSE_S = 0.05, 0.001
-"""How long messages of streams are gathered at most, and for each stream: every look costs as much as several
-messages."""
+GATHER_SHARE, GATHER_S = 0.01, 0.25
+"""For how long messages of streams are gathered, because every look costs as much as several of them: so much
+of the time since the streams began, at most so many seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,8 @@ class Calls:
             StopRequestedError: ``stop`` said so.
         """
         pending = {stream: worker for worker, stream in streams.items()}
-        watch, watched = _Watch(self._limit), time.monotonic()
+        began = watched = time.monotonic()
+        watch = _Watch(self._limit)
         while pending:
             if not ray.is_initialized():  # ray.wait would start it again
                 raise RuntimeError("Ray was shut down by another thread")
@@ -129,7 +130,7 @@ class Calls:
                 raise StopRequestedError
             ready, _ = ray.wait(list(pending), timeout=self._poll_s, fetch_local=False)
             if len(pending) > 1 and ready:  # it returns one only, though others may have something too
-                time.sleep(min(GATHER_S, PAUSE_S * len(pending)))
+                time.sleep(min(GATHER_S, GATHER_SHARE * (time.monotonic() - began)))
                 ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0, fetch_local=False)
             refs = {}
             for stream in ready:

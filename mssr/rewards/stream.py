@@ -9,7 +9,7 @@ from mssr.rewards.base import RewardInput
 from mssr.rewards.batch import Outcome
 from mssr.rewards.scoring import ScoredBatch, Scorer
 
-GATHER_S = 0.05
+GATHER_S = 0.25
 """How long what comes is gathered before it is scored: every few responses cost a round to the processes."""
 
 
