@@ -63,6 +63,7 @@ class Calls:
     def __init__(self, hang_timeout_s: float) -> None:
         self._limit = hang_timeout_s
         self._poll_s = min(1.0, hang_timeout_s / 4)
+        self._look_after_s = max(self._poll_s, hang_timeout_s / 30)
 
     def gather(
         self,
@@ -145,7 +146,7 @@ class Calls:
                 if isinstance(part, Failure):
                     del pending[stream]
                 yield worker, part
-            if time.monotonic() - watched < self._poll_s:
+            if time.monotonic() - watched < self._look_after_s:
                 continue  # to look after all workers for every message would take longer than the messages
             watched = time.monotonic()
             for stream, worker in list(pending.items()):
