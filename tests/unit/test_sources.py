@@ -10,8 +10,11 @@ from typing import Any
 import datasets
 import pytest
 
+from mssr.data import index
+from mssr.data.cache import DataCache
 from mssr.data.dataset import PromptDataset
-from mssr.data.sources import open_table, parse_sources
+from mssr.data.index import SourceRows
+from mssr.data.sources import Source, open_table, parse_sources
 from mssr.data_config import DataConfig
 from mssr.errors import UserError
 from tests.unit import data_forms as forms
@@ -216,4 +219,26 @@ def test_reading_leaves_no_memory_behind(tmp_path: Path) -> None:
     after_reading = read()
     table.release()
     assert after_reading - psutil.Process().memory_info().rss > 30 * 2**20
+    assert read() > 0
+
+
+def test_pages_are_given_back_where_the_file_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a small one never: it costs more than the rows."""
+    data = [{"problem": f"p{i}", "answer": str(i), "images": []} for i in range(40)]
+    datasets.Dataset.from_list(data).save_to_disk(str(tmp_path / "saved"))
+    config = DataConfig(cache_dir=str(tmp_path / "cache"))
+    rows = SourceRows(Source(str(tmp_path / "saved")), config, DataCache(config.cache_dir))
+    released: list[int] = []
+    monkeypatch.setattr(rows.table, "release", lambda: released.append(1))
+
+    def read() -> int:
+        released.clear()
+        for number in range(40):
+            rows.row(number, str(number))
+        return len(released)
+
+    assert read() == 0 < rows.table.mapped_bytes < index.RELEASE_BYTES
+    monkeypatch.setattr(index, "RELEASE_BYTES", rows.table.mapped_bytes - 1)
     assert read() > 0
