@@ -45,7 +45,7 @@ def load_processor(config: ModelConfig) -> Any:
     Raises:
         UserError: there is none, it has no chat template, or its tokenizer is not the model's.
     """
-    transformers = _transformers()
+    transformers = import_transformers()
 
     try:
         processor = transformers.AutoProcessor.from_pretrained(
@@ -91,7 +91,7 @@ def empty_model(config: ModelConfig, dtype: Any) -> Any:
 def _make_model(config: ModelConfig, dtype: Any, packed: bool, with_weights: bool) -> Any:
     import torch
 
-    transformers = _transformers()
+    transformers = import_transformers()
 
     from mssr.models.attention import use_varlen_attention
     from mssr.models.patch_embed import use_linear_patch_embed
@@ -126,14 +126,15 @@ def _make_model(config: ModelConfig, dtype: Any, packed: bool, with_weights: boo
     return model.eval()
 
 
-def _transformers() -> Any:
-    """The library, which where torchao is installed would import it in every process, taking seconds, for
-    quantised models that we do not load."""
+def import_transformers() -> Any:
+    """The library, kept from importing what takes seconds in every process and is for other models: torchao
+    (quantised ones), scikit-learn (assisted generation) and SciPy (losses of object detection)."""
     import transformers
     from transformers.utils import import_utils
 
     for module in (import_utils, transformers.utils):
-        module.is_torchao_available = lambda *_, **__: False
+        for name in ("torchao", "sklearn", "scipy"):
+            setattr(module, f"is_{name}_available", lambda *_, **__: False)
     return transformers
 
 

@@ -17,6 +17,7 @@ from mssr.data.dataset import MAX_IMAGES_PER_PROMPT
 from mssr.data.prompt_source import PromptSource
 from mssr.errors import EngineError, UserError
 from mssr.heartbeat import beat
+from mssr.models.loading import import_transformers
 from mssr.models.policy import vision_placeholder_ids
 from mssr.rollout.queue import Finished, Numbered, RequestQueue
 from mssr.types import Rollout, RolloutRequest, SamplingParams
@@ -29,6 +30,7 @@ class VllmEngine:
 
     def __init__(self, config: Config, device: str) -> None:
         _prepare_environment(config, device)
+        import_transformers()  # before vLLM does
         try:
             import vllm
         except ImportError as error:
