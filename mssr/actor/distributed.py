@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor, Shard
 
 from mssr.models.policy import PolicyModel
 
@@ -110,9 +111,46 @@ def all_max(values: dict[str, torch.Tensor]) -> dict[str, float]:
     return dict(zip(keys, tensor.tolist(), strict=True))
 
 
-def full_tensor(value: Any) -> torch.Tensor:
-    """The whole tensor behind a sharded one; a collective."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+def full_tensors(
+    named: Iterable[tuple[str, Any]], max_bytes: int = 2**28
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The whole tensors behind those that are sharded by rows, others as they are; a collective.
+
+    Small ones are gathered together, because a collective of a hundred rows takes as long as one of one.
+
+    Args:
+        named: the same on all ranks.
+        max_bytes: of the tensors that are gathered together, if they are several.
+    """
+    part: list[tuple[str, Any]] = []
+    for name, value in named:
+        size = sum(v.nbytes for _, v in part) + value.nbytes
+        if part and (size > max_bytes or part[0][1].dtype != value.dtype):
+            yield from _gather_rows(part)
+            part = []
+        part.append((name, value))
+    yield from _gather_rows(part)
+
+
+def _gather_rows(part: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+    sharded = [value for _, value in part if isinstance(value, DTensor)]
+    assert all(value.placements == (Shard(0),) for value in sharded)
+    ranks = dist.get_world_size()
+    # The first ranks have as many rows as any, the last perhaps fewer or none; gathered are as many of each.
+    sizes = [math.ceil(len(value) / ranks) * math.prod(value.shape[1:]) for value in sharded]
+    found: Iterator[torch.Tensor] = iter(())
+    if sharded:
+        local = [value.to_local() for value in sharded]
+        mine = local[0].new_zeros(sum(sizes))
+        for into, rows in zip(mine.split(sizes), local, strict=True):
+            into[: rows.numel()] = rows.flatten()
+        everyones = mine.new_empty(ranks * len(mine))
+        dist.all_gather_into_tensor(everyones, mine)
+        found = iter(everyones.view(ranks, -1).split(sizes, dim=1))
+    for name, value in part:
+        if isinstance(value, DTensor):
+            value = next(found).flatten()[: value.numel()].view(value.shape)
+        yield name, value
 
 
 def local_tensor(value: Any) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mssr.actor.checkpoint import ActorCheckpoint
-from mssr.actor.distributed import full_tensor, init_process_group, shard
+from mssr.actor.distributed import full_tensors, init_process_group, shard
 from mssr.actor.initial_weights import InitialWeights
 from mssr.actor.offload import with_offload
 from mssr.actor.optimizers import make_optimizer
@@ -149,7 +149,7 @@ class PolicyWorker:
         """All weights by Hugging Face name, on CPU in the dtype of the forward pass, the tied head
         included and adapters merged in; None on ranks other than 0."""
         weights = {}
-        for name, tensor in full_weights(self.policy.model, full_tensor):
+        for name, tensor in full_weights(self.policy.model, full_tensors):
             beat()
             if self.rank == 0:
                 # A copy: what is sent must not change under the receiver during the next update.

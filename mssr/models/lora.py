@@ -8,7 +8,7 @@ the layers and leaves the tree of modules as it is: ``q_proj`` becomes ``q_proj.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,27 +79,28 @@ def is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
+Named = Iterable[tuple[str, Any]]
+
+
 def full_weights(
-    model: nn.Module, full: Callable[[Any], torch.Tensor] = lambda value: value
+    model: nn.Module, gather: Callable[[Named], Iterable[tuple[str, torch.Tensor]]] = lambda named: named
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """All weights by Hugging Face name, as if there were no adapters: these are merged in, out of place.
 
     Args:
-        full: gives the whole tensor behind a sharded one; called in the same order on all ranks.
+        gather: gives the whole tensors behind sharded ones, in their order.
 
     Yields:
         Name and whole weight. A merged one is W + (alpha / rank) B A, computed in float32 and returned so.
     """
     layers = adapted_layers(model)
-    for name, value in model.state_dict().items():
-        if is_adapter(name):
-            continue
+    state = model.state_dict()
+    adapters = dict(gather([(name, value) for name, value in state.items() if is_adapter(name)]))
+    for name, weight in gather([(name, value) for name, value in state.items() if not is_adapter(name)]):
         stem = name.removesuffix(f"{_BASE}weight")
-        weight = full(value)
         if stem in layers:
-            layer = layers[stem]
-            a, b = full(layer.lora_A[ADAPTER].weight), full(layer.lora_B[ADAPTER].weight)
-            weight = merge(weight, a, b, layer.scaling[ADAPTER])
+            a, b = (adapters[f"{stem}.lora_{x}.{ADAPTER}.weight"] for x in "AB")
+            weight = merge(weight, a, b, layers[stem].scaling[ADAPTER])
         yield name.replace(_BASE, "."), weight
 
 

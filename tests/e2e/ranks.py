@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import tempfile
 import time
@@ -104,6 +105,8 @@ def _run_jobs(rank: int, config_file: str, directory: str) -> None:
             worker.load(job["load"])
         if job.get("gradient"):
             results.append(_first_gradient(worker, batch))
+        elif job.get("gather"):
+            results.append((_gathered(job["gather"]), {}))
         else:
             metrics: dict[str, float] = {}
             for step in range(job.get("steps", 1)):
@@ -117,8 +120,22 @@ def _run_jobs(rank: int, config_file: str, directory: str) -> None:
         torch.save(results, here / "results.pt")
 
 
+def _gathered(shapes: list[tuple[int, ...]]) -> Tensors:
+    """Tensors that count up from 0, sharded by rows and gathered again; every second one is not sharded."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from mssr.actor.distributed import full_tensors
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    whole = [torch.arange(math.prod(s), dtype=torch.float32).reshape(s) for s in shapes]
+    named = [(f"{k}", t if k % 2 else distribute_tensor(t, mesh, [Shard(0)])) for k, t in enumerate(whole)]
+    named[0] = ("0", named[0][1].to(torch.float64))
+    return dict(full_tensors(named, max_bytes=100))
+
+
 def _first_gradient(worker: Any, batch: TrainBatch) -> tuple[Tensors, dict[str, float]]:
-    from mssr.actor.distributed import full_tensor
+    from mssr.actor.distributed import full_tensors
     from mssr.actor.update import _Step
 
     updater = worker.updater
@@ -129,7 +146,8 @@ def _first_gradient(worker: Any, batch: TrainBatch) -> tuple[Tensors, dict[str, 
     first_layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     updater._before_update(state, plan, needs_old=False)
     updater.backward(state, plan)
-    tensors = {n: full_tensor(p.grad) for n, p in worker.policy.named_parameters() if p.grad is not None}
+    named = worker.policy.named_parameters()
+    tensors = dict(full_tensors((n, p.grad) for n, p in named if p.grad is not None))
     return tensors, {"passes": len(plan.ranks[0]), "layer_runs": len(runs)}
 
 

@@ -38,6 +38,17 @@ def test_gradient_depends_neither_on_micro_batches_nor_on_ranks(
         assert relative_difference(runs[0][0], gradient) < 1e-5
 
 
+def test_whole_tensors_are_gathered_from_any_number_of_rows(
+    workspace: Workspace, run_ranks: RunRanks
+) -> None:
+    """Fewer rows than ranks, rows that do not divide, several in one collective, one too large for that."""
+    shapes = [(4, 2), (3,), (5, 3), (2,), (1, 2, 2), (2,), (3, 100), (2,), (2,)]
+    [(found, _)] = run_ranks(make_batch(workspace, ["t0"]), 2, [{"gather": shapes}])
+    for k, shape in enumerate(shapes):
+        assert torch.equal(found[f"{k}"].float(), torch.arange(np.prod(shape)).float().reshape(shape)), shape
+    assert [found["0"].dtype, found["2"].dtype] == [torch.float64, torch.float32]
+
+
 # By sequences, with whole-sequence ratios, and passes of their own for the anchor.
 EVERY_TERM = [
     "algorithm.loss.name=gspo",
