@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mssr.data.prompt_source import PromptSource
-from mssr.models.packing import PackItem, image_keys
+from mssr.models.packing import PackItem
 from mssr.models.policy import PolicyModel
 from mssr.types import TrainBatch
 
@@ -71,14 +71,12 @@ class PromptCache:
         if text_only:
             row = dataclasses.replace(row, images=(), problem=row.problem.replace("<image>", ""))
         encoded = self._source.encoder.encode(row)
-        keys = image_keys(encoded)
         if encoded.pixel_values is not None:
             encoded = dataclasses.replace(encoded, pixel_values=encoded.pixel_values.to(self._pixel_dtype))
         item = PackItem(
             prompt=encoded,
             prompt_positions=self._model.rope_positions(encoded),
             response=torch.empty(0, dtype=torch.int64),
-            image_keys=keys,
         )
         self._items[key] = item
         self._bytes += encoded.nbytes

@@ -7,6 +7,7 @@ that no later stage resizes them again.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class EncodedPrompt:
     """(V, channels * temporal_patch * patch * patch) float32, None without images."""
     image_grid_thw: torch.Tensor | None
     """(I, 3) int64, patches in time, height and width, None without images."""
+    image_keys: tuple[bytes, ...] = ()
+    """(I,) the same for equal images, in whatever prompt they are."""
 
     @property
     def nbytes(self) -> int:
@@ -141,19 +144,31 @@ class PromptEncoder:
 
     def encode(self, row: Row) -> EncodedPrompt:
         """Tokens and pixels of a prompt."""
+        token_ids = torch.tensor(self.processor.tokenizer(self.chat_text(row))["input_ids"])
         images = self.images(row)
-        out = self.processor(
-            text=[self.chat_text(row)],
-            images=images or None,
-            return_tensors="pt",
-        )
-        token_ids = out["input_ids"][0].long()
+        if not images:
+            return EncodedPrompt(token_ids, torch.zeros_like(token_ids, dtype=torch.int32), None, None)
+        # What the processor does, without what it spends on finding out what is asked of it.
+        image_processor = self.processor.image_processor
+        vision = image_processor(images=images, return_tensors="pt")
+        grid = vision["image_grid_thw"].long()
+        counts = torch.ones_like(token_ids)
+        counts[token_ids == self._image_token_id] = grid.prod(-1) // image_processor.merge_size**2
+        token_ids = token_ids.repeat_interleave(counts)
         return EncodedPrompt(
             token_ids=token_ids,
             token_types=(token_ids == self._image_token_id).int(),
-            pixel_values=out["pixel_values"] if images else None,
-            image_grid_thw=out["image_grid_thw"].long() if images else None,
+            pixel_values=vision["pixel_values"],
+            image_grid_thw=grid,
+            image_keys=tuple(_image_key(image) for image in images),
         )
+
+
+def _image_key(image: Image.Image) -> bytes:
+    """A hash of size and pixels."""
+    digest = hashlib.blake2b(f"{image.width}x{image.height}".encode(), digest_size=16)
+    digest.update(image.tobytes())
+    return digest.digest()
 
 
 def text_or_file(value: str | None, key: str) -> str | None:

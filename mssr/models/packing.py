@@ -6,7 +6,6 @@ which restart at 0 with every sequence, and the three mrope rows (temporal, heig
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ class PackedBatch:
     image_grid_thw: torch.Tensor | None
     """(I, 3) int64."""
     image_keys: tuple[bytes, ...]
-    """(I,) see `image_keys`; all different."""
+    """(I,) see `EncodedPrompt.image_keys`; all different."""
     feature_index: torch.Tensor
     """(placeholder tokens,) which row of the image features each placeholder gets, in order."""
     response_index: torch.Tensor
@@ -71,24 +70,9 @@ class PackItem:
     """(3, P) int64 mrope rows."""
     response: torch.Tensor
     """(T,) int64."""
-    image_keys: tuple[bytes, ...]
-    """One for each image; images with the same key are the same, see `image_keys`."""
 
     def with_response(self, response: torch.Tensor) -> PackItem:
         return replace(self, response=response)
-
-
-def image_keys(prompt: EncodedPrompt) -> tuple[bytes, ...]:
-    """A hash of shape and pixels for each image of a prompt."""
-    if prompt.image_grid_thw is None:
-        return ()
-    assert prompt.pixel_values is not None
-    keys = []
-    for grid, pixels in zip(prompt.image_grid_thw, split_images(prompt), strict=True):
-        digest = hashlib.blake2b(grid.numpy().tobytes(), digest_size=16)
-        digest.update(pixels.contiguous().numpy())
-        keys.append(digest.digest())
-    return tuple(keys)
 
 
 def split_images(prompt: EncodedPrompt) -> tuple[torch.Tensor, ...]:
@@ -123,7 +107,7 @@ def pack(sequences: Sequence[PackItem], merge_size: int) -> PackedBatch:
         lengths.append(t)
         totals.append(p + t)
         start += p + t
-        for k, (key, image) in enumerate(zip(s.image_keys, split_images(s.prompt), strict=True)):
+        for k, (key, image) in enumerate(zip(s.prompt.image_keys, split_images(s.prompt), strict=True)):
             assert s.prompt.image_grid_thw is not None
             count = len(image) // merge_size**2
             if key not in first_feature:

@@ -87,9 +87,10 @@ class Prompts:
                 torch.from_numpy(types),
                 pool[: 4 * image],
                 torch.tensor([[1, 2 * height, 2 * width]]),
+                (b"%d" % k,),
             )
             tokens = torch.from_numpy(rng.integers(0, 250, response))
-            self.items.append(PackItem(prompt, policy.rope_positions(prompt), tokens, (b"%d" % k,)))
+            self.items.append(PackItem(prompt, policy.rope_positions(prompt), tokens))
 
     def item(self, batch: TrainBatch, index: int) -> PackItem:
         return self.items[index]

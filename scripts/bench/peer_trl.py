@@ -5,7 +5,8 @@
     PYTHONPATH=. python scripts/bench/peer_trl.py curves --out scripts/bench/results/peer_trl_curves.md
 
 ``speed``: seconds a step of 256 rollouts, (a) of 32 tokens each (a model that never ends a response), (b)
-with a long tail of lengths (its end token has probability 1/48 at every position; at most 256 tokens). All
+with a long tail of lengths (its end token has probability 1/48 at every position; at most 256 tokens);
+first while all prompts are new, then in MSSR's second epoch, where what can be kept of a prompt is kept. All
 trainers are started once and take turns, a step each, so that they see the same machine; while one works,
 the others stand still. The time of a step is everything from one step's end to the next one's.
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import shutil
 import statistics
@@ -39,6 +41,12 @@ from turns import Side  # noqa: E402
 ROLLOUTS, GROUP = 256, 8
 END_PROBABILITY = 1 / 48
 CASES = {"a": ("32 tokens each", 0.0, 32), "b": ("long tail of lengths, at most 256", END_PROBABILITY, 256)}
+EPOCH_ROWS = 2048
+"""Rows of the digits task."""
+PROMPTS = (
+    "every prompt is new to its trainer",
+    "MSSR's prompts come again, as in all epochs but the first; those of GRPO are new",
+)
 PHASES = ("rollout", "reward", "update", "sync")
 
 
@@ -156,7 +164,7 @@ def speed(peer: Peer) -> list[str]:
             "limit": limit,
             "updates": args.updates,
             "lr": 1e-6,
-            "steps": args.warm_up + args.rounds,
+            "steps": first_steps(args)[1] + args.rounds,
             "seed": 0,
         }
         sides = []
@@ -167,7 +175,7 @@ def speed(peer: Peer) -> list[str]:
             )
             sides[-1].ready()  # one after the other: starting is work, too
         steps: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}
-        for _ in range(args.warm_up + args.rounds):
+        for _ in range(settings["steps"]):
             for side, trainer in zip(args.sides, sides, strict=True):
                 steps[side].append(trainer.step())
         for trainer in sides:
@@ -177,10 +185,18 @@ def speed(peer: Peer) -> list[str]:
                 steps[side] = [
                     a | b for a, b in zip(steps[side], peer.records(f"{case}-{side}"), strict=True)
                 ]
-            del steps[side][: args.warm_up]
-        rows = [speed_row(side, steps[side], steps.get("trl")) for side in args.sides]
-        lines += [f"({case}) {title}", "", *table(SPEED_COLUMNS, rows), ""]
+        for first, prompts in zip(first_steps(args), PROMPTS, strict=True):
+            part = {side: records[first : first + args.rounds] for side, records in steps.items()}
+            rows = [speed_row(side, part[side], part.get("trl")) for side in args.sides]
+            heading = f"({case}) {title}, steps {first + 1} to {first + args.rounds}: {prompts}"
+            lines += [heading, "", *table(SPEED_COLUMNS, rows), ""]
     return lines
+
+
+def first_steps(args: argparse.Namespace) -> tuple[int, int]:
+    """Steps before each of the two parts that are measured."""
+    epoch = EPOCH_ROWS // ROLLOUTS
+    return args.warm_up, epoch * math.ceil((args.warm_up + args.rounds) / epoch) + args.warm_up
 
 
 SPEED_COLUMNS = ("trainer", "tokens a response", "s a step", "fastest to slowest", "CPU s a step",

@@ -84,14 +84,14 @@ def test_the_gate_sees_stale_weights(straight_run: Path, workspace: Workspace) -
     from mssr.config_loading import load_config
     from mssr.data.prompt_source import PromptSource
     from mssr.models.loading import load_model
-    from mssr.models.packing import PackItem, image_keys, pack
+    from mssr.models.packing import PackItem, pack
     from mssr.models.policy import PolicyModel
 
     config = load_config(workspace.config)
     source = PromptSource(config)
     models = [PolicyModel(load_model(config.model, torch.float32)) for _ in range(2)]
     prompt = source.encoder.encode(source.row("t0"))
-    item = PackItem(prompt, models[0].rope_positions(prompt), torch.arange(20, 30), image_keys(prompt))
+    item = PackItem(prompt, models[0].rope_positions(prompt), torch.arange(20, 30))
     with torch.no_grad():
         for part in ("visual", "embed_tokens"):
             changed = [p for n, p in models[1].model.named_parameters() if part in n]

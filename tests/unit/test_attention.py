@@ -17,7 +17,7 @@ from mssr.data.prompt_source import PromptSource
 from mssr.errors import UserError
 from mssr.models import attention
 from mssr.models.loading import load_model
-from mssr.models.packing import PackedBatch, PackItem, image_keys, pack
+from mssr.models.packing import PackedBatch, PackItem, pack
 from mssr.models.policy import PolicyModel
 from tests.conftest import Workspace
 
@@ -48,7 +48,7 @@ def batch(workspace: Workspace, masked: PolicyModel) -> PackedBatch:
     for k, prompt_id in enumerate(["t0", "t1", "t2", "t3", "t1"]):
         prompt = source.encoder.encode(source.row(prompt_id))
         response = torch.randint(0, 250, (3 + 2 * k,), generator=generator)
-        items.append(PackItem(prompt, masked.rope_positions(prompt), response, image_keys(prompt)))
+        items.append(PackItem(prompt, masked.rope_positions(prompt), response))
     return pack(items, masked.merge_size)
 
 

@@ -38,15 +38,13 @@ def calls(policy: PolicyModel) -> Iterator[list[int]]:
 
 def make_batches(workspace: Workspace, policy: PolicyModel) -> tuple[PackedBatch, PackedBatch]:
     from mssr.data.prompt_source import PromptSource
-    from mssr.models.packing import PackItem, image_keys
+    from mssr.models.packing import PackItem
 
     source = PromptSource(load_config(workspace.config))
     items = []
     for prompt_id in ("t0", "t1", "t2", "t3"):
         prompt = source.encoder.encode(source.row(prompt_id))
-        items.append(
-            PackItem(prompt, policy.rope_positions(prompt), torch.arange(20, 26), image_keys(prompt))
-        )
+        items.append(PackItem(prompt, policy.rope_positions(prompt), torch.arange(20, 26)))
     return pack(items[:3], policy.merge_size), pack(items[::-1], policy.merge_size)
 
 

@@ -13,7 +13,7 @@ from mssr.config_loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.head import token_log_probs_and_entropy, token_loss
 from mssr.models.loading import load_model
-from mssr.models.packing import PackedBatch, PackItem, image_keys, pack
+from mssr.models.packing import PackedBatch, PackItem, pack
 from mssr.models.policy import PolicyModel
 from tests.conftest import Workspace
 
@@ -45,7 +45,7 @@ class Lab:
         for prompt_id, length in (("t0", 5), ("t1", 3), ("t2", 6)):
             prompt = source.encoder.encode(source.row(prompt_id))
             response = torch.randint(0, 250, (length,), generator=generator)
-            items.append(PackItem(prompt, self.policy.rope_positions(prompt), response, image_keys(prompt)))
+            items.append(PackItem(prompt, self.policy.rope_positions(prompt), response))
         packed = pack(items, self.policy.merge_size)
         assert packed.pixel_values is not None
         self.packed: PackedBatch = dataclasses.replace(packed, pixel_values=packed.pixel_values.double())

@@ -12,7 +12,7 @@ from mssr.config_loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.head import token_log_probs_and_entropy
 from mssr.models.loading import load_model
-from mssr.models.packing import PackedBatch, PackItem, image_keys, pack, split_images
+from mssr.models.packing import PackedBatch, PackItem, pack, split_images
 from mssr.models.policy import PolicyModel
 from tests.conftest import Workspace
 
@@ -33,7 +33,7 @@ def items(workspace: Workspace, policy: PolicyModel) -> list[PackItem]:
     for k, prompt_id in enumerate(["t0", "t1", "t2", "t3", "t1", "t5"]):
         prompt = source.encoder.encode(source.row(prompt_id))
         response = torch.randint(0, 250, (3 + 2 * k,), generator=generator)
-        result.append(PackItem(prompt, policy.rope_positions(prompt), response, image_keys(prompt)))
+        result.append(PackItem(prompt, policy.rope_positions(prompt), response))
     return result
 
 
@@ -99,7 +99,9 @@ def test_each_distinct_image_reaches_the_tower_once(policy: PolicyModel, items: 
         once = policy(batch)[0]
         apart = torch.cat([policy(pack([item], policy.merge_size))[0] for item in items])
     handle.remove()
-    distinct = {k: len(x) for i in items for k, x in zip(i.image_keys, split_images(i.prompt), strict=True)}
+    distinct = {
+        k: len(x) for i in items for k, x in zip(i.prompt.image_keys, split_images(i.prompt), strict=True)
+    }
     # t0 and t3 have one image, t1 (twice in the batch) and t5 two, t2 none.
     assert len(distinct) == 1 + 2 + 1 + 2
     assert patches[0] == sum(distinct.values()) < sum(patches[1:])

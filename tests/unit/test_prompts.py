@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mssr.config_loading import load_config
 from mssr.data.dataset import ImageSource, Row
@@ -104,3 +105,29 @@ def test_lengths_from_sizes_equal_encoded_lengths(workspace: Workspace) -> None:
         item = source.row(prompt_id)
         sizes = [image.size() for image in item.images]
         assert source.encoder.length(item, sizes) == len(source.encoder.encode(item).token_ids)
+
+
+def test_encoded_prompts_are_what_the_processor_makes_of_them(workspace: Workspace) -> None:
+    """Two, one and no image; equal images, and no others, have the same key."""
+    from mssr.data.prompt_source import PromptSource
+
+    source = PromptSource(load_config(workspace.config))
+    encoder = source.encoder
+    keys: dict[bytes, bytes] = {}
+    for prompt_id in [f"t{k}" for k in range(8)]:
+        item = source.row(prompt_id)
+        images = encoder.images(item)
+        expected = encoder.processor(
+            text=[encoder.chat_text(item)], images=images or None, return_tensors="pt"
+        )
+        ours = encoder.encode(item)
+        assert torch.equal(ours.token_ids, expected["input_ids"][0])
+        assert torch.equal(ours.token_types, expected["mm_token_type_ids"][0].int())
+        assert (ours.pixel_values is None) == (not images) == (ours.image_keys == ())
+        if ours.pixel_values is not None and ours.image_grid_thw is not None:
+            assert torch.equal(ours.pixel_values, expected["pixel_values"])
+            assert torch.equal(ours.image_grid_thw, expected["image_grid_thw"])
+        for image, key in zip(images, ours.image_keys, strict=True):
+            assert keys.setdefault(key, image.tobytes()) == image.tobytes()
+        assert encoder.encode(item).image_keys == ours.image_keys
+    assert len(keys) == 8  # of t0, t1, t3, t4, t5 and t7; t2 and t6 have none
