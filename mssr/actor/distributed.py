@@ -145,7 +145,7 @@ def _gather_rows(part: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, torch.T
         for into, rows in zip(mine.split(sizes), local, strict=True):
             into[: rows.numel()] = rows.flatten()
         everyones = mine.new_empty(ranks * len(mine))
-        dist.all_gather_into_tensor(everyones, mine)
+        dist.all_gather_single(everyones, mine)
         found = iter(everyones.view(ranks, -1).split(sizes, dim=1))
     for name, value in part:
         if isinstance(value, DTensor):

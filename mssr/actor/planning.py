@@ -3,7 +3,8 @@
 Every rank makes the same plan from the same batch, so nothing about it is communicated, and the ranks
 run the same number of forward passes with the same collectives. They wait for each other in every pass,
 so what counts is the cost of the dearest rank, pass by pass. The responses of a prompt are kept together
-where that costs less than it upsets the balance, because a pass encodes its images once.
+where that costs less than it upsets the balance, because a pass encodes its images once. A prompt goes to the
+same rank in every epoch where that does not upset the balance, because that rank has prepared its images.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from mssr.models.cost import SequenceWork
+
+HOME_COST = 1.01
+"""How much longer than balanced as well as can be a step may take for prompts to be on their ranks."""
+LEVELS = (1.0, 0.95, 0.9, 0.8, 0.6)
+"""Up to which share of the mean cost of a bin prompts fill those of their own rank; tried in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,7 @@ class Planner:
         self._text_cost = work.text_cost.tolist()
         self._image_cost = work.image_cost.tolist()
         self._prompts = work.prompts.tolist()
+        self._homes = (work.homes % ranks).tolist()
         self._ranks = ranks
         self._budget = token_budget
 
@@ -100,7 +107,7 @@ class Planner:
             shares.append(sorted(chosen.intersection(trained)))
         count = 0
         while True:
-            packed = [self._pack(share, 1, at_least=count) for share in shares]
+            packed = [self._fewest_bins(share, 1, at_least=count)[1] for share in shares]
             if {len(bins) for bins in packed} == {count}:
                 return self._passes(packed)
             count = max(map(len, packed))
@@ -113,7 +120,26 @@ class Planner:
 
     def _share_out(self, sequences: list[int]) -> list[list[list[int]]]:
         """The bins of each rank: as many on every rank, alike in cost those of the same number."""
-        bins = sorted(self._pack(sequences, self._ranks), key=self.cost, reverse=True)
+        units, bins = self._fewest_bins(sequences, self._ranks)
+        balanced = self._deal(bins)
+        mean = sum(map(self.cost, bins)) / len(bins)
+        for level in LEVELS if self._ranks > 1 else ():
+            at_home = self._fill(units, len(bins), level * mean)
+            if at_home is not None:
+                shares = [at_home[rank :: self._ranks] for rank in range(self._ranks)]
+                pairs = zip(self._times(shares), self._times(balanced), strict=True)
+                if all(ours <= HOME_COST * theirs for ours, theirs in pairs):
+                    return shares
+        return balanced
+
+    def _times(self, shares: list[list[list[int]]]) -> tuple[int, int]:
+        """The cost of the dearest rank, pass by pass and over all."""
+        costs = [sorted(map(self.cost, bins), reverse=True) for bins in shares]
+        return sum(map(max, zip(*costs, strict=True))), max(map(sum, costs))
+
+    def _deal(self, bins: list[list[int]]) -> list[list[list[int]]]:
+        """Bins to the ranks, those of like cost to different ones."""
+        bins = sorted(bins, key=self.cost, reverse=True)
         shares: list[list[list[int]]] = [[] for _ in range(self._ranks)]
         totals = [0] * self._ranks
         for k in range(0, len(bins), self._ranks):
@@ -123,25 +149,27 @@ class Planner:
                 totals[rank] += self.cost(bin_)
         return shares
 
-    def _pack(self, sequences: list[int], multiple: int, at_least: int = 0) -> list[list[int]]:
-        """Sequences in a multiple of ``multiple`` bins within the budget, some perhaps empty.
+    def _fewest_bins(
+        self, sequences: list[int], multiple: int, at_least: int = 0
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Sequences in units and in a multiple of ``multiple`` bins within the budget, some perhaps empty.
 
         Tried with the responses of a prompt whole and cut ever smaller; taken is what costs least time.
         """
         size = max(Counter(self._prompts[s] for s in sequences).values(), default=1)
         tokens = sum(self._lengths[s] for s in sequences)
         fewest = max(at_least, multiple * math.ceil(tokens / (self._budget * multiple)))
-        best: tuple[int, int, list[list[int]]] | None = None
+        best: tuple[int, int, list[list[int]], list[list[int]]] | None = None
         while True:
             units, count = self._units(sequences, size), fewest
             while (bins := self._fill(units, count)) is None:
                 count += multiple
             costs = sorted(map(self.cost, bins), reverse=True)
-            candidate = sum(costs[::multiple]), len(bins), bins
+            candidate = sum(costs[::multiple]), len(bins), units, bins
             if best is None or candidate[:2] < best[:2]:
                 best = candidate
             if size == 1:
-                return best[2]
+                return best[2:]
             size = (size + 1) // 2
 
     def _units(self, sequences: list[int], size: int) -> list[list[int]]:
@@ -159,8 +187,13 @@ class Planner:
             units += [members[k::pieces] for k in range(pieces)]
         return units
 
-    def _fill(self, units: list[list[int]], count: int) -> list[list[int]] | None:
-        """The dearest unit first, each into the cheapest bin that has room; None if one finds no room."""
+    def _fill(self, units: list[list[int]], count: int, at_home: float = 0.0) -> list[list[int]] | None:
+        """The dearest unit first, each into the cheapest bin that has room; None if one finds no room.
+
+        Args:
+            at_home: the cost up to which units fill the bins of their own rank first. Bin k is of rank k
+                modulo the ranks.
+        """
         bins: list[list[int]] = [[] for _ in range(count)]
         cost, room = np.zeros(count, dtype=np.int64), np.full(count, self._budget)
         for unit_cost, unit in sorted(((self.cost(u), u) for u in units), key=lambda x: (-x[0], x[1])):
@@ -170,6 +203,10 @@ class Planner:
             if not len(fits):
                 return None
             chosen = int(fits[cost[fits].argmin()])
+            if at_home and len(own := fits[fits % self._ranks == self._homes[unit[0]]]):
+                cheapest = int(own[cost[own].argmin()])
+                if cost[cheapest] + unit_cost <= at_home:
+                    chosen = cheapest
             bins[chosen] += unit
             cost[chosen] += unit_cost
             room[chosen] -= tokens

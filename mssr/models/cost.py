@@ -22,6 +22,7 @@ model's config; norms, rope, softmax and the like are left out.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,9 @@ class SequenceWork:
     """(B,) cost of the prompt's images in the vision tower, in the same unit; 0 without images."""
     prompts: npt.NDArray[np.int64]
     """(B,) number of the prompt. Sequences of one prompt share the cost of its images in a pass."""
+    homes: npt.NDArray[np.int64]
+    """(B,) a number that the prompt has in every step: the rank with it, modulo the ranks, is likely to have
+    prepared its images before."""
 
 
 class CostModel:
@@ -101,13 +105,15 @@ class CostModel:
         sequence = np.searchsorted(batch.offsets, starts, side="right") - 1
         np.add.at(image_cost, sequence, self.images((ends - starts) * self._merged))
         numbers: dict[str, int] = {}
-        prompts = [numbers.setdefault(i, len(numbers)) for i in batch.prompt_ids]
+        prompts = np.array([numbers.setdefault(i, len(numbers)) for i in batch.prompt_ids], dtype=np.int64)
+        homes = np.array([zlib.crc32(prompt_id.encode()) for prompt_id in numbers], dtype=np.int64)
         return SequenceWork(
             lengths=batch.lengths,
             response_lengths=batch.response_lengths,
             text_cost=self.text(batch.lengths, batch.response_lengths),
             image_cost=image_cost,
-            prompts=np.array(prompts, dtype=np.int64),
+            prompts=prompts,
+            homes=homes[prompts],
         )
 
 

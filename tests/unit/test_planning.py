@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def make_work(seed: int, count: int, n: int = 1) -> SequenceWork:
     lengths = responses + rng.integers(5, 40, count)[prompts]
     images = np.where(rng.random(count) < 0.3, rng.integers(100, 2000, count), 0)
     cost = 10 * lengths + lengths**2 // 50 + 20 * responses
-    return SequenceWork(lengths, responses, cost, images[prompts], prompts)
+    return SequenceWork(lengths, responses, cost, images[prompts], prompts, homes=7 * prompts)
 
 
 def vision_like(seed: int, prompts: int, n: int) -> SequenceWork:
@@ -33,7 +34,8 @@ def vision_like(seed: int, prompts: int, n: int) -> SequenceWork:
     responses = np.minimum(rng.lognormal(np.log(400), 0.7, prompts * n), 4096).astype(np.int64)
     lengths = prompt + responses
     cost = 20 * lengths + lengths**2 // 1500 + responses
-    return SequenceWork(lengths, responses, cost, 30 * prompt, np.repeat(np.arange(prompts), n))
+    numbers = np.repeat(np.arange(prompts), n)
+    return SequenceWork(lengths, responses, cost, 30 * prompt, numbers, homes=numbers)
 
 
 def elapsed(planner: Planner, ranks: tuple[tuple[MicroBatch, ...], ...]) -> int:
@@ -79,16 +81,32 @@ def test_ranks_are_balanced_in_cost_in_every_pass_and_in_all(ranks: int, n: int)
     assert len(plan.ranks[0]) <= 1 + np.ceil(full if n == 1 else 1.3 * full)
 
 
+@pytest.mark.parametrize(("ranks", "share"), [(2, 0.8), (8, 0.7)])
+def test_prompts_keep_their_ranks_where_that_costs_next_to_nothing(ranks: int, share: float) -> None:
+    """By chance, 1 of ``ranks`` would be there."""
+    work = vision_like(5, 512, 1)
+    nowhere = dataclasses.replace(work, homes=0 * work.homes)
+    planner, other = (Planner(w, ranks=ranks, token_budget=16384) for w in (work, nowhere))
+    plans = planner.everything()
+    at_home = [
+        work.homes[s] % ranks == rank for rank in range(ranks) for m in plans[rank] for s in m.sequences
+    ]
+    assert np.mean(at_home) > share
+    assert elapsed(planner, plans) <= 1.02 * elapsed(other, other.everything())
+
+
 def test_cost_decides_and_not_tokens() -> None:
     """Four sequences as long as each other, one as dear as the three others."""
     lengths, prompts = np.full(4, 100), np.arange(4)
     cost = np.array([300, 100, 100, 100])
-    planner = Planner(SequenceWork(lengths, lengths, cost, 0 * cost, prompts), ranks=2, token_budget=1000)
+    planner = Planner(
+        SequenceWork(lengths, lengths, cost, 0 * cost, prompts, prompts), ranks=2, token_budget=1000
+    )
     shares = {passes[0].sequences for passes in planner.everything()}
     assert shares == {(0,), (1, 2, 3)}
     images = np.array([300, 0, 0, 0])
     planner = Planner(
-        SequenceWork(lengths, lengths, cost // cost, images, prompts), ranks=2, token_budget=1000
+        SequenceWork(lengths, lengths, cost // cost, images, prompts, prompts), ranks=2, token_budget=1000
     )
     assert {passes[0].sequences for passes in planner.everything()} == {(0,), (1, 2, 3)}
 
@@ -105,10 +123,10 @@ def test_responses_of_a_prompt_share_a_pass() -> None:
 def test_a_prompt_is_cut_where_balance_asks_for_it() -> None:
     """One prompt on two ranks: its image is encoded twice, so that neither rank stands still."""
     lengths = np.full(8, 100)
-    work = SequenceWork(lengths, lengths, lengths * 10, lengths, 0 * lengths)
+    work = SequenceWork(lengths, lengths, lengths * 10, lengths, 0 * lengths, 0 * lengths)
     passes = Planner(work, ranks=2, token_budget=10000).everything()
     assert [len(p[0].sequences) for p in passes] == [4, 4]
-    two = SequenceWork(lengths, lengths, lengths * 10, lengths, np.repeat([0, 1], 4))
+    two = SequenceWork(lengths, lengths, lengths * 10, lengths, *2 * [np.repeat([0, 1], 4)])
     passes = Planner(two, ranks=2, token_budget=10000).everything()
     assert {tuple(sorted(p[0].sequences)) for p in passes} == {(0, 1, 2, 3), (4, 5, 6, 7)}
 
