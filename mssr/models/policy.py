@@ -11,6 +11,7 @@ from mssr.data.encoder import EncodedPrompt
 from mssr.models.features import FeatureCache
 from mssr.models.head import Objective, token_log_probs_and_entropy, token_loss
 from mssr.models.packing import PackedBatch
+from mssr.models.vision_positions import VisionPositions
 
 
 class PolicyModel(nn.Module):
@@ -35,6 +36,7 @@ class PolicyModel(nn.Module):
         self.temperature = temperature
         self.head_chunk = head_chunk
         self.features = features
+        self.positions = VisionPositions(model.model.visual)
         self.banned_ids = vision_placeholder_ids(model.config)
 
     @property
@@ -95,7 +97,9 @@ class PolicyModel(nn.Module):
     def _image_features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         """(merged patches, D)."""
         visual = self.model.model.visual
-        return visual(pixel_values.to(visual.patch_embed.proj.weight.dtype), grid_thw=grid_thw).pooler_output
+        positions = self.positions([(t, h, w) for t, h, w in grid_thw.tolist()], pixel_values.device)
+        pixel_values = pixel_values.to(visual.patch_embed.proj.weight.dtype)
+        return visual(pixel_values, grid_thw=grid_thw, **positions).pooler_output
 
     @torch.no_grad()
     def _known_features(

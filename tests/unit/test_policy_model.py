@@ -90,6 +90,46 @@ def test_the_image_matters(policy: PolicyModel, items: list[PackItem]) -> None:
         assert (policy(batch)[0] - policy(changed)[0]).abs().max() > 1e-2
 
 
+def test_positions_of_images_are_those_that_transformers_works_out(policy: PolicyModel) -> None:
+    """Windows whole and cut, several frames, sizes that come again."""
+    from transformers import vision_utils
+
+    visual = policy.model.model.visual
+    grids = [(1, 8, 4), (1, 4, 4), (1, 6, 10), (2, 14, 2), (1, 8, 4), (1, 2, 2)]
+    for some in (grids, grids[::-1], grids[2:3]):
+        thw = torch.tensor(some)
+        ours = policy.positions(some, torch.device("cpu"))
+        merge = visual.spatial_merge_size
+        index, windows = vision_utils.get_vision_window_index(
+            thw, merge, visual.window_size, visual.patch_size
+        )
+        expected = {
+            "position_ids": vision_utils.get_vision_position_ids(thw, merge),
+            "window_index": index,
+            "cu_window_seqlens": windows,
+            "cu_seqlens": vision_utils.get_vision_cu_seqlens(thw),
+        }
+        for name, tensor in expected.items():
+            assert torch.equal(ours[name], tensor) and ours[name].dtype == tensor.dtype, name
+        assert ours["max_seqlen"] == expected["cu_seqlens"].diff().max()
+        assert ours["max_window_seqlen"] == windows.diff().max()
+        assert ours.keys() - expected.keys() == {"max_seqlen", "max_window_seqlen"}
+
+
+def test_nothing_of_an_image_is_worked_out_in_a_pass(
+    policy: PolicyModel, items: list[PackItem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names of the arguments are those that transformers looks for."""
+    from transformers import vision_utils
+
+    batch = pack(items, policy.merge_size)
+    with torch.no_grad():
+        before = policy(batch)[0]
+        for name in ("F", "torch"):  # what its functions work with
+            monkeypatch.setattr(vision_utils, name, None)
+        assert torch.equal(policy(batch)[0], before)
+
+
 def test_each_distinct_image_reaches_the_tower_once(policy: PolicyModel, items: list[PackItem]) -> None:
     """In two responses to a prompt, in two prompts, and twice in one prompt."""
     batch = pack(items, policy.merge_size)
