@@ -53,11 +53,15 @@ class DataConfig:
     shuffle: bool = True
     """New random order in every epoch; false keeps the order of the file."""
     image_cache_gib: float = 4.0
-    """Host memory of each worker for prepared images (decoded, resized; cut into patches in the actor), so
-    that later epochs need not prepare them again; the least recently used give way. An engine of vLLM has a
-    cache of its own besides (rollout.engine_options.mm_processor_cache_gb)."""
+    """Host memory of each worker for encoded prompts (tokens, and pixels cut into patches), so that later
+    epochs need not encode them again; the least recently used give way."""
     cache_dir: str | None = None
     """Where the checked lengths and ids of data sets are kept; null is $MSSR_CACHE or ~/.cache/mssr."""
+
+    @property
+    def pixel_bounds(self) -> dict[str, int]:
+        """In the form in which image processors take them."""
+        return {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
 
 
 @dataclass

@@ -1,8 +1,7 @@
-"""The one encoder: the same function turns a row into text and images for the engine and the actor.
+"""The one encoder: the same function turns a row into tokens and pixels for engines and actor.
 
-The engine gets (chat text, resized images) and tokenises them itself; the actor tokenises them here
-and asserts that both saw the same tokens. Images are resized once, by the rules of qwen-vl-utils, so
-that no later stage resizes them again.
+Each encodes for itself, and the actor asserts that both saw the same tokens. Images are resized once, by the
+rules of qwen-vl-utils, so that no later stage resizes them again.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from mssr.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt as the actor needs it. P tokens, V vision patches, I images."""
+    """A prompt as a model takes it. P tokens, V vision patches, I images."""
 
     token_ids: torch.Tensor
     """(P,) int64, one placeholder for every merged patch."""
@@ -42,7 +41,8 @@ class EncodedPrompt:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.token_ids, self.pixel_values) if t is not None)
+        """About what it takes in memory; without images it takes some, too."""
+        return 4096 + self.token_ids.nbytes + (0 if self.pixel_values is None else self.pixel_values.nbytes)
 
 
 class PromptEncoder:
@@ -57,7 +57,7 @@ class PromptEncoder:
         self.config = config
         image_processor = processor.image_processor
         # Images arrive resized; the same bounds here keep the processor from resizing them again.
-        image_processor.size = self.pixel_bounds
+        image_processor.size = config.pixel_bounds
         self._factor = image_processor.patch_size * image_processor.merge_size
         self._image_token_id: int = processor.image_token_id
         self._system_prompt = text_or_file(config.system_prompt, "data.system_prompt")
@@ -65,11 +65,6 @@ class PromptEncoder:
         self._prompt_template = _prompt_template(config)
         config_tokens = (processor.image_token, processor.video_token, "<|vision_start|>", "<|vision_end|>")
         self._vision_tokens = tuple(dict.fromkeys(config_tokens))
-
-    @property
-    def pixel_bounds(self) -> dict[str, int]:
-        """The bounds in the form in which image processors take them."""
-        return {"shortest_edge": self.config.min_pixels, "longest_edge": self.config.max_pixels}
 
     def chat_text(self, row: Row) -> str:
         """The prompt after the chat template, with one placeholder per image.

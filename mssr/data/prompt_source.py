@@ -2,54 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
-from typing import NamedTuple
 
-from PIL import Image
+import torch
 
 from mssr.config import Config
 from mssr.data.dataset import PromptDataset, Row
-from mssr.data.encoder import PromptEncoder
+from mssr.data.encoder import EncodedPrompt, PromptEncoder
 from mssr.data.validation_sets import validation_sets
 from mssr.models.loading import load_processor
 
 
-class Prompt(NamedTuple):
-    """A prompt as engines take it."""
-
-    text: str
-    """After the chat template, with one placeholder for each image."""
-    token_ids: list[int]
-    """Of the text, so with one token for each image."""
-    images: list[Image.Image]
-    """In their final size."""
-
-
 class PromptSource:
-    """Reads rows of the train and validation sets by id; keeps ``data.image_cache_gib`` of prepared ones."""
+    """Reads rows of the train and validation sets by id; keeps ``data.image_cache_gib`` of encoded ones.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        pixel_dtype: in which pixels are kept: that of the forward pass, which would round them anyway.
+    """
+
+    def __init__(self, config: Config, pixel_dtype: torch.dtype = torch.float32) -> None:
         self.encoder = PromptEncoder(load_processor(config.model), config.data)
         self._datasets = [PromptDataset(config.data.train, config.data)]
         for one in validation_sets(config.data.val):
             self._datasets.append(one.dataset(config.data, config.run_dir))
-        self._cache: OrderedDict[str, Prompt] = OrderedDict()
+        self._pixel_dtype = pixel_dtype
+        self._cache: OrderedDict[str, EncodedPrompt] = OrderedDict()
         self._bytes = 0
         self._max_bytes = int(config.data.image_cache_gib * 2**30)
 
-    def get(self, prompt_id: str) -> Prompt:
-        """Read, tokenised and decoded."""
+    def get(self, prompt_id: str) -> EncodedPrompt:
+        """Read and encoded."""
         if prompt_id in self._cache:
             self._cache.move_to_end(prompt_id)
             return self._cache[prompt_id]
-        row = self.row(prompt_id)
-        text = self.encoder.chat_text(row)
-        token_ids = self.encoder.processor.tokenizer(text)["input_ids"]
-        prompt = Prompt(text, token_ids, self.encoder.images(row))
+        prompt = self.encoder.encode(self.row(prompt_id))
+        if prompt.pixel_values is not None:
+            prompt = dataclasses.replace(prompt, pixel_values=prompt.pixel_values.to(self._pixel_dtype))
         self._cache[prompt_id] = prompt
-        self._bytes += _bytes(prompt)
+        self._bytes += prompt.nbytes
         while self._bytes > self._max_bytes and self._cache:
-            self._bytes -= _bytes(self._cache.popitem(last=False)[1])
+            self._bytes -= self._cache.popitem(last=False)[1].nbytes
         return prompt
 
     def row(self, prompt_id: str) -> Row:
@@ -57,8 +50,3 @@ class PromptSource:
             if prompt_id in dataset:
                 return dataset.row(prompt_id)
         raise KeyError(f"prompt {prompt_id} is in no data set of this run")
-
-
-def _bytes(prompt: Prompt) -> int:
-    """What a prompt counts in the cache: a pixel takes 4 bytes, a token 8; a text is not for nothing."""
-    return 4096 + 8 * len(prompt.token_ids) + sum(4 * i.width * i.height for i in prompt.images)

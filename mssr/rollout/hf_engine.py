@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mssr.config import Config
+from mssr.data.encoder import EncodedPrompt
 from mssr.data.prompt_source import PromptSource
 from mssr.heartbeat import beat
 from mssr.models.loading import load_model
@@ -25,7 +27,7 @@ class HfEngine:
         if config.model.dtype == "bfloat16":
             dtype = torch.bfloat16
         self._model = load_model(config.model, dtype, packed=False).to(device).requires_grad_(False)
-        self._prompts = PromptSource(config)
+        self._prompts = PromptSource(config, dtype)
         self._batch = config.rollout.max_num_seqs
         self._version = 0
         self._banned = vision_placeholder_ids(self._model.config)
@@ -50,14 +52,7 @@ class HfEngine:
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
         prompts = [self._prompts.get(r.prompt_id) for r in requests]
-        images = [image for prompt in prompts for image in prompt.images]
-        inputs = self._prompts.encoder.processor(
-            text=[prompt.text for prompt in prompts],
-            images=images or None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(self._model.device)
+        inputs = self._padded(prompts)
         sampler = _SeededSampler([r.seed for r in requests], params, self._banned, self._model.device)
         output = self._model.generate(
             **inputs,
@@ -75,7 +70,6 @@ class HfEngine:
             [lp.gather(1, t[:, None])[:, 0] for lp, t in zip(sampler.log_probs, responses.T, strict=True)],
             dim=1,
         )
-        mask = inputs["attention_mask"].bool().cpu()
         result = []
         for i, request in enumerate(requests):
             tokens = responses[i].tolist()
@@ -85,7 +79,7 @@ class HfEngine:
                 Rollout(
                     prompt_id=request.prompt_id,
                     sample_index=request.sample_index,
-                    prompt_token_ids=inputs["input_ids"][i].cpu()[mask[i]].numpy().astype(np.int32),
+                    prompt_token_ids=prompts[i].token_ids.numpy().astype(np.int32),
                     response_token_ids=np.asarray(tokens[:end], dtype=np.int32),
                     log_probs=chosen[i, :end].float().numpy(),
                     finish_reason="stop" if finished else "length",
@@ -96,6 +90,24 @@ class HfEngine:
                 )
             )
         return result
+
+    def _padded(self, prompts: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
+        """Prompts as one input of the model, filled up on the left."""
+
+        def pad(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+            return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
+
+        inputs = {
+            "input_ids": pad([p.token_ids for p in prompts], self._pad),
+            "attention_mask": pad([torch.ones_like(p.token_ids) for p in prompts], 0),
+            "mm_token_type_ids": pad([p.token_types for p in prompts], 0),
+        }
+        pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
+        if pixels:
+            inputs["pixel_values"] = torch.cat(pixels)
+            grids = [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
+            inputs["image_grid_thw"] = torch.cat(grids)
+        return {name: value.to(self._model.device) for name, value in inputs.items()}
 
 
 class _SeededSampler(LogitsProcessor):

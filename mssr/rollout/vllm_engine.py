@@ -5,8 +5,9 @@ vLLM rebinds threads and claims memory, so this belongs in a process of its own.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from mssr.config import Config
 from mssr.data.dataset import MAX_IMAGES_PER_PROMPT
+from mssr.data.encoder import EncodedPrompt
 from mssr.data.prompt_source import PromptSource
 from mssr.errors import EngineError, UserError
 from mssr.heartbeat import beat
@@ -42,7 +44,6 @@ class VllmEngine:
         if not vllm.__version__.startswith(SUPPORTED_VLLM + "."):
             raise UserError(f"vLLM {vllm.__version__} is installed; mssr works with {SUPPORTED_VLLM}.x")
         self._vllm = vllm
-        self._prompts = PromptSource(config)
         self._version = 0
         rollout, data = config.rollout, config.data
         options: dict[str, Any] = {
@@ -52,7 +53,10 @@ class VllmEngine:
             "max_model_len": data.max_prompt_length + rollout.max_response_length,
             "max_num_seqs": rollout.max_num_seqs,
             "limit_mm_per_prompt": {"image": MAX_IMAGES_PER_PROMPT, "video": 0},
-            "mm_processor_kwargs": {"size": self._prompts.encoder.pixel_bounds},
+            "mm_processor_kwargs": {"size": data.pixel_bounds},
+            # Its own preparation of images, which it needs for trial runs only: ours is `_engine_input`.
+            "mm_device_do_normalize": False,
+            "mm_processor_cache_gb": 0,
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",
             "seed": config.seed,
@@ -71,60 +75,46 @@ class VllmEngine:
                 "enforce_eager": rollout.enforce_eager,
                 "gpu_memory_utilization": rollout.gpu_memory_utilization,
             }
-        self._llm = vllm.LLM(**(options | rollout.engine_options))
+        self._engine = vllm.LLM(**(options | rollout.engine_options)).llm_engine
         if device == "cpu":
             # vLLM has put a function here that does nothing but log a warning, several times a request.
             torch.set_num_threads = lambda count: None  # type: ignore[assignment]
-        self._banned = vision_placeholder_ids(self._llm.llm_engine.model_config.hf_config)
+        self._prompts = PromptSource(config, self._engine.model_config.dtype)
+        self._banned = vision_placeholder_ids(self._engine.model_config.hf_config)
+        self._merge_size = int(self._engine.model_config.hf_config.vision_config.spatial_merge_size)
+        self._final_only = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        self._ids = itertools.count()
 
     def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
-        engine = self._llm.llm_engine
         running: dict[str, Numbered] = {}
         while (taken := requests.take(wait=not running)) or running:
             try:
-                running.update(self._enqueue(taken, params))
+                for number, request in taken:
+                    name = str(next(self._ids))
+                    self._engine.add_request(name, self._input(request), self._sampling(request, params))
+                    running[name] = number, request
                 beat()
-                ended = [output for output in engine.step() if output.finished]
+                ended = [output for output in self._engine.step() if output.finished]
             except Exception as error:  # a dead engine raises its own types, with megabytes of input
                 last = (str(error).strip() or type(error).__name__).splitlines()[-1][:300]
                 raise EngineError(f"vLLM failed: {last}") from error
             numbered = [(running.pop(output.request_id), output) for output in ended]
             yield [(number, self._rollout(request, output)) for (number, request), output in numbered]
 
-    def _enqueue(self, requests: Sequence[Numbered], params: SamplingParams) -> dict[str, Numbered]:
-        """Hand requests to vLLM; returns them by the ids that it gives them."""
-        if not requests:
-            return {}
-        inputs = [self._input(request.prompt_id) for _, request in requests]
-        sampling = [self._sampling(request, params) for _, request in requests]
-        ids = self._llm.enqueue(inputs, sampling, use_tqdm=False)
-        # They are returned with a random suffix, which outputs do not have.
-        return dict(zip([i.partition("-")[0] for i in ids], requests, strict=True))
-
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         # Plain model.load_weights is wrong on CPU, where the weights were prepacked at start.
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        # Either left stale, the same image keeps its old embedding. The cache of prepared images does not
-        # depend on weights.
-        self._llm.llm_engine.reset_prefix_cache()
-        self._llm.llm_engine.reset_encoder_cache()
+        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        # Either left stale, the same image keeps its old embedding.
+        self._engine.reset_prefix_cache()
+        self._engine.reset_encoder_cache()
         self._version = version
 
     def close(self) -> None:
         # Now and not at exit, when the actor of a local run has taken the process group down.
-        self._llm.llm_engine.engine_core.shutdown()
+        self._engine.engine_core.shutdown()
 
-    def _input(self, prompt_id: str) -> dict[str, Any]:
-        _, token_ids, images = self._prompts.get(prompt_id)
-        if not images:
-            return {"prompt_token_ids": token_ids}
-        # Known by name, an image need not be hashed to be found in the caches.
-        uuids = [f"{prompt_id}/{k}" for k in range(len(images))]
-        return {
-            "prompt_token_ids": token_ids,
-            "multi_modal_data": {"image": images},
-            "multi_modal_uuids": {"image": uuids},
-        }
+    def _input(self, request: RolloutRequest) -> Any:
+        return _engine_input(self._prompts.get(request.prompt_id), self._merge_size)
 
     def _sampling(self, request: RolloutRequest, params: SamplingParams) -> Any:
         return self._vllm.SamplingParams(
@@ -132,6 +122,7 @@ class VllmEngine:
             seed=None if params.greedy else request.seed,
             max_tokens=params.max_tokens,
             logprobs=0,
+            output_kind=self._final_only,
             detokenize=False,  # token by token, and of log-probs too; `_rollout` decodes once
             logit_bias=dict.fromkeys(self._banned, float("-inf")),
         )
@@ -152,6 +143,30 @@ class VllmEngine:
             policy_version=self._version,
             text=self._prompts.encoder.processor.tokenizer.decode(tokens, skip_special_tokens=True),
         )
+
+
+def _engine_input(prompt: EncodedPrompt, merge_size: int) -> Any:
+    """A prompt as vLLM has it after its own preparation."""
+    from vllm.inputs import mm_input, tokens_input
+    from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+
+    token_ids = prompt.token_ids.tolist()
+    if prompt.image_grid_thw is None:
+        return tokens_input(token_ids)
+    patches = prompt.image_grid_thw.prod(-1)
+    fields = {
+        "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", patches),
+        "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+    }
+    pixels = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+    lengths = patches // merge_size**2
+    starts = prompt.token_types.nonzero()[lengths.cumsum(0) - lengths, 0]
+    return mm_input(
+        token_ids,
+        MultiModalKwargsItems.from_hf_inputs(pixels, fields),
+        {"image": [key.hex() for key in prompt.image_keys]},  # by which its caches know the images
+        {"image": list(map(PlaceholderRange, starts.tolist(), lengths.tolist()))},
+    )
 
 
 def _prepare_environment(config: Config, device: str) -> None:

@@ -40,7 +40,8 @@ def test_the_page_shows_counts_reasons_and_prompts(
     assert "<b>t1</b>" not in page and "<b>t7</b>" in page
     # The images are those that the engine gets, in their final size.
     source = PromptSource(load_config(workspace.config, arguments))
-    text, _, images = source.get("t5")
+    row, encoder = source.row("t5"), source.encoder
+    text, images = encoder.chat_text(row), encoder.images(row)
     shown = re.search(r"<b>t5</b>.*?</article>", page, re.DOTALL)
     assert shown is not None
     pictures = re.findall(r"data:image/png;base64,([^\"]+)", shown[0])

@@ -28,7 +28,7 @@ SETTINGS = ["rollout.engine=hf", "cluster.launcher=local", "data.max_prompt_leng
 
 
 class FakeCluster:
-    """Answers from the prompt as `PromptSource` gives it, and from the request's seed unless greedy."""
+    """Answers from the prompt as engines find it, and from the request's seed unless greedy."""
 
     def __init__(self, config: Config, engines: FakeEngines) -> None:
         self.config, self.engines = config, engines
@@ -45,8 +45,9 @@ class FakeCluster:
         self.engines.shut_down += 1
 
     def _rollout(self, request: RolloutRequest, params: SamplingParams) -> Rollout:
-        text, _, images = self.source.get(request.prompt_id)
-        self.engines.prompts[request.prompt_id] = (text, [image.size for image in images])
+        row, encoder = self.source.row(request.prompt_id), self.source.encoder
+        sizes = [image.size for image in encoder.images(row)]
+        self.engines.prompts[request.prompt_id] = (encoder.chat_text(row), sizes)
         reply = self.engines.answer(request.prompt_id, 0 if params.greedy else request.seed)
         tokens = np.zeros(len(reply), np.int32)
         empty = np.zeros(0, np.float32)
