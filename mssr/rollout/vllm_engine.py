@@ -122,6 +122,7 @@ class VllmEngine:
             seed=None if params.greedy else request.seed,
             max_tokens=params.max_tokens,
             logprobs=0,
+            flat_logprobs=True,  # not an object for each token
             output_kind=self._final_only,
             detokenize=False,  # token by token, and of log-probs too; `_rollout` decodes once
             logit_bias=dict.fromkeys(self._banned, float("-inf")),
@@ -130,15 +131,15 @@ class VllmEngine:
     def _rollout(self, request: RolloutRequest, output: Any) -> Rollout:
         completion = output.outputs[0]
         tokens = np.asarray(completion.token_ids, dtype=np.int32)
-        chosen = [
-            position[token].logprob for token, position in zip(tokens, completion.logprobs, strict=True)
-        ]
+        # Flat lists over all positions; of each, the sampled token is the first.
+        flat, first = completion.logprobs, completion.logprobs.start_indices
+        assert np.array_equal(np.asarray(flat.token_ids, dtype=np.int32)[first], tokens)
         return Rollout(
             prompt_id=request.prompt_id,
             sample_index=request.sample_index,
             prompt_token_ids=np.asarray(output.prompt_token_ids, dtype=np.int32),
             response_token_ids=tokens,
-            log_probs=np.asarray(chosen, dtype=np.float32),
+            log_probs=np.asarray(flat.logprobs, dtype=np.float32)[first],
             finish_reason=completion.finish_reason or "length",
             policy_version=self._version,
             text=self._prompts.encoder.processor.tokenizer.decode(tokens, skip_special_tokens=True),

@@ -3,6 +3,7 @@
     PYTHONPATH=. python scripts/bench/driver_scale.py --out scripts/bench/results/driver_scale.md
     PYTHONPATH=. python scripts/bench/driver_scale.py --generate-s 45 --update-s 12 --steps 6  # of 60 s
     PYTHONPATH=. python scripts/bench/driver_scale.py --score-early --steps 6  # as on GPUs
+    PYTHONPATH=. python scripts/bench/driver_scale.py --generate-s 2 --update-s 0.1 --steps 90  # memory
 
 Everything on the driver is real: sampler, requests, the stream of rollouts that end, the reward pool with
 `exact_match`, MSSR's advantages, the batch, the call of the ranks, the tracker, the way of the weights, the
@@ -12,7 +13,8 @@ images, which the driver would not touch.
 CPU is the time that all threads of the driver's process have worked, Ray's in it included; the reward pool,
 Ray's own processes and the workers are apart. The driver waits in short turns, so a longer step costs it a
 little more: hence the second command. Resident memory is told with and without what it shares with Ray's
-object store, and its slope is that of a line through all steps but the first five.
+object store, and its slope is that of a line through the second half of the steps: in the first, tables and
+Ray's buffers fill.
 """
 
 from __future__ import annotations
@@ -45,8 +47,6 @@ from mssr.trainer.signals import StopRequest
 from scripts.bench.fake_workers import OPTIONS, use_fake_workers
 
 MIB = 2**20
-UNSETTLED = 5
-"""First steps, in which tables and buffers still grow."""
 PHASES = {
     "generate": "rollouts, with rewards as they end",
     "collect": "draw, answers, requests, rest of the rewards",
@@ -182,15 +182,15 @@ def report(
         "",
         f"CPU of the driver: {cpu:.2f} s a step, {cpu / 60:.1%} of one of 60 s, {cpu / wall:.1%} of these.",
         "",
-        "| memory of the driver, MiB | step 1 | step 5 | last step | slope, MiB a step |",
-        "| --- | --- | --- | --- | --- |",
+        "| memory of the driver, MiB | step 1 | step 5 | halfway | last step | slope, MiB a step |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
+    half = len(memory) // 2
     for key, name in (("all", "resident"), ("own", "resident, not shared with Ray")):
         values = [m[key] for m in memory]
-        settled = values[UNSETTLED:]
-        slope = f"{np.polyfit(range(len(settled)), settled, 1)[0]:.2f}" if len(settled) > 1 else ""
-        fifth = values[min(UNSETTLED, len(values)) - 1]
-        lines.append(f"| {name} | {values[0]:.0f} | {fifth:.0f} | {values[-1]:.0f} | {slope} |")
+        slope = f"{np.polyfit(range(len(values) - half), values[half:], 1)[0]:.3f}" if half > 1 else ""
+        told = [values[0], values[min(5, len(values)) - 1], values[half], values[-1]]
+        lines.append(f"| {name} | {' | '.join(f'{v:.0f}' for v in told)} | {slope} |")
     return lines
 
 

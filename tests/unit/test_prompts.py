@@ -131,3 +131,22 @@ def test_encoded_prompts_are_what_the_processor_makes_of_them(workspace: Workspa
             assert keys.setdefault(key, image.tobytes()) == image.tobytes()
         assert encoder.encode(item).image_keys == ours.image_keys
     assert len(keys) == 8  # of t0, t1, t3, t4, t5 and t7; t2 and t6 have none
+
+
+def test_the_recent_prompts_are_kept_encoded(workspace: Workspace) -> None:
+    """As many as data.image_cache_gib holds, pixels in the dtype of the forward pass."""
+    from mssr.data.prompt_source import PromptSource
+
+    config = load_config(workspace.config)
+    sizes = {k: PromptSource(config, torch.bfloat16).get(k).nbytes for k in ("t0", "t1", "t2")}
+    config.data.image_cache_gib = (sum(sizes.values()) - 1) / 2**30
+    source = PromptSource(config, torch.bfloat16)
+    first, second = source.get("t0"), source.get("t1")
+    assert source.get("t0") is first and source.get("t1") is second
+    source.get("t2")  # no room for all three: t0 was used least recently
+    assert source.get("t1") is second
+    again = source.get("t0")
+    assert again is not first and torch.equal(again.token_ids, first.token_ids)
+    assert again.pixel_values is not None and first.pixel_values is not None
+    assert torch.equal(again.pixel_values, first.pixel_values) and first.pixel_values.dtype == torch.bfloat16
+    assert sizes["t0"] == 4096 + 8 * len(first.token_ids) + 2 * first.pixel_values.numel()
