@@ -159,6 +159,7 @@ modules = {name: importlib.import_module(name) for name in names}
 # Python compiles it now, in one process, and not in four at once when the first run starts.
 for name in [
     "mssr.trainer.train",
+    "mssr.trainer.session",
     "mssr.cluster.ray_cluster",
     "mssr.actor.worker",
     "mssr.rollout.vllm_engine",

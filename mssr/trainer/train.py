@@ -1,31 +1,14 @@
-"""`mssr train`: checks that need no worker first, then the workers, then the loop."""
+"""`mssr train`: config and run directory first, then `session` with all that takes seconds to import."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
 
-from mssr.cluster.base import launch
-from mssr.config import Config
-from mssr.config_checks import advice
 from mssr.config_loading import load_config
-from mssr.data.encoder import PromptEncoder
-from mssr.data.loading import OVERLONG_FILE, load_prompts
-from mssr.errors import EXIT_OK
-from mssr.models.loading import check_model_path, load_processor
-from mssr.rewards import Scorer
-from mssr.tools.plot import plot, write_report
-from mssr.trainer.checkpoint import CheckpointStore
-from mssr.trainer.console import Console, captured_output
-from mssr.trainer.events import EventLog
-from mssr.trainer.loggers import MetricsLog
-from mssr.trainer.loop import Trainer
-from mssr.trainer.recovery import run_with_recovery, step_of
-from mssr.trainer.run_directory import check_checkpoint, prepare_run_directory
-from mssr.trainer.signals import StopRequest
-from mssr.trainer.validation import describe, load_validation
+from mssr.models.loading import check_model_path
+from mssr.trainer.console import captured_output
+from mssr.trainer.run_directory import prepare_run_directory
 
 
 def train(config_file: str | Path, overrides: Sequence[str] = ()) -> int:
@@ -40,66 +23,6 @@ def train(config_file: str | Path, overrides: Sequence[str] = ()) -> int:
     for line in (f"run directory {directory.path}", *directory.notes):
         print(f"mssr: {line}", flush=True)
     with directory, captured_output(directory.path / "logs" / "driver.log") as terminal:
-        return _run(config, terminal)
+        from mssr.trainer.session import run_session
 
-
-def _run(config: Config, terminal: TextIO) -> int:
-    run_dir = config.run_dir
-    encoder = PromptEncoder(load_processor(config.model), config.data)
-    bad_rows_file = run_dir / "bad_rows.jsonl"
-    for stale in (bad_rows_file, run_dir / OVERLONG_FILE):
-        stale.unlink(missing_ok=True)
-    train_set = load_prompts(config.data.train, config.data, encoder, bad_rows_file)
-    val_sets = load_validation(config, encoder, bad_rows_file)
-    with contextlib.ExitStack() as stack:
-        console = Console(terminal, config.trainer.progress, config.trainer.steps)
-        stack.callback(console.close)
-        events = EventLog(run_dir, console.announce, config.trainer.max_restarts)
-        # Its processes load the reward while the cluster starts.
-        max_length, clip = config.rollout.max_response_length, config.method.bounded_rewards
-        scorer = Scorer(
-            config.reward,
-            max_length,
-            clip=clip,
-            on_restart=lambda how: events.restart("reward_pool_died", how),
-        )
-        stack.enter_context(scorer)
-        store = CheckpointStore(run_dir, config.trainer.keep_checkpoints)
-        notes = dict.fromkeys([*advice(config), *train_set.notes, *(n for s in val_sets for n in s.notes)])
-        for line in notes:
-            console.note(f"note: {line}")
-        console.note(f"train: {train_set.summary()}; val: {describe(val_sets)}")
-        checkpoint = store.find(config.trainer.resume, lambda line: events.record("damaged_checkpoint", line))
-        if checkpoint:
-            for line in check_checkpoint(config, checkpoint):
-                console.note(line)
-            console.note(f"resuming from {checkpoint}")
-        log = MetricsLog(config, step_of(checkpoint))
-        stack.callback(log.close)
-        stop = stack.enter_context(StopRequest(console.note))
-        console.note(f"starting {config.actor.num_ranks} actor ranks, {config.rollout.workers} engines")
-        run_with_recovery(
-            lambda: launch(config, events.restart, lambda: stop.requested),
-            lambda cluster: Trainer(
-                config,
-                train_set.dataset,
-                val_sets,
-                scorer,
-                cluster,
-                store,
-                log,
-                events,
-                console,
-            ),
-            checkpoint,
-            store,
-            log,
-            events,
-            stop,
-        )
-    if log.written:
-        if console.quiet:
-            write_report(run_dir)
-        else:
-            plot(run_dir, terminal)
-    return stop.exit_code or EXIT_OK
+        return run_session(config, terminal)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,7 +27,7 @@ def fails(
     def no_workers(config: object) -> None:
         raise AssertionError("workers were started")
 
-    monkeypatch.setattr("mssr.trainer.train.launch", no_workers)
+    monkeypatch.setattr("mssr.trainer.session.launch", no_workers)
     monkeypatch.setenv("MSSR_CACHE", str(tmp_path / "cache"))
 
     def run(*overrides: str, run_dir: Path | None = None) -> str:
@@ -177,6 +179,16 @@ def test_a_run_directory_of_another_run(fails, workspace: Workspace, tmp_path: P
 def test_resume_from_nothing(fails, tmp_path: Path) -> None:
     message = fails(f"trainer.resume={tmp_path / 'gone'}")
     assert "trainer.resume: " in message and "no such directory" in message
+
+
+def test_a_wrong_config_is_refused_before_the_seconds_of_imports(workspace: Workspace) -> None:
+    program = (
+        "import sys\nfrom mssr import cli\ncode = cli.main(['train', sys.argv[1], 'actor.num_rank=1'])\n"
+        "print(code, *{'ray', 'transformers', 'torchvision', 'datasets', 'matplotlib'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", program, str(workspace.config)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "2\n" and "actor.num_ranks" in done.stderr
 
 
 def test_other_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
