@@ -267,11 +267,18 @@ def _check_watch(config: Config) -> None:
 
 
 def _check_engine_options(config: Config) -> None:
-    if "trust_remote_code" in config.rollout.engine_options:
+    options = config.rollout.engine_options
+    if "trust_remote_code" in options:
         raise UserError(
             "rollout.engine_options.trust_remote_code: set model.trust_remote_code, which decides for "
             "engine and actor alike"
         )
+    for name in ("mm_processor_kwargs", "mm_processor_cache_gb", "mm_device_do_normalize"):
+        if name in options:
+            raise UserError(
+                f"rollout.engine_options.{name}: engines get their images ready from our encoder; set "
+                "data.min_pixels, data.max_pixels or data.image_cache_gib"
+            )
 
 
 def _check_data(config: Config) -> None:

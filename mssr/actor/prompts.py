@@ -70,9 +70,7 @@ class PromptCache:
         row = self._source.row(prompt_id)
         if text_only:
             row = dataclasses.replace(row, images=(), problem=row.problem.replace("<image>", ""))
-        encoded = self._source.encoder.encode(row)
-        if encoded.pixel_values is not None:
-            encoded = dataclasses.replace(encoded, pixel_values=encoded.pixel_values.to(self._pixel_dtype))
+        encoded = self._source.encoder.encode(row).with_pixels(self._pixel_dtype)
         item = PackItem(
             prompt=encoded,
             prompt_positions=self._model.rope_positions(encoded),

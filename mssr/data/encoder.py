@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ class EncodedPrompt:
     """(I, 3) int64, patches in time, height and width, None without images."""
     image_keys: tuple[bytes, ...] = ()
     """(I,) the same for equal images, in whatever prompt they are."""
+
+    def with_pixels(self, dtype: torch.dtype) -> EncodedPrompt:
+        """The same with its pixels in another dtype."""
+        return self if self.pixel_values is None else replace(self, pixel_values=self.pixel_values.to(dtype))
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 
 import torch
@@ -36,9 +35,7 @@ class PromptSource:
         if prompt_id in self._cache:
             self._cache.move_to_end(prompt_id)
             return self._cache[prompt_id]
-        prompt = self.encoder.encode(self.row(prompt_id))
-        if prompt.pixel_values is not None:
-            prompt = dataclasses.replace(prompt, pixel_values=prompt.pixel_values.to(self._pixel_dtype))
+        prompt = self.encoder.encode(self.row(prompt_id)).with_pixels(self._pixel_dtype)
         self._cache[prompt_id] = prompt
         self._bytes += prompt.nbytes
         while self._bytes > self._max_bytes and self._cache:

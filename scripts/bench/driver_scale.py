@@ -13,8 +13,8 @@ images, which the driver would not touch.
 CPU is the time that all threads of the driver's process have worked, Ray's in it included; the reward pool,
 Ray's own processes and the workers are apart. The driver waits in short turns, so a longer step costs it a
 little more: hence the second command. Resident memory is told with and without what it shares with Ray's
-object store, and its slope is that of a line through the second half of the steps: in the first, tables and
-Ray's buffers fill.
+object store, and its slope is that of a line through the second half of the steps: in the first it still
+grows.
 """
 
 from __future__ import annotations
