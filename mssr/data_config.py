@@ -59,6 +59,10 @@ class DataConfig:
     """Where the checked lengths and ids of data sets are kept; null is $MSSR_CACHE or ~/.cache/mssr."""
 
     @property
+    def image_cache_bytes(self) -> int:
+        return int(self.image_cache_gib * 2**30)
+
+    @property
     def pixel_bounds(self) -> dict[str, int]:
         """In the form in which image processors take them."""
         return {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}

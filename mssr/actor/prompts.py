@@ -3,82 +3,94 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
+from mssr.bounded_cache import BoundedCache
+from mssr.data.encoder import EncodedPrompt
 from mssr.data.prompt_source import PromptSource
+from mssr.data.rows import IMAGE_MARK
 from mssr.models.packing import PackItem
 from mssr.models.policy import PolicyModel
 from mssr.types import TrainBatch
 
+Prepared = Callable[[Sequence[str]], dict[str, EncodedPrompt]]
+"""Prompts by id, those of the ones asked for that somebody else has encoded already."""
+
+
+def nothing_prepared(prompt_ids: Sequence[str]) -> dict[str, EncodedPrompt]:
+    return {}
+
 
 class PromptCache:
-    """Encodes each prompt once as long as it stays among the most recent ``max_bytes``.
+    """Reads and encodes a prompt once as long as it stays among the most recent ``max_bytes``.
 
-    Responses to the same prompt follow one another, so one is kept in any case.
-
-    Args:
-        pixel_dtype: in which pixels are kept: that of the forward pass, which would round them anyway.
+    Attributes:
+        prepared: asked for prompts before they are read and encoded here.
+        encoded: how many prompts with their images had to be encoded here so far.
     """
 
-    def __init__(
-        self,
-        source: PromptSource,
-        model: PolicyModel,
-        max_bytes: int = 2**30,
-        pixel_dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, source: PromptSource, model: PolicyModel, max_bytes: int = 2**30) -> None:
+        self.prepared: Prepared = nothing_prepared
+        self.encoded = 0
         self._source = source
         self._model = model
-        self._max_bytes = max_bytes
-        self._pixel_dtype = pixel_dtype
-        self._bytes = 0
-        self._items: OrderedDict[tuple[str, bool], PackItem] = OrderedDict()
+        self._items: BoundedCache[tuple[str, bool], PackItem] = BoundedCache(max_bytes)
 
-    def item(self, batch: TrainBatch, index: int) -> PackItem:
-        """Sequence ``index`` of a batch.
+    def items(self, batch: TrainBatch, sequences: Sequence[int]) -> list[PackItem]:
+        """Sequences of a batch, by their indices.
 
         Raises:
             RuntimeError: the engine saw other prompt tokens than the actor; names the row.
         """
-        prompt_id = batch.prompt_ids[index]
-        tokens = batch.tokens[batch.offsets[index] : batch.offsets[index + 1]]
-        split = int(batch.prompt_lengths[index])
-        prompt = self._prompt(prompt_id)
-        if not np.array_equal(tokens[:split], prompt.prompt.token_ids.numpy()):
-            where = self._source.row(prompt_id).where
-            raise RuntimeError(
-                f"{where} (id {prompt_id}): engine and actor tokenise this prompt differently "
-                f"({split} and {len(prompt.prompt.token_ids)} tokens)"
-            )
-        return prompt.with_response(torch.from_numpy(tokens[split:].astype(np.int64)))
+        prompts = self._prompts([batch.prompt_ids[s] for s in sequences], text_only=False)
+        result = []
+        for s in sequences:
+            prompt_id = batch.prompt_ids[s]
+            tokens = batch.tokens[batch.offsets[s] : batch.offsets[s + 1]]
+            split = int(batch.prompt_lengths[s])
+            item = prompts[prompt_id]
+            if not np.array_equal(tokens[:split], item.prompt.token_ids.numpy()):
+                where = self._source.row(prompt_id).where
+                raise RuntimeError(
+                    f"{where} (id {prompt_id}): engine and actor tokenise this prompt differently "
+                    f"({split} and {len(item.prompt.token_ids)} tokens)"
+                )
+            result.append(item.with_response(_response(batch, s)))
+        return result
 
-    def text_only(self, batch: TrainBatch, index: int) -> PackItem:
-        """Sequence ``index`` of a batch, as if its prompt had no image."""
-        tokens = batch.tokens[batch.offsets[index] : batch.offsets[index + 1]]
-        response = tokens[int(batch.prompt_lengths[index]) :].astype(np.int64)
-        prompt = self._prompt(batch.prompt_ids[index], text_only=True)
-        return prompt.with_response(torch.from_numpy(response))
+    def text_only(self, batch: TrainBatch, sequences: Sequence[int]) -> list[PackItem]:
+        """Sequences of a batch, as if their prompts had no image."""
+        prompts = self._prompts([batch.prompt_ids[s] for s in sequences], text_only=True)
+        return [prompts[batch.prompt_ids[s]].with_response(_response(batch, s)) for s in sequences]
 
-    def _prompt(self, prompt_id: str, text_only: bool = False) -> PackItem:
-        key = (prompt_id, text_only)
-        if key in self._items:
-            self._items.move_to_end(key)
-            return self._items[key]
-        row = self._source.row(prompt_id)
-        if text_only:
-            row = dataclasses.replace(row, images=(), problem=row.problem.replace("<image>", ""))
-        encoded = self._source.encoder.encode(row).with_pixels(self._pixel_dtype)
-        item = PackItem(
-            prompt=encoded,
-            prompt_positions=self._model.rope_positions(encoded),
-            response=torch.empty(0, dtype=torch.int64),
-        )
-        self._items[key] = item
-        self._bytes += encoded.nbytes
-        while self._bytes > self._max_bytes and len(self._items) > 1:
-            _, oldest = self._items.popitem(last=False)
-            self._bytes -= oldest.prompt.nbytes
-        return item
+    def _prompts(self, prompt_ids: Sequence[str], text_only: bool) -> dict[str, PackItem]:
+        wanted = dict.fromkeys(prompt_ids)
+        found = {i: kept for i in wanted if (kept := self._items.get((i, text_only))) is not None}
+        missing = [i for i in wanted if i not in found]
+        encoded = self._without_images(missing) if text_only else self._encoded(missing)
+        for prompt_id, prompt in encoded.items():
+            positions = self._model.rope_positions(prompt)
+            item = PackItem(prompt, positions, response=torch.empty(0, dtype=torch.int64))
+            found[prompt_id] = item
+            self._items.put((prompt_id, text_only), item, prompt.nbytes + positions.nbytes)
+        return found
+
+    def _encoded(self, prompt_ids: Sequence[str]) -> dict[str, EncodedPrompt]:
+        found = self.prepared(prompt_ids) if prompt_ids else {}
+        missing = [i for i in prompt_ids if i not in found]
+        self.encoded += len(missing)
+        return found | dict(zip(missing, self._source.encode(missing), strict=True))
+
+    def _without_images(self, prompt_ids: Sequence[str]) -> dict[str, EncodedPrompt]:
+        rows = [self._source.row(i) for i in prompt_ids]
+        texts = [dataclasses.replace(r, images=(), problem=r.problem.replace(IMAGE_MARK, "")) for r in rows]
+        return dict(zip(prompt_ids, self._source.encoder.encode_all(texts), strict=True))
+
+
+def _response(batch: TrainBatch, sequence: int) -> torch.Tensor:
+    """(T,) int64."""
+    start = int(batch.offsets[sequence] + batch.prompt_lengths[sequence])
+    return torch.from_numpy(batch.tokens[start : batch.offsets[sequence + 1]].astype(np.int64))

@@ -171,7 +171,7 @@ class PolicyUpdater:
                     self._store(state.reference, micro, packed, log_probs)
         if self.objective.anchor_coef:
             for micro in passes:
-                items = [self.prompts.text_only(state.batch, s) for s in micro.sequences]
+                items = self.prompts.text_only(state.batch, micro.sequences)
                 packed = pack(items, self.policy.merge_size).to(self.device)
                 self._store(state.anchor, micro, packed, self.policy(packed)[0])
 
@@ -268,7 +268,7 @@ class PolicyUpdater:
     ) -> Iterator[tuple[MicroBatch, PackedBatch]]:
         for micro in passes:
             beat()
-            items = [self.prompts.item(batch, s) for s in micro.sequences]
+            items = self.prompts.items(batch, micro.sequences)
             yield micro, pack(items, self.policy.merge_size).to(self.device)
 
     def _store(
@@ -292,11 +292,16 @@ class PolicyUpdater:
         return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
     def _metrics(self, state: _Step, tokens: int) -> dict[str, float]:
-        sums = all_sum(state.sums)
-        probe_tokens = sums.pop("probe_tokens")
+        encoded_here, self.prompts.encoded = self.prompts.encoded, 0
+        sums = all_sum(state.sums | {"encoded": torch.tensor(encoded_here, device=self.device)})
+        probe_tokens, encoded = sums.pop("probe_tokens"), sums.pop("encoded")
         kl_update = sums.pop("policy/kl_update") / max(probe_tokens, 1.0)
         means = {key: value / tokens for key, value in sums.items()}
-        return means | all_max(state.maxima) | {"policy/kl_update": kl_update}
+        return (
+            means
+            | all_max(state.maxima)
+            | {"policy/kl_update": kl_update, "perf/prompts_encoded_by_ranks": encoded}
+        )
 
     def _reshard(self) -> None:
         """After passes without backward; a reference that is kept gathered never changes."""

@@ -17,13 +17,13 @@ from mssr.actor.distributed import full_tensors, init_process_group, shard
 from mssr.actor.initial_weights import InitialWeights
 from mssr.actor.offload import with_offload
 from mssr.actor.optimizers import make_optimizer
-from mssr.actor.prompts import PromptCache
+from mssr.actor.prompts import Prepared, PromptCache, nothing_prepared
 from mssr.actor.update import PolicyUpdater
+from mssr.bounded_cache import BoundedCache
 from mssr.config import Config
 from mssr.data.prompt_source import PromptSource
 from mssr.heartbeat import beat
-from mssr.models.features import FeatureCache
-from mssr.models.loading import empty_model, load_model
+from mssr.models.loading import compute_dtype, empty_model, load_model
 from mssr.models.lora import WithoutAdapters, add_adapters, full_weights
 from mssr.models.policy import PolicyModel
 from mssr.types import RankLogProbs, TrainBatch
@@ -56,10 +56,12 @@ class PolicyWorker:
         torch.manual_seed(config.seed)
         limit_s = config.cluster.hang_timeout_s
         mesh = init_process_group(rank, config.actor.num_ranks, init_method, self.device, limit_s)
-        self.compute_dtype = _compute_dtype(config.model.dtype, device)
+        self.compute_dtype = compute_dtype(config.model.dtype, device)
         # Policy and reference have the same frozen tower, in memory too.
         self._tower: torch.nn.Module | None = None
-        self._features = FeatureCache(int(config.actor.vision_cache_gib * 2**30))
+        self._features: BoundedCache[bytes, torch.Tensor] = BoundedCache(
+            int(config.actor.vision_cache_gib * 2**30)
+        )
         adapters = config.actor.lora.rank > 0
         two_models = config.needs_reference and not adapters
         weights = InitialWeights(self._load, rank, self.device)
@@ -74,9 +76,11 @@ class PolicyWorker:
         steps = with_offload(optimizer, config.actor.offload, self.device)
         on_device = getattr(steps, "on_device", contextlib.nullcontext)
         self._checkpoint = ActorCheckpoint(self.policy.model, optimizer, rank, on_device)
-        max_bytes = int(config.data.image_cache_gib * 2**30)
-        prompts = PromptCache(PromptSource(config), self.policy, max_bytes, self.compute_dtype)
-        self.updater = PolicyUpdater(config, self.policy, self.reference, steps, prompts, rank, self.device)
+        source = PromptSource(config, self.compute_dtype)
+        self._prompts = PromptCache(source, self.policy, config.data.image_cache_bytes)
+        self.updater = PolicyUpdater(
+            config, self.policy, self.reference, steps, self._prompts, rank, self.device
+        )
 
     def _load(self) -> torch.nn.Module:
         """The whole model with its adapters, in host memory."""
@@ -118,8 +122,9 @@ class PolicyWorker:
         offload = actor.offload == "all"
         return shard(model, mesh, self.compute_dtype, actor.keep_gathered, offload, fill)
 
-    def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
+    def update(self, batch: TrainBatch, step: int, prepared: Prepared = nothing_prepared) -> dict[str, float]:
         """See `PolicyUpdater.step`."""
+        self._prompts.prepared = prepared
         if self.config.actor.lora.dropout:
             # So that a run that is resumed drops what it would have dropped.
             torch.manual_seed(hash((self.config.seed, step, self.rank)) % 2**63)
@@ -141,8 +146,11 @@ class PolicyWorker:
             yield
         profile.export_chrome_trace(str(directory / f"step-{step:06d}-rank-{self.rank}.json"))
 
-    def log_probs(self, batch: TrainBatch, reference: bool) -> RankLogProbs:
+    def log_probs(
+        self, batch: TrainBatch, reference: bool, prepared: Prepared = nothing_prepared
+    ) -> RankLogProbs:
         """See `PolicyUpdater.log_probs`: this rank's share of the batch."""
+        self._prompts.prepared = prepared
         return self.updater.log_probs(batch, reference)
 
     def export_weights(self) -> dict[str, torch.Tensor] | None:
@@ -176,12 +184,6 @@ class PolicyWorker:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _compute_dtype(name: str, device: str) -> torch.dtype:
-    if name == "auto":
-        name = "bfloat16" if device == "cuda" else "float32"
-    return getattr(torch, name)
 
 
 def resolve_device(name: str) -> str:

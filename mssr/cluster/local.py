@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mssr.actor.worker import PolicyWorker, resolve_device
+from mssr.bounded_cache import BoundedCache
 from mssr.cluster.base import OnFinished, SaveHandle, join_log_probs
 from mssr.cluster.memory import rss_gib
 from mssr.config import Config
+from mssr.data.encoder import EncodedPrompt
 from mssr.errors import StopRequestedError
 from mssr.rollout.queue import RequestQueue
 from mssr.rollout.weights import pack_weights
@@ -39,6 +41,8 @@ class LocalCluster:
             )
         self._has_actor = config.actor.num_ranks > 0
         self._rollout = RolloutWorker(config, device)
+        self._prompts: BoundedCache[str, EncodedPrompt] = BoundedCache(config.data.image_cache_bytes)
+        """Those that the engine has encoded and the rank may need."""
 
     def generate(
         self,
@@ -51,6 +55,8 @@ class LocalCluster:
         for part in self._rollout.generate(RequestQueue(enumerate(requests)), params):
             if stoppable and self._stop():
                 raise StopRequestedError
+            for prompt_id, prompt in self._rollout.new_prompts(r.prompt_id for _, r in part).items():
+                self._prompts.put(prompt_id, prompt, prompt.nbytes)
             for index, rollout in part:
                 found[index] = rollout
                 if on_finished is not None:
@@ -62,10 +68,17 @@ class LocalCluster:
         return False
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
-        return self._actor.update(batch, step)
+        metrics = self._actor.update(batch, step, self._prepared)
+        for prompt_id in batch.prompt_ids:
+            self._prompts.pop(prompt_id)
+        return metrics
 
     def log_probs(self, batch: TrainBatch, reference: bool = False) -> TokenLogProbs:
-        return join_log_probs([self._actor.log_probs(batch, reference)], batch)
+        return join_log_probs([self._actor.log_probs(batch, reference, self._prepared)], batch)
+
+    def _prepared(self, prompt_ids: Sequence[str]) -> dict[str, EncodedPrompt]:
+        """See `mssr.actor.prompts.Prepared`."""
+        return {i: prompt for i in prompt_ids if (prompt := self._prompts.get(i)) is not None}
 
     def sync_weights(self, version: int) -> None:
         weights = self._actor.export_weights()

@@ -21,6 +21,7 @@ from mssr.cluster.memory import rss_gib
 from mssr.cluster.ray_calls import HEALTH, Calls, Failure, Worker, WorkerDiedError, WorkerHungError, stacks
 from mssr.cluster.ray_generation import FEEDING, Generation
 from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
+from mssr.cluster.shared_prompts import PromptShelf
 from mssr.config import Config
 from mssr.errors import EngineError, UserError, WorkersLostError
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
@@ -49,6 +50,8 @@ class RayCluster:
         self._stop = stop
         self._calls = Calls(config.cluster.hang_timeout_s)
         self._version = 0
+        # As much of an engine's prompts as it keeps itself.
+        self._shelf = PromptShelf(config.data.image_cache_bytes * config.rollout.workers)
         self._weights: list[Any] | None = None
         """Those of the last transfer, where they are kept."""
         self._group: Any = None
@@ -74,7 +77,7 @@ class RayCluster:
     ) -> list[Rollout]:
         slots = self._config.rollout.max_num_seqs
         stop = self._stop if stoppable else None
-        generation = Generation(self._calls, requests, params, slots, on_finished, stop)
+        generation = Generation(self._calls, requests, params, slots, on_finished, stop, self._shelf.add)
         while not generation.done:
             for failure in generation.run(self._engines):
                 self._after_failure(self._engines.index(failure.worker), failure)
@@ -85,12 +88,16 @@ class RayCluster:
         return self._device == "cuda"
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
-        shared = ray.put(batch)
-        metrics: dict[str, float] = self._call_ranks("update", shared, step)[0]
+        metrics: dict[str, float] = self._call_ranks("update", self._work(batch), step)[0]
+        self._shelf.drop(batch.prompt_ids)
         return metrics
 
     def log_probs(self, batch: TrainBatch, reference: bool = False) -> TokenLogProbs:
-        return join_log_probs(self._call_ranks("log_probs", ray.put(batch), reference), batch)
+        return join_log_probs(self._call_ranks("log_probs", self._work(batch), reference), batch)
+
+    def _work(self, batch: TrainBatch) -> Any:
+        """A batch and what is encoded of its prompts, stored once for all ranks."""
+        return ray.put((batch, self._shelf.shares(batch.prompt_ids)))
 
     def sync_weights(self, version: int) -> None:
         weights = self._call_ranks("export_weights")[0]

@@ -19,6 +19,7 @@ from typing import Any
 
 from mssr.cluster.base import OnFinished
 from mssr.cluster.ray_calls import Calls, Failure, Worker
+from mssr.cluster.shared_prompts import SharedPrompts
 from mssr.cluster.transport import unpack_rollouts
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
@@ -37,6 +38,7 @@ class Generation:
         requests: those first that are likely to take longest.
         slots: sequences that an engine runs at a time.
         stop: asked now and then whether to give up everything; None: never.
+        on_prompts: told of prompts that engines share.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Generation:
         slots: int,
         on_finished: OnFinished | None = None,
         stop: Callable[[], bool] | None = None,
+        on_prompts: Callable[[SharedPrompts], None] | None = None,
     ) -> None:
         self._calls = calls
         self._requests = requests
@@ -54,6 +57,7 @@ class Generation:
         self._most = slots + max(1, slots // SPARE)
         self._on_finished = on_finished
         self._stop = stop
+        self._on_prompts = on_prompts
         self._rollouts: dict[int, Rollout] = {}
         self._waiting: dict[Worker, deque[int]] = {}
         """The requests that no engine has, by the engine where they go first."""
@@ -97,6 +101,8 @@ class Generation:
                     self._waiting[engine].extendleft(sorted(self._held.pop(engine), reverse=True))
                     self._feed(self._held)
                     continue
+                if part.prompts is not None and self._on_prompts is not None:
+                    self._on_prompts(part.prompts)
                 for index, rollout in unpack_rollouts(part):
                     self._held[engine].discard(index)
                     self._rollouts[index] = rollout

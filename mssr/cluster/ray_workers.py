@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mssr import heartbeat
+from mssr.cluster.shared_prompts import PromptFetcher, Shares, share
 from mssr.cluster.transport import PackedRollouts, pack_rollouts
 from mssr.config import Config
 from mssr.rollout.queue import Finished, Numbered, RequestQueue
@@ -73,13 +74,16 @@ class RayPolicyWorker(RayWorker):
 
         self._worker = PolicyWorker(config, rank, init_method, device)
 
-    def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
+    def update(self, work: tuple[TrainBatch, Shares], step: int) -> dict[str, float]:
+        """``work``: a batch and where prompts of it are encoded already."""
         heartbeat.beat()
-        return self._worker.update(batch, step)
+        batch, shares = work
+        return self._worker.update(batch, step, PromptFetcher(shares, self._worker.compute_dtype))
 
-    def log_probs(self, batch: TrainBatch, reference: bool) -> RankLogProbs:
+    def log_probs(self, work: tuple[TrainBatch, Shares], reference: bool) -> RankLogProbs:
         heartbeat.beat()
-        return self._worker.log_probs(batch, reference)
+        batch, shares = work
+        return self._worker.log_probs(batch, reference, PromptFetcher(shares, self._worker.compute_dtype))
 
     def export_weights(self) -> list[Any]:
         """On rank 0 a reference to the packed weights, in a list, so that the driver does not fetch them."""
@@ -119,6 +123,7 @@ class RayRolloutWorker(RayWorker):
         from mssr.rollout.worker import RolloutWorker
 
         self._slots = config.rollout.max_num_seqs
+        self._ranks = config.actor.num_ranks
         self._worker = RolloutWorker(config, device)
 
     def generate(
@@ -139,7 +144,8 @@ class RayRolloutWorker(RayWorker):
             idle = queue.taken == returned + len(ended)
             late = time.monotonic() - since > MAX_DELAY_S
             if ended and (idle or late or len(ended) >= handful):
-                yield pack_rollouts(ended)
+                prompts = self._worker.new_prompts(rollout.prompt_id for _, rollout in ended)
+                yield pack_rollouts(ended, share(prompts) if self._ranks else None)
                 returned, since = returned + len(ended), time.monotonic()
                 ended = []
         with self._lock:

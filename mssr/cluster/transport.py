@@ -6,12 +6,16 @@ To restore an array costs the driver about as much as the rest of a rollout, and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from mssr.rollout.queue import Finished
 from mssr.types import Rollout
+
+if TYPE_CHECKING:
+    from mssr.cluster.shared_prompts import SharedPrompts
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,11 @@ class PackedRollouts:
     """(sum of T,)"""
     lengths: list[tuple[int, int]]
     """P and T of each."""
+    prompts: SharedPrompts | None = None
+    """Those that the engine had to encode for them."""
 
 
-def pack_rollouts(finished: Finished) -> PackedRollouts:
+def pack_rollouts(finished: Finished, prompts: SharedPrompts | None = None) -> PackedRollouts:
     """At least one rollout, with their numbers, for the way."""
     rollouts = [rollout for _, rollout in finished]
     parts = [part for r in rollouts for part in (r.prompt_token_ids, r.response_token_ids)]
@@ -46,6 +52,7 @@ def pack_rollouts(finished: Finished) -> PackedRollouts:
         tokens=np.concatenate(parts),
         log_probs=np.concatenate([r.log_probs for r in rollouts]),
         lengths=[(len(r.prompt_token_ids), len(r.response_token_ids)) for r in rollouts],
+        prompts=prompts,
     )
 
 

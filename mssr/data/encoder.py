@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
+import numpy.typing as npt
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
@@ -22,6 +24,19 @@ from qwen_vl_utils import smart_resize
 from mssr.data.rows import IMAGE_MARK, Row
 from mssr.data_config import DataConfig
 from mssr.errors import UserError
+
+PromptArrays = tuple[
+    npt.NDArray[np.int64],
+    npt.NDArray[np.int32],
+    npt.NDArray[np.uint8] | None,
+    npt.NDArray[np.int64] | None,
+    tuple[bytes, ...],
+]
+"""The fields of an `EncodedPrompt`, pixels as bytes."""
+
+CHUNK_PIXELS = 2**20
+"""Pixels of the images that are cut into patches in one go: enough that small ones cost little more than
+their arithmetic, few enough that large ones do not take more memory than they must."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,31 +48,51 @@ class EncodedPrompt:
     token_types: torch.Tensor
     """(P,) int32, 0 text and 1 image, as transformers' rope index wants them."""
     pixel_values: torch.Tensor | None
-    """(V, channels * temporal_patch * patch * patch) float32, None without images."""
+    """(V, channels * temporal_patch * patch * patch) in the dtype of the encoder, None without images."""
     image_grid_thw: torch.Tensor | None
     """(I, 3) int64, patches in time, height and width, None without images."""
     image_keys: tuple[bytes, ...] = ()
     """(I,) the same for equal images, in whatever prompt they are."""
-
-    def with_pixels(self, dtype: torch.dtype) -> EncodedPrompt:
-        """The same with its pixels in another dtype."""
-        return self if self.pixel_values is None else replace(self, pixel_values=self.pixel_values.to(dtype))
 
     @property
     def nbytes(self) -> int:
         """About what it takes in memory; without images it takes some, too."""
         return 4096 + self.token_ids.nbytes + (0 if self.pixel_values is None else self.pixel_values.nbytes)
 
+    def arrays(self) -> PromptArrays:
+        """The same for the way to another process; shares its memory."""
+        pixels = None
+        if self.pixel_values is not None:
+            pixels = self.pixel_values.view(torch.uint8).numpy()  # numpy knows no bfloat16
+        grid = None if self.image_grid_thw is None else self.image_grid_thw.numpy()
+        return self.token_ids.numpy(), self.token_types.numpy(), pixels, grid, self.image_keys
+
+    @classmethod
+    def from_arrays(cls, arrays: PromptArrays, pixel_dtype: torch.dtype) -> EncodedPrompt:
+        """What `arrays` was called on, in memory of its own."""
+        token_ids, token_types, pixels, grid, keys = arrays
+        return cls(
+            token_ids=torch.tensor(token_ids),
+            token_types=torch.tensor(token_types),
+            pixel_values=None if pixels is None else torch.tensor(pixels).view(pixel_dtype),
+            image_grid_thw=None if grid is None else torch.tensor(grid),
+            image_keys=keys,
+        )
+
 
 class PromptEncoder:
     """Rows to model inputs, with one processor, one set of templates and one set of pixel bounds.
+
+    Args:
+        pixel_dtype: that of the forward pass, which would round pixels anyway.
 
     Raises:
         UserError: a template cannot be read or rendered.
     """
 
-    def __init__(self, processor: Any, config: DataConfig) -> None:
+    def __init__(self, processor: Any, config: DataConfig, pixel_dtype: torch.dtype = torch.float32) -> None:
         self.processor = processor
+        self.pixel_dtype = pixel_dtype
         self.config = config
         image_processor = processor.image_processor
         # Images arrive resized; the same bounds here keep the processor from resizing them again.
@@ -143,24 +178,61 @@ class PromptEncoder:
 
     def encode(self, row: Row) -> EncodedPrompt:
         """Tokens and pixels of a prompt."""
-        token_ids = torch.tensor(self.processor.tokenizer(self.chat_text(row))["input_ids"])
-        images = self.images(row)
-        if not images:
-            return EncodedPrompt(token_ids, torch.zeros_like(token_ids, dtype=torch.int32), None, None)
-        # What the processor does, without what it spends on finding out what is asked of it.
-        image_processor = self.processor.image_processor
-        vision = image_processor(images=images, return_tensors="pt")
-        grid = vision["image_grid_thw"].long()
-        counts = torch.ones_like(token_ids)
-        counts[token_ids == self._image_token_id] = grid.prod(-1) // image_processor.merge_size**2
-        token_ids = token_ids.repeat_interleave(counts)
-        return EncodedPrompt(
-            token_ids=token_ids,
-            token_types=(token_ids == self._image_token_id).int(),
-            pixel_values=vision["pixel_values"],
-            image_grid_thw=grid,
-            image_keys=tuple(_image_key(image) for image in images),
-        )
+        return self.encode_all([row])[0]
+
+    def encode_all(self, rows: Sequence[Row]) -> list[EncodedPrompt]:
+        """Tokens and pixels of prompts, each as if it were alone, in less time.
+
+        Raises:
+            UserError: an image cannot be read; names the row.
+        """
+        result: list[EncodedPrompt] = []
+        chunk: list[tuple[Row, list[Image.Image]]] = []
+        pixels = 0
+        for row in rows:
+            images = self.images(row)
+            chunk.append((row, images))
+            pixels += sum(image.width * image.height for image in images)
+            if pixels >= CHUNK_PIXELS:
+                result += self._encode(chunk)
+                chunk, pixels = [], 0
+        return result + self._encode(chunk)
+
+    def _encode(self, prompts: Sequence[tuple[Row, list[Image.Image]]]) -> list[EncodedPrompt]:
+        if not prompts:
+            return []
+        texts = [self.chat_text(row) for row, _ in prompts]
+        all_token_ids = self.processor.tokenizer(texts)["input_ids"]
+        all_images = [image for _, images in prompts for image in images]
+        if all_images:
+            # What the processor does, without what it spends on finding out what is asked of it.
+            vision = self.processor.image_processor(images=all_images, return_tensors="pt")
+            grids = vision["image_grid_thw"].long()
+            patches = grids.prod(-1)
+            merged = patches // self.processor.image_processor.merge_size**2
+            pixels = torch.split(vision["pixel_values"], patches.tolist())
+        result, first = [], 0
+        for token_ids, (_, images) in zip(map(torch.tensor, all_token_ids), prompts, strict=True):
+            if not images:
+                no_types = torch.zeros_like(token_ids, dtype=torch.int32)
+                result.append(EncodedPrompt(token_ids, no_types, None, None))
+                continue
+            own = slice(first, first + len(images))
+            first += len(images)
+            counts = torch.ones_like(token_ids)
+            counts[token_ids == self._image_token_id] = merged[own]
+            token_ids = token_ids.repeat_interleave(counts)
+            result.append(
+                EncodedPrompt(
+                    token_ids=token_ids,
+                    token_types=(token_ids == self._image_token_id).int(),
+                    # A copy: a prompt that is kept must not hold the pixels of all of them in memory.
+                    pixel_values=torch.cat(pixels[own]).to(self.pixel_dtype),
+                    image_grid_thw=grids[own].clone(),
+                    image_keys=tuple(_image_key(image) for image in images),
+                )
+            )
+        return result
 
 
 def _image_key(image: Image.Image) -> bytes:

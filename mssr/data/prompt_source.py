@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from mssr.bounded_cache import BoundedCache
 from mssr.config import Config
-from mssr.data.dataset import PromptDataset, Row
+from mssr.data.dataset import VAL_PREFIX, PromptDataset, Row
 from mssr.data.encoder import EncodedPrompt, PromptEncoder
 from mssr.data.validation_sets import validation_sets
 from mssr.models.loading import load_processor
@@ -17,30 +18,41 @@ class PromptSource:
     """Reads rows of the train and validation sets by id; keeps ``data.image_cache_gib`` of encoded ones.
 
     Args:
-        pixel_dtype: in which pixels are kept: that of the forward pass, which would round them anyway.
+        pixel_dtype: see `PromptEncoder`.
     """
 
     def __init__(self, config: Config, pixel_dtype: torch.dtype = torch.float32) -> None:
-        self.encoder = PromptEncoder(load_processor(config.model), config.data)
+        self.encoder = PromptEncoder(load_processor(config.model), config.data, pixel_dtype)
         self._datasets = [PromptDataset(config.data.train, config.data)]
         for one in validation_sets(config.data.val):
             self._datasets.append(one.dataset(config.data, config.run_dir))
-        self._pixel_dtype = pixel_dtype
-        self._cache: OrderedDict[str, EncodedPrompt] = OrderedDict()
-        self._bytes = 0
-        self._max_bytes = int(config.data.image_cache_gib * 2**30)
+        self._cache: BoundedCache[str, EncodedPrompt] = BoundedCache(config.data.image_cache_bytes)
+        self._new: set[str] = set()
+        """Prompts that were encoded and not yet asked for by `take_new`."""
 
-    def get(self, prompt_id: str) -> EncodedPrompt:
-        """Read and encoded."""
-        if prompt_id in self._cache:
-            self._cache.move_to_end(prompt_id)
-            return self._cache[prompt_id]
-        prompt = self.encoder.encode(self.row(prompt_id)).with_pixels(self._pixel_dtype)
-        self._cache[prompt_id] = prompt
-        self._bytes += prompt.nbytes
-        while self._bytes > self._max_bytes and self._cache:
-            self._bytes -= self._cache.popitem(last=False)[1].nbytes
-        return prompt
+    def get(self, prompt_ids: Sequence[str]) -> list[EncodedPrompt]:
+        """Read and encoded, in their order."""
+        found = {i: kept for i in dict.fromkeys(prompt_ids) if (kept := self._cache.get(i)) is not None}
+        missing = [i for i in dict.fromkeys(prompt_ids) if i not in found]
+        for prompt_id, prompt in zip(missing, self.encode(missing), strict=True):
+            found[prompt_id] = prompt
+            self._cache.put(prompt_id, prompt, prompt.nbytes)
+            if not prompt_id.startswith(VAL_PREFIX):
+                self._new.add(prompt_id)
+        return [found[i] for i in prompt_ids]
+
+    def take_new(self, prompt_ids: Iterable[str]) -> dict[str, EncodedPrompt]:
+        """Those of some prompts that `get` had to encode since this last gave them out.
+
+        Prompts of validation are not among them, nor are those that are kept no longer.
+        """
+        new = self._new.intersection(prompt_ids)
+        self._new -= new
+        return {i: kept for i in sorted(new) if (kept := self._cache.get(i)) is not None}
+
+    def encode(self, prompt_ids: Sequence[str]) -> list[EncodedPrompt]:
+        """The same as `get`, and nothing is kept."""
+        return self.encoder.encode_all([self.row(i) for i in prompt_ids])
 
     def row(self, prompt_id: str) -> Row:
         for dataset in self._datasets:

@@ -126,6 +126,15 @@ def _make_model(config: ModelConfig, dtype: Any, packed: bool, with_weights: boo
     return model.eval()
 
 
+def compute_dtype(name: str, device: str) -> Any:
+    """``model.dtype`` -> the torch dtype of forward passes on "cpu" or "cuda", in engines and actor."""
+    import torch
+
+    if name == "auto":
+        name = "bfloat16" if device == "cuda" else "float32"
+    return getattr(torch, name)
+
+
 def import_transformers() -> Any:
     """The library, kept from importing what takes seconds in every process and is for other models: torchao
     (quantised ones), scikit-learn (assisted generation) and SciPy (losses of object detection)."""

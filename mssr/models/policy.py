@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mssr.bounded_cache import BoundedCache
 from mssr.data.encoder import EncodedPrompt
-from mssr.models.features import FeatureCache
 from mssr.models.head import Objective, token_log_probs_and_entropy, token_loss
 from mssr.models.packing import PackedBatch
 from mssr.models.vision_positions import VisionPositions
@@ -21,7 +21,8 @@ class PolicyModel(nn.Module):
         model: `Qwen2_5_VLForConditionalGeneration`.
         temperature: the sampling temperature, so that log-probs are those of what was sampled.
         head_chunk: as many logits exist at the same time as so many tokens have.
-        features: of a vision tower that is frozen and whole on every rank; None if it is trained or sharded.
+        features: of images by their keys, (merged patches, D) on the device, where the vision tower is frozen
+            and whole on every rank; None if it is trained or sharded.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class PolicyModel(nn.Module):
         model: Any,
         temperature: float = 1.0,
         head_chunk: int = 256,
-        features: FeatureCache | None = None,
+        features: BoundedCache[bytes, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -113,7 +114,7 @@ class PolicyModel(nn.Module):
             if key not in found:
                 # One by one: what is kept must not depend on what else was in the pass.
                 found[key] = self._image_features(pixels[k], grid_thw[k : k + 1])
-                self.features.put(key, found[key])
+                self.features.put(key, found[key], found[key].nbytes)
         return torch.cat([found[key] for key in keys])
 
     def _blank_image(self) -> tuple[torch.Tensor, torch.Tensor]:

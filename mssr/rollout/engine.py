@@ -12,9 +12,17 @@ from mssr.types import SamplingParams
 if TYPE_CHECKING:
     import torch
 
+    from mssr.data.prompt_source import PromptSource
+
 
 class RolloutEngine(Protocol):
-    """Generates responses; holds its own copy of the policy."""
+    """Generates responses; holds its own copy of the policy.
+
+    Attributes:
+        prompts: where it has its prompts from.
+    """
+
+    prompts: PromptSource
 
     def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
         """One response a request, until the queue is closed and empty.

@@ -13,7 +13,7 @@ from mssr.config import Config
 from mssr.data.encoder import EncodedPrompt
 from mssr.data.prompt_source import PromptSource
 from mssr.heartbeat import beat
-from mssr.models.loading import load_model
+from mssr.models.loading import compute_dtype, load_model
 from mssr.models.policy import vision_placeholder_ids
 from mssr.rollout.queue import Finished, RequestQueue
 from mssr.types import Rollout, RolloutRequest, SamplingParams
@@ -23,15 +23,13 @@ class HfEngine:
     """`RolloutEngine` on ``model.generate``. See `mssr.rollout.engine.RolloutEngine`."""
 
     def __init__(self, config: Config, device: str) -> None:
-        dtype = torch.bfloat16 if device == "cuda" and config.model.dtype != "float32" else torch.float32
-        if config.model.dtype == "bfloat16":
-            dtype = torch.bfloat16
+        dtype = compute_dtype(config.model.dtype, device)
         self._model = load_model(config.model, dtype, packed=False).to(device).requires_grad_(False)
-        self._prompts = PromptSource(config, dtype)
+        self.prompts = PromptSource(config, dtype)
         self._batch = config.rollout.max_num_seqs
         self._version = 0
         self._banned = vision_placeholder_ids(self._model.config)
-        tokenizer = self._prompts.encoder.processor.tokenizer
+        tokenizer = self.prompts.encoder.processor.tokenizer
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         eos = self._model.generation_config.eos_token_id
         eos = tokenizer.eos_token_id if eos is None else eos
@@ -51,7 +49,7 @@ class HfEngine:
 
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
-        prompts = [self._prompts.get(r.prompt_id) for r in requests]
+        prompts = self.prompts.get([r.prompt_id for r in requests])
         inputs = self._padded(prompts)
         sampler = _SeededSampler([r.seed for r in requests], params, self._banned, self._model.device)
         output = self._model.generate(
@@ -84,7 +82,7 @@ class HfEngine:
                     log_probs=chosen[i, :end].float().numpy(),
                     finish_reason="stop" if finished else "length",
                     policy_version=self._version,
-                    text=self._prompts.encoder.processor.tokenizer.decode(
+                    text=self.prompts.encoder.processor.tokenizer.decode(
                         tokens[:end], skip_special_tokens=True
                     ),
                 )

@@ -19,7 +19,7 @@ from mssr.data.encoder import EncodedPrompt
 from mssr.data.prompt_source import PromptSource
 from mssr.errors import EngineError, UserError
 from mssr.heartbeat import beat
-from mssr.models.loading import import_transformers
+from mssr.models.loading import compute_dtype, import_transformers
 from mssr.models.policy import vision_placeholder_ids
 from mssr.rollout.queue import Finished, Numbered, RequestQueue
 from mssr.types import Rollout, RolloutRequest, SamplingParams
@@ -46,9 +46,10 @@ class VllmEngine:
         self._vllm = vllm
         self._version = 0
         rollout, data = config.rollout, config.data
+        dtype = compute_dtype(config.model.dtype, device)
         options: dict[str, Any] = {
             "model": config.model.path,
-            "dtype": "float32" if device == "cpu" and config.model.dtype == "auto" else config.model.dtype,
+            "dtype": str(dtype).removeprefix("torch."),
             "trust_remote_code": config.model.trust_remote_code,
             "max_model_len": data.max_prompt_length + rollout.max_response_length,
             "max_num_seqs": rollout.max_num_seqs,
@@ -79,7 +80,7 @@ class VllmEngine:
         if device == "cpu":
             # vLLM has put a function here that does nothing but log a warning, several times a request.
             torch.set_num_threads = lambda count: None  # type: ignore[assignment]
-        self._prompts = PromptSource(config, self._engine.model_config.dtype)
+        self.prompts = PromptSource(config, dtype)
         self._banned = vision_placeholder_ids(self._engine.model_config.hf_config)
         self._merge_size = int(self._engine.model_config.hf_config.vision_config.spatial_merge_size)
         self._final_only = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
@@ -88,10 +89,11 @@ class VllmEngine:
     def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
         running: dict[str, Numbered] = {}
         while (taken := requests.take(wait=not running)) or running:
+            prompts = self.prompts.get([request.prompt_id for _, request in taken])
             try:
-                for number, request in taken:
-                    name = str(next(self._ids))
-                    self._engine.add_request(name, self._input(request), self._sampling(request, params))
+                for (number, request), prompt in zip(taken, prompts, strict=True):
+                    name, sampling = str(next(self._ids)), self._sampling(request, params)
+                    self._engine.add_request(name, _engine_input(prompt, self._merge_size), sampling)
                     running[name] = number, request
                 beat()
                 ended = [output for output in self._engine.step() if output.finished]
@@ -112,9 +114,6 @@ class VllmEngine:
     def close(self) -> None:
         # Now and not at exit, when the actor of a local run has taken the process group down.
         self._engine.engine_core.shutdown()
-
-    def _input(self, request: RolloutRequest) -> Any:
-        return _engine_input(self._prompts.get(request.prompt_id), self._merge_size)
 
     def _sampling(self, request: RolloutRequest, params: SamplingParams) -> Any:
         return self._vllm.SamplingParams(
@@ -142,7 +141,7 @@ class VllmEngine:
             log_probs=np.asarray(flat.logprobs, dtype=np.float32)[first],
             finish_reason=completion.finish_reason or "length",
             policy_version=self._version,
-            text=self._prompts.encoder.processor.tokenizer.decode(tokens, skip_special_tokens=True),
+            text=self.prompts.encoder.processor.tokenizer.decode(tokens, skip_special_tokens=True),
         )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from mssr.config import Config
+from mssr.data.encoder import EncodedPrompt
 from mssr.rollout.engine import make_engine
 from mssr.rollout.queue import Finished, RequestQueue
 from mssr.rollout.weights import PackedWeights, unpack_weights
@@ -24,6 +25,10 @@ class RolloutWorker:
     def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
         """See `RolloutEngine.generate`."""
         return self._engine.generate(requests, params)
+
+    def new_prompts(self, prompt_ids: Iterable[str]) -> dict[str, EncodedPrompt]:
+        """See `PromptSource.take_new`: for the ranks, which need not encode them again."""
+        return self._engine.prompts.take_new(prompt_ids)
 
     def load_weights(self, weights: PackedWeights, version: int) -> None:
         """See `RolloutEngine.load_weights`."""

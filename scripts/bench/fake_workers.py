@@ -7,13 +7,14 @@ size of the real thing.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from mssr.cluster import ray_cluster
 from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
+from mssr.cluster.shared_prompts import Shares
 from mssr.config import Config
 from mssr.rollout.queue import Finished, RequestQueue
 from mssr.types import RankLogProbs, Rollout, RolloutRequest, SamplingParams, TrainBatch
@@ -31,6 +32,15 @@ def use_fake_workers() -> None:
     for name, fake in (("RayRolloutWorker", FakeRolloutWorker), ("RayPolicyWorker", FakePolicyWorker)):
         assert hasattr(ray_cluster, name)
         setattr(ray_cluster, name, fake)
+
+
+class FakePrompt:
+    """In place of an `EncodedPrompt`, with few pixels: the driver has references to them only."""
+
+    nbytes = 2**20
+
+    def arrays(self) -> Any:
+        return np.zeros(PROMPT_TOKENS, np.int64)
 
 
 class FakeEngine:
@@ -62,6 +72,10 @@ class FakeEngine:
             yield [(index, self._rollout(request)) for end, index, request in running if end <= now]
             running = [item for item in running if item[0] > now]
 
+    def new_prompts(self, prompt_ids: Iterable[str]) -> dict[str, FakePrompt]:
+        """All of them, as in an epoch where every prompt is new."""
+        return {prompt_id: FakePrompt() for prompt_id in prompt_ids}
+
     def load_weights(self, weights: Any, version: int) -> None:
         self._version = version
 
@@ -84,6 +98,7 @@ class FakeRolloutWorker(RayRolloutWorker):
 
     def start(self, config: Config, device: str, threads: int) -> None:
         self._slots = config.rollout.max_num_seqs
+        self._ranks = config.actor.num_ranks
         self._worker: Any = FakeEngine(config)
 
 
@@ -94,12 +109,13 @@ class FakePolicyWorker(RayPolicyWorker):
         self._rank, self._ranks = rank, config.actor.num_ranks
         self._seconds = float(config.rollout.engine_options[OPTIONS]["update_s"])
 
-    def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
+    def update(self, work: tuple[TrainBatch, Shares], step: int) -> dict[str, float]:
         time.sleep(self._seconds)
         names = "kl_update kl_ref entropy grad_norm loss clip_fraction skipped_updates".split()
         return {f"policy/{name}": 0.01 * (name != "skipped_updates") for name in names}
 
-    def log_probs(self, batch: TrainBatch, reference: bool) -> RankLogProbs:
+    def log_probs(self, work: tuple[TrainBatch, Shares], reference: bool) -> RankLogProbs:
+        batch, _ = work
         lengths = batch.response_lengths
         own = np.arange(self._rank, len(batch), self._ranks)
         values = np.full(lengths[own].sum(), -1.0, np.float32)

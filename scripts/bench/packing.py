@@ -117,7 +117,7 @@ class PaddedUpdater(PolicyUpdater):
         self, batch: TrainBatch, passes: tuple[MicroBatch, ...]
     ) -> Iterator[tuple[MicroBatch, PackedBatch]]:
         for micro in passes:
-            items = [self.prompts.item(batch, s) for s in micro.sequences]
+            items = self.prompts.items(batch, micro.sequences)
             longest = max(self.fill_to, *(len(i.prompt.token_ids) + len(i.response) for i in items))
             filled, real = [], []
             for item in items:

@@ -55,7 +55,7 @@ def test_ranks_score_a_batch_between_them(config: Config) -> None:
     for rank in range(2):
         worker = FakePolicyWorker.__new__(FakePolicyWorker)
         worker.start(config, rank, "", "cpu")
-        shares.append(worker.log_probs(batch, reference=True))
+        shares.append(worker.log_probs((batch, []), reference=True))
     joined = join_log_probs(shares, batch)
     assert joined.policy.shape == joined.reference.shape == (9,)
 

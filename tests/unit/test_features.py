@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mssr.actor.worker import PolicyWorker
+from mssr.bounded_cache import BoundedCache
 from mssr.config_loading import load_config
-from mssr.models.features import FeatureCache
 from mssr.models.packing import PackedBatch, pack
 from mssr.models.policy import PolicyModel
 from tests.conftest import Workspace
@@ -55,7 +55,7 @@ def test_a_pass_computes_only_what_is_not_known(
     policy.features = None
     expected = [run(policy, batch) for batch in (first, second)]
     calls.clear()
-    policy.features = FeatureCache(2**20)
+    policy.features = BoundedCache(2**20)
     for batch, values in zip((first, second, second), (*expected, expected[1]), strict=True):
         actual = run(policy, batch)
         torch.testing.assert_close(actual[0], values[0], atol=5e-6, rtol=0)
@@ -73,7 +73,7 @@ def test_what_is_kept_does_not_depend_on_the_pass(workspace: Workspace, policy: 
     """Or a run that is resumed in the middle of an epoch would not be the same to the last bit."""
     kept = []
     for batch in make_batches(workspace, policy):
-        policy.features = FeatureCache(2**20)
+        policy.features = BoundedCache(2**20)
         run(policy, batch)
         kept.append({key: policy.features.get(key) for key in batch.image_keys})
     assert kept[0].keys() < kept[1].keys()
@@ -84,26 +84,10 @@ def test_without_memory_every_pass_computes_them(
     workspace: Workspace, policy: PolicyModel, calls: list[int]
 ) -> None:
     first, _ = make_batches(workspace, policy)
-    policy.features = FeatureCache(0)
+    policy.features = BoundedCache(0)
     for _ in range(2):
         run(policy, first)
     assert len(calls) == 2 * len(first.image_keys)
-
-
-def test_the_oldest_go_first_and_the_memory_is_kept_to() -> None:
-    cache = FeatureCache(3 * 4 * 10)
-    for k in range(3):
-        cache.put(b"%d" % k, torch.full((2, 5), float(k)))
-    assert cache.get(b"0") is not None
-    cache.put(b"3", torch.full((2, 5), 3.0))
-    assert cache.get(b"1") is None  # 0 was asked for since
-    assert all(cache.get(key) is not None for key in (b"0", b"2", b"3"))
-    cache.put(b"4", torch.zeros(100, 5))  # more than all the memory
-    assert cache.get(b"4") is None and cache.get(b"0") is not None
-    whole = torch.zeros(1000, 5)
-    cache.put(b"5", whole[:2])
-    kept = cache.get(b"5")
-    assert kept is not None and kept.untyped_storage().nbytes() == 40
 
 
 def test_policy_and_reference_share_tower_and_features(workspace: Workspace, tmp_path: Path) -> None:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
+import torch
 
 from mssr.cluster.ray_calls import Failure, Worker, WorkerDiedError
 from mssr.cluster.ray_generation import Generation
 from mssr.cluster.ray_workers import RayRolloutWorker
+from mssr.cluster.shared_prompts import SharedPrompts
 from mssr.cluster.transport import PackedRollouts, pack_rollouts, unpack_rollouts
+from mssr.data.encoder import EncodedPrompt
 from mssr.rollout.queue import Finished, RequestQueue
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
 pytestmark = pytest.mark.unit
 PARAMS = SamplingParams(1.0, 8)
+PROMPT = EncodedPrompt(torch.arange(3), torch.zeros(3, dtype=torch.int32), None, None)
 
 
 def rollout(request: RolloutRequest) -> Rollout:
@@ -176,20 +181,38 @@ class OneByOne:
             index, request = waiting.pop(0)
             yield [(index, rollout(request))]
 
+    def new_prompts(self, prompt_ids: Iterable[str]) -> dict[str, EncodedPrompt]:
+        """Of the first prompts one that was new."""
+        return {"p1": PROMPT} if "p1" in list(prompt_ids) else {}
 
-def test_a_worker_returns_rollouts_by_the_handful_and_keeps_none_back() -> None:
+
+def test_a_worker_returns_rollouts_by_the_handful_and_keeps_none_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     worker = RayRolloutWorker.__new__(RayRolloutWorker)
     worker._lock, worker._queues, worker._slots = threading.Lock(), {}, 64  # handfuls of 4
-    worker._worker = OneByOne()  # type: ignore[assignment]
+    worker._worker, worker._ranks = OneByOne(), 1  # type: ignore[assignment]
+    stored: list[Any] = []
+    monkeypatch.setattr(ray, "put", lambda value: stored.append(value) or "reference")  # type: ignore[func-returns-value]
     requests = [(i, RolloutRequest(f"p{i}", 0, i)) for i in range(10)]
     parts = worker.generate(7, requests[:6], PARAMS)
-    sizes = [
-        len(next(parts).numbers) for _ in range(2)
-    ]  # the second although more may come: the engine is idle
-    assert sizes == [4, 2]
+    first, second = next(parts), next(parts)  # the second although more may come: the engine is idle
+    assert [len(first.numbers), len(second.numbers)] == [4, 2]
+    assert first.prompts == SharedPrompts("reference", {"p1": PROMPT.nbytes}) and second.prompts is None
+    assert [list(prompts) for prompts in stored] == [["p1"]]
     worker.feed(7, requests[6:])
     worker.feed(7, None)
     assert [len(p.numbers) for p in parts] == [4] and worker._queues == {}
+
+
+def test_an_evaluation_shares_no_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no rank that could need them."""
+    worker = RayRolloutWorker.__new__(RayRolloutWorker)
+    worker._lock, worker._queues, worker._slots = threading.Lock(), {}, 64
+    worker._worker, worker._ranks = OneByOne(), 0  # type: ignore[assignment]
+    monkeypatch.setattr(ray, "put", lambda value: pytest.fail("shared"))
+    parts = worker.generate(0, [(1, RolloutRequest("p1", 0, 0))], PARAMS)
+    assert next(parts).prompts is None
 
 
 def test_what_is_packed_for_the_way_comes_out_as_it_was() -> None:

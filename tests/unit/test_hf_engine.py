@@ -63,7 +63,7 @@ def test_log_probs_are_those_of_the_actor(
     batch = make_batch(rollouts, np.zeros(8, np.float32))
     cache = PromptCache(PromptSource(load_config(workspace.config)), policy)
     with torch.no_grad():
-        log_probs, _ = policy(pack([cache.item(batch, k) for k in range(8)], policy.merge_size))
+        log_probs, _ = policy(pack(cache.items(batch, range(8)), policy.merge_size))
     np.testing.assert_allclose(log_probs.numpy(), batch.engine_log_probs, atol=1e-5)
 
 
@@ -104,6 +104,6 @@ def test_a_prompt_that_engine_and_actor_see_differently_is_named(
     batch = make_batch(answers(engine, requests(2), PARAMS), np.zeros(2, np.float32))
     batch.tokens[batch.offsets[1]] += 1
     cache = PromptCache(PromptSource(load_config(workspace.config)), policy)
-    cache.item(batch, 0)
+    cache.items(batch, [0])
     with pytest.raises(RuntimeError, match=r"train.parquet row 1 \(id t1\): engine and actor tokenise"):
-        cache.item(batch, 1)
+        cache.items(batch, [0, 1])

@@ -59,7 +59,7 @@ def plain_log_probs(worker: PolicyWorker, batch: Any, weights: dict[str, torch.T
     model = load_model(worker.config.model, torch.float32)
     model.load_state_dict(weights)
     policy = PolicyModel(model)
-    items = [worker.updater.prompts.item(batch, s) for s in range(len(batch.prompt_ids))]
+    items = worker.updater.prompts.items(batch, range(len(batch.prompt_ids)))
     with torch.no_grad():
         return policy(pack(items, policy.merge_size))[0].numpy()
 
@@ -91,7 +91,7 @@ def test_the_policy_moves_and_the_reference_does_not(workspace: Workspace, tmp_p
         assert trained and all(map(is_adapter, trained))
         [group] = worker.updater.optimizer.param_groups
         assert len(group["params"]) == len(trained) == 2 * len(linear)
-        assert worker.policy.features is not None and worker.policy.features._features  # a frozen tower
+        assert worker.policy.features  # of a frozen tower
 
 
 def test_a_checkpoint_holds_the_adapters_alone_and_exports_merged(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mssr.config_loading import load_config
+from mssr.data import encoder as encoder_module
 from mssr.data.dataset import ImageSource, Row
-from mssr.data.encoder import PromptEncoder
+from mssr.data.encoder import EncodedPrompt, PromptEncoder
 from mssr.errors import UserError
 from mssr.models.loading import load_processor
 from tests.conftest import Workspace
@@ -133,19 +135,88 @@ def test_encoded_prompts_are_what_the_processor_makes_of_them(workspace: Workspa
     assert len(keys) == 8  # of t0, t1, t3, t4, t5 and t7; t2 and t6 have none
 
 
+@pytest.mark.parametrize("chunk", [1, 20_000, 2**20])
+def test_many_prompts_are_encoded_as_each_alone(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """However many go together; and none holds the memory of others."""
+    from mssr.data.prompt_source import PromptSource
+
+    source = PromptSource(load_config(workspace.config))
+    rows = [source.row(f"t{k}") for k in range(8)]
+    alone = [source.encoder.encode(row) for row in rows]
+    calls = []
+    processor = source.encoder.processor.image_processor
+    monkeypatch.setattr(encoder_module, "CHUNK_PIXELS", chunk)
+    preprocess = type(processor).preprocess
+    monkeypatch.setattr(type(processor), "preprocess", lambda *a, **k: calls.append(0) or preprocess(*a, **k))
+    together = source.encoder.encode_all(rows)
+    with_images = sum(bool(row.images) for row in rows)
+    if chunk == 20_000:
+        assert 1 < len(calls) < with_images
+    else:
+        assert len(calls) == {1: with_images, 2**20: 1}[chunk]
+    for a, b in zip(alone, together, strict=True):
+        assert_equal(a, b)
+        assert b.pixel_values is None or b.pixel_values.untyped_storage().nbytes() == b.pixel_values.nbytes
+    assert source.encoder.encode_all([]) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_survives_the_way_to_another_process(workspace: Workspace, dtype: torch.dtype) -> None:
+    from mssr.data.prompt_source import PromptSource
+
+    source = PromptSource(load_config(workspace.config), dtype)
+    for prompt in source.get([f"t{k}" for k in range(4)]):
+        arrays = prompt.arrays()
+        for array in arrays[:4]:
+            if isinstance(array, np.ndarray):
+                array.flags.writeable = False  # as in Ray's object store
+        got = EncodedPrompt.from_arrays(arrays, dtype)
+        assert_equal(got, prompt)
+        assert got.pixel_values is None or prompt.pixel_values is None or got.pixel_values.dtype == dtype
+        assert got.token_ids.data_ptr() != prompt.token_ids.data_ptr()
+
+
+def assert_equal(a: EncodedPrompt, b: EncodedPrompt) -> None:
+    for name in EncodedPrompt.__slots__:
+        x, y = getattr(a, name), getattr(b, name)
+        if isinstance(x, torch.Tensor):
+            assert x.dtype == y.dtype and torch.equal(x, y), name
+        else:
+            assert x == y, name
+
+
+def test_only_new_prompts_of_training_are_given_out_and_only_once(workspace: Workspace) -> None:
+    from mssr.data.prompt_source import PromptSource
+
+    config = load_config(workspace.config, [f"data.val={workspace.path / 'train.parquet'}"])
+    source = PromptSource(config)
+    prompts = source.get(["t0", "t1", "val/t2", "t0"])
+    assert prompts[3] is prompts[0]
+    assert source.take_new(["t0", "val/t2", "t5"]) == {"t0": prompts[0]}
+    source.get(["t0", "t3"])
+    assert list(source.take_new(["t0", "t1", "t3"])) == ["t1", "t3"]
+    assert source.take_new(["t0", "t1", "t3"]) == {}
+    config.data.image_cache_gib = 0
+    source = PromptSource(config)
+    source.get(["t0"])
+    assert source.take_new(["t0"]) == {}  # it is kept no longer
+
+
 def test_the_recent_prompts_are_kept_encoded(workspace: Workspace) -> None:
     """As many as data.image_cache_gib holds, pixels in the dtype of the forward pass."""
     from mssr.data.prompt_source import PromptSource
 
     config = load_config(workspace.config)
-    sizes = {k: PromptSource(config, torch.bfloat16).get(k).nbytes for k in ("t0", "t1", "t2")}
+    sizes = {k: PromptSource(config, torch.bfloat16).get([k])[0].nbytes for k in ("t0", "t1", "t2")}
     config.data.image_cache_gib = (sum(sizes.values()) - 1) / 2**30
     source = PromptSource(config, torch.bfloat16)
-    first, second = source.get("t0"), source.get("t1")
-    assert source.get("t0") is first and source.get("t1") is second
-    source.get("t2")  # no room for all three: t0 was used least recently
-    assert source.get("t1") is second
-    again = source.get("t0")
+    first, second = source.get(["t0", "t1"])
+    assert source.get(["t0"])[0] is first and source.get(["t1"])[0] is second
+    source.get(["t2"])  # no room for all three: t0 was used least recently
+    assert source.get(["t1"])[0] is second
+    again = source.get(["t0"])[0]
     assert again is not first and torch.equal(again.token_ids, first.token_ids)
     assert again.pixel_values is not None and first.pixel_values is not None
     assert torch.equal(again.pixel_values, first.pixel_values) and first.pixel_values.dtype == torch.bfloat16

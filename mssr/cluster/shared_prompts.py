@@ -1,0 +1,110 @@
+"""Prompts that engines have encoded, on their way to the ranks.
+
+An engine puts them into Ray's object store when it returns rollouts, the driver keeps references only, and a
+rank gets what its passes need from there: on the same machine through shared memory. What is lost on the way,
+with an engine that died, the rank encodes itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mssr.bounded_cache import BoundedCache
+
+if TYPE_CHECKING:
+    import torch
+
+    from mssr.data.encoder import EncodedPrompt, PromptArrays
+
+FETCH_TIMEOUT_S = 30.0
+"""Longest that a rank waits for prompts that come from another machine."""
+
+Shares = list[tuple[Any, list[str]]]
+"""References, and which prompts are wanted of what each leads to."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """Some prompts in the object store."""
+
+    reference: Any
+    """To their `PromptArrays` by id."""
+    sizes: dict[str, int]
+    """Bytes of each."""
+
+
+def share(prompts: Mapping[str, EncodedPrompt]) -> SharedPrompts | None:
+    """Put prompts into the object store; None if there are none."""
+    if not prompts:
+        return None
+    import ray
+
+    reference = ray.put({prompt_id: prompt.arrays() for prompt_id, prompt in prompts.items()})
+    return SharedPrompts(reference, {prompt_id: prompt.nbytes for prompt_id, prompt in prompts.items()})
+
+
+class PromptShelf:
+    """What the driver knows of shared prompts, from their generation to their update.
+
+    Args:
+        max_bytes: of prompts that are held in the object store.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._references: BoundedCache[str, Any] = BoundedCache(max_bytes)
+
+    def add(self, prompts: SharedPrompts) -> None:
+        for prompt_id, nbytes in prompts.sizes.items():
+            self._references.put(prompt_id, prompts.reference, nbytes)
+
+    def shares(self, prompt_ids: Iterable[str]) -> Shares:
+        """Where these prompts are, those that are shared."""
+        found: dict[Any, list[str]] = {}
+        for prompt_id in dict.fromkeys(prompt_ids):
+            if (reference := self._references.get(prompt_id)) is not None:
+                found.setdefault(reference, []).append(prompt_id)
+        return list(found.items())
+
+    def drop(self, prompt_ids: Iterable[str]) -> None:
+        for prompt_id in prompt_ids:
+            self._references.pop(prompt_id)
+
+
+class PromptFetcher:
+    """Gets shared prompts for a rank, see `mssr.actor.prompts.Prepared`.
+
+    Args:
+        pixel_dtype: that in which engines and ranks have pixels.
+    """
+
+    def __init__(self, shares: Shares, pixel_dtype: torch.dtype) -> None:
+        self._reference_of = {i: reference for reference, prompt_ids in shares for i in prompt_ids}
+        self._fetched: dict[Any, dict[str, PromptArrays]] = {}
+        self._pixel_dtype = pixel_dtype
+
+    def __call__(self, prompt_ids: Sequence[str]) -> dict[str, EncodedPrompt]:
+        from mssr.data.encoder import EncodedPrompt
+
+        wanted = {i: self._reference_of[i] for i in prompt_ids if i in self._reference_of}
+        self._fetch([r for r in dict.fromkeys(wanted.values()) if r not in self._fetched])
+        return {
+            i: EncodedPrompt.from_arrays(self._fetched[reference][i], self._pixel_dtype)
+            for i, reference in wanted.items()
+            if i in self._fetched[reference]
+        }
+
+    def _fetch(self, references: list[Any]) -> None:
+        import ray
+
+        for reference in references:
+            try:
+                self._fetched[reference] = ray.get(reference, timeout=FETCH_TIMEOUT_S)
+            except ray.exceptions.RayError as error:
+                # Its engine died, or the network is slow: the prompts are encoded here.
+                logger.warning("prompts of an engine are encoded again: %s", str(error).splitlines()[0])
+                self._fetched[reference] = {}

@@ -1,0 +1,129 @@
+"""Prompts that engines have encoded: ranks get them, and do without where they are lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from mssr.actor.prompts import PromptCache
+from mssr.cluster.shared_prompts import PromptFetcher, PromptShelf, SharedPrompts, share
+from mssr.config_loading import load_config
+from mssr.data.encoder import EncodedPrompt
+from mssr.data.prompt_source import PromptSource
+from mssr.types import TrainBatch
+from tests.conftest import Workspace
+from tests.unit.test_prompts import assert_equal
+
+pytestmark = pytest.mark.unit
+
+
+class Store:
+    """Stands for Ray's object store; references are numbers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.objects: list[Any] = []
+        self.lost: set[int] = set()
+        self.fetched: list[int] = []
+        monkeypatch.setattr(ray, "put", self._put)
+        monkeypatch.setattr(ray, "get", self._get)
+
+    def _put(self, value: Any) -> int:
+        self.objects.append(value)
+        return len(self.objects) - 1
+
+    def _get(self, reference: int, timeout: float) -> Any:
+        self.fetched.append(reference)
+        if reference in self.lost:
+            raise ray.exceptions.GetTimeoutError("the engine died")
+        return self.objects[reference]
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    return Store(monkeypatch)
+
+
+@pytest.fixture
+def source(workspace: Workspace) -> PromptSource:
+    return PromptSource(load_config(workspace.config))
+
+
+class NoModel:
+    def rope_positions(self, prompt: EncodedPrompt) -> torch.Tensor:
+        return torch.arange(len(prompt.token_ids)).expand(3, -1)
+
+
+def batch_of(source: PromptSource, prompt_ids: list[str]) -> TrainBatch:
+    """A response of one token to each."""
+    prompts = [p.token_ids.numpy() for p in source.get(prompt_ids)]
+    lengths = np.array([len(p) for p in prompts])
+    return TrainBatch(
+        prompt_ids=tuple(prompt_ids),
+        tokens=np.concatenate([np.append(p, 7) for p in prompts]).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths + 1)]),
+        prompt_lengths=lengths,
+        advantages=np.zeros(len(prompts), np.float32),
+        engine_log_probs=np.zeros(len(prompts), np.float32),
+    )
+
+
+def shared(source: PromptSource, prompt_ids: list[str]) -> SharedPrompts:
+    source.get(prompt_ids)
+    result = share(source.take_new(prompt_ids))
+    assert result is not None
+    return result
+
+
+def test_a_rank_gets_each_object_once_and_only_those_that_it_needs(
+    store: Store, source: PromptSource
+) -> None:
+    shelf = PromptShelf(2**30)
+    for ids in (["t0", "t1"], ["t2", "t3"], ["t4"]):
+        shelf.add(shared(source, ids))
+    fetch = PromptFetcher(shelf.shares(["t0", "t1", "t2", "t4", "t0", "t9"]), torch.float32)
+    assert store.fetched == []
+    found = fetch(["t0", "t2", "t9"])
+    assert list(found) == ["t0", "t2"]
+    for prompt_id, prompt in (found | fetch(["t1"])).items():
+        assert_equal(prompt, source.get([prompt_id])[0])
+    assert store.fetched == [0, 1]
+    assert fetch(["t3"]) == {}  # not of this batch
+
+
+def test_prompts_leave_the_shelf_after_their_update_or_for_newer_ones(
+    store: Store, source: PromptSource
+) -> None:
+    sizes = {i: p.nbytes for i, p in zip(("t0", "t1", "t3"), source.get(["t0", "t1", "t3"]), strict=True)}
+    shelf = PromptShelf(sizes["t1"] + sizes["t3"])
+    for prompt_id in sizes:
+        shelf.add(shared(source, [prompt_id]))
+    assert shelf.shares(sizes) == [(1, ["t1"]), (2, ["t3"])]
+    shelf.drop(["t1", "t9"])
+    assert shelf.shares(sizes) == [(2, ["t3"])]
+
+
+def test_nothing_new_is_nothing_stored(store: Store, source: PromptSource) -> None:
+    assert share(source.take_new(["t0"])) is None and store.objects == []
+
+
+def test_ranks_encode_what_is_lost_or_was_never_shared(store: Store, source: PromptSource) -> None:
+    ids = ["t0", "t1", "t3", "t4"]
+    shelf = PromptShelf(2**30)
+    shelf.add(shared(source, ["t0", "t1"]))
+    shelf.add(shared(source, ["t3"]))
+    store.lost = {0}
+    batch = batch_of(source, [*ids, "t0"])
+    cache = PromptCache(source, NoModel())  # type: ignore[arg-type]
+    cache.prepared = PromptFetcher(shelf.shares(batch.prompt_ids), torch.float32)
+    items = cache.items(batch, range(5))
+    for item, prompt_id in zip(items, batch.prompt_ids, strict=True):
+        assert_equal(item.prompt, source.get([prompt_id])[0])
+        assert item.response.tolist() == [7]
+    assert cache.encoded == 3  # all but t3
+    assert store.fetched == [0, 1]
+    cache.items(batch, [0, 2, 4])
+    assert cache.encoded == 3 and store.fetched == [0, 1]  # they are kept
