@@ -63,6 +63,10 @@ class Cluster(Protocol):
         """
         ...
 
+    def prepare(self, prompt_ids: Sequence[str]) -> None:
+        """Have engines that are idle now encode prompts that they are likely to get next; returns at once."""
+        ...
+
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         """One policy update on all ranks; returns its metrics."""
         ...

@@ -63,6 +63,9 @@ class LocalCluster:
                     on_finished(index, rollout)
         return [found[i] for i in range(len(requests))]
 
+    def prepare(self, prompt_ids: Sequence[str]) -> None:
+        """Nothing of this process is idle."""
+
     @property
     def ranks_idle_in_rollout(self) -> bool:
         return False

@@ -16,6 +16,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from mssr.affinity import home
 from mssr.cluster.base import OnFinished, Report, SaveHandle, join_log_probs
 from mssr.cluster.memory import rss_gib
 from mssr.cluster.ray_calls import HEALTH, Calls, Failure, Worker, WorkerDiedError, WorkerHungError, stacks
@@ -29,6 +30,8 @@ from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, T
 PLACEMENT_TIMEOUT_S = 60
 START_TIMEOUT_S = 1800.0
 """From the creation of a worker until its model is loaded; long, for a node may have to come back."""
+PREPARING = "preparing"
+"""Concurrency group of the method that encodes prompts beside whatever else an engine does."""
 SAVING = "saving"
 """Concurrency group of the method that waits for a checkpoint."""
 
@@ -82,6 +85,14 @@ class RayCluster:
             for failure in generation.run(self._engines):
                 self._after_failure(self._engines.index(failure.worker), failure)
         return generation.result()
+
+    def prepare(self, prompt_ids: Sequence[str]) -> None:
+        of_engine: list[list[str]] = [[] for _ in self._engines]
+        for prompt_id in prompt_ids:
+            of_engine[home(prompt_id) % len(self._engines)].append(prompt_id)
+        for engine, own in zip(self._engines, of_engine, strict=True):
+            # What fails here fails again, and is told, when the engine generates.
+            engine.handle.prepare.options(concurrency_group=PREPARING).remote(own)
 
     @property
     def ranks_idle_in_rollout(self) -> bool:
@@ -186,7 +197,7 @@ class RayCluster:
     def _remote(self, cls: type, name: str, index: int, log: str) -> Worker:
         cluster, logs = self._config.cluster, os.path.abspath(self._config.run_dir / "logs")
         threads = cluster.threads_per_actor if cls is RayPolicyWorker else cluster.threads_per_rollout
-        actor = ray.remote(concurrency_groups={HEALTH: 1, SAVING: 1, FEEDING: 1})(cls).options(
+        actor = ray.remote(concurrency_groups={HEALTH: 1, SAVING: 1, FEEDING: 1, PREPARING: 1})(cls).options(
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self._group, placement_group_bundle_index=index
             ),

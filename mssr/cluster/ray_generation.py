@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mssr.affinity import home
 from mssr.cluster.base import OnFinished
 from mssr.cluster.ray_calls import Calls, Failure, Worker
 from mssr.cluster.shared_prompts import SharedPrompts
@@ -84,7 +84,8 @@ class Generation:
         self._waiting = {engine: deque() for engine in engines}
         left = [i for i in range(len(self._requests)) if i not in self._rollouts]
         for index in left:
-            self._waiting[engines[_home(self._requests[index].prompt_id, len(engines))]].append(index)
+            number = home(self._requests[index].prompt_id) % len(engines)
+            self._waiting[engines[number]].append(index)
         each = min(self._most, math.ceil(len(left) / len(engines)))
         own = {engine: self._take(engine, each, others=False) for engine in engines}
         streams = {}
@@ -144,8 +145,3 @@ class Generation:
 
     def _numbered(self, indices: Sequence[int]) -> list[tuple[int, RolloutRequest]]:
         return [(i, self._requests[i]) for i in indices]
-
-
-def _home(prompt_id: str, engines: int) -> int:
-    """The number of the engine where a prompt goes first."""
-    return zlib.crc32(prompt_id.encode()) % engines

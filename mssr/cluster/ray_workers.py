@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -159,6 +160,12 @@ class RayRolloutWorker(RayWorker):
             queue.close()
         else:
             queue.put(requests)
+
+    def prepare(self, prompt_ids: Sequence[str]) -> None:
+        """See `RolloutWorker.prepare`. Called in a thread of its own."""
+        if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        self._worker.prepare(prompt_ids)
 
     def _queue(self, call: int) -> RequestQueue:
         with self._lock:

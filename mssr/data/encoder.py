@@ -34,7 +34,7 @@ PromptArrays = tuple[
 ]
 """The fields of an `EncodedPrompt`, pixels as bytes."""
 
-CHUNK_PIXELS = 2**20
+CHUNK_PIXELS = 2**17
 """Pixels of the images that are cut into patches in one go: enough that small ones cost little more than
 their arithmetic, few enough that large ones do not take more memory than they must."""
 

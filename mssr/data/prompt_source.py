@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -27,27 +28,31 @@ class PromptSource:
         for one in validation_sets(config.data.val):
             self._datasets.append(one.dataset(config.data, config.run_dir))
         self._cache: BoundedCache[str, EncodedPrompt] = BoundedCache(config.data.image_cache_bytes)
+        self._lock = threading.Lock()
         self._new: set[str] = set()
         """Prompts that were encoded and not yet asked for by `take_new`."""
 
     def get(self, prompt_ids: Sequence[str]) -> list[EncodedPrompt]:
-        """Read and encoded, in their order."""
-        found = {i: kept for i in dict.fromkeys(prompt_ids) if (kept := self._cache.get(i)) is not None}
-        missing = [i for i in dict.fromkeys(prompt_ids) if i not in found]
-        for prompt_id, prompt in zip(missing, self.encode(missing), strict=True):
-            found[prompt_id] = prompt
-            self._cache.put(prompt_id, prompt, prompt.nbytes)
-            if not prompt_id.startswith(VAL_PREFIX):
-                self._new.add(prompt_id)
-        return [found[i] for i in prompt_ids]
+        """Read and encoded, in their order. Threads may call it; one encodes at a time."""
+        with self._lock:
+            wanted = dict.fromkeys(prompt_ids)
+            found = {i: kept for i in wanted if (kept := self._cache.get(i)) is not None}
+            missing = [i for i in wanted if i not in found]
+            for prompt_id, prompt in zip(missing, self.encode(missing), strict=True):
+                found[prompt_id] = prompt
+                self._cache.put(prompt_id, prompt, prompt.nbytes)
+                if not prompt_id.startswith(VAL_PREFIX):
+                    self._new.add(prompt_id)
+            return [found[i] for i in prompt_ids]
 
     def take_new(self, prompt_ids: Iterable[str]) -> dict[str, EncodedPrompt]:
         """Those of some prompts that `get` had to encode since this last gave them out.
 
         Prompts of validation are not among them, nor are those that are kept no longer.
         """
-        new = self._new.intersection(prompt_ids)
-        self._new -= new
+        with self._lock:
+            new = self._new.intersection(prompt_ids)
+            self._new -= new
         return {i: kept for i in sorted(new) if (kept := self._cache.get(i)) is not None}
 
     def encode(self, prompt_ids: Sequence[str]) -> list[EncodedPrompt]:

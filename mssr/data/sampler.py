@@ -73,8 +73,9 @@ class EpochSampler:
             ValueError: the state is of another kind of sampler or another number of prompts.
         """
         _check_state({"kind": "epochs"} | state, "epochs", len(self._ids))
+        if state["epoch"] != self._epoch:
+            self._order = self._permutation(state["epoch"])
         self._epoch, self._position = state["epoch"], state["position"]
-        self._order = self._permutation(self._epoch)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if not self._shuffle:

@@ -22,13 +22,13 @@ model's config; norms, rope, softmax and the like are left out.
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mssr.affinity import home
 from mssr.types import TrainBatch
 
 UNIT = 10**6
@@ -106,7 +106,7 @@ class CostModel:
         np.add.at(image_cost, sequence, self.images((ends - starts) * self._merged))
         numbers: dict[str, int] = {}
         prompts = np.array([numbers.setdefault(i, len(numbers)) for i in batch.prompt_ids], dtype=np.int64)
-        homes = np.array([zlib.crc32(prompt_id.encode()) for prompt_id in numbers], dtype=np.int64)
+        homes = np.array([home(prompt_id) for prompt_id in numbers], dtype=np.int64)
         return SequenceWork(
             lengths=batch.lengths,
             response_lengths=batch.response_lengths,

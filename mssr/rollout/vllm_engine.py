@@ -123,6 +123,7 @@ class VllmEngine:
             logprobs=0,
             flat_logprobs=True,  # not an object for each token
             output_kind=self._final_only,
+            skip_clone=True,  # nobody else has it
             detokenize=False,  # token by token, and of log-probs too; `_rollout` decodes once
             logit_bias=dict.fromkeys(self._banned, float("-inf")),
         )

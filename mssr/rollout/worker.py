@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from mssr.config import Config
 from mssr.data.encoder import EncodedPrompt
@@ -10,6 +10,9 @@ from mssr.rollout.engine import make_engine
 from mssr.rollout.queue import Finished, RequestQueue
 from mssr.rollout.weights import PackedWeights, unpack_weights
 from mssr.types import SamplingParams
+
+PIECE = 8
+"""Prompts that are prepared in one go; so long may an engine wait that gets requests meanwhile."""
 
 
 class RolloutWorker:
@@ -25,6 +28,11 @@ class RolloutWorker:
     def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
         """See `RolloutEngine.generate`."""
         return self._engine.generate(requests, params)
+
+    def prepare(self, prompt_ids: Sequence[str]) -> None:
+        """Encode prompts that `generate` is likely to get next. May run beside it, in another thread."""
+        for start in range(0, len(prompt_ids), PIECE):
+            self._engine.prompts.get(prompt_ids[start : start + PIECE])
 
     def new_prompts(self, prompt_ids: Iterable[str]) -> dict[str, EncodedPrompt]:
         """See `PromptSource.take_new`: for the ranks, which need not encode them again."""

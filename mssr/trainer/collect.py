@@ -73,6 +73,14 @@ class RolloutCollector:
         """The prompts of the next step."""
         return self.sampler.next(self.config.prompts_per_step)
 
+    def upcoming(self) -> list[str]:
+        """The prompts that `draw` would give now. What is learned until then may change some of them, where
+        the sampler goes by that."""
+        state = self.sampler.state_dict()
+        prompt_ids = self.draw()
+        self.sampler.load_state_dict(state)
+        return prompt_ids
+
     def collect(self, step: int, prompt_ids: Sequence[str], stoppable: bool = True) -> Collected:
         """The rollouts of a step.
 

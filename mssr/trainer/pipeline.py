@@ -56,11 +56,16 @@ class RolloutPipeline:
         return collected
 
     def begin_next(self, step: int) -> None:
-        """Begin to collect the batch of this step in the background, where the lag asks for it.
+        """Begin to collect the batch of this step in the background, where the lag asks for it; else have
+        the engines, which are idle, prepare its prompts.
 
-        Its prompts are drawn at once, so that they do not depend on how far the training is.
+        With a lag its prompts are drawn at once, so that they do not depend on how far the training is.
         """
-        if self.config.rollout.lag and step < self.config.trainer.steps:
+        if step >= self.config.trainer.steps:
+            return
+        if not self.config.rollout.lag:
+            self.collector.cluster.prepare(self.collector.upcoming())
+        else:
             prompts = self.collector.draw()
             self._next = self._thread.submit(self.collector.collect, step, prompts, stoppable=False)
 

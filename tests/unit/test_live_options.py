@@ -205,6 +205,9 @@ class FakeCluster:
                 on_finished(index, rollout)
         return rollouts
 
+    def prepare(self, prompt_ids: Sequence[str]) -> None:
+        pass
+
     def log_probs(self, batch: TrainBatch, reference: bool = False) -> TokenLogProbs:
         return join_log_probs([self.updater.log_probs(batch, reference)], batch)
 

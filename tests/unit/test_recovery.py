@@ -106,6 +106,9 @@ class FakeCluster:
             "policy/skipped_updates": self.skipped,
         }
 
+    def prepare(self, prompt_ids: Sequence[str]) -> None:
+        pass
+
     def log_probs(self, batch: TrainBatch, reference: bool = False) -> Any:
         raise AssertionError("nobody asked for them")
 
