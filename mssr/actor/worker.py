@@ -76,7 +76,7 @@ class PolicyWorker:
         steps = with_offload(optimizer, config.actor.offload, self.device)
         on_device = getattr(steps, "on_device", contextlib.nullcontext)
         self._checkpoint = ActorCheckpoint(self.policy.model, optimizer, rank, on_device)
-        source = PromptSource(config, self.compute_dtype)
+        source = PromptSource(config)
         self._prompts = PromptCache(source, self.policy, config.data.image_cache_bytes)
         self.updater = PolicyUpdater(
             config, self.policy, self.reference, steps, self._prompts, rank, self.device

@@ -79,12 +79,12 @@ class RayPolicyWorker(RayWorker):
         """``work``: a batch and where prompts of it are encoded already."""
         heartbeat.beat()
         batch, shares = work
-        return self._worker.update(batch, step, PromptFetcher(shares, self._worker.compute_dtype))
+        return self._worker.update(batch, step, PromptFetcher(shares))
 
     def log_probs(self, work: tuple[TrainBatch, Shares], reference: bool) -> RankLogProbs:
         heartbeat.beat()
         batch, shares = work
-        return self._worker.log_probs(batch, reference, PromptFetcher(shares, self._worker.compute_dtype))
+        return self._worker.log_probs(batch, reference, PromptFetcher(shares))
 
     def export_weights(self) -> list[Any]:
         """On rank 0 a reference to the packed weights, in a list, so that the driver does not fetch them."""

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 from mssr.bounded_cache import BoundedCache
 
 if TYPE_CHECKING:
-    import torch
-
     from mssr.data.encoder import EncodedPrompt, PromptArrays
 
 FETCH_TIMEOUT_S = 30.0
@@ -76,16 +74,11 @@ class PromptShelf:
 
 
 class PromptFetcher:
-    """Gets shared prompts for a rank, see `mssr.actor.prompts.Prepared`.
+    """Gets shared prompts for a rank, see `mssr.actor.prompts.Prepared`."""
 
-    Args:
-        pixel_dtype: that in which engines and ranks have pixels.
-    """
-
-    def __init__(self, shares: Shares, pixel_dtype: torch.dtype) -> None:
+    def __init__(self, shares: Shares) -> None:
         self._reference_of = {i: reference for reference, prompt_ids in shares for i in prompt_ids}
         self._fetched: dict[Any, dict[str, PromptArrays]] = {}
-        self._pixel_dtype = pixel_dtype
 
     def __call__(self, prompt_ids: Sequence[str]) -> dict[str, EncodedPrompt]:
         from mssr.data.encoder import EncodedPrompt
@@ -93,7 +86,7 @@ class PromptFetcher:
         wanted = {i: self._reference_of[i] for i in prompt_ids if i in self._reference_of}
         self._fetch([r for r in dict.fromkeys(wanted.values()) if r not in self._fetched])
         return {
-            i: EncodedPrompt.from_arrays(self._fetched[reference][i], self._pixel_dtype)
+            i: EncodedPrompt.from_arrays(self._fetched[reference][i])
             for i, reference in wanted.items()
             if i in self._fetched[reference]
         }

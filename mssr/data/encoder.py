@@ -14,29 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import numpy.typing as npt
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from qwen_vl_utils import smart_resize
 
+from mssr.data.pixels import PixelNormalizer
 from mssr.data.rows import IMAGE_MARK, Row
 from mssr.data_config import DataConfig
 from mssr.errors import UserError
 
-PromptArrays = tuple[
-    npt.NDArray[np.int64],
-    npt.NDArray[np.int32],
-    npt.NDArray[np.uint8] | None,
-    npt.NDArray[np.int64] | None,
-    tuple[bytes, ...],
-]
-"""The fields of an `EncodedPrompt`, pixels as bytes."""
-
 CHUNK_PIXELS = 2**17
 """Pixels of the images that are cut into patches in one go: enough that small ones cost little more than
 their arithmetic, few enough that large ones do not take more memory than they must."""
+
+PromptArrays = tuple[list[npt.NDArray[Any] | None], tuple[bytes, ...], PixelNormalizer | None]
+"""The fields of an `EncodedPrompt`: those that are tensors, then the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,56 +41,54 @@ class EncodedPrompt:
     """(P,) int64, one placeholder for every merged patch."""
     token_types: torch.Tensor
     """(P,) int32, 0 text and 1 image, as transformers' rope index wants them."""
-    pixel_values: torch.Tensor | None
-    """(V, channels * temporal_patch * patch * patch) in the dtype of the encoder, None without images."""
+    pixels: torch.Tensor | None
+    """(V, channels * patch * patch) uint8, None without images; see `mssr.data.pixels`."""
     image_grid_thw: torch.Tensor | None
     """(I, 3) int64, patches in time, height and width, None without images."""
     image_keys: tuple[bytes, ...] = ()
     """(I,) the same for equal images, in whatever prompt they are."""
+    normalizer: PixelNormalizer | None = None
+    """Of the pixels, None without images."""
+
+    @property
+    def pixel_values(self) -> torch.Tensor | None:
+        """(V, channels * temporal_patch * patch * patch) float32, worked out anew; None without images."""
+        return None if self.pixels is None or self.normalizer is None else self.normalizer(self.pixels)
 
     @property
     def nbytes(self) -> int:
         """About what it takes in memory; without images it takes some, too."""
-        return 4096 + self.token_ids.nbytes + (0 if self.pixel_values is None else self.pixel_values.nbytes)
+        return 4096 + self.token_ids.nbytes + (0 if self.pixels is None else self.pixels.nbytes)
 
     def arrays(self) -> PromptArrays:
         """The same for the way to another process; shares its memory."""
-        pixels = None
-        if self.pixel_values is not None:
-            pixels = self.pixel_values.view(torch.uint8).numpy()  # numpy knows no bfloat16
-        grid = None if self.image_grid_thw is None else self.image_grid_thw.numpy()
-        return self.token_ids.numpy(), self.token_types.numpy(), pixels, grid, self.image_keys
+        tensors = self.token_ids, self.token_types, self.pixels, self.image_grid_thw
+        arrays = [None if tensor is None else tensor.numpy() for tensor in tensors]
+        return arrays, self.image_keys, self.normalizer
 
     @classmethod
-    def from_arrays(cls, arrays: PromptArrays, pixel_dtype: torch.dtype) -> EncodedPrompt:
+    def from_arrays(cls, arrays: PromptArrays) -> EncodedPrompt:
         """What `arrays` was called on, in memory of its own."""
-        token_ids, token_types, pixels, grid, keys = arrays
-        return cls(
-            token_ids=torch.tensor(token_ids),
-            token_types=torch.tensor(token_types),
-            pixel_values=None if pixels is None else torch.tensor(pixels).view(pixel_dtype),
-            image_grid_thw=None if grid is None else torch.tensor(grid),
-            image_keys=keys,
-        )
+        values, image_keys, normalizer = arrays
+        token_ids, token_types, pixels, grid = (None if v is None else torch.tensor(v) for v in values)
+        assert token_ids is not None and token_types is not None
+        return cls(token_ids, token_types, pixels, grid, image_keys, normalizer)
 
 
 class PromptEncoder:
     """Rows to model inputs, with one processor, one set of templates and one set of pixel bounds.
 
-    Args:
-        pixel_dtype: that of the forward pass, which would round pixels anyway.
-
     Raises:
         UserError: a template cannot be read or rendered.
     """
 
-    def __init__(self, processor: Any, config: DataConfig, pixel_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, processor: Any, config: DataConfig) -> None:
         self.processor = processor
-        self.pixel_dtype = pixel_dtype
         self.config = config
         image_processor = processor.image_processor
         # Images arrive resized; the same bounds here keep the processor from resizing them again.
         image_processor.size = config.pixel_bounds
+        self._normalizer = PixelNormalizer.of(image_processor)
         self._factor = image_processor.patch_size * image_processor.merge_size
         self._image_token_id: int = processor.image_token_id
         self._system_prompt = text_or_file(config.system_prompt, "data.system_prompt")
@@ -205,12 +197,18 @@ class PromptEncoder:
         all_token_ids = self.processor.tokenizer(texts)["input_ids"]
         all_images = [image for _, images in prompts for image in images]
         if all_images:
-            # What the processor does, without what it spends on finding out what is asked of it.
-            vision = self.processor.image_processor(images=all_images, return_tensors="pt")
+            # What the processor does, without what it spends on finding out what is asked of it, and
+            # without what can be done later.
+            vision = self.processor.image_processor(
+                images=all_images, do_rescale=False, do_normalize=False, return_tensors="pt"
+            )
             grids = vision["image_grid_thw"].long()
             patches = grids.prod(-1)
             merged = patches // self.processor.image_processor.merge_size**2
-            pixels = torch.split(vision["pixel_values"], patches.tolist())
+            frames, channels = self._normalizer.frames, len(self._normalizer.mean)
+            # The frame of an image is there as often as the tower wants to see it.
+            one_frame = vision["pixel_values"].unflatten(1, (channels, frames, -1))[:, :, 0].flatten(1)
+            pixels = torch.split(one_frame, patches.tolist())
         result, first = [], 0
         for token_ids, (_, images) in zip(map(torch.tensor, all_token_ids), prompts, strict=True):
             if not images:
@@ -227,9 +225,10 @@ class PromptEncoder:
                     token_ids=token_ids,
                     token_types=(token_ids == self._image_token_id).int(),
                     # A copy: a prompt that is kept must not hold the pixels of all of them in memory.
-                    pixel_values=torch.cat(pixels[own]).to(self.pixel_dtype),
+                    pixels=torch.cat(pixels[own]),
                     image_grid_thw=grids[own].clone(),
                     image_keys=tuple(_image_key(image) for image in images),
+                    normalizer=self._normalizer,
                 )
             )
         return result

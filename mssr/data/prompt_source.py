@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 
-import torch
-
 from mssr.bounded_cache import BoundedCache
 from mssr.config import Config
 from mssr.data.dataset import VAL_PREFIX, PromptDataset, Row
@@ -16,14 +14,10 @@ from mssr.models.loading import load_processor
 
 
 class PromptSource:
-    """Reads rows of the train and validation sets by id; keeps ``data.image_cache_gib`` of encoded ones.
+    """Reads rows of the train and validation sets by id; keeps ``data.image_cache_gib`` of encoded ones."""
 
-    Args:
-        pixel_dtype: see `PromptEncoder`.
-    """
-
-    def __init__(self, config: Config, pixel_dtype: torch.dtype = torch.float32) -> None:
-        self.encoder = PromptEncoder(load_processor(config.model), config.data, pixel_dtype)
+    def __init__(self, config: Config) -> None:
+        self.encoder = PromptEncoder(load_processor(config.model), config.data)
         self._datasets = [PromptDataset(config.data.train, config.data)]
         for one in validation_sets(config.data.val):
             self._datasets.append(one.dataset(config.data, config.run_dir))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mssr.data.encoder import EncodedPrompt
+from mssr.data.pixels import PixelNormalizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,8 @@ class PackedBatch:
     """(1, S) int64."""
     position_ids: torch.Tensor
     """(4, 1, S) int64: text positions, then the three mrope rows."""
-    pixel_values: torch.Tensor | None
-    """(V, patch values) float32; None when no image is in the batch."""
+    pixels: torch.Tensor | None
+    """(V, channels * patch * patch) uint8, see `EncodedPrompt`; None when no image is in the batch."""
     image_grid_thw: torch.Tensor | None
     """(I, 3) int64."""
     image_keys: tuple[bytes, ...]
@@ -42,6 +43,8 @@ class PackedBatch:
     """(sequences + 1,) int32 where each sequence starts in S, and S."""
     max_length: int
     """Tokens of the longest sequence."""
+    normalizer: PixelNormalizer | None = None
+    """Of the pixels."""
 
     def to(self, device: torch.device) -> PackedBatch:
         moved = {}
@@ -76,10 +79,10 @@ class PackItem:
 
 
 def split_images(prompt: EncodedPrompt) -> tuple[torch.Tensor, ...]:
-    """The pixels of each image, (patches, patch values)."""
-    if prompt.image_grid_thw is None or prompt.pixel_values is None:
+    """The pixels of each image, (patches, channels * patch * patch) uint8."""
+    if prompt.image_grid_thw is None or prompt.pixels is None:
         return ()
-    return torch.split(prompt.pixel_values, prompt.image_grid_thw.prod(-1).tolist())
+    return torch.split(prompt.pixels, prompt.image_grid_thw.prod(-1).tolist())
 
 
 def pack(sequences: Sequence[PackItem], merge_size: int) -> PackedBatch:
@@ -119,7 +122,7 @@ def pack(sequences: Sequence[PackItem], merge_size: int) -> PackedBatch:
     return PackedBatch(
         input_ids=torch.cat(ids)[None],
         position_ids=torch.cat(positions, dim=1)[:, None],
-        pixel_values=torch.cat(pixels) if pixels else None,
+        pixels=torch.cat(pixels) if pixels else None,
         image_grid_thw=torch.stack(grids) if grids else None,
         image_keys=tuple(first_feature),
         feature_index=torch.cat(features) if features else torch.empty(0, dtype=torch.int64),
@@ -128,4 +131,5 @@ def pack(sequences: Sequence[PackItem], merge_size: int) -> PackedBatch:
         response_lengths=torch.tensor(lengths),
         cu_seqlens=torch.tensor([0, *itertools.accumulate(totals)], dtype=torch.int32),
         max_length=max(totals),
+        normalizer=next((s.prompt.normalizer for s in sequences if s.prompt.pixels is not None), None),
     )

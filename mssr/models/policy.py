@@ -71,12 +71,12 @@ class PolicyModel(nn.Module):
         """
         core = self.model.model
         embeds = core.language_model.embed_tokens(batch.input_ids)
-        if batch.pixel_values is not None:
-            assert batch.image_grid_thw is not None
+        if batch.pixels is not None:
+            assert batch.image_grid_thw is not None and batch.normalizer is not None
             if self.features is None:
-                features = self._image_features(batch.pixel_values, batch.image_grid_thw)
+                features = self._image_features(batch.normalizer(batch.pixels), batch.image_grid_thw)
             else:
-                features = self._known_features(batch.pixel_values, batch.image_grid_thw, batch.image_keys)
+                features = self._known_features(batch, self.features)
             placeholders = (batch.input_ids == self.model.config.image_token_id)[..., None]
             features = features.to(embeds.dtype)[batch.feature_index]
             embeds = embeds.masked_scatter(placeholders.expand_as(embeds), features)
@@ -103,18 +103,17 @@ class PolicyModel(nn.Module):
         return visual(pixel_values, grid_thw=grid_thw, **positions).pooler_output
 
     @torch.no_grad()
-    def _known_features(
-        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, keys: tuple[bytes, ...]
-    ) -> torch.Tensor:
+    def _known_features(self, batch: PackedBatch, cache: BoundedCache[bytes, torch.Tensor]) -> torch.Tensor:
         """(merged patches, D), the tower run on those images only whose features are not kept."""
-        assert self.features is not None
-        found = {key: kept for key in keys if (kept := self.features.get(key)) is not None}
-        pixels = torch.split(pixel_values, grid_thw.prod(-1).tolist())
+        assert batch.pixels is not None and batch.image_grid_thw is not None and batch.normalizer is not None
+        grids, keys = batch.image_grid_thw, batch.image_keys
+        found = {key: kept for key in keys if (kept := cache.get(key)) is not None}
+        pixels = torch.split(batch.pixels, grids.prod(-1).tolist())
         for k, key in enumerate(keys):
             if key not in found:
                 # One by one: what is kept must not depend on what else was in the pass.
-                found[key] = self._image_features(pixels[k], grid_thw[k : k + 1])
-                self.features.put(key, found[key], found[key].nbytes)
+                found[key] = self._image_features(batch.normalizer(pixels[k]), grids[k : k + 1])
+                cache.put(key, found[key], found[key].nbytes)
         return torch.cat([found[key] for key in keys])
 
     def _blank_image(self) -> tuple[torch.Tensor, torch.Tensor]:

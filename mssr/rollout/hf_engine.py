@@ -25,7 +25,7 @@ class HfEngine:
     def __init__(self, config: Config, device: str) -> None:
         dtype = compute_dtype(config.model.dtype, device)
         self._model = load_model(config.model, dtype, packed=False).to(device).requires_grad_(False)
-        self.prompts = PromptSource(config, dtype)
+        self.prompts = PromptSource(config)
         self._batch = config.rollout.max_num_seqs
         self._version = 0
         self._banned = vision_placeholder_ids(self._model.config)
@@ -102,7 +102,7 @@ class HfEngine:
         }
         pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
         if pixels:
-            inputs["pixel_values"] = torch.cat(pixels)
+            inputs["pixel_values"] = torch.cat(pixels).to(self._model.dtype)
             grids = [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
             inputs["image_grid_thw"] = torch.cat(grids)
         return {name: value.to(self._model.device) for name, value in inputs.items()}

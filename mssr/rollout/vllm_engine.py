@@ -46,10 +46,10 @@ class VllmEngine:
         self._vllm = vllm
         self._version = 0
         rollout, data = config.rollout, config.data
-        dtype = compute_dtype(config.model.dtype, device)
+        self._dtype = compute_dtype(config.model.dtype, device)
         options: dict[str, Any] = {
             "model": config.model.path,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": str(self._dtype).removeprefix("torch."),
             "trust_remote_code": config.model.trust_remote_code,
             "max_model_len": data.max_prompt_length + rollout.max_response_length,
             "max_num_seqs": rollout.max_num_seqs,
@@ -80,7 +80,7 @@ class VllmEngine:
         if device == "cpu":
             # vLLM has put a function here that does nothing but log a warning, several times a request.
             torch.set_num_threads = lambda count: None  # type: ignore[assignment]
-        self.prompts = PromptSource(config, dtype)
+        self.prompts = PromptSource(config)
         self._banned = vision_placeholder_ids(self._engine.model_config.hf_config)
         self._merge_size = int(self._engine.model_config.hf_config.vision_config.spatial_merge_size)
         self._final_only = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
@@ -92,8 +92,9 @@ class VllmEngine:
             prompts = self.prompts.get([request.prompt_id for _, request in taken])
             try:
                 for (number, request), prompt in zip(taken, prompts, strict=True):
-                    name, sampling = str(next(self._ids)), self._sampling(request, params)
-                    self._engine.add_request(name, _engine_input(prompt, self._merge_size), sampling)
+                    name = str(next(self._ids))
+                    inputs = _engine_input(prompt, self._merge_size, self._dtype)
+                    self._engine.add_request(name, inputs, self._sampling(request, params))
                     running[name] = number, request
                 beat()
                 ended = [output for output in self._engine.step() if output.finished]
@@ -146,20 +147,20 @@ class VllmEngine:
         )
 
 
-def _engine_input(prompt: EncodedPrompt, merge_size: int) -> Any:
+def _engine_input(prompt: EncodedPrompt, merge_size: int, dtype: torch.dtype) -> Any:
     """A prompt as vLLM has it after its own preparation."""
     from vllm.inputs import mm_input, tokens_input
     from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
 
-    token_ids = prompt.token_ids.tolist()
-    if prompt.image_grid_thw is None:
+    token_ids, pixel_values = prompt.token_ids.tolist(), prompt.pixel_values
+    if prompt.image_grid_thw is None or pixel_values is None:
         return tokens_input(token_ids)
     patches = prompt.image_grid_thw.prod(-1)
     fields = {
         "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", patches),
         "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
     }
-    pixels = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+    pixels = {"pixel_values": pixel_values.to(dtype), "image_grid_thw": prompt.image_grid_thw}
     lengths = patches // merge_size**2
     starts = prompt.token_types.nonzero()[lengths.cumsum(0) - lengths, 0]
     return mm_input(

@@ -148,7 +148,7 @@ def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> 
     phases.watch(updater, "backward", "forward and backward")
     phases.watch(updater, "_probe_kl", "KL probe")
     phases.watch(updater.optimizer, "step", "optimizer")
-    phases.count(updater.prompts, "item", "prompts")
+    phases.count(updater.prompts, "items", "prompts")
     visual = worker.policy.model.model.visual
     frozen_tower = not any(p.requires_grad for p in visual.parameters())
     models = [m for m in (worker.policy, worker.reference) if m is not None]

@@ -26,7 +26,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from mssr.actor.planning import MicroBatch, Planner, UpdatePlan
 from mssr.actor.update import PolicyUpdater, _Step
 from mssr.config import Config
 from mssr.data.encoder import EncodedPrompt
+from mssr.data.pixels import PixelNormalizer
 from mssr.models.attention import use_varlen_attention
 from mssr.models.cost import CostModel, SequenceWork
 from mssr.models.packing import PackedBatch, PackItem, pack
@@ -70,9 +71,16 @@ class Prompts:
         config = policy.model.config
         vision = config.vision_config
         rng = np.random.default_rng(1)
-        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        pool = torch.randn(4 * int(lengths.max()), values, generator=torch.Generator().manual_seed(0))
-        self.items = []
+        values = vision.in_channels * vision.patch_size**2
+        pool = torch.randint(
+            256,
+            (4 * int(lengths.max()), values),
+            dtype=torch.uint8,
+            generator=torch.Generator().manual_seed(0),
+        )
+        middle = (127.5,) * vision.in_channels
+        normalizer = PixelNormalizer(middle, middle, vision.temporal_patch_size)
+        self._items = []
         for k, (length, response) in enumerate(zip(lengths, responses, strict=True)):
             text = max(int(rng.integers(*TEXT) * scale), 8)
             height = max(int((length - text) ** 0.5), 1)
@@ -88,21 +96,22 @@ class Prompts:
                 pool[: 4 * image],
                 torch.tensor([[1, 2 * height, 2 * width]]),
                 (b"%d" % k,),
+                normalizer,
             )
             tokens = torch.from_numpy(rng.integers(0, 250, response))
-            self.items.append(PackItem(prompt, policy.rope_positions(prompt), tokens))
+            self._items.append(PackItem(prompt, policy.rope_positions(prompt), tokens))
 
-    def item(self, batch: TrainBatch, index: int) -> PackItem:
-        return self.items[index]
+    def items(self, batch: TrainBatch, sequences: Sequence[int]) -> list[PackItem]:
+        return [self._items[s] for s in sequences]
 
     def batch(self) -> TrainBatch:
-        parts = [torch.cat([i.prompt.token_ids, i.response]).numpy() for i in self.items]
-        responses = sum(len(i.response) for i in self.items)
+        parts = [torch.cat([i.prompt.token_ids, i.response]).numpy() for i in self._items]
+        responses = sum(len(i.response) for i in self._items)
         return TrainBatch(
             prompt_ids=tuple(map(str, range(len(parts)))),
             tokens=np.concatenate(parts).astype(np.int32),
             offsets=np.concatenate([[0], np.cumsum([len(p) for p in parts])]),
-            prompt_lengths=np.array([len(i.prompt.token_ids) for i in self.items]),
+            prompt_lengths=np.array([len(i.prompt.token_ids) for i in self._items]),
             advantages=np.random.default_rng(2).standard_normal(len(parts)).astype(np.float32),
             engine_log_probs=np.full(responses, -6.0, np.float32),
         )

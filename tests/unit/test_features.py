@@ -63,10 +63,10 @@ def test_a_pass_computes_only_what_is_not_known(
         for name, gradient in values[1].items():
             torch.testing.assert_close(actual[1][name], gradient, atol=1e-5, rtol=1e-4)
     # All of the first, then t3's image of the second, then none; one by one.
-    assert first.pixel_values is not None and second.pixel_values is not None
+    assert first.pixels is not None and second.pixels is not None
     images = len(first.image_keys)
-    assert sum(calls[:images]) == len(first.pixel_values)
-    assert calls[images:] == [len(second.pixel_values) - len(first.pixel_values)]
+    assert sum(calls[:images]) == len(first.pixels)
+    assert calls[images:] == [len(second.pixels) - len(first.pixels)]
 
 
 def test_what_is_kept_does_not_depend_on_the_pass(workspace: Workspace, policy: PolicyModel) -> None:

@@ -47,8 +47,8 @@ class Lab:
             response = torch.randint(0, 250, (length,), generator=generator)
             items.append(PackItem(prompt, self.policy.rope_positions(prompt), response))
         packed = pack(items, self.policy.merge_size)
-        assert packed.pixel_values is not None
-        self.packed: PackedBatch = dataclasses.replace(packed, pixel_values=packed.pixel_values.double())
+        assert packed.pixels is not None
+        self.packed: PackedBatch = packed
         self.lengths = packed.response_lengths
         self.parameters = list(self.policy.parameters())
         with torch.no_grad():

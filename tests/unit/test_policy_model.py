@@ -57,7 +57,9 @@ def plain_log_probs(policy: PolicyModel, item: PackItem) -> tuple[torch.Tensor, 
 
 def test_linear_patch_embed_is_the_convolution(policy: PolicyModel, items: list[PackItem]) -> None:
     embed = copy.deepcopy(policy.model.model.visual.patch_embed).double()
-    pixels = pack(items, policy.merge_size).pixel_values
+    batch = pack(items, policy.merge_size)
+    assert batch.normalizer is not None and batch.pixels is not None
+    pixels = batch.normalizer(batch.pixels)
     results = []
     for forward in (embed, lambda x: type(embed).forward(embed, x)):
         out = forward(pixels)
@@ -79,10 +81,10 @@ def test_packed_equals_one_by_one(policy: PolicyModel, items: list[PackItem]) ->
 def test_the_image_matters(policy: PolicyModel, items: list[PackItem]) -> None:
     """Otherwise the test above would pass with images mixed up."""
     batch = pack(items, policy.merge_size)
-    assert batch.pixel_values is not None
+    assert batch.pixels is not None
     changed = PackedBatch(
         **{
-            name: (batch.pixel_values.flip(0) if name == "pixel_values" else getattr(batch, name))
+            name: (batch.pixels.flip(0) if name == "pixels" else getattr(batch, name))
             for name in PackedBatch.__slots__
         }
     )
@@ -151,15 +153,15 @@ def test_each_distinct_image_reaches_the_tower_once(policy: PolicyModel, items: 
     first = items[0]
     other_question = replace(first, prompt=replace(first.prompt, token_ids=first.prompt.token_ids.flip(0)))
     both, alone = (pack(x, policy.merge_size) for x in ([first, other_question], [first]))
-    assert both.pixel_values is not None and alone.pixel_values is not None
-    assert torch.equal(both.pixel_values, alone.pixel_values)
+    assert both.pixels is not None and alone.pixels is not None
+    assert torch.equal(both.pixels, alone.pixels)
 
 
 def test_touching_vision_changes_nothing_but_gives_it_a_gradient(
     policy: PolicyModel, items: list[PackItem]
 ) -> None:
     text_only = pack([items[2]], policy.merge_size)
-    assert text_only.pixel_values is None
+    assert text_only.pixels is None
     with torch.no_grad():
         expected = policy(text_only)[0]
     touched = policy(text_only, touch_vision=True)[0]

@@ -84,7 +84,7 @@ def test_a_rank_gets_each_object_once_and_only_those_that_it_needs(
     shelf = PromptShelf(2**30)
     for ids in (["t0", "t1"], ["t2", "t3"], ["t4"]):
         shelf.add(shared(source, ids))
-    fetch = PromptFetcher(shelf.shares(["t0", "t1", "t2", "t4", "t0", "t9"]), torch.float32)
+    fetch = PromptFetcher(shelf.shares(["t0", "t1", "t2", "t4", "t0", "t9"]))
     assert store.fetched == []
     found = fetch(["t0", "t2", "t9"])
     assert list(found) == ["t0", "t2"]
@@ -118,7 +118,7 @@ def test_ranks_encode_what_is_lost_or_was_never_shared(store: Store, source: Pro
     store.lost = {0}
     batch = batch_of(source, [*ids, "t0"])
     cache = PromptCache(source, NoModel())  # type: ignore[arg-type]
-    cache.prepared = PromptFetcher(shelf.shares(batch.prompt_ids), torch.float32)
+    cache.prepared = PromptFetcher(shelf.shares(batch.prompt_ids))
     items = cache.items(batch, range(5))
     for item, prompt_id in zip(items, batch.prompt_ids, strict=True):
         assert_equal(item.prompt, source.get([prompt_id])[0])
