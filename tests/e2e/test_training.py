@@ -61,6 +61,14 @@ def test_the_run_directory_holds_what_it_promises(straight_run: Path) -> None:
         assert (straight_run / "logs" / log).is_file()
 
 
+def test_ranks_get_their_prompts_from_the_engines(straight_run: Path) -> None:
+    """All of them in the first epoch, which is the first step here."""
+    records = metrics_of(straight_run)
+    assert records[1]["perf/prompts_encoded_by_ranks"] == 0
+    assert sum(r["perf/prompts_encoded_by_ranks"] for r in records[2:]) <= 8  # one on the other rank
+    assert "encoded again" not in (straight_run / "logs/actor-0.log").read_text()
+
+
 def test_a_profiled_step_leaves_traces(straight_run: Path) -> None:
     names = {p.name for p in (straight_run / "profiles").iterdir()}
     assert names == {"step-000002-rank-0.json", "step-000002-rank-1.json", "step-000002-ray.json"}

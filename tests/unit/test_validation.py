@@ -118,7 +118,9 @@ def test_each_set_is_sampled_by_its_own_settings(
     # What the engines are told to answer, they can read.
     source = PromptSource(config)
     assert "Which? (A) 1 (B) 2" in source.encoder.chat_text(source.row(by_set["bench"][0].prompt_id))
-    assert all(len(source.get(r.prompt_id).token_ids) for r in by_set["plain"] + by_set["sampled"])
+    assert all(
+        len(p.token_ids) for p in source.get([r.prompt_id for r in by_set["plain"] + by_set["sampled"]])
+    )
 
 
 def test_accuracy_by_set_and_every_item_of_a_benchmark_counts(
