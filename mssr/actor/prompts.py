@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ Prepared = Callable[[Sequence[str]], dict[str, EncodedPrompt]]
 
 
 def nothing_prepared(prompt_ids: Sequence[str]) -> dict[str, EncodedPrompt]:
+    """Where nobody else has encoded any."""
     return {}
 
 
@@ -28,16 +30,24 @@ class PromptCache:
     """Reads and encodes a prompt once as long as it stays among the most recent ``max_bytes``.
 
     Attributes:
-        prepared: asked for prompts before they are read and encoded here.
         encoded: how many prompts with their images had to be encoded here so far.
     """
 
     def __init__(self, source: PromptSource, model: PolicyModel, max_bytes: int = 2**30) -> None:
-        self.prepared: Prepared = nothing_prepared
         self.encoded = 0
+        self._prepared: Prepared = nothing_prepared
         self._source = source
         self._model = model
         self._items: BoundedCache[tuple[str, bool], PackItem] = BoundedCache(max_bytes)
+
+    @contextlib.contextmanager
+    def using(self, prepared: Prepared) -> Iterator[None]:
+        """Inside, ``prepared`` is asked for prompts before they are read and encoded here."""
+        self._prepared = prepared
+        try:
+            yield
+        finally:
+            self._prepared = nothing_prepared
 
     def items(self, batch: TrainBatch, sequences: Sequence[int]) -> list[PackItem]:
         """Sequences of a batch, by their indices.
@@ -79,7 +89,7 @@ class PromptCache:
         return found
 
     def _encoded(self, prompt_ids: Sequence[str]) -> dict[str, EncodedPrompt]:
-        found = self.prepared(prompt_ids) if prompt_ids else {}
+        found = self._prepared(prompt_ids) if prompt_ids else {}
         missing = [i for i in prompt_ids if i not in found]
         self.encoded += len(missing)
         return found | dict(zip(missing, self._source.encode(missing), strict=True))

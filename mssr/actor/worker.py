@@ -123,12 +123,15 @@ class PolicyWorker:
         return shard(model, mesh, self.compute_dtype, actor.keep_gathered, offload, fill)
 
     def update(self, batch: TrainBatch, step: int, prepared: Prepared = nothing_prepared) -> dict[str, float]:
-        """See `PolicyUpdater.step`."""
-        self._prompts.prepared = prepared
+        """See `PolicyUpdater.step`.
+
+        Args:
+            prepared: asked for prompts before this rank encodes them itself.
+        """
         if self.config.actor.lora.dropout:
             # So that a run that is resumed drops what it would have dropped.
             torch.manual_seed(hash((self.config.seed, step, self.rank)) % 2**63)
-        with self._profiled(step + 1):
+        with self._profiled(step + 1), self._prompts.using(prepared):
             metrics = self.updater.step(batch, step)
         if self.device.type == "cuda":
             metrics["memory/actor_gpu_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -150,8 +153,8 @@ class PolicyWorker:
         self, batch: TrainBatch, reference: bool, prepared: Prepared = nothing_prepared
     ) -> RankLogProbs:
         """See `PolicyUpdater.log_probs`: this rank's share of the batch."""
-        self._prompts.prepared = prepared
-        return self.updater.log_probs(batch, reference)
+        with self._prompts.using(prepared):
+            return self.updater.log_probs(batch, reference)
 
     def export_weights(self) -> dict[str, torch.Tensor] | None:
         """All weights by Hugging Face name, on CPU in the dtype of the forward pass, the tied head

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mssr import heartbeat
 from mssr.bounded_cache import BoundedCache
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class PromptFetcher:
         import ray
 
         for reference in references:
+            heartbeat.beat()
             try:
                 self._fetched[reference] = ray.get(reference, timeout=FETCH_TIMEOUT_S)
             except ray.exceptions.RayError as error:

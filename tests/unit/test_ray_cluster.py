@@ -11,9 +11,11 @@ import torch.distributed as dist
 
 from mssr.cluster import ray_cluster
 from mssr.cluster.ray_calls import Failure, Worker, WorkerDiedError, WorkerHungError, _cause_of_death
-from mssr.cluster.ray_cluster import _init_ray, _is_lost
+from mssr.cluster.ray_cluster import PREPARING, RayCluster, _init_ray, _is_lost
+from mssr.cluster.ray_generation import Generation
 from mssr.config import Config
 from mssr.errors import EngineError, TrainingError, UserError
+from mssr.types import RolloutRequest, SamplingParams
 
 pytestmark = pytest.mark.unit
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"
@@ -50,6 +52,60 @@ def test_a_death_is_told_in_a_line() -> None:
     failure = Failure(Worker("engine 1", None), WorkerDiedError(f"died ({told})"))
     assert str(failure).startswith("engine 1: died (SYSTEM_ERROR")
     assert str(Failure(Worker("engine 1", None), ValueError("a\nb"))) == "engine 1: ValueError: a"
+
+
+class Engine:
+    """Stands for the handle of an engine; `prepare` is its only method."""
+
+    def __init__(self) -> None:
+        self.prepared: list[str] = []
+        self.groups: list[str] = []
+        self.prepare = self
+
+    def options(self, concurrency_group: str) -> Engine:
+        self.groups.append(concurrency_group)
+        return self
+
+    def remote(self, prompt_ids: list[str]) -> None:
+        self.prepared += prompt_ids
+
+
+def test_prompts_are_prepared_where_they_are_generated() -> None:
+    """In a thread of their own; by the engines that get their requests first."""
+    cluster = RayCluster.__new__(RayCluster)
+    engines = [Engine() for _ in range(3)]
+    cluster._engines = [Worker(f"engine {k}", e) for k, e in enumerate(engines)]
+    prompt_ids = [f"p{k}" for k in range(60)]
+    cluster.prepare(prompt_ids)
+    assert sorted(i for e in engines for i in e.prepared) == sorted(prompt_ids)
+    assert all(e.groups == [PREPARING] and len(e.prepared) > 10 for e in engines)
+    requests = [RolloutRequest(i, 0, 0) for i in prompt_ids]
+    first: dict[str, list[str]] = {}
+
+    class Stop(Exception):
+        pass
+
+    class Calls:
+        def parts(self, streams: Any, stop: Any) -> Any:
+            raise Stop
+
+    class Handle:
+        def __init__(self, name: str) -> None:
+            self.generate = self.feed = self
+            self.name = name
+
+        def options(self, **_: Any) -> Handle:
+            return self
+
+        def remote(self, number: int, numbered: Any, *params: Any) -> None:
+            if params:
+                first[self.name] = [request.prompt_id for _, request in numbered]
+
+    handles = [Worker(f"engine {k}", Handle(f"engine {k}")) for k in range(3)]
+    with pytest.raises(Stop):
+        Generation(Calls(), requests, SamplingParams(1.0, 8), slots=6).run(handles)  # type: ignore[arg-type]
+    for k, engine in enumerate(engines):
+        assert set(first[f"engine {k}"]) <= set(engine.prepared)
 
 
 def test_a_local_ray_is_for_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,6 +288,28 @@ class Collapsing(FakeCluster):
     skipped = 1.0
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+def test_engines_prepare_what_they_get_next(world: Any, tmp_path: Path, lag: int) -> None:
+    """While the ranks train; with a lag, where engines are not idle then, nothing."""
+    asked: list[list[str]] = []
+    prepared: list[list[str]] = []
+
+    class Preparing(FakeCluster):
+        def generate(self, requests: Sequence[RolloutRequest], params: Any, *args: Any, **kwargs: Any) -> Any:
+            asked.append([r.prompt_id for r in requests])
+            return super().generate(requests, params, *args, **kwargs)
+
+        def prepare(self, prompt_ids: Sequence[str]) -> None:
+            prepared.append(list(prompt_ids))
+
+    drive(world, tmp_path / "run", never, cluster_type=Preparing, lag=lag, val_every=0)
+    assert len(asked) == STEPS
+    if lag:
+        assert prepared == []
+    else:  # requests go long first; nothing follows the last step
+        assert [sorted(ids) for ids in prepared] == [sorted(ids) for ids in asked[1:]]
+
+
 def test_a_collapse_is_told_and_stops_the_run_where_asked(world: Any, tmp_path: Path) -> None:
     records = drive(world, tmp_path / "warned", never, cluster_type=Collapsing)
     assert [r["watch/entropy_collapsed"] for r in records[1:]] == [0, 0, 0, 0, 1, 1]

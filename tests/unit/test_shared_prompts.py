@@ -118,8 +118,8 @@ def test_ranks_encode_what_is_lost_or_was_never_shared(store: Store, source: Pro
     store.lost = {0}
     batch = batch_of(source, [*ids, "t0"])
     cache = PromptCache(source, NoModel())  # type: ignore[arg-type]
-    cache.prepared = PromptFetcher(shelf.shares(batch.prompt_ids))
-    items = cache.items(batch, range(5))
+    with cache.using(PromptFetcher(shelf.shares(batch.prompt_ids))):
+        items = cache.items(batch, range(5))
     for item, prompt_id in zip(items, batch.prompt_ids, strict=True):
         assert_equal(item.prompt, source.get([prompt_id])[0])
         assert item.response.tolist() == [7]
