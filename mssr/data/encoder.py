@@ -1,7 +1,7 @@
 """The one encoder: the same function turns a row into tokens and pixels for engines and actor.
 
-The actor takes over what an engine has encoded or encodes for itself, and asserts that the engine saw the
-same tokens. Images are resized once, by the rules of qwen-vl-utils, so that no later stage resizes them again.
+The actor takes over what an engine has encoded, or encodes for itself, and asserts that the engine saw the
+same tokens. Images are resized once, by the rules of qwen-vl-utils; no later stage resizes them again.
 """
 
 from __future__ import annotations
