@@ -7,6 +7,7 @@ the index of the files, which torch.distributed.checkpoint pickles, through a li
 
 from __future__ import annotations
 
+import enum
 import pickle
 import time
 from collections.abc import Callable, Mapping
@@ -44,6 +45,7 @@ _ALLOWED = {
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", "bfloat16", "float32", "int16", "uint8"},
     "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},  # its name in Python 3.13
 }
 """Everything that the index of a checkpoint of ours is made of."""
 
@@ -146,8 +148,17 @@ class SafeReader(dcp.FileSystemReader):
         return metadata
 
 
+def _member(kind: Any, name: str) -> Any:
+    """In place of getattr, by which some releases of Python 3.11 pickle the members of an enum."""
+    if not (isinstance(kind, enum.EnumMeta) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"a checkpoint's index may not ask for {name} of {kind}")
+    return kind[name]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"a checkpoint's index may not hold {module}.{name}")
         return super().find_class(module, name)

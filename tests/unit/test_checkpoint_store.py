@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -192,6 +193,30 @@ def test_events_go_to_screen_and_file_and_restarts_are_bounded(tmp_path: Path) -
 class Malicious:
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.system, ("touch /tmp/mssr-was-here",))
+
+
+class Attribute:
+    """Pickled as some releases of Python 3.11 pickle the member of an enum."""
+
+    def __init__(self, of: Any, name: str) -> None:
+        self.of, self.name = of, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.of, self.name)
+
+
+def test_the_index_of_a_checkpoint_may_come_from_another_release_of_python() -> None:
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+
+    from mssr.actor.checkpoint import _Unpickler
+
+    member = _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    index = io.BytesIO(pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, member.name)))
+    assert _Unpickler(index).load() is member
+    for of, name in ((Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__"), (Path("a"), "unlink")):
+        index = io.BytesIO(pickle.dumps(Attribute(of, name)))
+        with pytest.raises(pickle.UnpicklingError, match=f"may not ask for {name}"):
+            _Unpickler(index).load()
 
 
 def test_the_index_of_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
