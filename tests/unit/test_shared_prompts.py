@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,10 +14,12 @@ import ray
 import torch
 
 from mssr.actor.prompts import PromptCache
+from mssr.cluster.ray_workers import RayRolloutWorker
 from mssr.cluster.shared_prompts import PromptFetcher, PromptShelf, SharedPrompts, share
 from mssr.config_loading import load_config
 from mssr.data.encoder import EncodedPrompt
 from mssr.data.prompt_source import PromptSource
+from mssr.rollout.worker import RolloutWorker
 from mssr.types import TrainBatch
 from tests.conftest import Workspace
 from tests.unit.test_prompts import assert_equal
@@ -108,6 +114,32 @@ def test_prompts_leave_the_shelf_after_their_update_or_for_newer_ones(
 
 def test_nothing_new_is_nothing_stored(store: Store, source: PromptSource) -> None:
     assert share(source.take_new(["t0"])) is None and store.objects == []
+
+
+def test_an_engine_that_prepares_prompts_has_them_and_the_others_run_first(
+    source: PromptSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And shares them with the ranks as those that it encodes when it needs them."""
+    worker = RayRolloutWorker.__new__(RayRolloutWorker)
+    worker._worker = RolloutWorker.__new__(RolloutWorker)
+    worker._worker._engine = SimpleNamespace(prompts=source)  # type: ignore[assignment]
+    ids = [f"t{k}" for k in range(8)] + ["t0"]
+    priorities = []
+
+    def prepare() -> None:
+        worker.prepare(ids)
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    thread = threading.Thread(target=prepare)
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    thread.start()
+    thread.join()
+    monkeypatch.setattr(source.encoder, "encode_all", lambda rows: pytest.fail("again") if rows else [])
+    assert len(source.get(ids)) == 9
+    assert sorted(worker._worker.new_prompts(ids)) == sorted(set(ids))
+    if sys.platform == "linux":
+        assert priorities == [19]
+        assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
 def test_ranks_encode_what_is_lost_or_was_never_shared(store: Store, source: PromptSource) -> None:
