@@ -102,8 +102,9 @@ class Generation:
                     self._waiting[engine].extendleft(sorted(self._held.pop(engine), reverse=True))
                     self._feed(self._held)
                     continue
-                if part.prompts is not None and self._on_prompts is not None:
-                    self._on_prompts(part.prompts)
+                for prompts in part.prompts:
+                    if self._on_prompts is not None:
+                        self._on_prompts(prompts)
                 for index, rollout in unpack_rollouts(part):
                     self._held[engine].discard(index)
                     self._rollouts[index] = rollout

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mssr import heartbeat
-from mssr.cluster.shared_prompts import PromptFetcher, Shares, share
+from mssr.cluster.shared_prompts import PromptFetcher, PromptOutbox, Shares
 from mssr.cluster.transport import PackedRollouts, pack_rollouts
 from mssr.config import Config
 from mssr.rollout.queue import Finished, Numbered, RequestQueue
@@ -137,6 +137,7 @@ class RayRolloutWorker(RayWorker):
         queue = self._queue(call)
         queue.put(requests)
         handful = max(1, self._slots // HANDFUL)
+        outbox = PromptOutbox(self._ranks)
         ended: Finished = []
         returned, since = 0, time.monotonic()
         for part in self._worker.generate(queue, params):
@@ -146,7 +147,7 @@ class RayRolloutWorker(RayWorker):
             late = time.monotonic() - since > MAX_DELAY_S
             if ended and (idle or late or len(ended) >= handful):
                 prompts = self._worker.new_prompts(rollout.prompt_id for _, rollout in ended)
-                yield pack_rollouts(ended, share(prompts) if self._ranks else None)
+                yield pack_rollouts(ended, outbox.share(prompts, everything=idle))
                 returned, since = returned + len(ended), time.monotonic()
                 ended = []
         with self._lock:

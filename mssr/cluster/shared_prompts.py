@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mssr import heartbeat
+from mssr.affinity import home
 from mssr.bounded_cache import BoundedCache
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 FETCH_TIMEOUT_S = 30.0
 """Longest that a rank waits for prompts that come from another machine."""
+
+GROUPS = 8
+"""Into so many an engine sorts its prompts at most, however many ranks there are."""
+TOGETHER = 32
+"""Prompts that are shared as one object."""
 
 Shares = list[tuple[Any, list[str]]]
 """References, and which prompts are wanted of what each leads to."""
@@ -37,14 +43,33 @@ class SharedPrompts:
     """Bytes of each."""
 
 
-def share(prompts: Mapping[str, EncodedPrompt]) -> SharedPrompts | None:
-    """Put prompts into the object store; None if there are none."""
-    if not prompts:
-        return None
+def share(prompts: Mapping[str, EncodedPrompt]) -> SharedPrompts:
+    """Put prompts into the object store."""
     import ray
 
     reference = ray.put({prompt_id: prompt.arrays() for prompt_id, prompt in prompts.items()})
     return SharedPrompts(reference, {prompt_id: prompt.nbytes for prompt_id, prompt in prompts.items()})
+
+
+class PromptOutbox:
+    """The prompts that an engine is going to share. Those that the same ranks are likely to want go together,
+    so that few others fetch them; and many go together, because the driver has work with each object.
+
+    Args:
+        ranks: of the actor; with none nothing is shared.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._groups = min(ranks, GROUPS)
+        self._waiting: dict[int, dict[str, EncodedPrompt]] = {}
+
+    def share(self, prompts: Mapping[str, EncodedPrompt], everything: bool) -> list[SharedPrompts]:
+        """Add prompts, and share what has come together; with ``everything`` all of it."""
+        if self._groups:
+            for prompt_id, prompt in prompts.items():
+                self._waiting.setdefault(home(prompt_id) % self._groups, {})[prompt_id] = prompt
+        ready = [k for k, waiting in self._waiting.items() if everything or len(waiting) >= TOGETHER]
+        return [share(self._waiting.pop(k)) for k in ready]
 
 
 class PromptShelf:

@@ -5,6 +5,7 @@ To restore an array costs the driver about as much as the rest of a rollout, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,11 +35,11 @@ class PackedRollouts:
     """(sum of T,)"""
     lengths: list[tuple[int, int]]
     """P and T of each."""
-    prompts: SharedPrompts | None = None
-    """Those that the engine had to encode for them."""
+    prompts: Sequence[SharedPrompts] = ()
+    """Of those that the engine had to encode, for these rollouts or earlier ones."""
 
 
-def pack_rollouts(finished: Finished, prompts: SharedPrompts | None = None) -> PackedRollouts:
+def pack_rollouts(finished: Finished, prompts: Sequence[SharedPrompts] = ()) -> PackedRollouts:
     """At least one rollout, with their numbers, for the way."""
     rollouts = [rollout for _, rollout in finished]
     parts = [part for r in rollouts for part in (r.prompt_token_ids, r.response_token_ids)]

@@ -7,8 +7,8 @@
 
 Everything on the driver is real: sampler, requests, the stream of rollouts that end, the reward pool with
 `exact_match`, MSSR's advantages, the batch, the call of the ranks, the tracker, the way of the weights, the
-metrics. The workers are Ray actors that return rollouts of full length, and compute nothing. With every handful
-of rollouts an engine shares their prompts, as in an epoch where all are new; the driver has references to them.
+metrics. The workers are Ray actors that return rollouts of full length, and compute nothing. Engines share
+the prompts of their rollouts, as in an epoch where all are new; the driver has references to them.
 
 CPU is the time that all threads of the driver's process have worked, Ray's in it included; the reward pool,
 Ray's own processes and the workers are apart. The driver waits in short turns, so a longer step costs it a

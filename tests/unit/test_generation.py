@@ -198,7 +198,8 @@ def test_a_worker_returns_rollouts_by_the_handful_and_keeps_none_back(
     parts = worker.generate(7, requests[:6], PARAMS)
     first, second = next(parts), next(parts)  # the second although more may come: the engine is idle
     assert [len(first.numbers), len(second.numbers)] == [4, 2]
-    assert first.prompts == SharedPrompts("reference", {"p1": PROMPT.nbytes}) and second.prompts is None
+    assert first.prompts == []  # it waits for others, until the engine has nothing else to do
+    assert second.prompts == [SharedPrompts("reference", {"p1": PROMPT.nbytes})]
     assert [list(prompts) for prompts in stored] == [["p1"]]
     worker.feed(7, requests[6:])
     worker.feed(7, None)
@@ -212,7 +213,7 @@ def test_an_evaluation_shares_no_prompts(monkeypatch: pytest.MonkeyPatch) -> Non
     worker._worker, worker._ranks = OneByOne(), 0  # type: ignore[assignment]
     monkeypatch.setattr(ray, "put", lambda value: pytest.fail("shared"))
     parts = worker.generate(0, [(1, RolloutRequest("p1", 0, 0))], PARAMS)
-    assert next(parts).prompts is None
+    assert next(parts).prompts == []
 
 
 def test_what_is_packed_for_the_way_comes_out_as_it_was() -> None:

@@ -14,8 +14,16 @@ import ray
 import torch
 
 from mssr.actor.prompts import PromptCache
+from mssr.affinity import home
 from mssr.cluster.ray_workers import RayRolloutWorker
-from mssr.cluster.shared_prompts import PromptFetcher, PromptShelf, SharedPrompts, share
+from mssr.cluster.shared_prompts import (
+    TOGETHER,
+    PromptFetcher,
+    PromptOutbox,
+    PromptShelf,
+    SharedPrompts,
+    share,
+)
 from mssr.config_loading import load_config
 from mssr.data.encoder import EncodedPrompt
 from mssr.data.prompt_source import PromptSource
@@ -79,9 +87,7 @@ def batch_of(source: PromptSource, prompt_ids: list[str]) -> TrainBatch:
 
 def shared(source: PromptSource, prompt_ids: list[str]) -> SharedPrompts:
     source.get(prompt_ids)
-    result = share(source.take_new(prompt_ids))
-    assert result is not None
-    return result
+    return share(source.take_new(prompt_ids))
 
 
 def test_a_rank_gets_each_object_once_and_only_those_that_it_needs(
@@ -112,8 +118,19 @@ def test_prompts_leave_the_shelf_after_their_update_or_for_newer_ones(
     assert shelf.shares(sizes) == [(2, ["t3"])]
 
 
-def test_nothing_new_is_nothing_stored(store: Store, source: PromptSource) -> None:
-    assert share(source.take_new(["t0"])) is None and store.objects == []
+def test_prompts_go_together_by_rank_and_none_is_kept_back(store: Store, source: PromptSource) -> None:
+    [prompt] = source.get(["t0"])
+    outbox = PromptOutbox(ranks=2)
+    ids = [f"p{k}" for k in range(200)]
+    shared = [s for k in range(0, 200, 4) for s in outbox.share(dict.fromkeys(ids[k : k + 4], prompt), False)]
+    assert len(shared) == len(store.objects) >= 4
+    assert all(TOGETHER <= len(s.sizes) < TOGETHER + 4 for s in shared)
+    shared += outbox.share({}, everything=True)
+    assert sorted(i for s in shared for i in s.sizes) == sorted(ids)
+    assert all(len({home(i) % 2 for i in s.sizes}) == 1 for s in shared)
+    assert outbox.share({}, everything=True) == []
+    evaluation = PromptOutbox(ranks=0)
+    assert evaluation.share({"p0": prompt}, everything=True) == []
 
 
 def test_an_engine_that_prepares_prompts_has_them_and_the_others_run_first(
