@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 FETCH_TIMEOUT_S = 30.0
 """Longest that a rank waits for prompts that come from another machine."""
 
-GROUPS = 8
-"""Into so many an engine sorts its prompts at most, however many ranks there are."""
-TOGETHER = 32
+NEIGHBOURS = 8
+"""Ranks, one after the other, that are likely to be on one machine."""
+TOGETHER = 64
 """Prompts that are shared as one object."""
 
 Shares = list[tuple[Any, list[str]]]
@@ -52,22 +52,23 @@ def share(prompts: Mapping[str, EncodedPrompt]) -> SharedPrompts:
 
 
 class PromptOutbox:
-    """The prompts that an engine is going to share. Those that the same ranks are likely to want go together,
-    so that few others fetch them; and many go together, because the driver has work with each object.
+    """The prompts that an engine is going to share. Those that the same machine is likely to want go together,
+    so that others need not fetch them; and many go together, because the driver has work with each object.
 
     Args:
         ranks: of the actor; with none nothing is shared.
     """
 
     def __init__(self, ranks: int) -> None:
-        self._groups = min(ranks, GROUPS)
+        self._ranks = ranks
         self._waiting: dict[int, dict[str, EncodedPrompt]] = {}
 
     def share(self, prompts: Mapping[str, EncodedPrompt], everything: bool) -> list[SharedPrompts]:
         """Add prompts, and share what has come together; with ``everything`` all of it."""
-        if self._groups:
+        if self._ranks:
             for prompt_id, prompt in prompts.items():
-                self._waiting.setdefault(home(prompt_id) % self._groups, {})[prompt_id] = prompt
+                machine = home(prompt_id) % self._ranks // NEIGHBOURS
+                self._waiting.setdefault(machine, {})[prompt_id] = prompt
         ready = [k for k, waiting in self._waiting.items() if everything or len(waiting) >= TOGETHER]
         return [share(self._waiting.pop(k)) for k in ready]
 

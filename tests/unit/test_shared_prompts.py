@@ -118,16 +118,16 @@ def test_prompts_leave_the_shelf_after_their_update_or_for_newer_ones(
     assert shelf.shares(sizes) == [(2, ["t3"])]
 
 
-def test_prompts_go_together_by_rank_and_none_is_kept_back(store: Store, source: PromptSource) -> None:
+def test_prompts_go_together_by_machine_and_none_is_kept_back(store: Store, source: PromptSource) -> None:
     [prompt] = source.get(["t0"])
-    outbox = PromptOutbox(ranks=2)
-    ids = [f"p{k}" for k in range(200)]
-    shared = [s for k in range(0, 200, 4) for s in outbox.share(dict.fromkeys(ids[k : k + 4], prompt), False)]
+    outbox = PromptOutbox(ranks=16)
+    ids = [f"p{k}" for k in range(400)]
+    shared = [s for k in range(0, 400, 4) for s in outbox.share(dict.fromkeys(ids[k : k + 4], prompt), False)]
     assert len(shared) == len(store.objects) >= 4
     assert all(TOGETHER <= len(s.sizes) < TOGETHER + 4 for s in shared)
     shared += outbox.share({}, everything=True)
     assert sorted(i for s in shared for i in s.sizes) == sorted(ids)
-    assert all(len({home(i) % 2 for i in s.sizes}) == 1 for s in shared)
+    assert all(len({home(i) % 16 // 8 for i in s.sizes}) == 1 for s in shared)
     assert outbox.share({}, everything=True) == []
     evaluation = PromptOutbox(ranks=0)
     assert evaluation.share({"p0": prompt}, everything=True) == []
