@@ -52,8 +52,8 @@ def share(prompts: Mapping[str, EncodedPrompt]) -> SharedPrompts:
 
 
 class PromptOutbox:
-    """The prompts that an engine is going to share. Those that the same machine is likely to want go together,
-    so that others need not fetch them; and many go together, because the driver has work with each object.
+    """The prompts that an engine is going to share. Those that one machine is likely to want go together, so
+    that others need not fetch them; and many go together, because the driver has work with each object.
 
     Args:
         ranks: of the actor; with none nothing is shared.
