@@ -76,6 +76,9 @@ class FakeEngine:
         """All of them, as in an epoch where every prompt is new."""
         return {prompt_id: FakePrompt() for prompt_id in prompt_ids}
 
+    def prepare(self, prompt_ids: Iterable[str]) -> None:
+        """Nothing: its prompts are ready."""
+
     def load_weights(self, weights: Any, version: int) -> None:
         self._version = version
 
