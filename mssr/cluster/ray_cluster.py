@@ -91,7 +91,6 @@ class RayCluster:
         for prompt_id in prompt_ids:
             of_engine[home(prompt_id) % len(self._engines)].append(prompt_id)
         for engine, own in zip(self._engines, of_engine, strict=True):
-            # What fails here fails again, and is told, when the engine generates.
             engine.handle.prepare.options(concurrency_group=PREPARING).remote(own)
 
     @property

@@ -6,6 +6,7 @@ read when they are imported, and builds the real worker after that.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -24,9 +25,11 @@ from mssr.types import RankLogProbs, SamplingParams, TrainBatch
 if TYPE_CHECKING:
     from mssr.actor.worker import PolicyWorker
 
+logger = logging.getLogger(__name__)
+
 HANDFUL = 16
 """One in so many of an engine's slots: the rollouts that it returns together."""
-MAX_DELAY_S = 2.0
+MAX_DELAY_S = 5.0
 """Longest that a rollout waits for others to be returned with."""
 
 
@@ -163,10 +166,14 @@ class RayRolloutWorker(RayWorker):
             queue.put(requests)
 
     def prepare(self, prompt_ids: Sequence[str]) -> None:
-        """See `RolloutWorker.prepare`. Called in a thread of its own."""
+        """See `RolloutWorker.prepare`. Called in a thread of its own, and nobody asks for the result: what
+        fails here fails again, and is told, when the engine generates."""
         if sys.platform == "linux":  # elsewhere a thread has no priority of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        self._worker.prepare(prompt_ids)
+        try:
+            self._worker.prepare(prompt_ids)
+        except Exception:
+            logger.warning("prompts could not be prepared", exc_info=True)
 
     def _queue(self, call: int) -> RequestQueue:
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -157,6 +158,24 @@ def test_an_engine_that_prepares_prompts_has_them_and_the_others_run_first(
     if sys.platform == "linux":
         assert priorities == [19]
         assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+
+
+def test_prompts_that_cannot_be_prepared_are_told_in_the_log_and_not_raised(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Ray would print what nobody asks for over the console of the driver."""
+
+    class Broken:
+        def prepare(self, prompt_ids: Sequence[str]) -> None:
+            raise OSError("the disk is gone")
+
+    worker = RayRolloutWorker.__new__(RayRolloutWorker)
+    worker._worker = Broken()  # type: ignore[assignment]
+    thread = threading.Thread(target=worker.prepare, args=(["t0"],))  # whose priority it takes
+    thread.start()
+    thread.join()
+    [record] = caplog.records
+    assert record.exc_info is not None and "the disk is gone" in str(record.exc_info[1])
 
 
 def test_ranks_encode_what_is_lost_or_was_never_shared(store: Store, source: PromptSource) -> None:
