@@ -53,8 +53,9 @@ class DataConfig:
     shuffle: bool = True
     """New random order in every epoch; false keeps the order of the file."""
     image_cache_gib: float = 4.0
-    """Host memory of each worker for encoded prompts (tokens, and pixels cut into patches, a byte for each of
-    three colours), so that later epochs need not encode them again; the least recently used give way."""
+    """Host memory of each worker for encoded prompts and images (tokens, and pixels cut into patches, a byte
+    for each of three colours), so that later epochs need not encode them again; the least recently used give
+    way."""
     cache_dir: str | None = None
     """Where the checked lengths and ids of data sets are kept; null is $MSSR_CACHE or ~/.cache/mssr."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from qwen_vl_utils import smart_resize
 
+from mssr.bounded_cache import BoundedCache
+from mssr.data.images import ImageSource
 from mssr.data.pixels import PixelNormalizer
 from mssr.data.rows import IMAGE_MARK, Row
 from mssr.data_config import DataConfig
@@ -31,6 +33,25 @@ their arithmetic, few enough that large ones do not take more memory than they m
 
 PromptArrays = tuple[list[npt.NDArray[Any] | None], tuple[bytes, ...], PixelNormalizer | None]
 """The fields of an `EncodedPrompt`: those that are tensors, then the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """An image cut into V patches."""
+
+    pixels: torch.Tensor
+    """(V, channels * patch * patch) uint8, see `mssr.data.pixels`."""
+    grid_thw: torch.Tensor
+    """(3,) int64, patches in time, height and width."""
+
+    @property
+    def nbytes(self) -> int:
+        """About what it takes in memory."""
+        return 1024 + self.pixels.nbytes
+
+
+ImageCache = BoundedCache[Any, EncodedImage]
+"""Images by their keys, see `EncodedPrompt.image_keys`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +67,7 @@ class EncodedPrompt:
     image_grid_thw: torch.Tensor | None
     """(I, 3) int64, patches in time, height and width, None without images."""
     image_keys: tuple[bytes, ...] = ()
-    """(I,) the same for equal images, in whatever prompt they are."""
+    """(I,) hashes of the images as the data has them, so equal images have the same in whatever prompt."""
     normalizer: PixelNormalizer | None = None
     """Of the pixels, None without images."""
 
@@ -149,15 +170,15 @@ class PromptEncoder:
 
     def images(self, row: Row) -> list[Image.Image]:
         """RGB images in their final size."""
-        result = []
-        for k, source in enumerate(row.images):
-            try:
-                image = source.decode()
-            except Exception as error:  # PIL raises many types for a broken file
-                raise UserError(f"{row.where}: image {k} cannot be read ({error})") from error
-            size = self.resized(*image.size)
-            result.append(image if size == image.size else image.resize(size, Image.Resampling.BICUBIC))
-        return result
+        return [self._image(row, k, source) for k, source in enumerate(row.images)]
+
+    def _image(self, row: Row, number: int, source: ImageSource) -> Image.Image:
+        try:
+            image = source.decode()
+        except Exception as error:  # PIL raises many types for a broken file
+            raise _unreadable(row, number, error) from error
+        size = self.resized(*image.size)
+        return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
     def length(self, row: Row, sizes: Sequence[tuple[int, int]]) -> int:
         """P, computed from the (width, height) of the images alone."""
@@ -172,73 +193,108 @@ class PromptEncoder:
         """Tokens and pixels of a prompt."""
         return self.encode_all([row])[0]
 
-    def encode_all(self, rows: Sequence[Row]) -> list[EncodedPrompt]:
+    def encode_all(self, rows: Sequence[Row], kept: ImageCache | None = None) -> list[EncodedPrompt]:
         """Tokens and pixels of prompts, each as if it were alone, in less time.
+
+        An image is decoded and cut once in a go, in however many prompts it is.
+
+        Args:
+            kept: images that need not be cut again; those that are cut are added.
 
         Raises:
             UserError: an image cannot be read; names the row.
         """
+        kept = ImageCache(0) if kept is None else kept
         result: list[EncodedPrompt] = []
-        chunk: list[tuple[Row, list[Image.Image]]] = []
-        pixels = 0
+        chunk: list[tuple[Row, list[bytes]]] = []
+        found: dict[bytes, EncodedImage] = {}
+        uncut: dict[bytes, Image.Image] = {}
         for row in rows:
-            images = self.images(row)
-            chunk.append((row, images))
-            pixels += sum(image.width * image.height for image in images)
-            if pixels >= CHUNK_PIXELS:
-                result += self._encode(chunk)
-                chunk, pixels = [], 0
-        return result + self._encode(chunk)
+            keys = []
+            for k, source in enumerate(row.images):
+                key, source = _read(row, k, source)
+                keys.append(key)
+                if key in found or key in uncut:
+                    continue
+                if (image := kept.get(key)) is not None:
+                    found[key] = image
+                else:
+                    uncut[key] = self._image(row, k, source)
+            chunk.append((row, keys))
+            if sum(image.width * image.height for image in uncut.values()) >= CHUNK_PIXELS:
+                result += self._encode(chunk, found | self._cut(uncut, kept))
+                chunk, found, uncut = [], {}, {}
+        return result + self._encode(chunk, found | self._cut(uncut, kept))
 
-    def _encode(self, prompts: Sequence[tuple[Row, list[Image.Image]]]) -> list[EncodedPrompt]:
+    def _cut(self, images: Mapping[bytes, Image.Image], kept: ImageCache) -> dict[bytes, EncodedImage]:
+        """The images as patches, which are kept, too."""
+        if not images:
+            return {}
+        # What the processor does, without what it spends on finding out what is asked of it, and
+        # without what can be done later.
+        vision = self.processor.image_processor(
+            images=list(images.values()), do_rescale=False, do_normalize=False, return_tensors="pt"
+        )
+        grids = vision["image_grid_thw"].long()
+        frames, channels = self._normalizer.frames, len(self._normalizer.mean)
+        # The frame of an image is there as often as the tower wants to see it.
+        one_frame = vision["pixel_values"].unflatten(1, (channels, frames, -1))[:, :, 0].flatten(1)
+        cut = {}
+        for key, pixels, grid in zip(
+            images, torch.split(one_frame, grids.prod(-1).tolist()), grids, strict=True
+        ):
+            # Copies: an image that is kept must not hold the pixels of all of them in memory.
+            cut[key] = EncodedImage(pixels.clone(), grid.clone())
+            kept.put(key, cut[key], cut[key].nbytes)
+        return cut
+
+    def _encode(
+        self, prompts: Sequence[tuple[Row, list[bytes]]], images: Mapping[bytes, EncodedImage]
+    ) -> list[EncodedPrompt]:
         if not prompts:
             return []
-        texts = [self.chat_text(row) for row, _ in prompts]
-        all_token_ids = self.processor.tokenizer(texts)["input_ids"]
-        all_images = [image for _, images in prompts for image in images]
-        if all_images:
-            # What the processor does, without what it spends on finding out what is asked of it, and
-            # without what can be done later.
-            vision = self.processor.image_processor(
-                images=all_images, do_rescale=False, do_normalize=False, return_tensors="pt"
-            )
-            grids = vision["image_grid_thw"].long()
-            patches = grids.prod(-1)
-            merged = patches // self.processor.image_processor.merge_size**2
-            frames, channels = self._normalizer.frames, len(self._normalizer.mean)
-            # The frame of an image is there as often as the tower wants to see it.
-            one_frame = vision["pixel_values"].unflatten(1, (channels, frames, -1))[:, :, 0].flatten(1)
-            pixels = torch.split(one_frame, patches.tolist())
-        result, first = [], 0
-        for token_ids, (_, images) in zip(map(torch.tensor, all_token_ids), prompts, strict=True):
-            if not images:
+        all_token_ids = self.processor.tokenizer([self.chat_text(row) for row, _ in prompts])["input_ids"]
+        result = []
+        for token_ids, (_, keys) in zip(map(torch.tensor, all_token_ids), prompts, strict=True):
+            if not keys:
                 no_types = torch.zeros_like(token_ids, dtype=torch.int32)
                 result.append(EncodedPrompt(token_ids, no_types, None, None))
                 continue
-            own = slice(first, first + len(images))
-            first += len(images)
+            own = [images[key] for key in keys]
+            grids = torch.stack([image.grid_thw for image in own])
             counts = torch.ones_like(token_ids)
-            counts[token_ids == self._image_token_id] = merged[own]
+            is_image = token_ids == self._image_token_id
+            counts[is_image] = grids.prod(-1) // self.processor.image_processor.merge_size**2
             token_ids = token_ids.repeat_interleave(counts)
             result.append(
                 EncodedPrompt(
                     token_ids=token_ids,
                     token_types=(token_ids == self._image_token_id).int(),
-                    # A copy: a prompt that is kept must not hold the pixels of all of them in memory.
-                    pixels=torch.cat(pixels[own]),
-                    image_grid_thw=grids[own].clone(),
-                    image_keys=tuple(_image_key(image) for image in images),
+                    pixels=join_pixels(own),
+                    image_grid_thw=grids,
+                    image_keys=tuple(keys),
                     normalizer=self._normalizer,
                 )
             )
         return result
 
 
-def _image_key(image: Image.Image) -> bytes:
-    """A hash of size and pixels."""
-    digest = hashlib.blake2b(f"{image.width}x{image.height}".encode(), digest_size=16)
-    digest.update(image.tobytes())
-    return digest.digest()
+def join_pixels(images: Sequence[EncodedImage]) -> torch.Tensor:
+    """(V, channels * patch * patch) uint8: the patches of one or more images; those of one are not copied."""
+    return images[0].pixels if len(images) == 1 else torch.cat([image.pixels for image in images])
+
+
+def _read(row: Row, number: int, source: ImageSource) -> tuple[bytes, ImageSource]:
+    """A hash of the image as the data has it, and the image in memory."""
+    try:
+        data = source.read()
+    except (OSError, ValueError) as error:
+        raise _unreadable(row, number, error) from error
+    return hashlib.blake2b(data, digest_size=16).digest(), ImageSource(data, None)
+
+
+def _unreadable(row: Row, number: int, error: Exception) -> UserError:
+    return UserError(f"{row.where}: image {number} cannot be read ({error})")
 
 
 def text_or_file(value: str | None, key: str) -> str | None:

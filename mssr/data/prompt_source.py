@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from mssr.bounded_cache import BoundedCache
 from mssr.config import Config
 from mssr.data.dataset import VAL_PREFIX, PromptDataset, Row
-from mssr.data.encoder import EncodedPrompt, PromptEncoder
+from mssr.data.encoder import EncodedImage, EncodedPrompt, PromptEncoder, join_pixels
 from mssr.data.validation_sets import validation_sets
 from mssr.models.loading import load_processor
 
 
 class PromptSource:
-    """Reads rows of the train and validation sets by id; keeps ``data.image_cache_gib`` of encoded ones."""
+    """Reads rows of the train and validation sets by id; keeps ``data.image_cache_gib`` of what is encoded.
+
+    Images are kept apart from the prompts that show them, so that one that several show is there once.
+    """
 
     def __init__(self, config: Config) -> None:
         self.encoder = PromptEncoder(load_processor(config.model), config.data)
         self._datasets = [PromptDataset(config.data.train, config.data)]
         for one in validation_sets(config.data.val):
             self._datasets.append(one.dataset(config.data, config.run_dir))
-        self._cache: BoundedCache[str, EncodedPrompt] = BoundedCache(config.data.image_cache_bytes)
+        self._cache: BoundedCache[str | bytes, Any] = BoundedCache(config.data.image_cache_bytes)
+        """Prompts without their pixels by id, and images by key."""
         self._lock = threading.Lock()
         self._new: set[str] = set()
         """Prompts that were encoded and not yet asked for by `take_new`."""
@@ -30,11 +36,13 @@ class PromptSource:
         """Read and encoded, in their order. Threads may call it; one encodes at a time."""
         with self._lock:
             wanted = dict.fromkeys(prompt_ids)
-            found = {i: kept for i in wanted if (kept := self._cache.get(i)) is not None}
+            found = {i: kept for i in wanted if (kept := self._kept(i)) is not None}
             missing = [i for i in wanted if i not in found]
-            for prompt_id, prompt in zip(missing, self.encode(missing), strict=True):
+            encoded = self.encoder.encode_all([self.row(i) for i in missing], self._cache)
+            for prompt_id, prompt in zip(missing, encoded, strict=True):
                 found[prompt_id] = prompt
-                self._cache.put(prompt_id, prompt, prompt.nbytes)
+                without = dataclasses.replace(prompt, pixels=None)
+                self._cache.put(prompt_id, without, without.nbytes)
                 if not prompt_id.startswith(VAL_PREFIX):
                     self._new.add(prompt_id)
             return [found[i] for i in prompt_ids]
@@ -47,7 +55,19 @@ class PromptSource:
         with self._lock:
             new = self._new.intersection(prompt_ids)
             self._new -= new
-        return {i: kept for i in sorted(new) if (kept := self._cache.get(i)) is not None}
+        return {i: kept for i in sorted(new) if (kept := self._kept(i)) is not None}
+
+    def _kept(self, prompt_id: str) -> EncodedPrompt | None:
+        """The prompt with its pixels, if all of it is kept."""
+        prompt: EncodedPrompt | None = self._cache.get(prompt_id)
+        if prompt is None or not prompt.image_keys:
+            return prompt
+        images: list[EncodedImage] = []
+        for key in prompt.image_keys:
+            if (image := self._cache.get(key)) is None:
+                return None
+            images.append(image)
+        return dataclasses.replace(prompt, pixels=join_pixels(images))
 
     def encode(self, prompt_ids: Sequence[str]) -> list[EncodedPrompt]:
         """The same as `get`, and nothing is kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mssr.data.dataset import ImageSource, Row
 from mssr.data.encoder import EncodedPrompt, PromptEncoder
 from mssr.errors import UserError
 from mssr.models.loading import load_processor
+from mssr.models.packing import split_images
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.unit
@@ -161,6 +163,53 @@ def test_many_prompts_are_encoded_as_each_alone(
     assert source.encoder.encode_all([]) == []
 
 
+def test_an_image_of_several_prompts_is_cut_and_kept_once(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one go or one after the other, as long as there is room; and what comes of it is the same."""
+    from mssr.data.prompt_source import PromptSource
+
+    config = load_config(workspace.config)
+    source = PromptSource(config)
+    first, second = source.row("t0"), source.row("t1")
+    shown = {
+        "a": first,
+        "b": dataclasses.replace(first, problem="And this?"),
+        "c": dataclasses.replace(first, images=first.images + second.images, problem="Both?"),
+        "d": second,
+    }
+    alone = {i: source.encoder.encode(row) for i, row in shown.items()}
+    cut: list[bytes] = []
+    cut_images = PromptEncoder._cut
+    monkeypatch.setattr(
+        PromptEncoder, "_cut", lambda self, new, kept: (cut.extend(new), cut_images(self, new, kept))[1]
+    )
+
+    def ask(source: PromptSource, *requests: str) -> None:
+        monkeypatch.setattr(source, "row", shown.__getitem__)
+        cut.clear()
+        for ids in requests:
+            for prompt_id, prompt in zip(ids, source.get(list(ids)), strict=True):
+                assert_equal(prompt, alone[prompt_id])
+
+    images = {key for prompt in alone.values() for key in prompt.image_keys}
+    for requests in (["abcd"], ["a", "b", "c", "d"], ["d", "cb", "a", "abcd"]):
+        ask(PromptSource(config), *requests)
+        assert len(cut) == len(images) and set(cut) == images
+    pixels = {
+        key: part.nbytes
+        for prompt in alone.values()
+        for key, part in zip(prompt.image_keys, split_images(prompt), strict=True)
+    }
+    prompts = sum(dataclasses.replace(prompt, pixels=None).nbytes for prompt in alone.values())
+    config.data.image_cache_gib = (prompts + sum(pixels.values()) + 1024 * len(pixels)) / 2**30
+    ask(PromptSource(config), "abcd", "abcd")  # it all fits, because none is there twice
+    assert len(cut) == len(images)
+    config.data.image_cache_gib = 0.0
+    ask(PromptSource(config), "a", "b", "abcd")
+    assert len(cut) > len(images)
+
+
 def test_a_prompt_survives_the_way_to_another_process(workspace: Workspace) -> None:
     from mssr.data.prompt_source import PromptSource
 
@@ -210,11 +259,14 @@ def test_the_recent_prompts_are_kept_encoded(workspace: Workspace) -> None:
     config.data.image_cache_gib = (sum(sizes.values()) - 1) / 2**30
     source = PromptSource(config)
     first, second = source.get(["t0", "t1"])
-    assert source.get(["t0"])[0] is first and source.get(["t1"])[0] is second
+    for prompt_id, prompt in (("t0", first), ("t1", second)):
+        [kept] = source.get([prompt_id])
+        assert kept.token_ids is prompt.token_ids
+        assert_equal(kept, prompt)
     source.get(["t2"])  # no room for all three: t0 was used least recently
-    assert source.get(["t1"])[0] is second
+    assert source.get(["t1"])[0].token_ids is second.token_ids
     again = source.get(["t0"])[0]
-    assert again is not first and torch.equal(again.token_ids, first.token_ids)
+    assert again.token_ids is not first.token_ids and torch.equal(again.token_ids, first.token_ids)
     assert again.pixels is not None and first.pixels is not None and first.pixel_values is not None
     assert torch.equal(again.pixels, first.pixels) and first.pixels.dtype == torch.uint8
     assert sizes["t0"] == 4096 + 8 * len(first.token_ids) + first.pixel_values.numel() // 2

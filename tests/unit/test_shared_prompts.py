@@ -152,7 +152,7 @@ def test_an_engine_that_prepares_prompts_has_them_and_the_others_run_first(
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     thread.start()
     thread.join()
-    monkeypatch.setattr(source.encoder, "encode_all", lambda rows: pytest.fail("again") if rows else [])
+    monkeypatch.setattr(source.encoder, "encode_all", lambda rows, _: pytest.fail("again") if rows else [])
     assert len(source.get(ids)) == 9
     assert sorted(worker._worker.new_prompts(ids)) == sorted(set(ids))
     if sys.platform == "linux":
