@@ -119,8 +119,10 @@ class NaiveStep:
         column = allowed.cumsum(0)[response] - 1
         return log_p[torch.arange(len(response)), column], entropy
 
-    def step(self, batch: TrainBatch, parts: list[tuple[int, ...]]) -> dict[str, float]:
-        """One update for each part of the batch's sequences; returns the metrics."""
+    def step(
+        self, batch: TrainBatch, parts: list[tuple[int, ...]], probed: tuple[int, ...]
+    ) -> dict[str, float]:
+        """One update for each part of the batch's sequences; returns the metrics, the KL of those probed."""
         every = range(len(batch))
         old: dict[int, torch.Tensor] = {}
         anchor: dict[int, torch.Tensor] = {}
@@ -147,21 +149,23 @@ class NaiveStep:
             for s in every
         }
         losses, norms = [], []
+        trained = [s for part in parts for s in part]
         for part in parts:
             losses.append(self._accumulate(batch, part, tokens))
             norms.append(self._clip())
             self.optimizer.step()
             self.optimizer.zero_grad()
         metrics = {
-            name: float(torch.cat([t.metrics[name] for t in tokens.values()]).double().mean())
-            for name in tokens[0].metrics
+            name: float(torch.cat([tokens[s].metrics[name] for s in trained]).double().mean())
+            for name in tokens[trained[0]].metrics
         }
         with torch.no_grad():
-            change = torch.cat([self.score(self.model, batch, s)[0] - old[s] for s in every])
+            change = torch.cat([self.score(self.model, batch, s)[0] - old[s] for s in probed])
         metrics["policy/kl_update"] = float((change.exp() - 1 - change).mean())
         metrics["policy/loss"] = float(np.mean(losses))
         metrics["policy/grad_norm"] = float(np.mean(norms))
-        metrics["rollout/mismatch_max"] = max(float((t.engine - t.old).abs().max()) for t in tokens.values())
+        mismatch = torch.cat([tokens[s].engine - tokens[s].old for s in trained])
+        metrics["rollout/mismatch_max"] = float(mismatch.abs().max())
         return metrics
 
     def _advantages(self, batch: TrainBatch, s: int) -> torch.Tensor:
@@ -177,7 +181,7 @@ class NaiveStep:
             if self.recipe.aggregation == "token_mean":
                 loss = per_token.sum() / int(lengths.sum())
             elif self.recipe.aggregation == "sequence_mean":
-                loss = per_token.mean() / len(part)
+                loss = per_token.sum() / max(len(per_token), 1) / int((lengths > 0).sum())
             else:
                 loss = per_token.sum() / (len(part) * self.recipe.constant_length)
             loss.backward()

@@ -16,6 +16,7 @@ from mssr.types import TrainBatch
 from tests.conftest import Workspace
 from tests.unit.naive_step import Recipe
 from tests.unit.step_lab import IDS, StepLab, open_lab
+from tests.unit.test_signals import without_response
 
 pytestmark = pytest.mark.unit
 
@@ -27,6 +28,10 @@ class Case:
     recipe: Recipe
     updates: int = 1
     known: tuple[str, ...] = ()
+    held_out: bool = False
+    """Whether a third of the prompts is only probed."""
+    empty: tuple[int, ...] = ()
+    """Sequences whose response is empty."""
     alive: tuple[str, ...] = ()
     """Metrics between 0 and 1, and neither: the case would show less if they were."""
 
@@ -99,6 +104,12 @@ CASES = {
     "cispo": Case(
         Recipe(loss="cispo", clip_low=0.1, clip_high=0.1, anchor_coef=0.5), updates=2, alive=CLIPS[:1]
     ),
+    "held out": Case(
+        Recipe(aggregation="sequence_mean", shaping="exact", kl_coef=0.2), updates=2, held_out=True
+    ),
+    "empty responses": Case(
+        Recipe(aggregation="sequence_mean", kl_coef=0.2, mask="geometric", anchor_coef=0.1), empty=(1, 2)
+    ),
     "sapo": Case(Recipe(loss="sapo", tau_positive=2.0, tau_negative=3.0), updates=2),
 }
 SECTIONS = {
@@ -132,6 +143,8 @@ def overrides(case: Case) -> list[str]:
         del changed[KEYS["kl"]]
     changed["algorithm.name"] = "mvsr" if case.recipe.shaping is None else "mssr"
     changed["actor.updates_per_step"] = case.updates
+    if case.held_out:
+        changed |= {"actor.kl_probe": "held_out", "actor.kl_probe_fraction": 0.3}
     return [f"{key}={value}" for key, value in changed.items()]
 
 
@@ -147,15 +160,20 @@ def test_the_step_is_that_of_a_naive_loop(lab: StepLab, tmp_path: Path, name: st
     updater = lab.updater(tmp_path, *overrides(case))
     updater.objective = dataclasses.replace(updater.objective, kl_estimator=case.recipe.kl)
     batch = batch_of(lab, updater, case)
-    parts = [plan.sequences for plan in updater.plan(batch, 0)]
-    assert sorted(s for part in parts for s in part) == list(range(len(IDS))) and len(parts) == case.updates
+    plan = updater.plan(batch, 0)
+    parts = [update.sequences for update in plan.updates]
+    probed = tuple(s for micro in plan.probe[0] for s in micro.sequences)
+    trained = {s for part in parts for s in part}
+    assert len(parts) == case.updates and sum(map(len, parts)) == len(trained)
+    assert trained | set(probed) == set(range(len(IDS)))
+    assert (trained.isdisjoint(probed), len(probed)) == ((True, 2) if case.held_out else (False, len(IDS)))
     metrics = updater.step(batch, 0)
     naive = lab.naive(case.recipe)
-    expected = naive.step(batch, parts)
+    expected = naive.step(batch, parts, probed)
     expected |= {"policy/lr": 1e-3, "policy/skipped_updates": 0.0, "perf/prompts_encoded_by_ranks": 5.0}
     assert metrics.keys() == expected.keys()
     close = {k: pytest.approx(v, rel=1e-6, abs=1e-6) for k, v in expected.items()}
-    assert {k: (v, close[k]) for k, v in metrics.items() if v != close[k] and k != "policy/loss"} == {}
+    assert {k: (v, close[k]) for k, v in metrics.items() if v != close[k]} == {}
     assert all(0 < metrics[key] < 1 for key in case.alive), {key: metrics[key] for key in case.alive}
     ours = dict(lab.policy.model.named_parameters())
     for key, p in naive.model.named_parameters():
@@ -168,8 +186,10 @@ def test_the_step_is_that_of_a_naive_loop(lab: StepLab, tmp_path: Path, name: st
 
 def batch_of(lab: StepLab, updater: PolicyUpdater, case: Case) -> TrainBatch:
     """Engine, old policy and reference differ from the policy by some tenths: clips and masks take part."""
-    rng = np.random.default_rng(1)
-    policy = join_log_probs([updater.log_probs(lab.batch, reference=False)], lab.batch).policy
+    rng, batch = np.random.default_rng(1), lab.batch
+    for s in case.empty:
+        batch = without_response(batch, s)
+    policy = join_log_probs([updater.log_probs(batch, reference=False)], batch).policy
     noise = [rng.normal(scale=0.3, size=len(policy)).astype(np.float32) for _ in range(3)]
     given = {
         "old_log_probs": policy + noise[1],
@@ -177,7 +197,7 @@ def batch_of(lab: StepLab, updater: PolicyUpdater, case: Case) -> TrainBatch:
         "token_advantages": rng.normal(size=len(policy)).astype(np.float32),
     }
     return dataclasses.replace(
-        lab.batch,
+        batch,
         engine_log_probs=policy + noise[0],
         kl_coef=case.recipe.kl_coef,
         **{name: given[name] for name in case.known},

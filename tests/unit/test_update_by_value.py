@@ -92,7 +92,7 @@ def test_kl_update_is_that_of_the_policy_before_against_the_policy_after(
         return joined.policy.astype(np.float64)
 
     before = log_probs()
-    plans = [plan.sequences for plan in updater.plan(lab.batch, 0)]
+    plans = [update.sequences for update in updater.plan(lab.batch, 0).updates]
     probed = [s for plan in plans for s in plan[: math.ceil(len(plan) / 2)]]
     metrics = updater.step(lab.batch, 0)
     change = log_probs() - before
