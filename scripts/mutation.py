@@ -199,6 +199,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=list(TESTS), help="modules")
     parser.add_argument("--all", action="store_true", help="not one of a kind")
     parser.add_argument("--sample", type=int, help="so many mutants, at random")
+    parser.add_argument(
+        "--again", action="store_true", help="run survivors of --out again, with the tests of now"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--out", type=Path, default=Path("mutation.jsonl"), help="added to; what is in it is not run again"
@@ -214,7 +217,8 @@ def main() -> int:
     print(f", {len(everything)} taken: {dict(Counter(m.path for m in everything))}")
     known = {}
     if args.out.exists():
-        known = {(r["path"], r["operator"], r["occurrence"]): r for r in map(json.loads, args.out.open())}
+        records = map(json.loads, args.out.open())
+        known = {(r["path"], r["operator"], r["occurrence"]): r for r in records}
     for library in IMPORTED.split():
         importlib.import_module(library)
     assert not any(name.split(".")[0] == "mssr" for name in sys.modules)
@@ -222,14 +226,17 @@ def main() -> int:
     usual: dict[str, float] = {}
     with args.out.open("a") as out:
         for number, mutant in enumerate(everything, 1):
-            if (mutant.path, mutant.operator, mutant.occurrence) in known:
+            key = mutant.path, mutant.operator, mutant.occurrence
+            if key in known and not (args.again and known[key]["outcome"] == "survived"):
                 continue
             tests = [f"tests/unit/test_{name}.py" for name in TESTS[mutant.path].split()]
             if mutant.path not in usual:
                 outcome, usual[mutant.path] = run(tests, None, 1200, workspace)
                 assert outcome == "survived", f"{tests} fail without a mutation"
                 print(f"{mutant.path}: {usual[mutant.path]:.0f} s without a mutation", flush=True)
-            outcome, seconds = run(tests, mutant, 2 * usual[mutant.path] + TIME_LIMIT_S, workspace)
+            outcome, seconds = "no program", 0.0
+            if _is_program(mutant):
+                outcome, seconds = run(tests, mutant, 2 * usual[mutant.path] + TIME_LIMIT_S, workspace)
             changed = _changed(mutant)
             record = {"path": mutant.path, "operator": mutant.operator, "occurrence": mutant.occurrence}
             record |= {
@@ -238,14 +245,24 @@ def main() -> int:
                 "outcome": outcome,
                 "seconds": round(seconds, 1),
             }
-            known[mutant.path, mutant.operator, mutant.occurrence] = record
+            known[key] = record
             out.write(json.dumps(record) + "\n")
             out.flush()
             if outcome == "survived":
                 print(f"{number}: {mutant.path}:{mutant.place[0]} {changed}", flush=True)
     outcomes = Counter(known[m.path, m.operator, m.occurrence]["outcome"] for m in everything)
-    print(dict(outcomes), f"{1 - outcomes['survived'] / len(everything):.1%} noticed")
+    programs = outcomes.total() - outcomes["no program"]
+    print(dict(outcomes), f"{1 - outcomes['survived'] / programs:.1%} noticed")
     return 0
+
+
+def _is_program(mutant: Mutant) -> bool:
+    """cosmic-ray takes the star before keyword arguments for a product."""
+    try:
+        compile(mutant.source(), mutant.path, "exec")
+    except SyntaxError:
+        return False
+    return True
 
 
 def _changed(mutant: Mutant) -> str:

@@ -197,6 +197,6 @@ def test_there_is_no_second_derivative() -> None:
         token_log_probs_and_entropy(hidden, weight, targets)[0].sum(),
         token_loss(hidden, weight, targets, objective(Case(), advantages))[0],
     ):
-        (gradient,) = torch.autograd.grad(value, hidden, create_graph=True)
+        (gradient,) = torch.autograd.grad(value.square(), hidden, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
-            torch.autograd.grad(gradient.square().sum(), hidden)
+            gradient.square().sum().backward()
