@@ -37,27 +37,27 @@ ROOT = Path(__file__).resolve().parents[1]
 STEP = "step_oracle update_by_value"
 TESTS = {
     "mssr/algorithms/advantages.py": "advantages token_advantages algorithms oracles",
-    "mssr/algorithms/base.py": "algorithms token_advantages single_rollout advantages plugins",
-    "mssr/algorithms/baseline.py": "baseline single_rollout driver_by_hand",
-    "mssr/algorithms/correction.py": "correction",
-    "mssr/algorithms/discount.py": "discount single_rollout driver_by_hand",
-    "mssr/algorithms/dr_grpo.py": "algorithms token_advantages oracles",
-    "mssr/algorithms/grpo.py": "algorithms token_advantages oracles",
+    "mssr/algorithms/base.py": "algorithms token_advantages single_rollout plugins defaults_and_states",
+    "mssr/algorithms/baseline.py": "baseline single_rollout driver_by_hand defaults_and_states",
+    "mssr/algorithms/correction.py": "correction defaults_and_states",
+    "mssr/algorithms/discount.py": "discount single_rollout driver_by_hand defaults_and_states",
+    "mssr/algorithms/dr_grpo.py": "algorithms token_advantages oracles defaults_and_states",
+    "mssr/algorithms/grpo.py": "algorithms token_advantages oracles defaults_and_states",
     "mssr/algorithms/id_table.py": "id_table baseline",
-    "mssr/algorithms/kl_control.py": "kl_control",
-    "mssr/algorithms/lite_ppo.py": "algorithms token_advantages",
+    "mssr/algorithms/kl_control.py": "kl_control defaults_and_states",
+    "mssr/algorithms/lite_ppo.py": "algorithms token_advantages defaults_and_states",
     "mssr/algorithms/losses.py": "losses oracles policy_losses",
-    "mssr/algorithms/objective.py": "gradient step_oracle update_by_value",
-    "mssr/algorithms/policy_losses.py": "policy_losses losses plugins",
+    "mssr/algorithms/objective.py": "gradient step_oracle update_by_value defaults_and_states",
+    "mssr/algorithms/policy_losses.py": "policy_losses losses plugins defaults_and_states",
     "mssr/algorithms/registry.py": "algorithms plugins",
-    "mssr/algorithms/reinforce_pp.py": "algorithms token_advantages oracles",
-    "mssr/algorithms/rloo.py": "algorithms token_advantages oracles",
+    "mssr/algorithms/reinforce_pp.py": "algorithms token_advantages oracles defaults_and_states",
+    "mssr/algorithms/rloo.py": "algorithms token_advantages oracles defaults_and_states",
     "mssr/algorithms/sequences.py": "losses correction policy_losses gradient",
-    "mssr/algorithms/shaping.py": "losses algorithms gradient",
-    "mssr/algorithms/single_rollout.py": "single_rollout algorithms driver_by_hand",
-    "mssr/algorithms/spo.py": "single_rollout algorithms",
+    "mssr/algorithms/shaping.py": "losses algorithms gradient defaults_and_states",
+    "mssr/algorithms/single_rollout.py": "single_rollout algorithms driver_by_hand defaults_and_states",
+    "mssr/algorithms/spo.py": "single_rollout algorithms defaults_and_states",
     "mssr/models/head.py": "head policy_model gradient",
-    "mssr/actor/update.py": f"{STEP} nonfinite signals fused_update live_options",
+    "mssr/actor/update.py": f"{STEP} nonfinite fused_update signals",
     "mssr/actor/step.py": f"signals {STEP} nonfinite",
 }
 """Module -> the names of the files in tests/unit that are to notice, the fastest first."""
@@ -107,12 +107,12 @@ def mutants(path: str) -> list[Mutant]:
     return found
 
 
-def one_of_a_kind(everything: list[Mutant], rng: random.Random) -> list[Mutant]:
-    """For each kind and place a single one."""
+def one_of_a_kind(everything: list[Mutant], seed: int) -> list[Mutant]:
+    """For each kind and place a single one, whatever else there is."""
     by_place: dict[tuple[str, str, tuple[int, int]], list[Mutant]] = {}
     for mutant in everything:
         by_place.setdefault((mutant.path, mutant.kind, mutant.place), []).append(mutant)
-    return [rng.choice(same) for same in by_place.values()]
+    return [random.Random(f"{seed} {key}").choice(same) for key, same in by_place.items()]
 
 
 def _is_said_only(node: Any) -> bool:
@@ -165,7 +165,10 @@ def run(names: list[str], mutant: Mutant | None, limit_s: float, workspace: Any)
             tests.conftest.make_workspace = lambda path: workspace
             basetemp = tempfile.mkdtemp(prefix="mssr-mutant-")
             options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={basetemp}"]
-            status = int(pytest.main([*options, *names]))
+            for name in names:  # one by one, so that what comes later need not be imported
+                status = int(pytest.main([*options, name]))
+                if status:
+                    break
         finally:
             os._exit(status)
     while time.monotonic() - start < limit_s:
@@ -209,10 +212,9 @@ def main() -> int:
     args = parser.parse_args()
     everything = [mutant for path in args.only for mutant in mutants(path)]
     print(f"{len(everything)} mutants", end="")
-    rng = random.Random(args.seed)
     if not args.all:
-        everything = one_of_a_kind(everything, rng)
-    rng.shuffle(everything)  # one that is interrupted is a sample
+        everything = one_of_a_kind(everything, args.seed)
+    random.Random(args.seed).shuffle(everything)  # one that is interrupted is a sample
     everything = everything[: args.sample]
     print(f", {len(everything)} taken: {dict(Counter(m.path for m in everything))}")
     known = {}
