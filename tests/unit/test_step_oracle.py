@@ -185,6 +185,18 @@ def test_the_step_is_that_of_a_naive_loop(lab: StepLab, tmp_path: Path, name: st
     assert min(moved) > 5e-4  # the tolerance is far below what a step changes
 
 
+def test_both_models_are_scored_as_one_sequence_at_a_time(lab: StepLab, tmp_path: Path) -> None:
+    updater = lab.updater(tmp_path, "rollout.temperature=0.7", "algorithm.kl.coef=0.1")
+    scored = join_log_probs([updater.log_probs(lab.batch, reference=True)], lab.batch)
+    naive = lab.naive(Recipe(temperature=0.7))
+    with torch.no_grad():
+        for found, model in ((scored.policy, naive.model), (scored.reference, naive.reference)):
+            one_by_one = [naive.score(model, lab.batch, s)[0] for s in range(len(IDS))]
+            np.testing.assert_allclose(found, torch.cat(one_by_one), atol=1e-5)
+    assert np.abs(scored.policy - scored.reference).max() > 0.1
+    assert updater.log_probs(lab.batch, reference=False).reference is None
+
+
 def batch_of(lab: StepLab, updater: PolicyUpdater, case: Case) -> TrainBatch:
     """Engine, old policy and reference differ from the policy by some tenths: clips and masks take part."""
     rng, batch = np.random.default_rng(1), lab.batch

@@ -48,6 +48,7 @@ def test_a_term_alone_is_the_loss_and_pulls_its_way(
     updater.optimizer = torch.optim.SGD(lab.policy.parameters())
     batch = dataclasses.replace(with_advantages(lab.batch, 0.0), kl_coef=0.3)
     before, after = updater.step(batch, 0), updater.step(batch, 1)
+    assert [m["perf/prompts_encoded_by_ranks"] for m in (before, after)] == [5, 0]
     assert before[metric] > 0.01
     assert before["policy/loss"] == pytest.approx(sign * 0.3 * before[metric], rel=1e-9)
     assert sign * (after[metric] - before[metric]) < -1e-4
