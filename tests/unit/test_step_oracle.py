@@ -16,7 +16,6 @@ from mssr.types import TrainBatch
 from tests.conftest import Workspace
 from tests.unit.naive_step import Recipe
 from tests.unit.step_lab import IDS, StepLab, open_lab
-from tests.unit.test_signals import without_response
 
 pytestmark = pytest.mark.unit
 
@@ -214,4 +213,14 @@ def batch_of(lab: StepLab, updater: PolicyUpdater, case: Case) -> TrainBatch:
         engine_log_probs=policy + noise[0],
         kl_coef=case.recipe.kl_coef,
         **{name: given[name] for name in case.known},
+    )
+
+
+def without_response(batch: TrainBatch, s: int) -> TrainBatch:
+    start, end = batch.offsets[s] + batch.prompt_lengths[s], batch.offsets[s + 1]
+    return dataclasses.replace(
+        batch,
+        tokens=np.delete(batch.tokens, np.arange(start, end)),
+        offsets=batch.offsets - (end - start) * (np.arange(len(batch) + 1) > s),
+        engine_log_probs=np.delete(batch.engine_log_probs, np.arange(*batch.response_offsets[s : s + 2])),
     )
