@@ -35,9 +35,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP = "step_oracle update_by_value"
+NUMBERS = "defaults_and_states ranges"
 TESTS = {
     "mssr/algorithms/advantages.py": "advantages token_advantages algorithms oracles ranges",
-    "mssr/algorithms/base.py": "algorithms token_advantages single_rollout plugins defaults_and_states ranges",
+    "mssr/algorithms/base.py": f"algorithms token_advantages single_rollout plugins {NUMBERS}",
     "mssr/algorithms/baseline.py": "baseline single_rollout driver_by_hand defaults_and_states ranges",
     "mssr/algorithms/correction.py": "correction defaults_and_states ranges",
     "mssr/algorithms/discount.py": "discount single_rollout driver_by_hand defaults_and_states ranges",
@@ -54,7 +55,7 @@ TESTS = {
     "mssr/algorithms/rloo.py": "algorithms token_advantages oracles defaults_and_states",
     "mssr/algorithms/sequences.py": "losses correction policy_losses gradient",
     "mssr/algorithms/shaping.py": "losses algorithms gradient defaults_and_states ranges",
-    "mssr/algorithms/single_rollout.py": "single_rollout algorithms driver_by_hand defaults_and_states ranges",
+    "mssr/algorithms/single_rollout.py": f"single_rollout algorithms driver_by_hand {NUMBERS}",
     "mssr/algorithms/spo.py": "single_rollout algorithms defaults_and_states",
     "mssr/models/head.py": "head policy_model gradient",
     "mssr/actor/update.py": f"update_passes {STEP} nonfinite fused_update signals",
