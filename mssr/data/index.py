@@ -62,14 +62,16 @@ class SourceRows:
         UserError: it cannot be opened, has no rows, or lacks a configured column.
     """
 
-    def __init__(self, source: Source, config: DataConfig, cache: DataCache) -> None:
+    def __init__(
+        self, source: Source, config: DataConfig, cache: DataCache, every_column: bool = False
+    ) -> None:
         self.source, self.config, self.cache = source, config, cache
         self.table = open_table(source.name)
         self._bytes_read = 0
         if not len(self.table):
             raise UserError(f"data {source.name} has no rows")
         self._check_columns()
-        if isinstance(self.table, ArrowTable):
+        if isinstance(self.table, ArrowTable) and not every_column:
             self.table.narrow(self._columns)
 
     def __len__(self) -> int:
@@ -91,12 +93,21 @@ class SourceRows:
         self._count(BYTES_AROUND * len(self._columns))
         return row
 
-    def answers(self, numbers: Sequence[int]) -> list[str]:
-        """Ground truths, read without touching the images."""
+    def cells(self, number: int) -> dict[str, Any]:
+        """A row as the table has it; the memory that reading takes is bounded."""
+        cells = self._cells(number)
+        self._count(BYTES_AROUND * len(cells))
+        return cells
+
+    def answers(self, numbers: Sequence[int], as_cells: bool = False) -> list[Any]:
+        """Ground truths, read without touching the images; as text, or as they are where they are none."""
         column = self.config.answer_column
-        texts = [answer_text(cell, column) for cell in self.table.column(column, numbers)]
+        truths = [
+            cell if as_cells and not isinstance(cell, str) else answer_text(cell, column)
+            for cell in self.table.column(column, numbers)
+        ]
         self._count(BYTES_AROUND * len(numbers))
-        return texts
+        return truths
 
     def ids(self) -> list[str | None]:
         """An id for every row, None where it has none. Reads the index where there is one."""

@@ -12,7 +12,7 @@ from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import OVERLONG_FILE, load_prompts
 from mssr.errors import EXIT_OK
 from mssr.models.loading import load_processor
-from mssr.rewards import Scorer
+from mssr.rewards import RowAccess, Scorer
 from mssr.tools.plot import plot, write_report
 from mssr.trainer.checkpoint import CheckpointStore
 from mssr.trainer.console import Console
@@ -22,7 +22,7 @@ from mssr.trainer.loop import Trainer
 from mssr.trainer.recovery import run_with_recovery, step_of
 from mssr.trainer.run_directory import check_checkpoint
 from mssr.trainer.signals import StopRequest
-from mssr.trainer.validation import describe, load_validation
+from mssr.trainer.validation import OwnPrompts, describe, load_validation
 
 
 def run_session(config: Config, terminal: TextIO) -> int:
@@ -46,12 +46,15 @@ def run_session(config: Config, terminal: TextIO) -> int:
         stack.callback(console.close)
         events = EventLog(run_dir, console.announce, config.trainer.max_restarts)
         # Its processes load the reward while the cluster starts.
+        rewarded = [train_set.dataset, *(s.dataset for s in val_sets if isinstance(s, OwnPrompts))]
         max_length, clip = config.rollout.max_response_length, config.method.bounded_rewards
         scorer = Scorer(
             config.reward,
             max_length,
             clip=clip,
+            rows=RowAccess.of(rewarded, config.model),
             on_restart=lambda how: events.restart("reward_pool_died", how),
+            on_failure=lambda what: events.record("reward_failed", what),
         )
         stack.enter_context(scorer)
         store = CheckpointStore(run_dir, config.trainer.keep_checkpoints)
