@@ -2,9 +2,9 @@
 
 A user's function is named ``path/to/file.py:function``; `mssr.rewards.binding` says what it is given. It may
 be ``async def``. Each response gets a number, a scalar of NumPy or torch, a list of one of these, a
-`RewardResult`, or a dict with ``score`` or ``overall``, whose other numbers are the parts that the metrics show
-as ``reward/<part>`` (what is no number is left out). A function of a batch returns a list of them, an array, or
-yields them.
+`RewardResult`, or a dict with ``score`` or ``overall``, whose other numbers are the parts that the metrics
+show as ``reward/<part>`` (what is no number is left out). A function of a batch returns a list of them, an
+array, or yields them.
 
 The function is called in any order and in several processes, so it must not depend on earlier calls. Each
 process loads its file.
@@ -27,7 +27,7 @@ from mssr import plugins
 from mssr.errors import UserError
 from mssr.rewards.base import RewardInput, RewardResult
 from mssr.rewards.binding import Binding, bind
-from mssr.rewards.rows import RowAccess, RowReader
+from mssr.rewards.rows import NO_ROWS, RowAccess, RowReader
 
 if TYPE_CHECKING:
     from mssr.data_config import RewardConfig
@@ -93,20 +93,20 @@ class LoadedReward:
 
 
 def load(
-    config: RewardConfig, access: RowAccess | None = None, reader: RowReader | None = None
+    config: RewardConfig, access: RowAccess | None = NO_ROWS, reader: RowReader | None = None
 ) -> LoadedReward:
     """The reward that ``config.name`` and ``config.options`` mean.
 
     Args:
         access: the rows that there are; None if that is not known yet, when any name may be a column's.
-        reader: of these rows, for a function that asks for them and is to be called.
+        reader: of the rows in place of ``access``, for a function that asks for them and is to be called.
 
     Raises:
         UserError: no such name, file or function; the file does not run; the function takes other
             arguments, or not these options.
     """
     if plugins.is_spec(config.name):
-        return _load_file(config.name, dict(config.options), access or (reader and reader.access), reader)
+        return _load_file(config.name, dict(config.options), reader.access if reader else access, reader)
     return _load_rule(config)
 
 

@@ -33,6 +33,8 @@ class RowAccess:
     """The arguments of each `PromptDataset`."""
     columns: frozenset[str] = frozenset()
     """Those that all of them have."""
+    config: DataConfig | None = None
+    """Names the columns that are read in any case."""
     model: ModelConfig | None = None
     """Its processor decides to what size images are resized."""
     sized: bool = False
@@ -42,16 +44,20 @@ class RowAccess:
     def of(cls, datasets: Sequence[PromptDataset], model: ModelConfig) -> RowAccess:
         """To the rows of open data sets."""
         columns = frozenset.intersection(*(frozenset(d.column_names) for d in datasets))
-        return cls(tuple((d.sources, d.config, d.prefix) for d in datasets), columns, model)
+        sources = tuple((d.sources, d.config, d.prefix) for d in datasets)
+        return cls(sources, columns, datasets[0].parts[0].config, model)
 
     def named(self, key: str) -> str:
         """The column that ``data.<key>`` names, as ``answer_column``."""
-        return getattr(self.sources[0][1], key) if self.sources else key.removesuffix("_column")
+        return key.removesuffix("_column") if self.config is None else getattr(self.config, key)
 
     @property
     def named_columns(self) -> set[str]:
         """Those that are read in any case."""
         return {self.named(key) for key in ("answer_column", "problem_column", "images_column")}
+
+
+NO_ROWS = RowAccess()
 
 
 class RowReader:

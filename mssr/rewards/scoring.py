@@ -17,7 +17,7 @@ from mssr.errors import TrainingError, UserError
 from mssr.rewards import functions, penalties
 from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult
 from mssr.rewards.pool import RewardPool
-from mssr.rewards.rows import RowAccess
+from mssr.rewards.rows import NO_ROWS, RowAccess
 from mssr.rewards.worker import Job
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Scorer:
         clip: bool = False,
         error_limit: float = 1.0,
         min_batch: int = 8,
-        rows: RowAccess | None = None,
+        rows: RowAccess = NO_ROWS,
         on_restart: Callable[[str], None] | None = None,
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
@@ -86,7 +86,6 @@ class Scorer:
         if min_batch < 1:
             raise ValueError(f"min_batch must be >= 1, not {min_batch}")
         check(config)
-        rows = rows or RowAccess()
         reward = functions.load(config, rows)
         if config.overlong_buffer > max_response_length:
             raise UserError(
@@ -260,7 +259,7 @@ def check(config: RewardConfig) -> None:
                 f"reward.{key}={getattr(config, key)} is read by nothing with {setting}; change that or "
                 "remove it"
             )
-    functions.load(config)
+    functions.load(config, access=None)
 
 
 def advice(config: RewardConfig, bounded: bool) -> list[str]:

@@ -259,7 +259,7 @@ def owner_of(scorer: Scorer, before: set[int]) -> int:
 
 
 @linux
-def test_the_loss_of_the_process_that_owns_them_costs_nothing_but_time(hostile: Path) -> None:
+def test_the_loss_of_the_owning_process_costs_nothing_but_time(hostile: Path) -> None:
     """It is noticed at once, and said."""
     before, said = children(os.getpid()), list[str]()
     with make(hostile, on_restart=said.append) as scorer:
@@ -270,7 +270,7 @@ def test_the_loss_of_the_process_that_owns_them_costs_nothing_but_time(hostile: 
     assert said == ["the process that owns the reward workers died (SIGKILL)"] * 2
 
 
-def test_a_batch_that_loses_the_process_that_owns_them_has_the_same_outcomes(hostile: Path, tmp_path: Path) -> None:
+def test_a_batch_that_loses_the_owning_process_has_the_same_outcomes(hostile: Path, tmp_path: Path) -> None:
     """Killed while some responses are scored, some hang and some are still to come."""
     responses = ["fine 0.5", "raise", *["fine 0.25"] * 60, "loop", *["fine 0.75"] * 60, "exit", "fine"]
     responses[30] = "orphan 2"
