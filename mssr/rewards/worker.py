@@ -225,7 +225,7 @@ def _begin(job: Job, reader: RowReader | Failure | None, driver: int, parent: in
         if isinstance(reader, Failure):
             _reward = reader
         else:
-            _reward = functions.load(job.config, reader)
+            _reward = functions.load(job.config, reader=reader)
     except BaseException as error:
         _reward = _failure(error)
 
