@@ -67,7 +67,7 @@ FUNCTIONS = {
 def f(response, row, image_sizes, resized_image_sizes):
     count = 1 + int(response[-1])
     assert row["image_sizes"] == image_sizes == [(1000, 500), (56, 112)][:count], row
-    assert row["resized_image_sizes"] == resized_image_sizes == [(280, 112), (56, 112)][:count], row
+    assert row["resized_image_sizes"] == resized_image_sizes == [(308, 140), (56, 112)][:count], row
     assert row["id"] == response[-1] and row["bbox"] in ([10, 20, 110, 220, int(row["id"])], [0])
     return 0.5
 """,
