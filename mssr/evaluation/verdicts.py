@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from mssr import plugins
 from mssr.config import Config
 from mssr.evaluation import judge as judges
 from mssr.evaluation.base import Benchmark
@@ -12,7 +13,8 @@ from mssr.evaluation.benchmarks.own import Own
 from mssr.evaluation.items import Item, Verdict
 from mssr.evaluation.prompts import Question
 from mssr.evaluation.responses import Key, Response
-from mssr.rewards import RewardInput, Scorer
+from mssr.rewards import RowAccess, Scorer
+from mssr.rewards.rows import NO_ROWS
 
 
 class VerdictBook:
@@ -20,14 +22,28 @@ class VerdictBook:
 
     Args:
         reward: score own data with the config's reward, in processes that a hanging function cannot stop.
+        tell: called with one sentence when those processes or their function fail.
     """
 
-    def __init__(self, config: Config, questions: Sequence[Question], reward: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        questions: Sequence[Question],
+        reward: bool,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
         self.questions = list(questions)
         self.responses: dict[Key, Response] = {}
         self.verdicts: dict[Key, Verdict] = {}
         self._by_key = {(q.benchmark.name, q.item.id): q for q in questions}
-        self._scorer = Scorer(config.reward, config.rollout.max_response_length) if reward else None
+        self._scorer = self._make_scorer(config, tell) if reward else None
+
+    def _make_scorer(self, config: Config, tell: Callable[[str], None] | None) -> Scorer:
+        own = [b for b, _ in self.by_benchmark() if isinstance(b, Own) and b.rewarded]
+        of_user = plugins.is_spec(config.reward.name)
+        rows = RowAccess.of([b.rows() for b in own], config.model) if own and of_user else NO_ROWS
+        length = config.rollout.max_response_length
+        return Scorer(config.reward, length, rows=rows, on_restart=tell, on_failure=tell)
 
     def __enter__(self) -> VerdictBook:
         return self
@@ -54,7 +70,7 @@ class VerdictBook:
 
     def _add_rewarded(self, rewarded: Sequence[tuple[Response, Item, Own]]) -> None:
         assert self._scorer is not None
-        inputs = [RewardInput(r.text, item.answer, r.tokens) for r, item, _ in rewarded]
+        inputs = [own.reward_input(item, r.text, r.tokens) for r, item, own in rewarded]
         scored = self._scorer.score(inputs)
         for (response, _, own), accuracy in zip(
             rewarded, scored.parts.get("accuracy", scored.scores), strict=True

@@ -269,6 +269,8 @@ def advice(config: RewardConfig, bounded: bool) -> list[str]:
         bounded: whether the method takes rewards in [0, 1] only, as the Beta baseline does.
     """
     lines = []
+    if note := functions.load(config, access=None).binding.note:
+        lines.append(f"reward.name={config.name}: {note}")
     if bounded and config.format == "weighted" and config.format_weight > 0:
         lines.append(
             f"reward.format=weighted: a wrong answer in the right format scores {config.format_weight:g}, so "

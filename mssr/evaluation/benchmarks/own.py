@@ -17,6 +17,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mssr import plugins
+from mssr.data.dataset import PromptDataset
 from mssr.data.rows import Row, column_id, content_id, read_row
 from mssr.data.sources import open_table, split_name
 from mssr.data_config import DataConfig, RewardConfig
@@ -60,6 +62,8 @@ class Own(Benchmark):
             raise UserError(f"{source}: a rule and a reward cannot both score it")
         self.source, self._rule, self.config = source, rule, config or DataConfig()
         self._reward = None if reward is None else functions.load(reward, access=None)
+        self._takes_cells = reward is not None and plugins.is_spec(reward.name)
+        self._opened = source
         path, split = split_name(source)
         self.name = name or (f"{path.stem}@{split}" if split else path.stem)
 
@@ -73,7 +77,15 @@ class Own(Benchmark):
         path, split = split_name(source)
         if data_dir is not None and not path.exists() and (data_dir / path).exists():
             source = f"{data_dir / path}@{split}" if split else str(data_dir / path)
+        self._opened = source
         return self.read(open_table(source), limit)
+
+    def rows(self) -> PromptDataset:
+        """What was loaded, for rewards that ask for the row; ids have the benchmark's name before them."""
+        path, _ = split_name(self._opened)
+        beside = self.config.image_dir is None and path.is_file()
+        config = dataclasses.replace(self.config, image_dir=str(path.parent)) if beside else self.config
+        return PromptDataset(self._opened, config, f"{self.name}/")
 
     def read(self, table: Any, limit: int | None = None) -> list[Item]:
         self._check_columns(table)
@@ -110,7 +122,7 @@ class Own(Benchmark):
         answer = scoring.final_text(response, truncated=truncated)
         length = len(response) if tokens is None else tokens
         try:
-            result = self._reward.call([RewardInput(response, item.answer, length)])[0]
+            result = self._reward.call([self.reward_input(item, response, length)])[0]
         except Exception:  # a user's function may raise anything; in training it scores 0
             return Verdict(False, answer, "wrong", "reward_error")
         return self.scored(response, result.parts.get("accuracy", result.score), truncated)
@@ -123,6 +135,11 @@ class Own(Benchmark):
         if truncated:
             return Verdict(False, answer, "truncated", "reward")
         return Verdict(False, answer, "wrong" if answer else "extraction_failed", "reward")
+
+    def reward_input(self, item: Item, response: str, tokens: int) -> RewardInput:
+        """What training's reward gets: functions of a user the answer as the data has it."""
+        answer = item.metadata["truth"] if self._takes_cells else item.answer
+        return RewardInput(response, answer, tokens, f"{self.name}/{item.id}")
 
     def undecided(self, item: Item, verdict: Verdict) -> bool:
         """No judge where training's reward scores."""
@@ -141,7 +158,9 @@ class Own(Benchmark):
         if self.config.image_dir is None:
             images = stored_images(table, number, cells, (self.config.images_column,))
         question = question_text(row.problem, images)
-        return Item(self.name, row.id, question, images, row.answer, where=where)
+        truth = cells.get(self.config.answer_column)
+        metadata = {"truth": row.answer if isinstance(truth, str) else truth}
+        return Item(self.name, row.id, question, images, row.answer, metadata=metadata, where=where)
 
     def _row(self, cells: dict[str, Any], where: str) -> Row:
         config = self.config
