@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,6 +16,8 @@ from mssr.data.dataset import PromptDataset
 from mssr.data_config import DataConfig, RewardConfig
 from mssr.errors import UserError
 from mssr.rewards import RewardInput, RowAccess, ScoredBatch, Scorer
+from mssr.trainer.collect import reward_inputs
+from mssr.types import Rollout
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.unit
@@ -153,3 +156,21 @@ def f(prompts, completions, **kwargs):
         dataset = PromptDataset(str(path), DataConfig(id_column="id"))
         found.append(score(tmp_path, RowAccess.of([dataset], ModelConfig()), body, ids=("0",)).scores.item())
     assert found == [0.5, 0]
+
+
+def test_functions_of_a_user_get_answers_as_the_data_has_them_and_rules_text(tmp_path: Path) -> None:
+    answers = [4, "<answer>four</answer>", True]
+    rows = [{"id": str(k), "problem": "How many?", "answer": a} for k, a in enumerate(answers)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dataset = PromptDataset(str(tmp_path / "rows.jsonl"), DataConfig(id_column="id"))
+    none = np.zeros(2, np.float32)
+    rollouts = [
+        Rollout(i, 0, np.zeros(3, np.int32), np.zeros(2, np.int32), none, "stop", 0, "So") for i in "210"
+    ]
+    found = [reward_inputs(dataset, rollouts, takes_cells=takes_cells) for takes_cells in (True, False)]
+    assert found[0] == [RewardInput("So", a, 2, i) for a, i in zip([True, "four", 4], "210", strict=True)]
+    assert [item.answer for item in found[1]] == ["True", "four", "4"]
+    for name, takes_cells in (("exact_match", False), (f"{tmp_path}/reward.py:f", True)):
+        (tmp_path / "reward.py").write_text("def f(response, answer): return 1.0")
+        with Scorer(RewardConfig(name=name, workers=1), 10) as scorer:
+            assert scorer.takes_cells == takes_cells

@@ -82,10 +82,7 @@ class Own(Benchmark):
 
     def rows(self) -> PromptDataset:
         """What was loaded, for rewards that ask for the row; ids have the benchmark's name before them."""
-        path, _ = split_name(self._opened)
-        beside = self.config.image_dir is None and path.is_file()
-        config = dataclasses.replace(self.config, image_dir=str(path.parent)) if beside else self.config
-        return PromptDataset(self._opened, config, f"{self.name}/")
+        return PromptDataset(self._opened, self.config, f"{self.name}/")
 
     def read(self, table: Any, limit: int | None = None) -> list[Item]:
         self._check_columns(table)
