@@ -22,6 +22,8 @@ FORMS = {
     "other_names": "def f(text, truth): return float(truth)",
     "unknown_names": "def f(a, b): return float(b)",
     "by_name_only": "def f(*, response, answer): return float(answer)",
+    "short_names": "def f(gt, pred):\n    assert pred in ('a', 'bb', '')\n    return float(gt)",
+    "else_is_option": "def f(text='', *, response, answer, label=1): return float(answer) * label",
     "other_order": "def f(ground_truth, response):\n"
     "    assert response in ('a', 'bb', '')\n    return float(ground_truth)",
     "verl": "def f(data_source, solution_str, ground_truth, extra_info=None):\n"
