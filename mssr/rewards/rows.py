@@ -72,6 +72,8 @@ class RowReader:
 
         self.access = access
         self._datasets = [PromptDataset(*arguments, every_column=True) for arguments in access.sources]
+        for dataset in self._datasets:
+            len(dataset)  # reads the ids: now, and not in every process that is forked with them
         self._encoder: Any = None
         if access.sized:
             from mssr.data.encoder import PromptEncoder

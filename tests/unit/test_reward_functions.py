@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -243,9 +242,15 @@ def test_async_functions_lose_only_the_culprit(tmp_path: Path, trouble: str) -> 
 
 
 def test_async_functions_wait_together(tmp_path: Path) -> None:
-    name = write(tmp_path, ASYNC_TROUBLE)
-    with Scorer(RewardConfig(name=name, workers=1), 10) as scorer:
-        scorer.score(ITEMS[:1])
-        start = time.monotonic()
-        assert scorer.score([RewardInput("fine", "", 1)] * 64).errors == 0
-        assert time.monotonic() - start < 64 * 0.1 / 4
+    name = write(
+        tmp_path,
+        "import asyncio\nwaiting = 0\n"
+        "async def f(response, answer):\n"
+        "    global waiting\n"
+        "    waiting += 1\n"
+        "    await asyncio.sleep(0.01)\n"
+        "    together, waiting = waiting, waiting - 1\n"
+        "    return {'score': 0.5, 'together': together}\n",
+    )
+    batch = score(name, ITEMS * 20)
+    assert batch.errors == 0 and batch.parts["together"].max() >= 8
