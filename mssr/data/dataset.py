@@ -55,6 +55,8 @@ class PromptDataset:
         self._prefixes = [prefix + (f"{label}/" if several else "") for label in self.labels]
         self._starts = np.cumsum([0, *(len(part) for part in self.parts)])
         self._rows: dict[str, int] | None = None
+        self.response_prefix = ""
+        """Text of the prompt that the named rules see before a response, see `PromptEncoder`."""
         self.bad_rows: list[BadRow] = []
         """Rows that `check` found unusable."""
         self.duplicates: list[BadRow] = []
@@ -103,13 +105,17 @@ class PromptDataset:
         part, number = self.position(prompt_id)
         return self.parts[part].table.where(number)
 
-    def answers(self, prompt_ids: Sequence[str]) -> list[str]:
-        """Ground truths, read without touching the images."""
-        found: dict[str, str] = {}
+    def answers(self, prompt_ids: Sequence[str], as_cells: bool = False) -> list[Any]:
+        """Ground truths, read without touching the images.
+
+        Args:
+            as_cells: what is no text stays as the data has it, else it becomes text.
+        """
+        found: dict[str, Any] = {}
         for k, part in enumerate(self.parts):
             own = [i for i in dict.fromkeys(prompt_ids) if self.position(i)[0] == k]
-            texts = part.answers([self.position(i)[1] for i in own]) if own else []
-            found.update(zip(own, texts, strict=True))
+            truths = part.answers([self.position(i)[1] for i in own], as_cells) if own else []
+            found.update(zip(own, truths, strict=True))
         return [found[i] for i in prompt_ids]
 
     def keep(self, prompt_ids: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mssr.data.images import reason
+from mssr.data.images import local_path, reason
 from mssr.data.pages import release_pages
 from mssr.data.text_tables import TEXT_SUFFIXES, JoinedTable, TextTable
 from mssr.errors import UserError
@@ -36,6 +37,8 @@ from mssr.errors import UserError
 ARROW_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 APART_BYTES = 64 * 2**20
 """Files of this size together are converted in a process of their own."""
+
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 FILE_SUFFIXES = (*ARROW_SUFFIXES, *TEXT_SUFFIXES)
 
@@ -132,6 +135,13 @@ def open_table(name: str) -> Table:
     Raises:
         UserError: it does not exist or cannot be opened, in one line.
     """
+    if name.startswith("file://"):
+        name = local_path(name)
+    if ADDRESS.match(name):
+        raise UserError(
+            f"data {name} is an address; download it and name the file, or name a data set of the hub as "
+            "owner/name@split"
+        )
     path, split = split_name(name)
     try:
         if path.is_file():
@@ -151,7 +161,8 @@ def open_table(name: str) -> Table:
 
 
 class ArrowTable:
-    """A `datasets.Dataset`, whose rows stay in memory-mapped files; images are not decoded.
+    """A `datasets.Dataset`, whose rows stay in memory-mapped files; read as Arrow has them, so that images,
+    in whatever structure, are dicts of bytes and path.
 
     Args:
         name: as the user wrote it, for messages.
@@ -159,16 +170,9 @@ class ArrowTable:
     """
 
     def __init__(self, dataset: Any, name: str, files: Sequence[Path]) -> None:
-        import datasets
-
         self.name = name
         self.files = list(files)
-        for column, feature in dataset.features.items():
-            if isinstance(feature, datasets.Image):
-                dataset = dataset.cast_column(column, datasets.Image(decode=False))
-            elif isinstance(getattr(feature, "feature", None), datasets.Image):
-                dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
-        self._dataset = dataset.with_format(None)
+        self._dataset = dataset.with_format("arrow")
         self.column_names: list[str] = dataset.column_names
         self.fingerprint: str = dataset._fingerprint
 
@@ -179,10 +183,12 @@ class ArrowTable:
         return f"{self.name} row {number}"
 
     def cells(self, number: int) -> dict[str, Any]:
-        return self._dataset[number]
+        cells: dict[str, Any] = self._dataset[number].to_pylist()[0]
+        return cells
 
     def column(self, name: str, numbers: Sequence[int]) -> list[Any]:
-        return self._dataset.select_columns([name])[list(numbers)][name]
+        cells: list[Any] = self._dataset.select_columns([name])[list(numbers)][name].to_pylist()
+        return cells
 
     def narrow(self, columns: Sequence[str]) -> None:
         """Read no other columns from now on."""

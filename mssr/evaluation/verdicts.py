@@ -20,9 +20,12 @@ class VerdictBook:
 
     Args:
         reward: score own data with the config's reward, in processes that a hanging function cannot stop.
+        prefix: what the rules see before a response, see `PromptEncoder.response_prefix`.
     """
 
-    def __init__(self, config: Config, questions: Sequence[Question], reward: bool) -> None:
+    def __init__(self, config: Config, questions: Sequence[Question], reward: bool, prefix: str = "") -> None:
+        self._prefix = prefix
+        self._reward_prefix = prefix if config.reward.rule else ""
         self.questions = list(questions)
         self.responses: dict[Key, Response] = {}
         self.verdicts: dict[Key, Verdict] = {}
@@ -47,20 +50,20 @@ class VerdictBook:
                 rewarded.append((response, question.item, question.benchmark))
             else:
                 self.verdicts[response.key] = question.benchmark.verdict(
-                    question.item, response.text, truncated, response.tokens
+                    question.item, self._prefix + response.text, truncated, response.tokens
                 )
         if rewarded:
             self._add_rewarded(rewarded)
 
     def _add_rewarded(self, rewarded: Sequence[tuple[Response, Item, Own]]) -> None:
         assert self._scorer is not None
-        inputs = [RewardInput(r.text, item.answer, r.tokens) for r, item, _ in rewarded]
+        inputs = [RewardInput(self._reward_prefix + r.text, item.answer, r.tokens) for r, item, _ in rewarded]
         scored = self._scorer.score(inputs)
         for (response, _, own), accuracy in zip(
             rewarded, scored.parts.get("accuracy", scored.scores), strict=True
         ):
             truncated = response.finish_reason == "length"
-            self.verdicts[response.key] = own.scored(response.text, float(accuracy), truncated)
+            self.verdicts[response.key] = own.scored(self._prefix + response.text, float(accuracy), truncated)
 
     def accuracies(self) -> tuple[dict[str, float], float | None]:
         """By benchmark and of all, of the responses so far."""
@@ -101,7 +104,7 @@ class VerdictBook:
                 judge,
                 benchmark,
                 [q.item for q, _ in asked],
-                [response.text for response, _ in pairs],
+                [self._prefix + response.text for response, _ in pairs],
                 [verdict for _, verdict in pairs],
             )
             for (response, _), verdict in zip(pairs, judged, strict=True):

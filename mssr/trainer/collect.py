@@ -167,7 +167,7 @@ class RolloutCollector:
 
             def on_finished(place: int, response: Rollout) -> None:
                 index = order[place]
-                rewards.add(index, _reward_input(response, answers[index]))
+                rewards.add(index, _reward_input(response, answers[index], self.dataset.response_prefix))
                 if early is not None:
                     early.add(index, response)
 
@@ -206,11 +206,12 @@ def scores_early(config: Config, cluster: Cluster) -> bool:
 def reward_inputs(dataset: PromptDataset, rollouts: Sequence[Rollout]) -> list[RewardInput]:
     """What the reward sees of the rollouts."""
     answers = dataset.answers([r.prompt_id for r in rollouts])
-    return [_reward_input(r, answer) for r, answer in zip(rollouts, answers, strict=True)]
+    prefix = dataset.response_prefix
+    return [_reward_input(r, answer, prefix) for r, answer in zip(rollouts, answers, strict=True)]
 
 
-def _reward_input(rollout: Rollout, answer: str) -> RewardInput:
-    return RewardInput(rollout.text, answer, len(rollout.response_token_ids))
+def _reward_input(rollout: Rollout, answer: str, prefix: str) -> RewardInput:
+    return RewardInput(prefix + rollout.text, answer, len(rollout.response_token_ids))
 
 
 def join_scores(batches: Sequence[ScoredBatch]) -> ScoredBatch:
