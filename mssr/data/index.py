@@ -85,7 +85,9 @@ class SourceRows:
         UserError: it cannot be opened, has no rows, or lacks a configured column.
     """
 
-    def __init__(self, source: Source, config: DataConfig, cache: DataCache) -> None:
+    def __init__(
+        self, source: Source, config: DataConfig, cache: DataCache, every_column: bool = False
+    ) -> None:
         self.source, self.cache = source, cache
         self.table = open_table(source.name)
         self._bytes_read = 0
@@ -94,7 +96,7 @@ class SourceRows:
         self.columns = resolve_columns(self.table, config, source.name)
         self.config = self.columns.config
         self.table.release()
-        if isinstance(self.table, ArrowTable):
+        if isinstance(self.table, ArrowTable) and not every_column:
             self.table.narrow(self._columns)
 
     def __len__(self) -> int:
@@ -115,6 +117,12 @@ class SourceRows:
         row = read_row(self._cells(number), row_id, self.table.where(number), self.config)
         self._count(BYTES_AROUND * len(self._columns))
         return row
+
+    def cells(self, number: int) -> dict[str, Any]:
+        """A row as the table has it; the memory that reading takes is bounded."""
+        cells = self._cells(number)
+        self._count(BYTES_AROUND * len(cells))
+        return cells
 
     def answers(self, numbers: Sequence[int], as_cells: bool = False) -> list[Any]:
         """Ground truths, read without touching the images; as text, or as they are where they are none."""

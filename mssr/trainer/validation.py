@@ -62,7 +62,7 @@ class OwnPrompts:
         return self.dataset.ids[:limit]
 
     def score(self, rollouts: Sequence[Rollout], scorer: Scorer) -> tuple[np.ndarray, dict[str, float]]:
-        scored = scorer.score(reward_inputs(self.dataset, rollouts))
+        scored = scorer.score(reward_inputs(self.dataset, rollouts, scorer.takes_cells))
         metrics = score_metrics("val", scored)
         metrics = {key.removeprefix("val/"): value for key, value in metrics.items()}
         # Of several sources, each by its own.

@@ -60,7 +60,7 @@ class Own(Benchmark):
         if rule is not None and reward is not None:
             raise UserError(f"{source}: a rule and a reward cannot both score it")
         self.source, self._rule, self.config = source, rule, config or DataConfig()
-        self._reward = None if reward is None else functions.load(reward)
+        self._reward = None if reward is None else functions.load(reward, access=None)
         self._compares_text = reward is None or bool(reward.rule)
         path, split = split_name(source)
         self.name = name or (f"{path.stem}@{split}" if split else path.stem)
