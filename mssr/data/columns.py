@@ -77,10 +77,13 @@ def resolve_columns(table: Table, config: DataConfig, name: str) -> Columns:
                 f"{name} has no column {column!r} ({key}){hint}; its columns are "
                 f"{', '.join(map(repr, table.column_names))}"
             )
-    columns = Columns(config, _notes(table, config, name, rows), _unread_images(table, config, rows))
+    notes, unread = _notes(table, config, name, rows), _unread_images(table, config, rows)
     if not _has(table, config.images_column):
-        columns.refuse_blindness(name, f"no column {config.images_column!r} (data.images_column)")
-    return columns
+        absent = f"no column {config.images_column!r} (data.images_column)"
+        Columns(config, notes, unread).refuse_blindness(name, absent)
+    elif unread is not None:
+        notes += (f"{name}: column {unread!r} holds images, too, and is not read",)
+    return Columns(config, notes, unread)
 
 
 def read_columns(config: DataConfig) -> list[str]:

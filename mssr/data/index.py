@@ -164,7 +164,7 @@ class SourceRows:
         if index.without_images:
             self.columns.refuse_blindness(
                 self.source.name,
-                f"no usable image in column {self.config.images_column} (data.images_column)",
+                f"no usable image in column {self.config.images_column!r} (data.images_column)",
             )
         return index
 
@@ -206,7 +206,7 @@ class SourceRows:
                 self._count(sum(len(image.data) for image in row.images if image.data))
                 files.update((image.path, None) for image in row.images if image.path)
                 row_sizes = list(_header_sizes(row))
-                compound = is_structured(truth(cells, self.config))
+                compound = row.answer[0] in "[{" and is_structured(truth(cells, self.config))
                 if row_id in first:
                     state, why = self._repeated(row_id, first[row_id])
             except ValueError as error:

@@ -77,7 +77,7 @@ def read_messages(cell: Any, column: str) -> Conversation:
 
 
 def _list(cell: Any) -> list[Any]:
-    if isinstance(cell, str) and cell.lstrip()[:1] == "[" and '"' in cell:
+    if isinstance(cell, str) and cell[:50].lstrip()[:1] == "[" and '"' in cell:
         try:
             cell = json.loads(cell)
         except ValueError:

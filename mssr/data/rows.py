@@ -108,8 +108,10 @@ def problem_cell(row: Row) -> str:
 
 def cell(cells: Mapping[str, Any], column: str | None) -> Any:
     """The cell of a column, or of ``column.key.key`` within a cell; None where there is none."""
-    if column is None or column in cells:
-        return None if column is None else cells[column]
+    if column is None:
+        return None
+    if column in cells:
+        return cells[column]
     name, dot, rest = column.partition(".")
     inner = cells.get(name) if dot else None
     return cell(inner, rest) if isinstance(inner, Mapping) else None
@@ -176,7 +178,7 @@ def content_id(cells: Mapping[str, Any], config: DataConfig) -> str:
     """24 hexadecimal digits: a hash of question, answer and images as the data has them."""
     digest = hashlib.blake2b(digest_size=12)
     for column in (config.problem_column, config.answer_column):
-        digest.update(json.dumps(cell(cells, column), default=_known_by).encode() + b"\0")
+        digest.update(_ENCODER.encode(cell(cells, column)).encode() + b"\0")
     for image in image_cells(cell(cells, config.images_column)):
         digest.update(hashlib.blake2b(image_key(image), digest_size=12).digest())
     return digest.hexdigest()
@@ -203,3 +205,6 @@ def _item(found: Any) -> Any:
 def _known_by(value: Any) -> str:
     """What JSON cannot hold, for an id: images within messages by a hash."""
     return hashlib.blake2b(value, digest_size=12).hexdigest() if isinstance(value, bytes) else str(value)
+
+
+_ENCODER = json.JSONEncoder(default=_known_by)

@@ -87,7 +87,7 @@ class TextTable:
                 raise ValueError(f"{len(values)} fields, but the header has {len(self.column_names)}")
             return dict(zip(self.column_names, values, strict=True))
         try:
-            value = json.loads(self._text(number), object_pairs_hook=_object)
+            value = _DECODER.decode(self._text(number))
         except RecursionError:
             raise ValueError("too deeply nested JSON") from None
         except json.JSONDecodeError as error:
@@ -320,6 +320,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} twice in a JSON object")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _is_object(text: bytes) -> bool:
