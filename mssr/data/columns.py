@@ -72,9 +72,9 @@ def resolve_columns(table: Table, config: DataConfig, name: str) -> Columns:
         required["data.id_column"] = config.id_column
     for key, column in required.items():
         if not _has(table, column):
-            hint = f" ({key}=null takes a hash of the content)" if key == "data.id_column" else ""
+            remedy = "; null takes a hash of the content" if key == "data.id_column" else ""
             raise UserError(
-                f"{name} has no column {column!r} ({key}){hint}; its columns are "
+                f"{name} has no column {column!r} ({key}{remedy}); its columns are "
                 f"{', '.join(map(repr, table.column_names))}"
             )
     notes, unread = _notes(table, config, name, rows), _unread_images(table, config, rows)

@@ -117,10 +117,10 @@ class ImageSource:
         data = self.read()
         with _open(data) as image:
             orientation = _orientation(image, data)
-            bits = _significant_bits(data) if image.format == "PNG" else None
+            png = data if image.format == "PNG" else b""
             image.load()
             turn = _TRANSPOSE.get(orientation)
-            return _rgb(image if turn is None else image.transpose(turn), bits)
+            return _rgb(image if turn is None else image.transpose(turn), png)
 
 
 _TRANSPOSE = {
@@ -359,19 +359,22 @@ def _png_chunks_are_whole(data: bytes) -> bool:
     return False
 
 
-def _significant_bits(data: bytes) -> int | None:
+def _significant_bits(png: bytes) -> int | None:
     """Of a PNG's samples, from its chunk sBIT, which stands before the pixels; None without."""
-    start = data.find(b"sBIT", 33, data.find(b"IDAT"))
-    return data[start + 4] if start > 0 else None
+    start = png.find(b"sBIT", 33, png.find(b"IDAT"))
+    return png[start + 4] if start > 0 else None
 
 
-def _rgb(image: Image.Image, bits: int | None) -> Image.Image:
+def _rgb(image: Image.Image, png: bytes) -> Image.Image:
+    """Args: png: the file, if it is one, which says more of depths than PIL does."""
     if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image, bits)
+        image = _eight_bits(image, _significant_bits(png))
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")
         ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(ground, layer).convert("RGB")
+    if png[24:25] == b"\x10" and image.mode == "RGB" and np.asarray(image).max() < 16:
+        return image.point(lambda value: value * 17)  # PIL gives the upper 8 of 16 bits, of which 12 are used
     # A copy in any case: the file is closed behind it.
     return image.copy() if image.mode == "RGB" else image.convert("RGB")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -107,13 +108,17 @@ def problem_cell(row: Row) -> str:
 
 
 def cell(cells: Mapping[str, Any], column: str | None) -> Any:
-    """The cell of a column, or of ``column.key.key`` within a cell; None where there is none."""
+    """The cell of a column, or of ``column.key.key`` within a cell that is a dict or JSON text of one; None
+    where there is none."""
     if column is None:
         return None
     if column in cells:
         return cells[column]
     name, dot, rest = column.partition(".")
     inner = cells.get(name) if dot else None
+    if isinstance(inner, str) and inner[:1] == "{":
+        with contextlib.suppress(ValueError):
+            inner = json.loads(inner)
     return cell(inner, rest) if isinstance(inner, Mapping) else None
 
 

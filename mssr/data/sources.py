@@ -157,7 +157,8 @@ def open_table(name: str) -> Table:
     except UserError:
         raise
     except Exception as error:  # datasets raises many types; the user needs the source and the reason
-        raise UserError(f"data {name} cannot be opened: {reason(error)}") from error
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise UserError(f"data {name} cannot be opened: {reason(cause)}") from error
 
 
 class ArrowTable:
@@ -237,6 +238,15 @@ def split_name(name: str) -> tuple[Path, str]:
     return Path(name), ""
 
 
+def _quiet_datasets() -> Any:
+    """The library, whose errors become our lines."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return datasets
+
+
 def _open_file(path: Path, split: str, name: str) -> Table:
     suffix = path.suffix.lower()
     if suffix not in FILE_SUFFIXES:
@@ -244,9 +254,7 @@ def _open_file(path: Path, split: str, name: str) -> Table:
     if split and _base(split) not in ("train", path.stem):
         raise UserError(f"data {name}: a file is one split, so leave @{split} out or call it train")
     if suffix in ARROW_SUFFIXES:
-        import datasets
-
-        datasets.disable_progress_bars()
+        datasets = _quiet_datasets()
         split = split or "train"
         arguments = {"path": ARROW_SUFFIXES[suffix], "data_files": {_base(split): str(path)}}
         _convert_apart(arguments, [path])
@@ -256,8 +264,7 @@ def _open_file(path: Path, split: str, name: str) -> Table:
 
 
 def _open_directory(path: Path, split: str, name: str) -> Table:
-    import datasets
-
+    datasets = _quiet_datasets()
     if (path / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(path))
         base = _base(split) or _default_split(list(saved), name)
@@ -274,9 +281,7 @@ def _open_directory(path: Path, split: str, name: str) -> Table:
 
 def _load(source: str, config: str | None, split: str, name: str) -> Table:
     """A folder or a hub name: splits and files are found by the rules of the hub for both."""
-    import datasets
-
-    datasets.disable_progress_bars()
+    datasets = _quiet_datasets()
     builder = datasets.load_dataset_builder(source, config)
     listed = {str(k): [str(f) for f in v] for k, v in (builder.config.data_files or {}).items()}
     split = split or _default_split(list(listed), name)

@@ -117,6 +117,25 @@ def test_depths_of_16_bit_pngs(top: int, bits: int | None, white: float) -> None
     assert np.abs(seen - ramp * white / top).max() <= 1
 
 
+def test_12_bits_of_three_colours() -> None:
+    """Of which PIL gives the upper 8 of 16."""
+    rows = (np.linspace(0, 4095, 64 * 48 * 3).reshape(48, 64 * 3)).astype(">u2")
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 64, 48, 16, 2, 0, 0, 0)
+    png = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(raw))
+        + chunk(b"IEND", b"")
+    )
+    seen = np.asarray(source(png).decode()).reshape(48, -1)
+    assert np.abs(seen - rows.astype(float) / 16.06).max() <= 17
+
+
 def test_the_scan_of_12_bits() -> None:
     seen = np.asarray(source((FIXTURES / "g12in16.png").read_bytes()).decode())
     assert seen.max() == 255 and seen.mean() > 60

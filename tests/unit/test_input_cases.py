@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mssr.cli import main
 from mssr.config import Config
+from mssr.config_loading import load_config
 from mssr.data.prompt_source import PromptSource
+from mssr.data.sampler import EpochSampler
+from mssr.data_config import DataConfig
+from mssr.errors import UserError
+from mssr.evaluation.benchmarks.own import Own
+from mssr.evaluation.prompts import Question
+from mssr.evaluation.responses import Response
+from mssr.evaluation.verdicts import VerdictBook
+from mssr.rewards import Scorer
+from mssr.trainer.collect import RolloutCollector
+from mssr.trainer.data import load_data, resolve_steps
+from mssr.types import Rollout, RolloutRequest, SamplingParams
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.unit
@@ -117,6 +132,11 @@ REFUSED = {
         "column answer is a list or dict, not text for reward.name=math",
     ),
     "a column twice": ("dup.csv", [], "dup.csv has 2 columns 'answer'"),
+    "nothing left": (
+        "surrogate.jsonl",
+        ["data.max_bad_fraction=1", "data.max_prompt_length=5"],
+        "no prompt left of 21 rows, 1 are bad (the first: ",
+    ),
     "an address": ("https://x.org/a.parquet", [], "data https://x.org/a.parquet is an address"),
     "another name": (
         "good.jsonl",
@@ -191,3 +211,117 @@ def test_read_alike(both: Both, case: str) -> None:
     text, prompt, row = next(iter(seen.values()))
     assert words in text and row.answer == answer
     assert (prompt.image_grid_thw is not None) == ("<|image_pad|>" in text) == bool(row.images)
+
+
+class Told:
+    """A cluster that answers every prompt with one text."""
+
+    ranks_idle_in_rollout = False
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], params: SamplingParams, on_finished: Any, stoppable: bool
+    ) -> list[Rollout]:
+        tokens, values = np.arange(3, dtype=np.int32), np.zeros(3, np.float32)
+        rollouts = [Rollout(r.prompt_id, 0, tokens, tokens, values, "stop", 0, self.text) for r in requests]
+        for place, rollout in enumerate(rollouts):
+            on_finished(place, rollout)
+        return rollouts
+
+
+@pytest.mark.parametrize(("template", "right"), [("tpl_think.jinja", 1.0), (None, 0.0)])
+def test_the_tag_of_the_prompt_counts_as_the_responses(
+    workspace: Workspace, tmp_path: Path, template: str | None, right: float
+) -> None:
+    """In training, validation and evaluation; functions of a user get the response as it is."""
+    good, chat = FIXTURES / "good.jsonl", f"{FIXTURES / template}" if template else "null"
+    overrides = [
+        f"data.train={good}",
+        f"data.val={good}",
+        f"data.image_dir={FIXTURES}",
+        "data.id_column=null",
+    ]
+    overrides += [f"data.chat_template={chat}", "rollout.rollouts_per_step=4", f"trainer.run_dir={tmp_path}"]
+    config = load_config(workspace.config, [*overrides, "reward.name=exact_match", "reward.workers=1"])
+    data = load_data(config)
+    text = "so many</think>\\boxed{4}"
+    sampler = EpochSampler(data.train.dataset.ids, 0)
+    with Scorer(config.reward, 12) as scorer:
+        collector = RolloutCollector(config, data.train.dataset, sampler, scorer, Told(text))  # type: ignore[arg-type]
+        rollouts, scored, _ = collector.generate(collector.draw(), 0, 1)
+        assert scored.scores.tolist() == [right] * 4 and {r.text for r in rollouts} == {text}
+        (prompts,) = data.val
+        asked = [replace(rollout, prompt_id=i) for rollout, i in zip(rollouts, prompts.ids(4), strict=True)]
+        assert prompts.score(asked, scorer)[0].tolist() == [right] * 4
+    own = Own(str(good), reward=config.reward, config=config.data)
+    (item, *_) = own.load()
+    with VerdictBook(config, [Question(own, item, True)], True, data.encoder.response_prefix) as book:
+        book.add([Response(own.name, item.id, 0, text, 3, "stop")])
+    assert [verdict.correct for verdict in book.verdicts.values()] == [bool(right)]
+    config = load_config(workspace.config, overrides)
+    assert load_data(config).train.dataset.response_prefix == ""
+
+
+def test_boxes_for_a_function_of_the_user(workspace: Workspace, tmp_path: Path) -> None:
+    overrides = [f"data.train={FIXTURES / 'boxans.jsonl'}", f"data.image_dir={FIXTURES}", "data.val=null"]
+    config = load_config(workspace.config, [*overrides, "data.id_column=null", f"trainer.run_dir={tmp_path}"])
+    dataset = load_data(config).train.dataset
+    assert dataset.answers(dataset.ids[:1], as_cells=True) == [[10, 20, 110, 220]]
+    assert dataset.row(dataset.ids[0]).answer == "[10, 20, 110, 220]"
+
+
+def test_epochs_are_steps_once_prompts_are_counted(workspace: Workspace, tmp_path: Path) -> None:
+    overrides = ["trainer.epochs=3", "rollout.rollouts_per_step=6", f"trainer.run_dir={tmp_path}"]
+    overrides += ["data.max_prompt_length=60", "actor.updates_per_step=1"]
+    config = load_config(workspace.config, overrides)
+    data = load_data(config)
+    assert len(data.train.dataset) == 8 and data.train.overlong == 0
+    trained = resolve_steps(config, data.train)
+    assert (trained.trainer.steps, trained.trainer.epochs, config.trainer.steps) == (3, 3, 0)
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_a_resume_with_nothing_to_do_says_so(
+    workspace: Workspace,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+) -> None:
+    from mssr.trainer import session
+
+    checkpoint = tmp_path / "step-000005"
+    monkeypatch.setattr(session.CheckpointStore, "find", lambda *_: checkpoint)
+    monkeypatch.setattr(session, "check_checkpoint", lambda *_: ())
+    monkeypatch.setattr(session, "step_of", lambda _: 5)
+    arguments = [str(workspace.config), f"trainer.run_dir={tmp_path / 'run'}", f"trainer.steps={steps}"]
+    assert main(["train", *arguments]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[1:] == [f"mssr: nothing to do: {checkpoint} is of step 5, and trainer.steps={steps}"]
+
+
+def test_an_evaluation_without_the_id_column_names_its_key(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"problem": "q", "answer": "1"}\n')
+    with pytest.raises(UserError, match=r"no column 'id' \(data\.id_column; null takes a hash"):
+        Own(str(path), config=DataConfig(id_column="id")).load()
+    assert len(Own(str(path), config=DataConfig(id_column=None)).load()) == 1
+
+
+def test_an_evaluation_is_not_blind_either(tmp_path: Path) -> None:
+    config = DataConfig(image_dir=str(FIXTURES))
+    with pytest.raises(UserError, match="a column 'image' with images"):
+        Own(str(FIXTURES / "blind.parquet"), config=config).load()
+    with pytest.raises(UserError, match="row 0: column answer is a list or dict, not text"):
+        Own(str(FIXTURES / "boxans.jsonl"), config=config).load()
+    (item, *_) = Own(str(FIXTURES / "verl.parquet"), config=config).load()
+    assert (item.history, item.answer, len(item.images)) == ((("system", "Be brief."),), "4", 1)
+
+
+def test_written_weights_may_be_read_by_others(workspace: Workspace) -> None:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (workspace.path / "model").iterdir()}
+    assert set(modes.values()) == {0o666 & ~umask}, modes

@@ -104,6 +104,8 @@ def test_columns_are_found_and_told(rows) -> None:
     assert "the truth is the assistant's turn" in note and "those of column image" in note
     found, (note,) = rows([{"prompt": [user("q")], "reward_model": {"ground_truth": [3]}, "answer_of": 1}])
     assert found[0].answer == "3" and "the truth is column reward_model.ground_truth" in note
+    found, _ = rows([{"prompt": [user("q")], "reward_model": '{"ground_truth": 7}'}])
+    assert found[0].answer == "7"
     # A name that the user gave counts, and of what is there by the default names nothing is guessed.
     data = [{"prompt": [user("p"), answer], "problem": "q", "answer": "7", "extra": {"a": {"b": 1.0}}}]
     found, notes = rows(data)

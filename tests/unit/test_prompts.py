@@ -142,7 +142,7 @@ def test_what_of_the_prompt_belongs_to_the_response(workspace: Workspace) -> Non
 
 
 def test_every_size_is_one_that_a_model_sees(workspace: Workspace) -> None:
-    """Strips, dots and whatever bounds: multiples of a patch, at least one; what is shrunk is small enough."""
+    """Strips, dots and whatever bounds: multiples of a patch, at least one; shrunk enough."""
     rng = np.random.default_rng(0)
     for _ in range(3000):
         width, height = (int(2 ** rng.uniform(0, 13)) for _ in range(2))

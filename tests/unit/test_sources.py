@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mssr.data import index
@@ -315,12 +317,15 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "header.csv").write_text("problem,answer\n")
     (tmp_path / "notes.txt").write_text("a")
     (tmp_path / "nothing").mkdir()
+    columns = pa.table([["q"], ["1"], ["2"]], names=["problem", "answer", "answer"])
+    pq.write_table(columns, tmp_path / "twice.parquet")
     forms.text_only(tmp_path)
     for name, words in {
         "cut.json": "cut.json cannot be opened",
         "empty.jsonl": "is empty",
         "header.csv": "has no rows",
         "notes.txt": "expected one of .parquet",
+        "twice.parquet": "cannot be opened: .*answer",
         "nothing": "cannot be opened",
         "text.jsonl@test": "leave @test out",
     }.items():
