@@ -6,6 +6,7 @@ Every complaint is one line with the key, the reason and what to do.
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Any
 
 from mssr import algorithms, plugins, rewards
@@ -28,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "actor.offload": ("none", "optimizer", "all"),
     "cluster.launcher": ("ray", "local"),
     "cluster.device": ("auto", "cpu", "cuda"),
+    "actor.kl_probe": ("trained", "held_out"),
     "trainer.progress": ("auto", "live", "plain", "off"),
     "algorithm.weighting": ("sequence", "token"),
     "algorithm.discount.eta_rule": ("monotone", "published_code", "half_life"),
@@ -53,7 +55,7 @@ POSITIVE = (
     "actor.num_ranks actor.updates_per_step actor.lr actor.max_grad_norm actor.micro_batch_tokens "
     "actor.head_chunk_tokens actor.max_nonfinite_updates actor.kl_probe_fraction actor.lora.alpha "
     "cluster.threads_per_actor cluster.threads_per_rollout cluster.hang_timeout_s "
-    "trainer.steps trainer.keep_checkpoints data.min_pixels data.max_pixels data.max_prompt_length"
+    "trainer.epochs trainer.keep_checkpoints data.min_pixels data.max_pixels data.max_prompt_length"
 ).split()
 NON_NEGATIVE = (
     "algorithm.shaping.coef algorithm.kl.coef algorithm.baseline.init_rollouts "
@@ -94,6 +96,15 @@ def validate(config: Config) -> None:
             f"actor.updates_per_step={config.actor.updates_per_step} does not divide "
             f"rollout.rollouts_per_step={rollouts}"
         )
+    if config.holds_out:
+        prompts = config.prompts_per_step
+        held = math.ceil(config.kl_probe_fraction * prompts)
+        if (prompts - held) * n < config.actor.updates_per_step:
+            raise UserError(
+                f"actor.kl_probe=held_out takes {held} of the {prompts} prompts of a step, too many for "
+                f"actor.updates_per_step={config.actor.updates_per_step}; lower actor.kl_probe_fraction, "
+                "or set actor.kl_probe=trained"
+            )
     _check_overlap(config)
     if config.cluster.launcher == "local":
         several = [f"{key}=1" for key in ("actor.num_ranks", "rollout.workers") if flat[key] != 1]
@@ -193,6 +204,13 @@ def _check_values(config: Config, flat: dict[str, Any]) -> None:
     for key in UNIT_INTERVAL:
         if flat[key] is not None and not 0 <= flat[key] <= 1:
             raise UserError(f"{key}={flat[key]} must lie in [0, 1]")
+    steps, epochs = config.trainer.steps, config.trainer.epochs
+    if epochs is None and steps < 1:
+        raise UserError(f"trainer.steps={steps} must be greater than 0")
+    if epochs is not None and steps != 0:
+        raise UserError(
+            f"trainer.steps={steps} and trainer.epochs={epochs} both say how long to train; set one of them"
+        )
     for section, low, high in (
         ("algorithm.discount", "eta_min", "eta_max"),
         ("data", "min_pixels", "max_pixels"),

@@ -58,6 +58,8 @@ class PromptDataset:
         self._prefixes = [prefix + (f"{label}/" if several else "") for label in self.labels]
         self._starts = np.cumsum([0, *(len(part) for part in self.parts)])
         self._rows: dict[str, int] | None = None
+        self.response_prefix = ""
+        """Text of the prompt that the named rules see before a response, see `PromptEncoder`."""
         self.bad_rows: list[BadRow] = []
         """Rows that `check` found unusable."""
         self.duplicates: list[BadRow] = []

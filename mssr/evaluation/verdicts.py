@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from mssr import plugins
 from mssr.config import Config
 from mssr.evaluation import judge as judges
 from mssr.evaluation.base import Benchmark
@@ -22,6 +21,7 @@ class VerdictBook:
 
     Args:
         reward: score own data with the config's reward, in processes that a hanging function cannot stop.
+        prefix: what the rules see before a response, see `PromptEncoder.response_prefix`.
         tell: called with one sentence when those processes or their function fail.
     """
 
@@ -30,8 +30,11 @@ class VerdictBook:
         config: Config,
         questions: Sequence[Question],
         reward: bool,
+        prefix: str = "",
         tell: Callable[[str], None] | None = None,
     ) -> None:
+        self._prefix = prefix
+        self._reward_prefix = prefix if config.reward.rule else ""
         self.questions = list(questions)
         self.responses: dict[Key, Response] = {}
         self.verdicts: dict[Key, Verdict] = {}
@@ -40,8 +43,9 @@ class VerdictBook:
 
     def _make_scorer(self, config: Config, tell: Callable[[str], None] | None) -> Scorer:
         own = [b for b, _ in self.by_benchmark() if isinstance(b, Own) and b.rewarded]
-        of_user = plugins.is_spec(config.reward.name)
-        rows = RowAccess.of([b.rows() for b in own], config.model) if own and of_user else NO_ROWS
+        rows = (
+            RowAccess.of([b.rows() for b in own], config.model) if own and not config.reward.rule else NO_ROWS
+        )
         length = config.rollout.max_response_length
         return Scorer(config.reward, length, rows=rows, on_restart=tell, on_failure=tell)
 
@@ -63,20 +67,20 @@ class VerdictBook:
                 rewarded.append((response, question.item, question.benchmark))
             else:
                 self.verdicts[response.key] = question.benchmark.verdict(
-                    question.item, response.text, truncated, response.tokens
+                    question.item, self._prefix + response.text, truncated, response.tokens
                 )
         if rewarded:
             self._add_rewarded(rewarded)
 
     def _add_rewarded(self, rewarded: Sequence[tuple[Response, Item, Own]]) -> None:
         assert self._scorer is not None
-        inputs = [own.reward_input(item, r.text, r.tokens) for r, item, own in rewarded]
+        inputs = [own.reward_input(item, self._reward_prefix + r.text, r.tokens) for r, item, own in rewarded]
         scored = self._scorer.score(inputs)
         for (response, _, own), accuracy in zip(
             rewarded, scored.parts.get("accuracy", scored.scores), strict=True
         ):
             truncated = response.finish_reason == "length"
-            self.verdicts[response.key] = own.scored(response.text, float(accuracy), truncated)
+            self.verdicts[response.key] = own.scored(self._prefix + response.text, float(accuracy), truncated)
 
     def accuracies(self) -> tuple[dict[str, float], float | None]:
         """By benchmark and of all, of the responses so far."""
@@ -117,7 +121,7 @@ class VerdictBook:
                 judge,
                 benchmark,
                 [q.item for q, _ in asked],
-                [response.text for response, _ in pairs],
+                [self._prefix + response.text for response, _ in pairs],
                 [verdict for _, verdict in pairs],
             )
             for (response, _), verdict in zip(pairs, judged, strict=True):

@@ -146,7 +146,9 @@ class RowView:
     def _question(self) -> Any:
         if self._reader is None:
             return None
-        return self.cells.get(self._reader.access.named("problem_column"))
+        from mssr.data.rows import cell
+
+        return cell(self.cells, self._reader.access.named("problem_column"))
 
     def images(self) -> list[Image]:
         """The images in RGB, upright, in their original size."""

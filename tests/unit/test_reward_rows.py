@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mssr.config import ModelConfig
+from mssr.config import Config, ModelConfig
 from mssr.data.dataset import PromptDataset
 from mssr.data_config import DataConfig, RewardConfig
 from mssr.errors import UserError
 from mssr.rewards import RewardInput, RowAccess, ScoredBatch, Scorer
 from mssr.trainer.collect import reward_inputs
+from mssr.trainer.data import load_data
 from mssr.types import Rollout
 from tests.conftest import Workspace
 
@@ -174,3 +175,21 @@ def test_functions_of_a_user_get_answers_as_the_data_has_them_and_rules_text(tmp
         (tmp_path / "reward.py").write_text("def f(response, answer): return 1.0")
         with Scorer(RewardConfig(name=name, workers=1), 10) as scorer:
             assert scorer.takes_cells == takes_cells
+
+
+@pytest.mark.parametrize("answer", [4, [10, 20, 110, 220], {"box": [1, 2]}])
+def test_what_training_opens_knows_the_columns_and_takes_any_truth(
+    tmp_path: Path, workspace: Workspace, answer: Any
+) -> None:
+    """As `mssr data` does; a named rule would have to compare text."""
+    rows = [{"problem": f"Where is {k}?", "answer": answer} for k in range(2)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "reward.py").write_text("def f(response, answer): ...\ndef g(response, bbox): ...\n")
+    config = Config(model=ModelConfig(path=str(workspace.path / "model")))
+    config.data.train, config.trainer.run_dir = str(tmp_path / "rows.jsonl"), str(tmp_path)
+    config.reward.name = f"{tmp_path}/reward.py:f"
+    dataset = load_data(config).train.dataset
+    assert dataset.answers(dataset.ids, as_cells=True) == [answer] * 2
+    config.reward.name = f"{tmp_path}/reward.py:g"
+    with pytest.raises(UserError, match=r"g needs bbox; set reward\.options\.bbox or have a column"):
+        load_data(config)
