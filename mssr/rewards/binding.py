@@ -129,7 +129,8 @@ def bind(function: Callable[..., Any], options: Mapping[str, Any], access: RowAc
             settable[name] = parameter.default is Parameter.empty
     # (Without access, a name without a default may be that of a column.)
     if trl and "**" in settable and access is not None:
-        rest = (columns or {"answer"}) - getters.keys() - options.keys() - {access.named("images_column")}
+        left_out = {access.named("images_column"), "prompt", "completion"}
+        rest = (columns or {"answer"}) - getters.keys() - options.keys() - left_out
         getters |= {name: _column(name) for name in sorted(rest)}
     of_row = {n for n, getter in getters.items() if getter not in _OF_ITEM.values()}
     of_images = {meanings[n] for n in of_row if meanings.get(n) in _OF_IMAGES}

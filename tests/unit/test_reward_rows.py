@@ -23,6 +23,7 @@ from tests.conftest import Workspace
 
 pytestmark = pytest.mark.unit
 
+INPUTS = Path(__file__).parents[1] / "fixtures/inputs"
 BOX = [10, 20, 110, 220]
 
 
@@ -193,3 +194,31 @@ def test_what_training_opens_knows_the_columns_and_takes_any_truth(
     config.reward.name = f"{tmp_path}/reward.py:g"
     with pytest.raises(UserError, match=r"g needs bbox; set reward\.options\.bbox or have a column"):
         load_data(config)
+
+
+OF_OTHERS = {
+    "verl": """
+def f(data_source, solution_str, ground_truth, extra_info=None):
+    assert data_source == "bars" and extra_info["question"].endswith("drawn?"), (data_source, extra_info)
+    return {"score": float(solution_str == ground_truth == extra_info["answer"]), "pred": solution_str}
+""",
+    "trl": """
+def f(prompts, completions, solution, image, **kwargs):
+    assert all(p[0]["role"] == "user" and i.size == (112, 56) for p, i in zip(prompts, image, strict=True))
+    assert kwargs == {}
+    return [float(s == f"${c[0]['content']}$") for c, s in zip(completions, solution, strict=True)]
+""",
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_functions_and_tables_of_others_fit_together(tmp_path: Path, name: str) -> None:
+    dataset = PromptDataset(str(INPUTS / f"{name}.parquet"), DataConfig())
+    truths = dataset.answers(dataset.ids, as_cells=True)
+    (tmp_path / "reward.py").write_text(OF_OTHERS[name])
+    config = RewardConfig(name=f"{tmp_path}/reward.py:f", workers=1)
+    with Scorer(config, 10, rows=RowAccess.of([dataset], ModelConfig())) as scorer:
+        items = [RewardInput(str(t).strip("$"), t, 1, i) for i, t in zip(dataset.ids, truths, strict=True)]
+        items.append(RewardInput("wrong", truths[0], 1, dataset.ids[0]))
+        batch = scorer.score(items)
+    assert batch.errors == 0 and batch.parts == {} and batch.scores.tolist() == [1] * len(truths) + [0]
