@@ -62,7 +62,7 @@ class Scorer:
         on_restart: Called with one sentence, how it died, each time the process that owns the workers has
             to be started again, from another thread. If it raises, `score` raises the same.
         on_failure: Called with one sentence when responses of a batch failed, the first time and whenever
-            the share of them is twice what was told.
+            the share of them is four times what was told.
 
     Raises:
         UserError: The function cannot be had, or an option has no meaning; see `check`.
@@ -172,7 +172,7 @@ class Scorer:
         if count >= self.min_batch and len(failures) >= self.error_limit * count:
             raise TrainingError(f"{told} ({failures[-1].reason})")
         share = len(failures) / count
-        if self._on_failure is not None and share >= 2 * self._told:
+        if self._on_failure is not None and share >= 4 * self._told:
             self._told = share
             self._on_failure(f"{told}, which score 0 ({failures[0].reason}); the log has the first traceback")
 
