@@ -31,6 +31,7 @@ from mssr.rewards import choice as choice_rule
 from mssr.rewards import latex, math_rule
 from mssr.rewards.exact_match import grade as exact_grade
 from mssr.rewards.extraction import lenient_answer, outside_thinking, unwrap
+from mssr.rewards.number import stated
 
 LETTERS = choice_rule.LETTERS
 LONGEST_ANSWER = 1_000
@@ -73,8 +74,8 @@ def final_choice(response: str, choices: Sequence[str] = (), *, truncated: bool 
     """The answer to a question with options; None if there is none.
 
     A box that names an option. Else the first of these that does, behind the last box if there is one: the
-    `final_text`, the last line, the last sentence; a letter in any spelling of `mssr.rewards.choice.read`, or the
-    text of one of ``choices``, also in a sentence (`mentioned`). Else whatever `final_text` is.
+    `final_text`, the last line, the last sentence; a letter in any spelling of `mssr.rewards.choice.read`, or
+    the text of one of ``choices``, also in a sentence (`mentioned`). Else whatever `final_text` is.
     """
     boxed = lenient_answer(response, boxed_only=True)
     answer = final_text(response, truncated=truncated)
@@ -240,7 +241,7 @@ def number(text: str) -> float | None:
     """
     if len(text) > latex.MAX_LENGTH:
         return None
-    value = math_rule.stated(latex.clean(text))
+    value = stated(math_rule.told(text))
     exact = None if value is None else math_rule.number(value)
     if exact is not None:
         return float(exact) if abs(exact) < LARGEST else None

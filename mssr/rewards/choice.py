@@ -8,18 +8,20 @@ from mssr.rewards import latex
 
 LETTERS = "ABCDEFGHIJ"
 _ANNOUNCED = re.compile(
-    r"^(?:(?:the|my|so|final|correct|right|best)\s+)*(?:answer|option|choice)s?(?:\s+is|\s+are)?\s*[:=]?\s*|^it is\s+",
+    r"^(?:(?:the|my|so|final|correct|right|best)\s+)*(?:answer|option|choice)s?(?:\s+is|\s+are)?\s*[:=]?\s*|"
+    r"^it is\s+",
     re.IGNORECASE,
 )
 # Words before a letter that say nothing but that it is chosen, words behind it, and what it is told from.
 _BEFORE = re.compile(
-    r"^(?:(?:so|thus|hence|therefore|then|the|my|final|correct|right|best|answers?|options?|choices?|should|must|would|"
-    r"will|be|is|are|i(?=\s+[a-z])|we|it|go|with|choose|pick|select|say|think)\b[\s:=,]*|[故应本题正确所以因此最终]*"
-    r"(?:答案|选项|选择|选)[是为选:]*\s*)+",
+    r"^(?:.*[,;]\s*(?:so|thus|hence|therefore)\s+)?(?:(?:so|thus|hence|therefore|then|the|my|final|correct|right|best|"
+    r"answers?|options?|choices?|should|must|would|will|be|is|are|i(?=\s+[a-z])|we|it|go|with|choose|pick|select|say|"
+    r"think|only|clearly)\b[\s:=,]*|not\s+\(?[A-J]\)?,?\s+but\b\s*|[我认为该故应本题正确所以因此最终综上述]*"
+    r"(?:答案|选项|选择|选)[是为选:]*\s*)*",
     re.IGNORECASE,
 )
 _BEHIND = re.compile(
-    r"(?:[\s,]+(?:because|since|as|for)\b.*|[\s,]+(?:is|are)\s+(?:the\s+)?(?:correct|right|best|true|answer)(?:\s+\w+)?|"
+    r"(?:[\s,]+(?:because|since|as|for)\b.*|[\s,]+(?:is|are|seems)\s+(?:the\s+)?(?:correct|right|best|true|answer)(?:\s+\w+)?|"
     r"\s*(?:选项|项)?(?:正确)?)$",
     re.DOTALL,
 )
@@ -61,10 +63,10 @@ def grade(answer: str, truth: str, *, letters: str = LETTERS) -> bool:
 
 
 def read(text: str, letters: str = LETTERS) -> tuple[frozenset[str], str]:
-    """The letters that a text chooses, and the text of the option if one letter stands before it.
+    r"""The letters that a text chooses, and the text of the option if one letter stands before it.
 
-    Read are ``(b)``, ``B.``, ``\\text{B}``, ``option B``, ``B: 12 cm``, ``ACD``, ``A and C``, ``I would go with B``,
-    ``B is correct``, ``B because ...``, ``B, not C``, ``选B``. ``B or C`` chooses none.
+    Read are ``(b)``, ``B.``, ``\text{B}``, ``option B``, ``B: 12 cm``, ``ACD``, ``A and C``, ``选B``,
+    ``B, not C``, ``I would go with B``, ``B is correct``, ``B because ...``. ``B or C`` chooses none.
     """
     if len(text) > _MAX_LENGTH:
         return frozenset(), ""
@@ -72,7 +74,8 @@ def read(text: str, letters: str = LETTERS) -> tuple[frozenset[str], str]:
     label = _LABEL.match(_ANNOUNCED.sub("", text, count=1))
     if label and label[1].upper() in letters and not _FURTHER.match(label[2]):
         return frozenset(label[1].upper()), label[2].strip()
-    text = _NOT.sub("", _BEHIND.sub("", text, count=1))
+    for _ in range(2):
+        text = _NOT.sub("", _BEHIND.sub("", text, count=1))
     text = (_BEFORE.sub("", text, count=1) or text).strip(" *'\"")
     while latex.enclosed(text) and len(text) > 3:
         text = text[1:-1].strip()

@@ -39,7 +39,7 @@ def exact_match(response: str, answer: str, /) -> RewardResult:
 
 
 def grade(answer: str, truth: str) -> bool:
-    r"""Equality of the two after `normalise`; of a truth ``\boxed{4}`` the content counts. A blank answer is wrong."""
+    r"""Equality after `normalise`; of a truth ``\boxed{4}`` the content counts. A blank answer is wrong."""
     return not (not answer or answer.isspace()) and normalise(answer) == normalise(unwrap(truth))
 
 

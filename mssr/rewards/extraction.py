@@ -19,7 +19,9 @@ _PHRASE = re.compile(
 )
 # What may follow an answer and does not change it. A hedge like "(or 6)" does, and stays.
 _ASIDE = re.compile(
-    r"\s*\((?:see|from|as|in|by|cf)\b[^()]*\)\s*$|,?\s+(?:and |but )?not\s[^,;()]*$", re.IGNORECASE
+    r"\s*\((?:see|from|as|in|by|cf|not(?!\s+sure))\b[^()]*\)\s*$|,?\s+(?:and |but )?not\s(?!sure)[^,;()]*$|"
+    r"[，,]\s*而?不是[^，,]*$|,?\s+(?:because|since|as shown|as seen)\b.*$",
+    re.IGNORECASE,
 )
 _END_OF_ANSWER = re.compile(r"\n|[.;。](?=\s|$)")
 _TAIL = 4_000
@@ -59,8 +61,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def unwrap(answer: str) -> str:
-    r"""``<answer> 8 </answer>`` -> ``8``, as in the Vision-R1-rl data, and ``\boxed{8}`` -> ``8``; anything else is
-    unchanged."""
+    r"""``<answer> 8 </answer>``, as in the Vision-R1-rl data, and ``\boxed{8}`` -> ``8``; else unchanged."""
     text = answer.strip()
     if text.startswith("<answer>") and text.endswith("</answer>"):
         return text[len("<answer>") : -len("</answer>")].strip()
@@ -78,8 +79,8 @@ def lenient_answer(response: str, *, boxed_only: bool = False) -> str | None:
     2. the last closed ``\boxed{}`` outside the thinking (an unclosed ``<think>`` reaches to the end, a
        ``</think>`` without ``<think>`` starts at the beginning);
     3. the last ``<answer>...</answer>`` outside the thinking;
-    4. what follows the last "answer is", "answer:", "result is", "答案", "####" or the like, up to the end of the
-       line or sentence, without "(see figure 3)" or ", not 6" at its end;
+    4. what follows the last "answer is", "answer:", "result is", "答案", "####" or the like, up to the end of
+       the line or sentence, without "(see figure 3)" or ", not 6" at its end;
     5. the whole text outside the thinking, if it is a single line of at most 200 characters.
 
     Args:

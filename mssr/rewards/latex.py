@@ -1,57 +1,50 @@
 r"""Spellings of LaTeX and Unicode brought to one, and texts cut at the top level of their brackets.
 
-The canonical text has no styles and sizes, ``*`` and ``/`` for ``\times`` and ``\div``, ``°`` for degrees, ``⟦ ⟧``
-for ``\{ \}``, ``＄`` for money, ``⏎`` between matrix rows and ``;`` between other lines.
+The canonical text has no styles, but ``*``, ``/``, ``°``, ``⟦ ⟧`` for ``\{ \}``, ``＄`` for money, ``⏎``
+between matrix rows and ``;`` between other lines.
 """
 
 import re
 import unicodedata
 from functools import lru_cache
+from itertools import accumulate
 
 MAX_LENGTH = 1_000
 """Longer answers are compared as strings only."""
 # A sign or command, a bar, and the characters or commands that are other spellings of it.
 _SIGNS = (
-    r"-|−–—‐‑－ *|×⋅·∙∗✕ /|÷⁄∕ '|′’‘ °|º˚∘ %|٪％ .|٫。． ,|٬、， :|：∶ ;|； (|（ )|） μ|µ \pi|π \sqrt|√ \infty|∞ \le|≤⩽ \ge|≥⩾"
-    r" \ne|≠ \cup|∪ \cap|∩ \in|∈ \emptyset|∅ \pm|± \approx|≈ \cong|≅≌ \angle|∠ \triangle|△ \perp|⊥⟂ \parallel|∥"
-    r" \sim|∼～∽ \alpha|α \beta|β \gamma|γ \theta|θ \lambda|λ"
+    r"-|−–—‐‑－ *|×⋅·∙∗✕ /|÷⁄∕ '|′’‘ °|º˚∘ %|٪％ .|٫。． ,|٬、， :|：∶ ;|； (|（ )|） μ|µ \pi|π \sqrt|√"
+    r" \infty|∞ \le|≤⩽ \ge|≥⩾ \ne|≠ \cup|∪ \cap|∩ \in|∈ \emptyset|∅ \pm|± \approx|≈ \cong|≅≌ \angle|∠"
+    r" \triangle|△ \perp|⊥⟂ \parallel|∥ \sim|∼～∽ \alpha|α \beta|β \gamma|γ \theta|θ \lambda|λ"
 ).split()
 _NAMES = (
-    r"\frac|dfrac,tfrac,cfrac \binom|dbinom,tbinom *|cdot,times,ast /|div :|colon Ω|Omega ;|newline \le|leq,leqslant"
-    r" \ge|geq,geqslant \ne|neq <|lt >|gt °|degree (|langle )|rangle ⟦|lbrace ⟧|rbrace ||vert,lvert,rvert,mid"
-    r" \perp|bot \emptyset|varnothing"
-    r" |left,right,big,Big,bigg,Bigg,bigl,bigr,displaystyle,textstyle,limits,rm,bf,it,tiny,small,normalsize,large,Large,"
-    r"LARGE,huge,Huge,quad,qquad,therefore"
+    r"\frac|dfrac,tfrac,cfrac \binom|dbinom,tbinom *|cdot,times,ast /|div :|colon Ω|Omega ;|newline"
+    r" \ne|neq <|lt >|gt \le|leq,leqslant \ge|geq,geqslant °|degree (|langle )|rangle ⟦|lbrace ⟧|rbrace"
+    r" ||vert,lvert,rvert,mid \perp|bot \emptyset|varnothing"
+    r" |left,right,big,Big,bigg,Bigg,bigl,bigr,displaystyle,textstyle,limits,rm,bf,it,tiny,small,normalsize,"
+    r"large,Large,LARGE,huge,Huge,quad,qquad,therefore"
 ).split()
-_UNICODE = {
-    ord(c): to + " " * (to[0] == "\\") for to, _, cs in (x.partition("|") for x in _SIGNS) for c in cs
-}
-_UNICODE |= dict.fromkeys(map(ord, "\u00a0\u3000\u2009\u202f"), " ") | dict.fromkeys(
-    map(ord, "\u200b\ufeff"), ""
-)
+_UNICODE = {ord(c): " " for c in "\u00a0\u3000\u2009\u202f"} | {ord(c): "" for c in "\u200b\ufeff"}
+_UNICODE |= {ord(c): to + " " * (to[0] == "\\") for to, cs in (x.split("|") for x in _SIGNS) for c in cs}
 _COMMANDS = {x: to or " " for to, _, names in (x.rpartition("|") for x in _NAMES) for x in names.split(",")}
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|tt|sf|normal)?|math(?:rm|bf|it|sf)|operatorname|[mhf]box|emph|bm|boldsymbol|underline|unit|"
     r"boxed|(?:text)?color\{[a-z]+\})\s*\*?\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _REPEATING = re.compile(r"(\d{1,20})\.(\d{0,20})\\(?:overline|bar|dot)\{(\d{1,20})\}")
-_REWRITTEN = [
-    (re.compile(pattern), to)
-    for pattern, to in (
-        (r"(?<=\d)(?:\\[,!;: ]|\{,\}|,\\!)(?=\d{3}(?!\d))", ""), (r"[.,;:?\s]+$", ""),  # 1{,}000
-        (r"\\(?:[,;:!> ()\[\]]|(?:[hv]space|phantom)\{[^{}]*\}|color\{[a-z]+\})|~", " "),
-        (r"\\\{", "⟦"), (r"\\\}", "⟧"), (r"\\%", "%"), (r"\\\$", "＄"), (r"\\mathbb\s*\{?\s*R\s*\}?", "ℝ"),
-        (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"\^\s*\{?\s*(?:\\circ(?![A-Za-z])|°)\s*\}?", "° "),
-        (r"\\mu\s*(?=[mgsAFCLH](?![A-Za-z]))", "μ"), (r"\\\||(?<=[A-Za-z])\s*//\s*(?=[A-Za-z])", r"\\parallel "),
-        (r"(?<=[\w)}])\*\*(?=\s*[\d({A-Za-z-])", "^"), (r"\*\*|`|(?<!\\)\$", ""),
-        (r"(?<![\d.,])(\d+)\s+(\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
-        (r"\\frac\s*(\d)\s*(?:\{|(\d)(?!\d*\}))", r"\\frac{\1}{\2"), (r"(\\frac\{\d\}\{\d)(?![\d}])", r"\1}"),
-        (r"\\sqrt\s*(\d+|[A-Za-z](?![A-Za-z]))", r"\\sqrt{\1}"), (r"\^\s*(-?\d+(?:\.\d+)?)", r"^{\1}"),
-        (r"(?<=[\d.])\s*[xX]\s*(?=10\s*\^)", "*"), (r"^\]([^\[\]]*,[^\[\]]*)\[$", r"(\1)"),  # ]1,2[
-        (r"(?<=\{)\s+|\s+(?=[}^_])|(?<=[\w}\]])\s+(?=\{)|(?<=[_^])\s+", ""), (r"\s+", " "),
-        (r"^(?:=|\s)+|[.,;:?\s]+$|(?<=[A-Za-z]{2})[!.,;:?\s]+$", ""),
-    )
-]  # fmt: skip
+_REWRITTEN = (
+    (r"(?<=\d)(?:\\[,!;: ]|\{,\}|,\\!)(?=\d{3}(?!\d))", ""), (r"[.,;:?\s]+$|(?<=\d)\.(?=\s*\))", ""),
+    (r"\\(?:[,;:!> ()\[\]]|(?:[hv]space|phantom)\{[^{}]*\}|color\{[a-z]+\})|~", " "),
+    (r"\\\{", "⟦"), (r"\\\}", "⟧"), (r"\\%", "%"), (r"\\\$", "＄"), (r"<=", r"\\le "), (r">=", r"\\ge "),
+    (r"\\mathbb\s*\{?\s*R\s*\}?", "ℝ"), (r"!=", r"\\ne "), (r"\^\s*\{?\s*(?:\\circ(?![a-z])|°)\s*\}?", "° "),
+    (r"\\mu\s*(?=[mgsAFCLH](?![A-Za-z]))", "μ"), (r"\\\||(?<=[A-Za-z])\s*//\s*(?=[A-Z])", r"\\parallel "),
+    (r"(?<=[\w)}])\*\*(?=\s*[\d({A-Za-z-])", "^"), (r"\*\*|`|(?<!\\)\$", ""),
+    (r"(?<![\d.,])(\d+)\s+(\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"), (r"\^\s*(-?\d+(?:\.\d+)?)", r"^{\1}"),
+    (r"\\frac\s*(\d)\s*(?:\{|(\d)(?!\d*\}))", r"\\frac{\1}{\2"), (r"(\\frac\{\d\}\{\d)(?![\d}])", r"\1}"),
+    (r"\\sqrt\s*(\d+|[A-Za-z](?![A-Za-z]))", r"\\sqrt{\1}"), (r"(?<=[\d.])\s*[xX]\s*(?=10\s*\^)", "*"),
+    (r"(?<=\{)\s+|\s+(?=[}^_])|(?<=[\w}\]])\s+(?=\{)|(?<=[_^])\s+", ""), (r"\s+", " "),
+    (r"^\]([^\[\]]*,[^\[\]]*)\[$", r"(\1)"), (r"^(?:=|\s)+|[.,;:?\s]+$|(?<=[A-Za-z]{2})[!.,;:?\s]+$", ""),
+)  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
@@ -73,7 +66,7 @@ def clean(text: str) -> str:
     text = re.sub(r"\\(?:left|right)\s*\.", "", re.sub(r"\s*\n\s*", " " if row == "⏎" else ";", text.strip()))
     text = re.sub(r"\\([A-Za-z]+)", lambda m: _COMMANDS.get(m[1], m[0]), text)
     for pattern, to in _REWRITTEN:
-        text = pattern.sub(to, text)
+        text = re.sub(pattern, to, text)
     return text
 
 
@@ -91,26 +84,20 @@ def key(text: str) -> str:
     return re.sub(words, lambda match: match[0].lower(), text)
 
 
+def _depths(text: str) -> list[int]:
+    return list(accumulate((c in "([{⟦") - (c in ")]}⟧") for c in text))
+
+
+def enclosed(text: str) -> bool:
+    """Whether the first character is a bracket that the last one closes, of any kind: ``[1, 2)``."""
+    return text[:1] in tuple("([{⟦") and 0 not in _depths(text)[:-1] and text[-1] in ")]}⟧"
+
+
 def cut(text: str, separator: str) -> tuple[str, ...]:
-    """``text`` cut where ``separator`` matches outside all brackets, which pair across kinds as in ``[1, 2)``."""
+    """``text`` cut where ``separator`` matches outside all brackets."""
     depths, parts, start = _depths(text), [], 0
     for match in re.finditer(separator, text):
         if depths[match.start()] == 0:
             parts.append(text[start : match.start()].strip())
             start = match.end()
     return (*parts, text[start:].strip())
-
-
-def enclosed(text: str) -> bool:
-    """Whether the first character is a bracket that the last one closes."""
-    return len(text) > 1 and text[0] in "([{⟦" and text[-1] in ")]}⟧" and 0 not in _depths(text)[1:-1]
-
-
-def _depths(text: str) -> list[int]:
-    """How many brackets are open before each character, or behind a closing one."""
-    depth, depths = 0, []
-    for c in text:
-        depth -= c in ")]}⟧"
-        depths.append(depth)
-        depth += c in "([{⟦"
-    return depths

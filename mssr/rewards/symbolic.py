@@ -1,7 +1,7 @@
 r"""Expressions, equations and sets in canonical LaTeX (see `latex`), as math-verify decides them.
 
-Only what is made of known signs reaches it, and nothing that sympy could take long over: its own time limits are
-off, because they need signals. Decimals are exact fractions there: else it rounds to 6 places, and 2.6e-19 is 1.6e-19.
+Only what is made of known signs reaches it, and nothing that sympy could take long over: its own time limits
+are off, for they need signals. Decimals become fractions: it rounds to 6 places, 2.6e-19 would be 1.6e-19.
 """
 
 import logging
@@ -12,22 +12,19 @@ from typing import Any
 
 _FUNCTIONS = "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|max|min|gcd|sqrt|pi"
 _KNOWN = re.compile(
-    rf"(?:\\(?:{_FUNCTIONS}|frac|binom|alpha|beta|gamma|delta|epsilon|varepsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|"
-    r"varphi|omega|vec|[lr]floor|[lr]ceil|le|ge|infty|cup|operatorname\{lcm\}|(?:begin|end)\{[pbv]matrix\})(?![A-Za-z])|"
-    r"[A-Za-z](?![A-Za-z])|\\cdot |\\\\|\d+|[-+/^_(){}\[\]|!,<>=&\s])+"
+    rf"(?:\\(?:{_FUNCTIONS}|frac|binom|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|varphi|"
+    r"omega|vec|[lr](?:floor|ceil)|[lg]e|infty|cup|operatorname\{lcm\}|(?:begin|end)\{[pbv]matrix\})(?![A-Za-z])"
+    r"|[A-Za-z](?![A-Za-z])|\\cdot |\\\\|\d+|[-+/^_(){}\[\]|!,<>=&\s])+"
 )
 _MIXED = r"(?<![\d.])(\d+)\s*(\\frac\{(\d+)\}\{(\d+)\})"
-_REWRITTEN = [
-    (re.compile(pattern), to)
-    for pattern, to in (
-        (_MIXED, r"(\1+\2)"), (r"(\d+(?:\.\d+)?)\s*°", r"(\\frac{\1\\pi}{180})"),
-        (r"(?<![\\A-Za-z}])C_\{?(\d\d?)\}?\^\{?(\d\d?)\}?|(?<![\\A-Za-z}])C\((\d\d?),\s*(\d\d?)\)", r"\\binom{\1\3}{\2\4}"),
-        (r"\\?(?<![A-Za-z])lg(?![A-Za-z])", r"\\log_{10}"), (r"log_(\d+)(?=\s)|log_(\d)(?=\d)", r"log_{\1\2}"),
-        (r"\\sqrt\s*\[\s*([3579])\s*\]\{\s*-", r"-\\sqrt[\1]{"),
-        (r"(?<=[\d)])\s*(?=\()|(?<=\d)\s*(?=\\frac)|\*", r"\\cdot "), (r",\s*", ", "), (r"⏎", r"\\\\"),
-        (rf"(?<![\\A-Za-z])(?=(?:{_FUNCTIONS})(?![A-Za-z]))", r"\\"),
-    )
-]  # fmt: skip
+_REWRITTEN = (
+    (_MIXED, r"(\1+\2)"), (r"(\d+(?:\.\d+)?)\s*°", r"(\\frac{\1\\pi}{180})"), (r",\s*", ", "),
+    (r"(?<![\\A-Za-z}])C(?:_\{?(\d\d?)\}?\^\{?(\d\d?)\}?|\((\d\d?), (\d\d?)\))", r"\\binom{\1\3}{\2\4}"),
+    (r"\\?(?<![a-z])lg(?![a-z])", r"\\log_{10}"), (r"log_(\d+)(?=\s)|log_(\d)(?=\d)", r"log_{\1\2}"),
+    (r"\\sqrt\s*\[\s*([3579])\s*\]\{\s*-", r"-\\sqrt[\1]{"),
+    (r"(?<=[\d)])\s*(?=\()|(?<=\d)\s*(?=\\frac)|\*", r"\\cdot "),
+    (rf"(?<![\\A-Za-z])(?=(?:{_FUNCTIONS})(?![A-Za-z]))", r"\\"), (r"⏎", r"\\\\"),
+)  # fmt: skip
 _EXPONENT = re.compile(r"(\d*)\^(\{(?:[^{}]|\{[^{}]*\})*\}|.)")
 # Long numbers, two numbers side by side, factorials of more than a short number, towers of powers.
 _HOSTILE = re.compile(
@@ -42,22 +39,17 @@ def prepared(text: str) -> str | None:
     if any(not 0 < int(top) < int(bottom) for _, _, top, bottom in re.findall(_MIXED, text)):
         return None  # 1\frac{3}{2}
     for pattern, to in _REWRITTEN:
-        text = pattern.sub(to, text)
-    if (
-        len(text) > 250
-        or text.count("{") > 30
-        or len(re.findall(r"[(\[]", text)) > 8
-        or _HOSTILE.search(text)
-    ):
+        text = re.sub(pattern, to, text)
+    brackets = text.count("(") + text.count("[")
+    if len(text) > 250 or text.count("{") > 30 or brackets > 8 or _HOSTILE.search(text):
         return None
     text = re.sub(r"(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
     text = re.sub(r"(?<![\\A-Za-z])(?!lcm)[A-Za-z]{2,3}(?![A-Za-z])", lambda m: " ".join(m[0]), text)
     text = text.replace("lcm", r"\operatorname{lcm}")
     found = [(len(n), max(map(int, re.findall(r"\d+", x)), default=1)) for n, x in _EXPONENT.findall(text)]
     small = all(x <= (300 if 0 < digits < 3 else 12) for digits, x in found)
-    return (
-        text if small and math.prod(max(x, 1) for _, x in found) <= 5_000 and _KNOWN.fullmatch(text) else None
-    )
+    small = small and math.prod(x or 1 for _, x in found) <= 5_000
+    return text if small and _KNOWN.fullmatch(text) else None
 
 
 @lru_cache(maxsize=1)
@@ -73,8 +65,7 @@ def _load() -> tuple[Any, Any, Any]:
 @lru_cache(maxsize=4096)
 def expression(text: str) -> Any:
     """The sympy object of a canonical text; None if it is not understood."""
-    latex = prepared(text)
-    if not latex:
+    if not (latex := prepared(text)):
         return None
     parse, _, config = _load()
     try:
@@ -84,30 +75,24 @@ def expression(text: str) -> Any:
 
 
 @lru_cache(maxsize=4096)
-def value(text: str) -> complex | None:
-    """The value of an expression, to double precision, its letters being certain numbers; None if it has none."""
+def value(text: str, symbols: bool = False) -> complex | None:
+    """The number that an expression is, in double precision; ``symbols``: with certain numbers as letters."""
     from sympy import Rational
 
     try:
         names = sorted(expression(text).free_symbols, key=str)
-        numbers = {name: Rational(31 + 17 * i, 23) for i, name in enumerate(names)}
+        numbers = {name: Rational(31 + 17 * i, 23) for i, name in enumerate(names) if symbols}
         found = complex(expression(text).doit().subs(numbers).evalf(20))
         return found if math.isfinite(abs(found)) else None
     except Exception:
         return None  # an equation, an undefined function, a matrix, a division by zero
 
 
-def number(text: str) -> float | None:
-    """The real number that a text is; None if it is none."""
-    found = None if getattr(expression(text), "free_symbols", True) else value(text)
-    return None if found is None or found.imag else found.real
-
-
 def same(a: str, t: str) -> bool:
     """Whether two expressions, equations or matrices are equal."""
     if not _comparable(a, t):
         return False
-    x, y = value(a), value(t)
+    x, y = value(a, True), value(t, True)
     if (x is None) != (y is None) or (x is not None and y is not None and abs(x - y) > 1e-12 * abs(y)):
         return False  # sympy would take long to find that out
     return bool(_load()[1](expression(t), expression(a), numeric_precision=100, timeout_seconds=None))
@@ -127,6 +112,5 @@ def same_set(a: str, t: str) -> bool:
 def _comparable(a: str, t: str) -> bool:
     """Whether both are understood and no letter occurs in both cases, which math-verify reads as the same."""
     letters = set(re.sub(r"\\[A-Za-z]+", "", a + t))
-    return not any(c.isupper() and c.lower() in letters for c in letters) and None not in map(
-        expression, (a, t)
-    )
+    mixed = any(c.isupper() and c.lower() in letters for c in letters)
+    return not mixed and None not in (expression(a), expression(t))

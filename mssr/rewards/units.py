@@ -3,17 +3,21 @@
 import re
 from functools import lru_cache
 
+Unit = tuple[tuple[str, int], ...]
+DEGREE: Unit = (("°", 1),)
 # One unit's spellings between bars. Words that are not here, number words above all, are no units.
 _SPELLINGS = """
-nm nanometer nanometre 纳米|μm um micrometer micrometre micron 微米|mm millimeter millimetre 毫米|m meter metre 米|个|acre
-cm centimeter centimetre 厘米|dm decimeter decimetre 分米|km kilometer kilometre 千米 公里|in inch inches|ft foot feet|mi mile
-yd yard|ha hectare 公顷|px pixel|s sec second 秒|ms millisecond 毫秒|min minute 分 分钟|h hr hour 时 小时|day 天|week 周|month 月
-year yr 年|mg milligram 毫克|g gram gm 克|kg kilogram kilo 千克 公斤|t ton tonne 吨|lb pound|oz ounce|gal gallon|L l liter litre 升
-mL ml milliliter millilitre 毫升|° deg degree 度|rad radian|°C celsius 摄氏度|°F fahrenheit|K kelvin|dB decibel|mol mole 摩尔|bar
-N newton 牛 牛顿|kN|J joule 焦 焦耳|kJ kilojoule|cal calorie|kcal|eV|keV|MeV|GeV|W watt 瓦|kW kilowatt 千瓦|mW|MW|kWh|V volt 伏
-mV|kV|A ampere amp 安 安培|mA|μA|Ω ohm 欧 欧姆|kΩ|MΩ|F farad|H henry|Wb weber|T tesla|C coulomb|Pa pascal 帕|kPa|MPa|atm|cent
-Hz hertz 赫兹|kHz|MHz|GHz|＄ dollar usd us＄ 美元|€ euro eur|£ gbp|¥ yuan rmb cny yen 元|₹ rupee rs|unit 单位|people person 人
-apple|student|child children|book|car|box boxes|ball|coin|item|cube|tile|marble|mi/h mph|km/h kmph kmh kph|m/s mps
+nm nanometer nanometre|μm um micrometer micrometre micron 微米|mm millimeter millimetre 毫米|m meter metre 米
+px pixel|个|cm centimeter centimetre 厘米|dm decimeter 分米|km kilometer kilometre 千米 公里|in inch inches
+ft foot feet|mi mile|acre|yd yard|ha hectare|s sec second 秒|ms millisecond|min minute 分 分钟
+h hr hour 时 小时|day 天|week 周|month 月|year yr 年|mg milligram|g gram gm 克|kg kilogram kilo 千克 公斤
+t ton tonne 吨|lb pound|oz ounce|gal gallon|L l liter litre 升|bar|mL ml milliliter 毫升|° deg degree 度
+rad radian|°C celsius 摄氏度|°F fahrenheit|K kelvin|dB decibel|mol mole 摩尔|atm|N newton 牛 牛顿|kN
+J joule 焦 焦耳|kJ|cal calorie|kcal|eV|keV|MeV|GeV|W watt 瓦|kW kilowatt 千瓦|mW|MW|kWh|V volt 伏|mV|kV
+A ampere amp 安 安培|mA|μA|Ω ohm 欧 欧姆|kΩ|MΩ|F farad|H henry|Wb weber|T tesla|C coulomb|Pa pascal 帕|kPa|MPa
+Hz hertz 赫兹|kHz|MHz|GHz|＄ dollar usd us＄ 美元|€ euro eur|£ gbp|¥ yuan rmb cny yen 元|₹ rupee rs|cent
+unit 单位|people person 人|apple|student|child children|book|car|box boxes|ball|coin|mi/h mph
+km/h kmph kmh kph|m/s mps
 """
 _CANONICAL = {x: group.split()[0] for group in re.split(r"[\n|]", _SPELLINGS) for x in group.split()}
 _CANONICAL |= {f"{x}s": unit for x, unit in _CANONICAL.items() if len(x) > 1 and x.isascii() and x.islower()}
@@ -28,10 +32,7 @@ _TOKEN = re.compile(
 _START = re.compile(r"(?<![A-Za-z\\_^])[A-Za-z]|[μΩ°＄€£¥₹\[(\u4e00-\u9fff]")
 _MONEY = re.compile(r"^([-+]?)\s*((?:us|US)?＄|[€£¥₹]|USD|EUR|GBP|RMB|CNY|Rs\.?)\s*([-+]?)(?=[\d.])")
 _SUM = re.compile(r"(\d+)\s*([^\W\d]+)\.?,?\s*(?:and\s+)?(\d+)\s*([^\W\d]+)\.?$")
-_SIZES = {(("h", 1), ("min", 1)): 60, (("min", 1), ("s", 1)): 60, (("ft", 1), ("in", 1)): 12}
-
-Unit = tuple[tuple[str, int], ...]
-DEGREE: Unit = (("°", 1),)
+_SIZES: dict[Unit, int] = {(("h", 1), ("min", 1)): 60, (("min", 1), ("s", 1)): 60, (("ft", 1), ("in", 1)): 12}
 
 
 @lru_cache(maxsize=4096)
@@ -43,27 +44,22 @@ def canonical(text: str) -> Unit:
     sign, pending, position, text = 1, 1, 0, text.strip()
     while position < len(text):
         match = _TOKEN.match(text, position)
-        if match is None:
+        word = match[2] if match else None
+        name = _CANONICAL.get(word) or _CANONICAL.get(word.lower() * (len(word) > 1)) if word else ""
+        if match is None or name is None:
             return ()
-        position = match.end()
-        pending = {"square": 2, "cubic": 3}.get(match[1], pending)
-        sign = -1 if match[5] == "/" else sign
-        if word := match[2]:
-            name = _CANONICAL.get(word) or _CANONICAL.get(word.lower() if len(word) > 1 else "")
-            if name is None:
-                return ()
-            for i, unit in enumerate(name.split("/")):
-                power = (-sign if i else sign) * pending * int(match[3] or match[4] or 1)
-                powers[unit] = powers.get(unit, 0) + power
-            pending = 1
+        position, sign = match.end(), -1 if match[5] == "/" else sign
+        for i, unit in enumerate(name.split("/") if name else ()):
+            power = (-sign if i else sign) * pending * int(match[3] or match[4] or 1)
+            powers[unit] = powers.get(unit, 0) + power
+        pending = {"square": 2, "cubic": 3}.get(match[1], pending if match[5] else 1)
     return tuple(sorted((name, power) for name, power in powers.items() if power))
 
 
 def split(text: str) -> tuple[str, Unit]:
-    """A value and its unit: ``"12 cm^2"`` -> ``("12", (("cm", 2),))``; no unit -> ``(text, ())``.
+    """``"12 cm^2"`` -> ``("12", (("cm", 2),))``; no unit -> ``(text, ())``.
 
-    A single letter glued to the value may be a variable; only capitals of electricity and mechanics (``0.5A``)
-    are units there.
+    A letter glued to the value may be a variable; only capitals such as in ``0.5A`` are units there.
     """
     if money := _MONEY.match(text):
         rest, unit = split(money[1] + money[3] + text[money.end() :])
