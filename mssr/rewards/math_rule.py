@@ -26,9 +26,9 @@ _APPROX, _UNION, _RELATION = r"\\(?:approx|simeq)(?![a-z])", r"\\cup(?![a-z])", 
 _LIST = r"[,;]\s*(?:(?:and|or)(?![A-Za-z]))?|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
 _BUILDER = re.compile(r"⟦\s*[A-Za-z]\s*(?:\\in\s*ℝ\s*)?[|:](.*)⟧")
 _NAME = re.compile(
-    r"\|?[A-Za-z]{1,3}'?\|?(?:_(?:\w|\{[^{}]{1,20}\}))?(?:\([A-Za-z, ]{1,10}\))?"
-    r"|m?\s*\\(?:angle|triangle)\s*\w+|\\(?:alpha|beta|gamma|theta|lambda|omega|phi|mu|rho)(?:_\w)?|(?:the )?(?:"
-    r"area|perimeter|volume|length|width|height|radius|angle|slope|probability|sum|total|distance|speed|answer)", re.I
+    r"\|?[A-Za-z]{1,3}'?\|?(?:_(?:\w|\{[^{}]{1,20}\}))?(?:\([A-Za-z, ]{1,10}\))?|m?\s*\\(?:tri)?angle\s*\w+"
+    r"|\\(?:alpha|beta|gamma|theta|lambda|omega|phi|mu|rho)(?:_\w)?|(?:the )?(?:area|perimeter|volume|length|"
+    r"width|height|radius|angle|slope|probability|sum|total|distance|speed|answer)", re.I
 )  # fmt: skip
 _CLOCK = re.compile(r"0?((?:1?\d|2[0-4]):(?:[0-5]\d|0\d:[0-5]\d|[0-5]\d:0\d))(?:\s*([ap])\.?\s?m\.?)?", re.I)
 _NUMBER = re.compile(
@@ -98,7 +98,7 @@ def _same(a: str, t: str, tolerance: float = 0.0) -> bool:
         return same_values(parts_a[0], parts_t[0], tolerance)
     if "region" in kinds:
         x, y = parts_a[0] if kind_a == "region" else a, parts_t[0] if kind_t == "region" else t
-        return symbolic.same_set(x, y)
+        return symbolic.same_set(x, y) or (kind_a == kind_t and symbolic.same(x, y))
     if (kind_a, kind_t) == ("list", "value") and re.fullmatch(r"-?\d+,\d+", a) and "." in t:
         return _same(a.replace(",", "."), t, tolerance)  # 3,14
     if kinds & {"value", "clock"}:
@@ -107,7 +107,7 @@ def _same(a: str, t: str, tolerance: float = 0.0) -> bool:
 
 
 Form = tuple[str, tuple[str, ...]]
-"""A kind (value, list, set, union, eq, region, approx, ratio, clock, brackets as ``[)``) and its parts."""
+"""A kind (value, list, all, set, union, eq, region, approx, ratio, clock, or brackets) and its parts."""
 
 
 @lru_cache(maxsize=8192)
@@ -126,7 +126,7 @@ def read(text: str) -> Form:
         return read(parts[0]) if len(parts) == 1 else ("()" if listed else kind, parts)
     parts = tuple(filter(None, latex.cut(text, _LIST)))
     if len(parts) > 1 and not units.sums(text):
-        return "list", parts
+        return "all" if re.search(r"[<>]|\\[lg]e", text) and re.search(r"\band\b", text) else "list", parts
     for kind, pattern in (("approx", _APPROX), ("union", _UNION), ("region", _RELATION)):
         parts = latex.cut(text, pattern)
         if len(parts) > 1 and all(parts):

@@ -40,7 +40,7 @@ def prepared(text: str) -> str | None:
         return None  # 1\frac{3}{2}
     for pattern, to in _REWRITTEN:
         text = re.sub(pattern, to, text)
-    brackets = text.count("(") + text.count("[")
+    brackets = text.count("(") + text.count("[") + text.count("_")
     if len(text) > 250 or text.count("{") > 30 or brackets > 8 or _HOSTILE.search(text):
         return None
     text = re.sub(r"(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)

@@ -37,6 +37,15 @@ math_rule, choice, number = RULES["math"], RULES["choice"], RULES["number"]
         ("Answer: 3\nFinal answer: 8 cm\nThat is all.", "8 cm"),
         ("So the answer is **8**", "8"),
         ("The answer is 3.5. I am sure.", "3.5"),
+        ("2 + 3 = 5\n#### 5", "5"),
+        ("答案：5", "5"),
+        ("因此答案为5。", "5"),
+        ("The answer is 5 (see figure 3)", "5"),
+        ("The answer is 5, not 6.", "5"),
+        ("The answer is 5 because 2 + 3 = 5.", "5"),
+        ("The answer is 5 (or 6)", "5 (or 6)"),
+        ("The answer is 5 or 6, not 7.", "5 or 6"),
+        ("The answer is not 5", "not 5"),
         ("8", "8"),
         (r"\boxed{} 8", r"\boxed{} 8"),
         (r"\boxed{3}</think>", None),
@@ -155,6 +164,13 @@ def test_wrong_arguments_are_refused() -> None:
         ("B", "(A) or (B)", False),
         ("B", "Bar", False),
         ("B", "", False),
+        ("B", "选B", True),
+        ("B", "I choose B.", True),
+        ("B", "B is correct", True),
+        ("B", "B, not C", True),
+        ("B", "C, not B", False),
+        ("B", "It is not B", False),
+        ("B", "B. or maybe C", False),
         ("ACD", "A, C, D", True),
         ("ACD", "DCA", True),
         ("A,C", "(A) and (C)", True),
@@ -270,7 +286,7 @@ def test_what_is_unknown_or_could_explode_never_reaches_sympy(text: str) -> None
 def test_what_reaches_sympy_has_exact_decimals_and_separate_letters() -> None:
     assert symbolic.prepared(latex.clean("0.5ab")) == r"\frac{5}{10}a b"
     assert symbolic.prepared(latex.clean("2(3)")) == r"2\cdot (3)"  # math-verify reads 2(3) as 5
-    assert symbolic.number(latex.clean(r"\sin 30^\circ")) == pytest.approx(0.5)
+    assert symbolic.value(latex.clean(r"\sin 30^\circ")) == pytest.approx(0.5)
 
 
 def test_units_have_one_name() -> None:

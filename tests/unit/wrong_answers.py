@@ -30,7 +30,7 @@ TRUTHS = [
 
 JOINED = [
     "{t} or {x}", "{x} or {t}", r"{t} \text{{ or }} {x}", "either {t} or {x}", "{t} (or {x})",
-    "{t} (or {x}?)", "{t} / {x} / {x}", r"{x} \approx {t}", r"{t} \approx {x}", r"{t} \sim {x}",
+    "{t} (or {x}?)", "{t} / {x}0 / {x}", r"{x} \approx {t}", r"{t} \approx {x}", r"{t} \sim {x}",
     r"{x}\sim {t}", r"{t} \simeq {x}", "{x} = {t}", "{t} = {x}", "{x}, {t}, {x}1", "{t}; {x}", "{t} | {x}",
     r"{t} \to {x}", r"{t} \Rightarrow {x}", r"{t} \vee {x}", "{t} vs {x}", "{t} and {x}", r"\{{{t}, {x}\}}",
     "({t}, {x}, {t})", "[{x}, {t}]", "between {x} and {t}", "from {x} to {t}", "{x}-{t}-{x}", "{x}..{t}",
@@ -71,7 +71,7 @@ TRUTHS = [
 
 JOINED = [
     "{t} or {x}", "{x} or {t}", r"{t} \text{{ or }} {x}", "either {t} or {x}", "{t} (or {x})",
-    "{t} (or {x}?)", "{t} / {x} / {x}", r"{x} \approx {t}", r"{t} \approx {x}", r"{t} \sim {x}",
+    "{t} (or {x}?)", "{t} / {x}0 / {x}", r"{x} \approx {t}", r"{t} \approx {x}", r"{t} \sim {x}",
     r"{x}\sim {t}", r"{t} \simeq {x}", "{x} = {t}", "{t} = {x}", "{x}, {t}, {x}1", "{t}; {x}", "{t} | {x}",
     r"{t} \to {x}", r"{t} \Rightarrow {x}", r"{t} \vee {x}", "{t} vs {x}", "{t} and {x}", r"\{{{t}, {x}\}}",
     "({t}, {x}, {t})", "[{x}, {t}]", "between {x} and {t}", "from {x} to {t}", "{x}-{t}-{x}", "{x}..{t}",
