@@ -5,7 +5,8 @@
 An answer is drawn from templates (integers, decimals, fractions, roots, units, percent, choices, points,
 sets, equations, polynomials) with fresh numbers in every repetition, so that no cache helps; about one in two
 is right, in another spelling. The rules run in this process and, split evenly, in two processes that have
-imported them.
+imported them. A second table has the CPU time by how `math` decides: texts that are equal, forms and numbers,
+and what math-verify parses.
 """
 
 from __future__ import annotations
@@ -102,6 +103,34 @@ def run(rule: str, items: list[Item]) -> tuple[float, float, float]:
     return time.perf_counter() - started, slowest, total
 
 
+CLASSES: dict[str, Callable[[random.Random], Item]] = {
+    "equal by text": lambda rng: (f"{rng.random()} cm", rng.choice(["{} cm", r"{}\text{{ cm}}"])),
+    "by forms and numbers": lambda rng: (
+        str(rng.random()),
+        rng.choice(["x = {}0", "{}1", "{} or 2", r"{}\ \mathrm{{m}}"]),
+    ),
+    "by math-verify": lambda rng: (
+        rf"{rng.randrange(2, 99)}\sqrt{{{rng.randrange(2, 999)}}}",
+        rng.choice(["{}+0", "{}+1"]),
+    ),
+}
+"""A truth, and a template of the answer that gets it, of verdicts by how `math` comes to them."""
+
+
+def by_class(size: int) -> list[str]:
+    """Rows of the second table: the median and the slowest verdict in ms of CPU time, the first left out."""
+    rows = []
+    for name, make in CLASSES.items():
+        rng, times = random.Random(name), []
+        for _ in range(size):
+            truth, template = make(rng)
+            before = time.process_time()
+            RULES["math"](template.format(truth), truth)
+            times.append(1000 * (time.process_time() - before))
+        rows.append(f"| {name} | {size} | {statistics.median(times[1:]):.2f} | {max(times[1:]):.1f} |")
+    return rows
+
+
 def measure(rule: str, size: int, repeats: int) -> list[str]:
     run(rule, batch(64, seed=999))  # imports
     single, split, slowest, right = [], [], [], []
@@ -145,6 +174,10 @@ def main() -> None:
             "| " + " | ".join(COLUMNS) + " |",
             "| " + " | ".join(["---"] * len(COLUMNS)) + " |",
             *("| " + " | ".join(row) + " |" for row in rows),
+            "",
+            "| how `math` decides | verdicts | median, ms | slowest, ms |",
+            "| --- | --- | --- | --- |",
+            *by_class(500),
             "",
         ]
     )

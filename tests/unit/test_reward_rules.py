@@ -270,8 +270,8 @@ def test_expanded_polynomials_are_equal_and_changed_ones_are_not() -> None:
 
 
 UNREAD = (
-    r"9^{9^{9}} 9^9^9 1000! 5!! (9!)! \binom{10^9}{3} \exp(10^9) \sqrt[100]{2} 2^{x!} word \foo 2?3 1\frac32 5_6 "
-    r"\int_0^1{x}"
+    r"9^{9^{9}} 9^9^9 1000! 5!! (9!)! \binom{10^9}{3} \exp(10^9) \sqrt[100]{2} 2^{x!} word \foo 2?3 "
+    r"1\frac32 5_6 \int_0^1{x}"
 ).split()
 
 

@@ -7,112 +7,54 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 
-NUMBERS = [
-    "2", "7", "12", "45", "144", "1000", "36.5", "0.25", "3.14",
-    "-8", r"\frac{3}{4}", r"\frac{22}{7}", "1/6",
-]  # fmt: skip
+NUMBERS = r"2 7 12 45 144 1000 36.5 0.25 3.14 -8 \frac{3}{4} \frac{22}{7} 1/6".split()
 WITH_UNITS = [
-    "12 cm", r"9.8\text{ m/s}^2", "60 km/h", "5 kg", r"15\text{ cm}^2", "20 N", "3 hours", r"30^\circ", "$25",
-]  # fmt: skip
-PERCENT = ["25%", r"40\%"]
-EXPRESSIONS = [
-    r"2\sqrt{3}", r"6\pi", r"\frac{\sqrt{2}}{2}", r"\frac{3\pi}{4}", "x^2+2x+1", "2x+3", r"\frac{x}{2}", "3ab",
-]  # fmt: skip
-EQUATIONS = ["x=3", "y=2x+1", "x>3", r"1<x\le 4", "x^2+y^2=4"]
-LISTS = ["1, 2", "3, 5, 8", r"\{1, 2\}", "x=1, x=4", r"\pm 2"]
-ORDERED = ["(2, 3)", "[2, 5)", "(-1, 4]", "(1, 2, 3)", "3:4", "2:3:5"]
-WORDS = ["yes", "no", "true", "false", "parallel", "no solution", "9:45", "isosceles triangle"]
-CHOICES = ["A", "B", "C", "D", "BD"]
-TRUTHS = [
-    *NUMBERS, *WITH_UNITS, *PERCENT, *EXPRESSIONS, *EQUATIONS, *LISTS, *ORDERED,
-    *WORDS, *CHOICES, r"1+\sqrt{5}", "8 V",
-]  # fmt: skip
-
-JOINED = [
-    "{t} or {x}", "{x} or {t}", r"{t} \text{{ or }} {x}", "either {t} or {x}", "{t} (or {x})",
-    "{t} (or {x}?)", "{t} / {x}0 / {x}", r"{x} \approx {t}", r"{t} \approx {x}", r"{t} \sim {x}",
-    r"{x}\sim {t}", r"{t} \simeq {x}", "{x} = {t}", "{t} = {x}", "{x}, {t}, {x}1", "{t}; {x}", "{t} | {x}",
-    r"{t} \to {x}", r"{t} \Rightarrow {x}", r"{t} \vee {x}", "{t} vs {x}", "{t} and {x}", r"\{{{t}, {x}\}}",
-    "({t}, {x}, {t})", "[{x}, {t}]", "between {x} and {t}", "from {x} to {t}", "{x}-{t}-{x}", "{x}..{t}",
-    r"{x} \ldots {t}", r"{t} \quad {x}", r"{t}\\{x}", "{t} {x}", "{t}\n{x}",
-    r"{t} \text{{ not }} {x} \text{{ or so}}", "not {x} but {t} or {x}", "{x}? {t}?", "{t}? {x}!",
-    r"\boxed{{{t}}} or \boxed{{{x}}}", r"{t} \text{{ and }} {x}", "{t} unless {x}", "if {x} then {t}",
-    "{t} maybe {x}", "{t}, maybe {x}", r"\begin{{pmatrix}}{t}\\{x}\end{{pmatrix}}",
-    r"\begin{{cases}}{t}\\{x}\end{{cases}}", "first {t} then {x}", "{t} 或 {x}", "{t}或{x}",
-]  # fmt: skip
-HEDGED = [
-    "maybe {t}", "perhaps {t}", "probably {t}", "possibly {t}", "not {t}", "{t} maybe", "{t} or so",
-    "{t} or not", "not sure, {t}", "I guess {t}", "less than {t}", "more than {t}", "at least {t}",
-    "at most {t}", "up to {t}", "nearly {t}", "almost {t}", "over {t}", "under {t}", r"< {t}", r"> {t}",
-    r"\le {t}", r"\ge {t}", r"\ne {t}", r"{t} \pm 1", "{t}±0.5", "{t}+", "anything but {t}", "?{t}?",
-    "{t} something", "{t} etc",
-]  # fmt: skip
-SCALED = (
-    "trillion billion million thousand hundred dozen lakh crore halves thirds quarters fifths sixths tenths hundredths "
-    "score gross pairs mod x k M bn percent % below above squared cubed minus plus times less short ! ^2 ^3 ^{-1} "
-    r"\cdot10 e1 e-1 /2 *2 +1 -1 /10 \frac{1}{2}"
-).split()
-UNITS = [
-    "12 cm", r"9.8\text{ m/s}^2", "60 km/h", "5 kg", r"15\text{ cm}^2", "20 N", "3 hours", r"30^\circ", "$25",
-]  # fmt: skip
-PERCENT = ["25%", r"40\%"]
-EXPRESSIONS = [
-    r"2\sqrt{3}", r"6\pi", r"\frac{\sqrt{2}}{2}", r"\frac{3\pi}{4}", "x^2+2x+1", "2x+3", r"\frac{x}{2}", "3ab",
-]  # fmt: skip
-EQUATIONS = ["x=3", "y=2x+1", "x>3", r"1<x\le 4", "x^2+y^2=4"]
-LISTS = ["1, 2", "3, 5, 8", r"\{1, 2\}", "x=1, x=4", r"\pm 2"]
-ORDERED = ["(2, 3)", "[2, 5)", "(-1, 4]", "(1, 2, 3)", "3:4", "2:3:5"]
-WORDS = ["yes", "no", "true", "false", "parallel", "no solution", "9:45", "isosceles triangle"]
-CHOICES = ["A", "B", "C", "D", "BD"]
-TRUTHS = [
-    *NUMBERS, *WITH_UNITS, *PERCENT, *EXPRESSIONS, *EQUATIONS, *LISTS, *ORDERED,
-    *WORDS, *CHOICES, r"1+\sqrt{5}", "8 V",
-]  # fmt: skip
-
-JOINED = [
-    "{t} or {x}", "{x} or {t}", r"{t} \text{{ or }} {x}", "either {t} or {x}", "{t} (or {x})",
-    "{t} (or {x}?)", "{t} / {x}0 / {x}", r"{x} \approx {t}", r"{t} \approx {x}", r"{t} \sim {x}",
-    r"{x}\sim {t}", r"{t} \simeq {x}", "{x} = {t}", "{t} = {x}", "{x}, {t}, {x}1", "{t}; {x}", "{t} | {x}",
-    r"{t} \to {x}", r"{t} \Rightarrow {x}", r"{t} \vee {x}", "{t} vs {x}", "{t} and {x}", r"\{{{t}, {x}\}}",
-    "({t}, {x}, {t})", "[{x}, {t}]", "between {x} and {t}", "from {x} to {t}", "{x}-{t}-{x}", "{x}..{t}",
-    r"{x} \ldots {t}", r"{t} \quad {x}", r"{t}\\{x}", "{t} {x}", "{t}\n{x}",
-    r"{t} \text{{ not }} {x} \text{{ or so}}", "not {x} but {t} or {x}", "{x}? {t}?", "{t}? {x}!",
-    r"\boxed{{{t}}} or \boxed{{{x}}}", r"{t} \text{{ and }} {x}", "{t} unless {x}", "if {x} then {t}",
-    "{t} maybe {x}", "{t}, maybe {x}", r"\begin{{pmatrix}}{t}\\{x}\end{{pmatrix}}",
-    r"\begin{{cases}}{t}\\{x}\end{{cases}}", "first {t} then {x}", "{t} 或 {x}", "{t}或{x}",
-]  # fmt: skip
-HEDGED = [
-    "maybe {t}", "perhaps {t}", "probably {t}", "possibly {t}", "not {t}", "{t} maybe", "{t} or so",
-    "{t} or not", "not sure, {t}", "I guess {t}", "less than {t}", "more than {t}", "at least {t}",
-    "at most {t}", "up to {t}", "nearly {t}", "almost {t}", "over {t}", "under {t}", r"< {t}", r"> {t}",
-    r"\le {t}", r"\ge {t}", r"\ne {t}", r"{t} \pm 1", "{t}±0.5", "{t}+", "anything but {t}", "?{t}?",
-    "{t} something", "{t} etc",
-]  # fmt: skip
-SCALED = (
-    "trillion billion million thousand hundred dozen lakh crore halves thirds quarters fifths sixths tenths hundredths score gross pairs "
-    "mod x k M bn percent % below above squared cubed minus plus times less short ! ^2 ^3 ^{-1} \\cdot10 e1 e-1 /2 *2 +1 -1 /10 \\frac{1}{2}"
-).split()
-UNITS = [
-    "m",
-    "mm",
-    "km",
-    "cm^2",
-    "cm^3",
-    "g",
-    "s",
-    "min",
-    "m/s",
-    "J",
-    "W",
-    "Pa",
-    "kg",
-    "K",
-    r"\text{ ft}",
-    r"\mathrm{~in}",
-    "A",
-    "°C",
-    "€",
+    "12 cm",
+    r"9.8\text{ m/s}^2",
+    "60 km/h",
+    "5 kg",
+    r"15\text{ cm}^2",
+    "20 N",
+    "3 hours",
+    "$25",
+    "8 V",
 ]
+PERCENT = ["25%", r"40\%"]
+EXPRESSIONS = (
+    r"2\sqrt{3} 6\pi \frac{\sqrt{2}}{2} \frac{3\pi}{4} x^2+2x+1 2x+3 \frac{x}{2} 3ab 1+\sqrt{5}".split()
+)
+EQUATIONS = ["x=3", "y=2x+1", "x>3", r"1<x\le 4", "x^2+y^2=4"]
+LISTS = ["1, 2", "3, 5, 8", r"\{1, 2\}", "x=1, x=4", r"\pm 2"]
+ORDERED = ["(2, 3)", "[2, 5)", "(-1, 4]", "(1, 2, 3)", "3:4", "2:3:5"]
+WORDS = ["yes", "no", "true", "false", "parallel", "no solution", "9:45", "isosceles triangle"]
+CHOICES = ["A", "B", "C", "D", "BD"]
+TRUTHS = [*NUMBERS, *WITH_UNITS, *PERCENT, *EXPRESSIONS, *EQUATIONS, *LISTS, *ORDERED, *WORDS, *CHOICES]
+
+JOINED = [
+    "{t} or {x}", "{x} or {t}", r"{t} \text{{ or }} {x}", "either {t} or {x}", "{t} (or {x})",
+    "{t} (or {x}?)", "{t} / {x}0 / {x}", r"{x} \approx {t}", r"{t} \approx {x}", r"{t} \sim {x}",
+    r"{x}\sim {t}", r"{t} \simeq {x}", "{x} = {t}", "{t} = {x}", "{x}, {t}, {x}1", "{t}; {x}", "{t} | {x}",
+    r"{t} \to {x}", r"{t} \Rightarrow {x}", r"{t} \vee {x}", "{t} vs {x}", "{t} and {x}", r"\{{{t}, {x}\}}",
+    "({t}, {x}, {t})", "[{x}, {t}]", "between {x} and {t}", "from {x} to {t}", "{x}-{t}-{x}", "{x}..{t}",
+    r"{x} \ldots {t}", r"{t} \quad {x}", r"{t}\\{x}", "{t} {x}", "{t}\n{x}",
+    r"{t} \text{{ not }} {x} \text{{ or so}}", "not {x} but {t} or {x}", "{x}? {t}?", "{t}? {x}!",
+    r"\boxed{{{t}}} or \boxed{{{x}}}", r"{t} \text{{ and }} {x}", "{t} unless {x}", "if {x} then {t}",
+    "{t} maybe {x}", "{t}, maybe {x}", r"\begin{{pmatrix}}{t}\\{x}\end{{pmatrix}}",
+    r"\begin{{cases}}{t}\\{x}\end{{cases}}", "first {t} then {x}", "{t} 或 {x}", "{t}或{x}",
+]  # fmt: skip
+HEDGED = [
+    "maybe {t}", "perhaps {t}", "probably {t}", "possibly {t}", "not {t}", "{t} maybe", "{t} or so",
+    "{t} or not", "not sure, {t}", "I guess {t}", "less than {t}", "more than {t}", "at least {t}",
+    "at most {t}", "up to {t}", "nearly {t}", "almost {t}", "over {t}", "under {t}", r"< {t}", r"> {t}",
+    r"\le {t}", r"\ge {t}", r"\ne {t}", r"{t} \pm 1", "{t}±0.5", "{t}+", "anything but {t}", "?{t}?",
+    "{t} something", "{t} etc",
+]  # fmt: skip
+SCALED = (
+    r"trillion billion million thousand hundred dozen lakh crore halves thirds quarters fifths sixths tenths "
+    r"hundredths score gross pairs mod x k M bn percent % below above squared cubed minus plus times less "
+    r"short ! ^2 ^3 ^{-1} \cdot10 e1 e-1 /2 *2 +1 -1 /10 \frac{1}{2}"
+).split()
+UNITS = r"m mm km cm^2 cm^3 g s min m/s J W Pa kg K \text{ft} \mathrm{in} A °C €".split()
 YES_NO = [
     "yes and no", "yes or no", "Yes/No", "no/yes", "yes, no", "No, yes", "yes no", "no or yes", "yes; no",
     "Yes. No.", "yes (or no)", "yes = no", r"\text{yes} \text{ no}", r"yes \approx no", "true or false",
