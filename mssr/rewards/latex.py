@@ -59,7 +59,9 @@ def clean(text: str) -> str:
         text = re.sub("[¼½¾⅐-⅞]", r" \g<0>", re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}", text))
         text = unicodedata.normalize("NFKC", text).translate(_UNICODE)
         text = "".join(str(unicodedata.digit(c)) if c.isdigit() and not c.isascii() else c for c in text)
-    text = _REPEATING.sub(_fraction, text)
+    for m in _REPEATING.finditer(text):  # 0.1\\overline{6} is 15/90
+        top = int(m[1] + m[2] + m[3]) - int(m[1] + m[2])
+        text = text.replace(m[0], f"({top}/{10 ** len(m[2]) * (10 ** len(m[3]) - 1)})")
     if text.count("$") - text.count(r"\$") == 1:
         text = re.sub(r"(?<!\\)\$", r"\\$", text)  # one dollar is money
     replaced = 1
@@ -70,13 +72,6 @@ def clean(text: str) -> str:
     for pattern, to in _REWRITTEN:
         text = re.sub(pattern, to, text)
     return text
-
-
-def _fraction(match: re.Match[str]) -> str:
-    r"""``0.1\overline{6}`` -> ``\frac{15}{90}``."""
-    whole, fixed, cycle = match.groups()
-    top, bottom = int(whole + fixed + cycle) - int(whole + fixed), 10 ** len(fixed) * (10 ** len(cycle) - 1)
-    return rf"\frac{{{top}}}{{{bottom}}}"
 
 
 def key(text: str) -> str:

@@ -160,14 +160,11 @@ def sides(text: str) -> tuple[str, ...]:
     if kind != "approx":
         return (text,)
     left, right = named(parts[0])[1], parts[-1]
-    decimal = re.fullmatch(r"-?\d+(?:\.(\d+))?", _scalar(right)[0])
-    if len(parts) > 2 or not decimal:
+    if len(parts) > 2 or number(right) is None:
         return ()
-    if _NAME.fullmatch(left):
-        return (right,)
-    exact = not re.fullmatch(r"-?\d*\.\d+", _scalar(left)[0])
-    half = 0.5 / 10 ** len(decimal[1]) if decimal[1] else 0.0
-    return (left, right) if exact and same_values(left, right, 0.0, half) else ()
+    places = len(_scalar(right)[0].partition(".")[2])
+    near = places > 0 and "." not in left and same_values(left, right, 0.0, 0.5 / 10**places)
+    return (right,) if _NAME.fullmatch(left) else (left, right) * near
 
 
 def _collections(form_a: Form, form_t: Form, tolerance: float) -> bool:

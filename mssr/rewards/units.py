@@ -1,6 +1,7 @@
 """Units of a number: which spellings are the same unit, and where the number ends."""
 
 import re
+from collections import Counter
 from functools import lru_cache
 
 Unit = tuple[tuple[str, int], ...]
@@ -26,8 +27,8 @@ _REWRITTEN = (
     (r"\s*\bsquared\b", "^2"), (r"\s*\bcubed\b", "^3"), (r"平方|\bsq(?:uare|\.|\b)", " square "),
     (r"立方|\bcu(?:bic|\.|\b)", " cubic "), (r"每|\bper\b", "/"),
 )  # fmt: skip
-_TOKEN = re.compile(
-    r"\s*(?:(square|cubic)\b|(us＄|[^\W\d_]+|°[CF]|[°＄€£¥₹])(?:\s*\^\s*(-?\d)|([23])(?!\d))?|([/*.()-]))"
+_FACTOR = re.compile(
+    r"\s*(?:(square|cubic)\s+)?(us＄|[^\W\d_]+|°[CF]|[°＄€£¥₹])(?:\s*\^\s*(-?\d)|([23])(?!\d))?"
 )
 _START = re.compile(r"(?<![A-Za-z\\_^])[A-Za-z]|[μΩ°＄€£¥₹\[(\u4e00-\u9fff]")
 _MONEY = re.compile(r"^([-+]?)\s*((?:us|US)?＄|[€£¥₹]|USD|EUR|GBP|RMB|CNY|Rs\.?)\s*([-+]?)(?=[\d.])")
@@ -40,19 +41,17 @@ def canonical(text: str) -> Unit:
     """``"cm^2"``, ``"square centimeters"`` -> ``(("cm", 2),)``; empty if the text is no unit."""
     for pattern, to in _REWRITTEN:
         text = re.sub(pattern, to, text)
-    powers: dict[str, int] = {}
-    sign, pending, position, text = 1, 1, 0, text.strip()
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        word = match[2] if match else None
-        name = _CANONICAL.get(word) or _CANONICAL.get(word.lower() * (len(word) > 1)) if word else ""
-        if match is None or name is None:
+    powers: Counter[str] = Counter()
+    for sign, part in zip((1, -1), text.partition("/")[::2], strict=True):
+        if _FACTOR.sub("", part).strip(" /*.()-"):
             return ()
-        position, sign = match.end(), -1 if match[5] == "/" else sign
-        for i, unit in enumerate(name.split("/") if name else ()):
-            power = (-sign if i else sign) * pending * int(match[3] or match[4] or 1)
-            powers[unit] = powers.get(unit, 0) + power
-        pending = {"square": 2, "cubic": 3}.get(match[1], pending if match[5] else 1)
+        for times, word, power, digit in _FACTOR.findall(part):
+            name = _CANONICAL.get(word) or _CANONICAL.get(word.lower() * (len(word) > 1))
+            if name is None:
+                return ()
+            for i, unit in enumerate(name.split("/")):
+                power = int(power or digit or {"square": 2, "cubic": 3}.get(times, 1))
+                powers[unit] += -sign * power if i else sign * power
     return tuple(sorted((name, power) for name, power in powers.items() if power))
 
 
