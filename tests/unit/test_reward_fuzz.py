@@ -165,11 +165,9 @@ def test_no_response_breaks_a_rule(rule: str) -> None:
         assert all(part in (0.0, 1.0) for part in result.parts.values())
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_no_wrong_answer_made_from_a_right_one_counts(seed: int) -> None:
-    # A sample; `python -m tests.unit.wrong_answers` tries 20,000.
-    counted = [x for x in wrong_answers(1_500, seed) if RULES["math"](x[2], x[1])]
-    assert not counted
+def test_no_wrong_answer_made_from_a_right_one_counts() -> None:
+    # A sample; `python -m tests.unit.wrong_answers` tries 20,000 in a minute.
+    assert not [x for x in wrong_answers(2_000, seed=0) if RULES["math"](x[2], x[1])]
 
 
 def test_a_bomb_equals_itself_and_nothing_else() -> None:

@@ -46,6 +46,7 @@ def rows(name: str) -> list[dict[str, str]]:
 
 PAIRS = [Pair(**row) for row in rows("answer_pairs.tsv")]
 REPORTED = rows("reward_pairs.tsv")
+MORE = rows("more_pairs.tsv")
 
 
 def verdict(pair: Pair) -> float:
@@ -68,6 +69,11 @@ def test_reported_faults_stay_mended(row: dict[str, str]) -> None:
     assert float(RULES[row["rule"]](row["answer"], row["truth"])) == float(row["want"])
 
 
+def test_more_of_the_reported_kinds() -> None:
+    wrong = [r for r in MORE if float(RULES[r["rule"]](r["answer"], r["truth"])) != float(r["want"])]
+    assert not wrong
+
+
 @pytest.mark.parametrize("wrap", ["${}$", r"\({}\)", " {} ", r"\left({}\right)", "{}."])
 def test_delimiters_around_an_answer_change_no_verdict(wrap: str) -> None:
     # Left out: texts that are words or no expression, and sums that parentheses would turn into another form.
@@ -82,7 +88,7 @@ def test_delimiters_around_an_answer_change_no_verdict(wrap: str) -> None:
 
 
 def test_the_table_is_as_large_and_as_varied_as_promised() -> None:
-    assert len(PAIRS) >= 380 and len(REPORTED) >= 60
+    assert len(PAIRS) >= 380 and len(REPORTED) >= 60 and len(MORE) >= 800
     assert len(LOST) <= 0.03 * len(PAIRS) and set(LOST) <= {(p.truth, p.answer) for p in PAIRS}
     assert {r["group"] for r in REPORTED} >= EXPLOITABLE
     assert len({(p.topic, p.truth, p.answer) for p in PAIRS}) == len(PAIRS)
