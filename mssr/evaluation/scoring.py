@@ -73,9 +73,9 @@ def final_text(response: str, *, truncated: bool = False) -> str | None:
 def final_choice(response: str, choices: Sequence[str] = (), *, truncated: bool = False) -> str | None:
     """The answer to a question with options; None if there is none.
 
-    A box that names an option. Else the first of these that does, behind the last box if there is one: the
-    `final_text`, the last line, the last sentence; a letter in any spelling of `mssr.rewards.choice.read`, or
-    the text of one of ``choices``, also in a sentence (`mentioned`). Else whatever `final_text` is.
+    A box that names an option. Else the first of these that does: the `final_text`, the last line, the last
+    sentence; by a letter in any spelling of `mssr.rewards.choice.read`, or the text of one of ``choices``,
+    also in a sentence (`mentioned`); behind a box that names none only by a letter. Else the `final_text`.
     """
     boxed = lenient_answer(response, boxed_only=True)
     answer = final_text(response, truncated=truncated)
@@ -89,9 +89,9 @@ def final_choice(response: str, choices: Sequence[str] = (), *, truncated: bool 
     sentences = [_SENTENCE.split(line[-LONGEST_ANSWER:])[-1] for line in lines]
     said = lenient_answer(visible) if boxed is not None else answer
     for text in filter(None, [said, *lines, *sentences]):
-        if letters_of(text) or text in choices:
+        if letters_of(text) or (text in choices and boxed is None):
             return text
-    for text in filter(None, [said, *sentences]):
+    for text in filter(None, [said, *sentences] if boxed is None else ()):
         position = mentioned(text, choices)
         if position is not None:
             return choices[position]
