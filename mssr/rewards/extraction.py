@@ -12,7 +12,7 @@ _OPEN, _CLOSE = "<think>", "</think>"
 # A box, an escaped character (so that \{ and \} are no braces), or a brace.
 _TOKEN = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
 _PHRASE = re.compile(
-    r"(?:answer|result|value|solution|choice|option)(?:\*\*)?\s{0,3}"
+    r"(?:answer|result|value|solution|choice|option)(?:\*\*)?(?:\s{1,3}of\s{1,3}\S{1,12})?\s{0,3}"
     r"(?:is\s{0,3}(?:equal\s{1,3}to\b|[:=])?|[:=：])\s{0,3}"
     r"|(?:答案|结果)\s{0,3}(?:是|为)?\s{0,3}[:：]?\s{0,3}|故选\s{0,3}[:：]?\s{0,3}|(?:^|\n)####\s{0,3}",
     re.IGNORECASE,

@@ -46,6 +46,7 @@ math_rule, choice, number = RULES["math"], RULES["choice"], RULES["number"]
         ("The answer is 5 (or 6)", "5 (or 6)"),
         ("The answer is 5 or 6, not 7.", "5 or 6"),
         ("The answer is not 5", "not 5"),
+        ("The value of $x$ is 5.", "5"),
         ("8", "8"),
         (r"\boxed{} 8", r"\boxed{} 8"),
         (r"\boxed{3}</think>", None),
