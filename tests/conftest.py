@@ -25,11 +25,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import yaml
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 # How long an example takes says how busy the machine is.
-settings.register_profile("mssr", deadline=None)
+settings.register_profile("mssr", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("mssr")
 
 # What the tests find in their data is not to be kept beside the user's.
