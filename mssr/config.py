@@ -113,8 +113,12 @@ class ActorConfig:
     score_early: str = "auto"
     """Have the ranks score responses (log-probs before the step and of the reference) while others are still
     being generated: always, never, or auto (where ranks have GPUs of their own, which would be idle)."""
-    kl_probe_fraction: float = 0.25
-    """Share of a step's rollouts on which the KL of the update is measured, in (0, 1]."""
+    kl_probe: str = "trained"
+    """Rollouts on which policy/kl_update is measured: trained (some of those that the step trains on, where
+    it is too high, the more so the fewer they are), or held_out (whole prompts that are scored and observed
+    and in no update: unbiased, and so many rollouts fewer to train on). docs/algorithms.md has numbers."""
+    kl_probe_fraction: float | None = None
+    """Their share of a step's rollouts, in (0, 1]; null: 0.25 of those trained on, 0.0625 held out."""
     vision_cache_gib: float = 1.0
     """With model.freeze_vision or actor.lora: memory of a rank's device for image features, which later
     passes and steps then need not compute; 0 keeps none."""
@@ -271,6 +275,15 @@ class Config:
         """Which KL the method's discount follows."""
         default = algorithms.options(self.algorithm.name).get("kl_source", self.method.kl_source)
         return _own(self.algorithm.discount.kl_source, default)
+
+    @property
+    def kl_probe_fraction(self) -> float:
+        return _own(self.actor.kl_probe_fraction, 0.0625 if self.holds_out else 0.25)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some rollouts of a step are scored and observed but not trained on."""
+        return self.actor.kl_probe == "held_out"
 
     @property
     def init_rollouts(self) -> int:

@@ -6,6 +6,7 @@ Every complaint is one line with the key, the reason and what to do.
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Any
 
 from mssr import algorithms, plugins, rewards
@@ -28,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "actor.offload": ("none", "optimizer", "all"),
     "cluster.launcher": ("ray", "local"),
     "cluster.device": ("auto", "cpu", "cuda"),
+    "actor.kl_probe": ("trained", "held_out"),
     "trainer.progress": ("auto", "live", "plain", "off"),
     "algorithm.weighting": ("sequence", "token"),
     "algorithm.discount.eta_rule": ("monotone", "published_code", "half_life"),
@@ -94,6 +96,15 @@ def validate(config: Config) -> None:
             f"actor.updates_per_step={config.actor.updates_per_step} does not divide "
             f"rollout.rollouts_per_step={rollouts}"
         )
+    if config.holds_out:
+        prompts = config.prompts_per_step
+        held = math.ceil(config.kl_probe_fraction * prompts)
+        if (prompts - held) * n < config.actor.updates_per_step:
+            raise UserError(
+                f"actor.kl_probe=held_out takes {held} of the {prompts} prompts of a step, too many for "
+                f"actor.updates_per_step={config.actor.updates_per_step}; lower actor.kl_probe_fraction, "
+                "or set actor.kl_probe=trained"
+            )
     _check_overlap(config)
     if config.cluster.launcher == "local":
         several = [f"{key}=1" for key in ("actor.num_ranks", "rollout.workers") if flat[key] != 1]

@@ -95,8 +95,8 @@ def accumulate_locally(model: nn.Module, last: bool) -> None:
     model.set_reshard_after_backward(last)
 
 
-def all_sum(values: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Sum each scalar tensor over the ranks; all ranks must pass the same keys."""
+def all_sum(values: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    """Sum each (K,) tensor over the ranks; all ranks must pass the same keys, and K is the same for all."""
     keys = sorted(values)
     tensor = torch.stack([values[k].double() for k in keys])
     dist.all_reduce(tensor)
@@ -104,7 +104,7 @@ def all_sum(values: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def all_max(values: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The largest of each scalar tensor over the ranks; all ranks must pass the same keys."""
+    """The largest of each () tensor over the ranks; all ranks must pass the same keys."""
     keys = sorted(values)
     tensor = torch.stack([values[k].double() for k in keys])
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mssr.errors import UserError
 from mssr.models.cost import SequenceWork
 
 HOME_COST = 1.01
@@ -39,16 +40,29 @@ class MicroBatch:
     """Whether some rank runs the vision tower in this pass."""
 
 
+Passes = tuple[MicroBatch, ...]
+"""Of one rank, in order."""
+
+
 @dataclass(frozen=True, slots=True)
 class UpdatePlan:
     """One optimizer step."""
 
     sequences: tuple[int, ...]
     """All sequences of the update, over all ranks."""
-    response_tokens: int
-    """Their response tokens, over all ranks."""
-    ranks: tuple[tuple[MicroBatch, ...], ...]
+    ranks: tuple[Passes, ...]
     """The passes of each rank; all ranks have the same number."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """All updates of a step, and the passes that measure how far they move the policy."""
+
+    updates: tuple[UpdatePlan, ...]
+    probe: tuple[Passes, ...]
+    """The passes of each rank over the rollouts that are probed; all ranks have the same number."""
+    holds_out: bool
+    """Whether these are in no update."""
 
 
 class Planner:
@@ -70,34 +84,44 @@ class Planner:
         self._ranks = ranks
         self._budget = token_budget
 
-    def updates(self, count: int, seed: Sequence[int]) -> list[UpdatePlan]:
-        """Split the batch at random into ``count`` parts of equal size, and each over the ranks.
+    def step(
+        self, updates: int, seed: Sequence[int], *, probe_fraction: float = 0.25, hold_out: bool = False
+    ) -> StepPlan:
+        """Split the batch at random into ``updates`` parts of equal size, and each over the ranks.
 
         The prompts are shuffled, and the responses of a prompt stay side by side, so that all but
-        those at the borders are in the same update.
+        those at the borders are in the same update. What is probed depends, like the parts, neither on the
+        ranks nor on the token budget.
+
+        Args:
+            probe_fraction: share of the rollouts that are probed, in (0, 1].
+            hold_out: take whole prompts out of the batch for it, at least one; else a share of every update,
+                each sequence on the rank that trains it.
         """
         shuffled = np.random.default_rng(list(seed)).permutation(int(self._work.prompts.max()) + 1)
         place = np.empty_like(shuffled)
         place[shuffled] = np.arange(len(shuffled))
         order = np.argsort(place[self._work.prompts], kind="stable")
-        return [
-            UpdatePlan(
-                sequences=tuple(part.tolist()),
-                response_tokens=int(self._work.response_lengths[part].sum()),
-                ranks=self._passes(self._share_out(part.tolist())),
-            )
-            for part in np.array_split(order, count)
-        ]
+        held_prompts = math.ceil(probe_fraction * len(shuffled)) if hold_out else 0
+        held = int((place[self._work.prompts] < held_prompts).sum())
+        if held == len(order):
+            raise UserError("actor.kl_probe=held_out: the step has a single prompt; set it to trained")
+        plans = tuple(
+            UpdatePlan(tuple(part.tolist()), self._passes(self._share_out(part.tolist())))
+            for part in np.array_split(order[held:], updates)
+        )
+        if hold_out:
+            probe = self._passes(self._share_out(order[:held].tolist()))
+        else:
+            probe = self._probe(plans, probe_fraction)
+        return StepPlan(plans, probe, hold_out)
 
-    def everything(self) -> tuple[tuple[MicroBatch, ...], ...]:
+    def everything(self) -> tuple[Passes, ...]:
         """Passes over the whole batch, once."""
         return self._passes(self._share_out(list(range(len(self._lengths)))))
 
-    def probe(self, plans: Sequence[UpdatePlan], fraction: float) -> tuple[tuple[MicroBatch, ...], ...]:
-        """Passes over a random share of every update; each sequence stays on the rank that trained it.
-
-        Which sequences are taken depends neither on the ranks nor on the token budget.
-        """
+    def _probe(self, plans: Sequence[UpdatePlan], fraction: float) -> tuple[Passes, ...]:
+        """Passes over a random share of every update."""
         chosen = {s for plan in plans for s in plan.sequences[: math.ceil(fraction * len(plan.sequences))]}
         shares = []
         for rank in range(self._ranks):
@@ -212,7 +236,7 @@ class Planner:
             room[chosen] -= tokens
         return bins
 
-    def _passes(self, shares: list[list[list[int]]]) -> tuple[tuple[MicroBatch, ...], ...]:
+    def _passes(self, shares: list[list[list[int]]]) -> tuple[Passes, ...]:
         """The passes of each rank, from its bins; all ranks have as many."""
         # A rank with nothing left runs some sequence with weight 0, to take part in the collectives.
         spare = min((s for bins in shares for bin_ in bins for s in bin_), key=lambda s: (self.cost([s]), s))

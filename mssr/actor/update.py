@@ -1,25 +1,25 @@
 """The update step: packed forward passes, the objective over their tokens, and the optimizer.
 
 Which passes a step needs: the log-probs before the step (none for the first update, whose own forward
-pass gives them), those of the reference and of the text-only anchor where the objective has them, then
-forward and backward of every update, then the KL of the step on a share of the rollouts. An update in
-which something is not finite is skipped on all ranks, see `mssr.actor.guard`.
+pass gives them unless it has dropout), those of the reference and of the text-only anchor where the
+objective has them, then forward and backward of every update, then the KL of the step on a share of the
+rollouts. An update in which something is not finite is skipped on all ranks, see `mssr.actor.guard`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from mssr.actor.distributed import accumulate_locally, all_max, all_sum, clip_grad_norm, reshard
+from mssr.actor.distributed import accumulate_locally, clip_grad_norm, reshard
 from mssr.actor.guard import NonFiniteGuard, Skipped
 from mssr.actor.optimizers import Optimizer
-from mssr.actor.planning import MicroBatch, Planner, UpdatePlan
+from mssr.actor.planning import MicroBatch, Passes, Planner, StepPlan, UpdatePlan
 from mssr.actor.prompts import PromptCache
+from mssr.actor.step import LogProbs, StepState
 from mssr.algorithms.losses import kl_penalty
 from mssr.algorithms.objective import KnownTokens, LossInParts, Objective, TokenBatch
 from mssr.config import Config
@@ -28,26 +28,6 @@ from mssr.models.cost import CostModel
 from mssr.models.packing import PackedBatch, pack
 from mssr.models.policy import PolicyModel
 from mssr.types import RankLogProbs, TrainBatch
-
-
-@dataclass
-class _Step:
-    """What one step knows about each sequence of this rank."""
-
-    batch: TrainBatch
-    old: dict[int, torch.Tensor] = field(default_factory=dict)
-    """(T,) log-probs before the step."""
-    reference: dict[int, torch.Tensor] = field(default_factory=dict)
-    """(T,) log-probs under the reference policy."""
-    anchor: dict[int, torch.Tensor] = field(default_factory=dict)
-    """(T,) log-probs before the step, given the prompt without its images."""
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Sums over this rank's tokens, for the metrics; on the device, so that nothing waits for them."""
-    maxima: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Likewise the largest values."""
-
-    def __post_init__(self) -> None:
-        self.response_offsets = self.batch.response_offsets
 
 
 class PolicyUpdater:
@@ -89,47 +69,49 @@ class PolicyUpdater:
         Raises:
             TrainingError: too many updates in a row had something in them that is not finite.
         """
-        state = _Step(batch)
-        plans = self.plan(batch, step)
+        state, plan = StepState(batch, self.device), self.plan(batch, step)
         lr = self._set_learning_rate(step)
-        for number, plan in enumerate(plans):
-            # The first update is on policy: its own forward pass gives the old log-probs.
-            self._before_update(state, plan, needs_old=number > 0 and batch.old_log_probs is None)
+        # The first update is on policy: its own forward pass gives the old log-probs, unless it drops some
+        # of the adapters' inputs, which the policy that sampled did not.
+        for number, update in enumerate(plan.updates):
+            own_pass = number == 0 and not self.config.actor.lora.dropout
+            self._before_update(state, update.ranks[self.rank], needs_old=not own_pass)
+        if plan.holds_out:
+            self._score(state.old, state, plan.probe[self.rank])
         self._reshard()
-        norms, tokens = [], 0
-        for number, plan in enumerate(plans, 1):
-            before = state.sums, state.maxima
-            state.sums, state.maxima = dict(state.sums), dict(state.maxima)
-            self.guard.begin()
-            self.backward(state, plan)
-            norm, flagged = clip_grad_norm(
-                self.parameters, self.config.actor.max_grad_norm, self.guard.flag()
-            )
+        norms = []
+        for number, update in enumerate(plan.updates, 1):
+            before = state.measured.copy()
+            norm, flagged = self._update(state, update)
             # Norm and flag are global, so every rank decides alike.
             if math.isfinite(norm) and not flagged:
                 self.optimizer.step()
                 norms.append(norm)
-                tokens += plan.response_tokens
                 self.guard.passed()
             else:
                 self.guard.skipped(
                     Skipped(step + 1, number, norm, flagged), batch, self.policy.named_parameters()
                 )
-                if number < len(plans) or norms:
+                if norms or number < len(plan.updates):
                     # The metrics are those of the updates that were made.
-                    state.sums, state.maxima = before
+                    state.measured = before
             self.optimizer.zero_grad(set_to_none=True)
         self.guard.begin()
-        self._probe_kl(state, plans)
-        metrics = self._metrics(state, tokens or plans[-1].response_tokens)
+        self._probe_kl(state, plan)
+        metrics = self._metrics(state, len(norms))
         metrics["policy/grad_norm"] = float(np.mean(norms)) if norms else float("nan")
-        metrics["policy/skipped_updates"] = float(len(plans) - len(norms))
+        metrics["policy/skipped_updates"] = float(len(plan.updates) - len(norms))
         metrics["policy/lr"] = lr
         return metrics
 
-    def plan(self, batch: TrainBatch, step: int) -> list[UpdatePlan]:
-        """The step's updates, the same on every rank."""
-        return self._planner(batch).updates(self.config.actor.updates_per_step, (self.config.seed, step))
+    def plan(self, batch: TrainBatch, step: int) -> StepPlan:
+        """The step's updates and the passes that measure its KL, the same on every rank."""
+        return self._planner(batch).step(
+            self.config.actor.updates_per_step,
+            (self.config.seed, step),
+            probe_fraction=self.config.kl_probe_fraction,
+            hold_out=self.config.holds_out,
+        )
 
     @torch.no_grad()
     def log_probs(self, batch: TrainBatch, reference: bool) -> RankLogProbs:
@@ -156,44 +138,62 @@ class PolicyUpdater:
         )
 
     @torch.no_grad()
-    def _before_update(self, state: _Step, plan: UpdatePlan, needs_old: bool) -> None:
-        """Log-probs of the policy before the step and of the reference from one packing; the anchor's."""
-        passes = plan.ranks[self.rank]
-        use_reference = self.reference is not None and not self.config.kl_in_reward
-        use_reference &= state.batch.reference_log_probs is None
-        if needs_old or use_reference:
-            for micro, packed in self._packed(state.batch, passes):
-                if needs_old:
-                    self._store(state.old, micro, packed, self.policy(packed, micro.any_rank_has_images)[0])
-                if use_reference:
-                    assert self.reference is not None
-                    log_probs, _ = self.reference(packed, micro.any_rank_has_images)
-                    self._store(state.reference, micro, packed, log_probs)
+    def _before_update(self, state: StepState, passes: Passes, needs_old: bool) -> None:
+        """Log-probs that an update needs: of the policy before the step, of the reference, of the anchor."""
+        self._score(state.old if needs_old else None, state, passes, reference=self._reference_in_loss)
         if self.objective.anchor_coef:
             for micro in passes:
                 items = self.prompts.text_only(state.batch, micro.sequences)
                 packed = pack(items, self.policy.merge_size).to(self.device)
-                self._store(state.anchor, micro, packed, self.policy(packed)[0])
+                self._put(state.anchor, micro, packed, self.policy(packed)[0])
 
-    def backward(self, state: _Step, plan: UpdatePlan) -> None:
+    @property
+    def _reference_in_loss(self) -> bool:
+        return self.reference is not None and not self.config.kl_in_reward
+
+    @torch.no_grad()
+    def _score(self, old: LogProbs | None, state: StepState, passes: Passes, reference: bool = False) -> None:
+        """Put log-probs of the policy into ``old``, and those of the reference, from one packing; what the
+        batch brought along is not computed again."""
+        needs_old = old is not None and state.batch.old_log_probs is None
+        needs_reference = reference and state.batch.reference_log_probs is None
+        if not (needs_old or needs_reference):
+            return
+        for micro, packed in self._packed(state.batch, passes):
+            if needs_old:
+                self._put(state.old, micro, packed, self.policy(packed, micro.any_rank_has_images)[0])
+            if needs_reference:
+                assert self.reference is not None
+                log_probs, _ = self.reference(packed, micro.any_rank_has_images)
+                self._put(state.reference, micro, packed, log_probs)
+
+    def _update(self, state: StepState, plan: UpdatePlan) -> tuple[float, bool]:
+        """Gradient of one update, clipped: its norm before, and whether some rank saw what is not finite."""
+        self.guard.begin()
+        self.backward(state, plan)
+        return clip_grad_norm(self.parameters, self.config.actor.max_grad_norm, self.guard.flag())
+
+    def backward(self, state: StepState, plan: UpdatePlan) -> None:
         """Accumulate the gradient of one update."""
         passes = plan.ranks[self.rank]
         denominator = self.objective.denominator(state.batch.response_lengths[list(plan.sequences)])
         for micro, packed in self._packed(state.batch, passes):
             if self.config.actor.keep_gathered:
                 accumulate_locally(self.policy, last=micro is passes[-1])
-            loss, tokens, metrics = self._loss(state, micro, packed, denominator)
+            loss, tokens, per_token, metrics = self._loss(state, micro, packed, denominator)
             for key, values in metrics.items():
-                self._add(state, micro, key, values)
+                state.measured.add(key, values, micro.weight)
             if micro.weight:
-                self.guard.observe(micro.sequences, tokens, metrics["policy/loss"])
-            self._max(state, "rollout/mismatch_max", (tokens.engine_log_probs - tokens.old_log_probs).abs())
+                self.guard.observe(micro.sequences, tokens, per_token)
+            mismatch = (tokens.engine_log_probs - tokens.old_log_probs).abs()
+            state.measured.max("rollout/mismatch_max", mismatch)
+            state.measured.total("policy/loss", loss if micro.weight else torch.zeros_like(loss))
             # FSDP averages over ranks; the loss is already divided by the tokens of all of them.
             (loss * micro.weight * self.config.actor.num_ranks).backward()
 
     def _loss(
-        self, state: _Step, micro: MicroBatch, packed: PackedBatch, denominator: float
-    ) -> tuple[torch.Tensor, TokenBatch, dict[str, torch.Tensor]]:
+        self, state: StepState, micro: MicroBatch, packed: PackedBatch, denominator: float
+    ) -> tuple[torch.Tensor, TokenBatch, torch.Tensor, dict[str, torch.Tensor]]:
         """Forward pass and objective of a micro-batch; in one, where the objective is by tokens."""
         known, kl_coef = self._known(state, micro, packed), state.batch.kl_coef
         if self.objective.token_wise(old_known=known.old_log_probs is not None):
@@ -205,50 +205,43 @@ class PolicyUpdater:
             tokens = known.measured(log_probs, entropy)
             loss, metrics = self.objective(tokens, denominator, kl_coef)
         if known.old_log_probs is None:
-            self._store(state.old, micro, packed, tokens.old_log_probs)
-        return loss, tokens, metrics
+            self._put(state.old, micro, packed, tokens.old_log_probs)
+        return loss, tokens, metrics.pop("loss"), metrics
 
-    def _known(self, state: _Step, micro: MicroBatch, packed: PackedBatch) -> KnownTokens:
+    def _known(self, state: StepState, micro: MicroBatch, packed: PackedBatch) -> KnownTokens:
         batch, sequences, lengths = state.batch, micro.sequences, packed.response_lengths
-        if batch.old_log_probs is not None:
-            old = self._of_tokens(state, batch.old_log_probs, sequences)
-            self._store(state.old, micro, packed, old)
         if batch.token_advantages is not None:
             advantages = self._of_tokens(state, batch.token_advantages, sequences)
         else:
             per_sequence = torch.from_numpy(batch.advantages[list(sequences)]).to(self.device)
             advantages = per_sequence.repeat_interleave(lengths)
-        reference = _gather(state.reference, sequences) if state.reference else None
-        if batch.reference_log_probs is not None:
-            reference = self._of_tokens(state, batch.reference_log_probs, sequences)
-        has_image = None
-        if state.anchor:
+        anchor, has_image = state.anchor.get(sequences), None
+        if anchor is not None:
             images = torch.from_numpy(self._has_images(batch)[list(sequences)]).to(self.device)
             has_image = images.repeat_interleave(lengths)
         return KnownTokens(
-            old_log_probs=_gather(state.old, sequences) if sequences[0] in state.old else None,
+            old_log_probs=state.old.get(sequences),
             engine_log_probs=self._of_tokens(state, batch.engine_log_probs, sequences),
             advantages=advantages,
             lengths=lengths,
-            reference_log_probs=reference,
-            anchor_log_probs=_gather(state.anchor, sequences) if state.anchor else None,
+            reference_log_probs=state.reference.get(sequences),
+            anchor_log_probs=anchor,
             has_image=has_image,
         )
 
     @torch.no_grad()
-    def _probe_kl(self, state: _Step, plans: list[UpdatePlan]) -> None:
-        """KL(before || after the step), k3, on a random share of the rollouts.
+    def _probe_kl(self, state: StepState, plan: StepPlan) -> None:
+        """KL(before || after the step), k3, on the plan's share of the rollouts.
 
-        The responses were sampled before the step, so the estimate is over the right distribution.
+        They were sampled before the step. On those that were trained on the estimate is too high, because
+        the step changed the probabilities of these very tokens most; on those held out it is unbiased.
         """
-        passes = self._planner(state.batch).probe(plans, self.config.actor.kl_probe_fraction)
-        for micro, packed in self._packed(state.batch, passes[self.rank]):
+        for micro, packed in self._packed(state.batch, plan.probe[self.rank]):
             after, _ = self.policy(packed, micro.any_rank_has_images)
             # Where the rank only runs along (weight 0) it may not know the old log-probs.
-            old = torch.cat([state.old[s] for s in micro.sequences]) if micro.weight else after
-            kl = kl_penalty(old, after, kind="k3")
-            self._add(state, micro, "policy/kl_update", kl)
-            self._add(state, micro, "probe_tokens", torch.isfinite(kl))
+            old = state.old.get(micro.sequences) if micro.weight else after
+            assert old is not None
+            state.measured.add("policy/kl_update", kl_penalty(old, after, kind="k3"), micro.weight)
         self._reshard()
 
     def _planner(self, batch: TrainBatch) -> Planner:
@@ -263,45 +256,32 @@ class PolicyUpdater:
         image_token = self.policy.model.config.image_token_id
         return np.logical_or.reduceat(batch.tokens == image_token, batch.offsets[:-1])
 
-    def _packed(
-        self, batch: TrainBatch, passes: tuple[MicroBatch, ...]
-    ) -> Iterator[tuple[MicroBatch, PackedBatch]]:
+    def _packed(self, batch: TrainBatch, passes: Passes) -> Iterator[tuple[MicroBatch, PackedBatch]]:
         for micro in passes:
             beat()
             items = self.prompts.items(batch, micro.sequences)
             yield micro, pack(items, self.policy.merge_size).to(self.device)
 
-    def _store(
-        self, into: dict[int, torch.Tensor], micro: MicroBatch, packed: PackedBatch, values: torch.Tensor
-    ) -> None:
-        parts = torch.split(values, packed.response_lengths.tolist())
-        into.update(zip(micro.sequences, parts, strict=True))
+    def _put(self, into: LogProbs, micro: MicroBatch, packed: PackedBatch, values: torch.Tensor) -> None:
+        into.put(micro.sequences, values, packed.response_lengths.tolist())
 
-    def _add(self, state: _Step, micro: MicroBatch, key: str, values: torch.Tensor) -> None:
-        total = micro.weight * _finite(values).double().sum()
-        state.sums[key] = state.sums[key] + total if key in state.sums else total
-
-    def _max(self, state: _Step, key: str, values: torch.Tensor) -> None:
-        largest = _finite(values).max()
-        state.maxima[key] = torch.maximum(state.maxima[key], largest) if key in state.maxima else largest
-
-    def _of_tokens(self, state: _Step, values: np.ndarray, sequences: tuple[int, ...]) -> torch.Tensor:
+    def _of_tokens(self, state: StepState, values: np.ndarray, sequences: tuple[int, ...]) -> torch.Tensor:
         """The parts of an array over response tokens that belong to some sequences."""
-        offsets = state.response_offsets
-        parts = [values[offsets[s] : offsets[s + 1]] for s in sequences]
+        parts = [values[part] for part in state.response_slices(sequences)]
         return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
-    def _metrics(self, state: _Step, tokens: int) -> dict[str, float]:
-        encoded_here, self.prompts.encoded = self.prompts.encoded, 0
-        sums = all_sum(state.sums | {"encoded": torch.tensor(encoded_here, device=self.device)})
-        probe_tokens, encoded = sums.pop("probe_tokens"), sums.pop("encoded")
-        kl_update = sums.pop("policy/kl_update") / max(probe_tokens, 1.0)
-        means = {key: value / tokens for key, value in sums.items()}
-        return (
-            means
-            | all_max(state.maxima)
-            | {"policy/kl_update": kl_update, "perf/prompts_encoded_by_ranks": encoded}
-        )
+    def _metrics(self, state: StepState, updates: int) -> dict[str, float]:
+        encoded, self.prompts.encoded = self.prompts.encoded, 0
+        key = "perf/prompts_encoded_by_ranks"
+        state.measured.total(key, torch.tensor(encoded, device=self.device))
+        metrics = state.measured.reduce()
+        # The mean of what each update minimised, of those that were made.
+        metrics["policy/loss"] = metrics["policy/loss"] / updates if updates else math.nan
+        for key in ("policy/kl_update", "policy/kl_ref"):
+            # No log-prob was finite, so nothing was learned; what follows these takes no NaN.
+            if math.isnan(metrics.get(key, 0.0)):
+                metrics[key] = 0.0
+        return metrics
 
     def _reshard(self) -> None:
         """After passes without backward; a reference that is kept gathered never changes."""
@@ -324,17 +304,6 @@ class PolicyUpdater:
         for group in self.optimizer.param_groups:
             group["lr"] = actor.lr * factor
         return actor.lr * factor
-
-
-def _finite(values: torch.Tensor) -> torch.Tensor:
-    """Without what is not finite: it is in a sequence of a skipped update, and the method that learns from
-    the KL takes no NaN."""
-    values = values.detach()
-    return torch.where(torch.isfinite(values), values, 0)
-
-
-def _gather(values: dict[int, torch.Tensor], sequences: tuple[int, ...]) -> torch.Tensor:
-    return torch.cat([values[s] for s in sequences])
 
 
 def make_objective(config: Config) -> Objective:

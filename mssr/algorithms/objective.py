@@ -124,7 +124,8 @@ class Objective:
             kl_coef: weight of the KL to the reference; it may change from step to step.
 
         Returns:
-            () loss with gradient, and (N,) tensors without, by metric name.
+            () loss with gradient, and (N,) tensors without, by metric name; ``loss`` is each token's before
+            aggregation.
         """
         weights = aggregation_weights(tokens.lengths, self.aggregation, self.constant_length)
         return self._evaluate(tokens, weights, self._correct(tokens), denominator, kl_coef)
@@ -174,7 +175,7 @@ class Objective:
             metrics["policy/kl_anchor"] = anchor
         if self.entropy_coef:
             per_token = per_token - self.entropy_coef * tokens.entropy
-        metrics["policy/loss"] = per_token
+        metrics["loss"] = per_token
         loss = aggregate(per_token, denominator, weights)
         return loss, {key: value.detach() for key, value in metrics.items()}
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mssr.algorithms.advantages import constant_groups
+from mssr.algorithms.base import group_indices
 from mssr.cluster.base import Cluster
 from mssr.config import Config
 from mssr.data.dataset import PromptDataset
@@ -33,6 +34,8 @@ class Collected:
     """(B,) float32."""
     metrics: dict[str, float]
     """Over all rollouts that were generated, those that dynamic sampling left out included."""
+    epoch: float
+    """Passes over the data up to and with these rollouts, those left out included."""
     scored: list[ScoredTokens] | None = None
     """B, where the ranks scored the responses while others were generated."""
 
@@ -96,7 +99,7 @@ class RolloutCollector:
         rollouts: list[Rollout] = []
         early: list[ScoredTokens] = []
         draws: list[ScoredBatch] = []
-        kept = np.empty(0, np.int64)
+        kept: np.ndarray = np.empty(0, np.int64)
         occurrences: Counter[str] = Counter()
         for _ in range(self.config.sampler.max_draws if dynamic else 1):
             if rollouts:
@@ -104,12 +107,12 @@ class RolloutCollector:
             drawn, scored, scored_early = self.generate(
                 prompt_ids, step, n, occurrences, self._scores_early, stoppable
             )
-            groups = np.arange(len(drawn)) // n
-            live = ~constant_groups(scored.scores, groups) if dynamic else np.ones(len(drawn), bool)
-            kept = np.concatenate([kept, len(rollouts) + np.flatnonzero(live)])
             rollouts += drawn
             early += scored_early
             draws.append(scored)
+            kept = np.arange(len(rollouts))
+            if dynamic:
+                kept = with_signal(rollouts, join_scores(draws).scores, wanted * n)
             if len(kept) == wanted * n:
                 break
         else:
@@ -129,6 +132,7 @@ class RolloutCollector:
             [rollouts[i] for i in kept],
             everything.scores[kept],
             metrics,
+            self.sampler.epoch,
             [early[i] for i in kept] if self._scores_early else None,
         )
 
@@ -192,6 +196,25 @@ class RolloutCollector:
                 for k in range(first, first + n)
             ]
         return requests
+
+
+def with_signal(rollouts: Sequence[Rollout], scores: np.ndarray, at_most: int) -> np.ndarray:
+    """Indices of the rollouts of prompts whose scores differ, all of a prompt next to one another.
+
+    A prompt that was drawn again has one group of all its responses, as for the estimators.
+
+    Args:
+        scores: (B,) of the rollouts.
+        at_most: so many indices; a group that no longer fits as a whole is left out.
+    """
+    groups = group_indices([r.prompt_id for r in rollouts])
+    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
+    constant = constant_groups(scores, groups)
+    kept: list[int] = []
+    for group in members:
+        if not constant[group[0]] and len(kept) + len(group) <= at_most:
+            kept += group.tolist()
+    return np.array(kept, np.int64)
 
 
 def scores_early(config: Config, cluster: Cluster) -> bool:

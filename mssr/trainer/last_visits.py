@@ -1,7 +1,10 @@
-"""How far the policy has moved on a prompt since it last answered it (SPO, arXiv 2509.13232).
+"""How far the policy has moved on a prompt since it last trained on it (SPO, arXiv 2509.13232).
 
-Every prompt's most recent response is kept with its log-probs, 8 bytes a token; at the next visit it is
-scored again, by the policy of then.
+Every prompt's most recent response is kept, 8 bytes a token, with its log-probs as the ranks score them at
+the beginning of the step that trains on it; at the next visit it is scored again, likewise. Without a lag
+that is the policy that answered. With ``rollout.lag=1`` it is one step newer, at both visits, so that the
+time between the two is the same; the engine's own log-probs, of the policy that answered, would add the
+rounding of another implementation to every drift.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ _STATE_VERSION = 1
 
 
 class LastVisits:
-    """The most recent response to every prompt, and its log-probs when it was given."""
+    """The most recent response to every prompt, and its log-probs when it was trained on."""
 
     def __init__(self) -> None:
         self._visits: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -67,7 +70,7 @@ class LastVisits:
         return result
 
     def remember(self, rollouts: Sequence[Rollout], log_probs: Sequence[np.ndarray]) -> None:
-        """Replace what is kept of these prompts; ``log_probs`` are of the policy that answered."""
+        """Replace what is kept of these prompts; ``log_probs`` are of the policy before the update."""
         for rollout, values in zip(rollouts, log_probs, strict=True):
             # Copies: what is there is part of larger arrays, which would stay as long.
             self._visits[rollout.prompt_id] = (rollout.response_token_ids.copy(), values.copy())

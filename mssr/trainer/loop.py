@@ -148,7 +148,7 @@ class Trainer:
             metrics |= self.estimator.observe(collected, metrics)
             self.pipeline.finish_next()
             self.step += 1
-            self._unlogged = metrics | collected.metrics
+            self._unlogged = {"epoch": collected.epoch} | metrics | collected.metrics
             with self.timer("sync"):
                 self.cluster.sync_weights(version=self.step)
         if self.step in self.config.trainer.profile_steps:
@@ -166,7 +166,7 @@ class Trainer:
         metrics |= self.watch.metrics()
         # Logged first: a crash in between repeats the step, where the other way round its record
         # would be missing. So timing/save_s appears in the record of the next step.
-        self.log.write({"step": self.step, "epoch": self.sampler.epoch} | metrics)
+        self.log.write({"step": self.step} | metrics)
         self._unlogged = None
         self.events.step = self.step
         for warning in warnings:

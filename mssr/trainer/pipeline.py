@@ -19,7 +19,7 @@ from mssr.trainer.collect import Collected, RolloutCollector
 from mssr.trainer.timing import PhaseTimer
 from mssr.types import Rollout
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 class RolloutPipeline:
@@ -129,6 +129,7 @@ def _to_state(collected: Collected) -> dict[str, Any]:
         "log_probs": np.concatenate([r.log_probs for r in rollouts]),
         "scores": collected.scores,
         "metrics": collected.metrics,
+        "epoch": collected.epoch,
     }
 
 
@@ -148,7 +149,7 @@ def _from_state(state: Mapping[str, Any]) -> Collected:
         )
         for i, prompt_id in enumerate(state["prompt_ids"])
     ]
-    return Collected(rollouts, state["scores"], dict(state["metrics"]))
+    return Collected(rollouts, state["scores"], dict(state["metrics"]), state["epoch"])
 
 
 def _split(values: np.ndarray, lengths: np.ndarray) -> Sequence[np.ndarray]:

@@ -35,7 +35,8 @@ import torch
 import transformers
 
 from mssr.actor.planning import MicroBatch, Planner, UpdatePlan
-from mssr.actor.update import PolicyUpdater, _Step
+from mssr.actor.step import StepState
+from mssr.actor.update import PolicyUpdater
 from mssr.config import Config
 from mssr.data.encoder import EncodedPrompt
 from mssr.data.pixels import PixelNormalizer
@@ -155,7 +156,7 @@ def padded_passes(order: np.ndarray, lengths: np.ndarray, budget: int, fill_to: 
         else:
             micros.append([s])
     passes = tuple(MicroBatch(tuple(m), 1.0, True) for m in micros)
-    return UpdatePlan(tuple(order.tolist()), 0, (passes,))
+    return UpdatePlan(tuple(order.tolist()), (passes,))
 
 
 def throughput(args: argparse.Namespace, device: torch.device) -> list[tuple[str, ...]]:
@@ -181,7 +182,7 @@ def throughput(args: argparse.Namespace, device: torch.device) -> list[tuple[str
     )
     longest = sum(int(x.max()) for x in of_step)
     to_longest.fill_to, to_limit.fill_to = longest, limit
-    plan = packing.plan(batch, 0)[0]
+    plan = packing.plan(batch, 0).updates[0]
     shuffled = np.random.default_rng(3).permutation(len(lengths))
     by_length = np.argsort(-lengths, kind="stable")
     sides: dict[str, tuple[Any, UpdatePlan]] = {
@@ -203,7 +204,7 @@ def throughput(args: argparse.Namespace, device: torch.device) -> list[tuple[str
     def run(side: Any, plan: UpdatePlan) -> tuple[float, float]:
         """Seconds, and seconds of CPU time."""
         side.policy.zero_grad()
-        state = _Step(batch)
+        state = StepState(batch, device)
         if device.type == "cuda":
             torch.cuda.synchronize()
         started, cpu = time.perf_counter(), time.process_time()

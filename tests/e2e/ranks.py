@@ -136,15 +136,15 @@ def _gathered(shapes: list[tuple[int, ...]]) -> Tensors:
 
 def _first_gradient(worker: Any, batch: TrainBatch) -> tuple[Tensors, dict[str, float]]:
     from mssr.actor.distributed import full_tensors
-    from mssr.actor.update import _Step
+    from mssr.actor.step import StepState
 
     updater = worker.updater
-    state = _Step(batch)
-    plan = updater.plan(batch, 0)[0]
+    state = StepState(batch, worker.device)
+    plan = updater.plan(batch, 0).updates[0]
     runs: list[int] = []
     first_layer = worker.policy.model.model.language_model.layers[0]
     first_layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    updater._before_update(state, plan, needs_old=False)
+    updater._before_update(state, plan.ranks[worker.rank], needs_old=False)
     updater.backward(state, plan)
     named = worker.policy.named_parameters()
     tensors = dict(full_tensors((n, p.grad) for n, p in named if p.grad is not None))

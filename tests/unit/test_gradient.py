@@ -154,7 +154,7 @@ def test_metrics_carry_no_gradient_and_one_value_a_token(lab: Lab) -> None:
     tokens = dataclasses.replace(lab.fixed, log_probs=log_probs, entropy=entropy)
     _, metrics = EVERYTHING(tokens, EVERYTHING.denominator(lab.lengths), KL_COEF)
     expected = {
-        *("policy/entropy", "policy/kl_ref", "policy/kl_anchor", "policy/loss", "policy/clip_fraction"),
+        *("policy/entropy", "policy/kl_ref", "policy/kl_anchor", "loss", "policy/clip_fraction"),
         *("shaping/mean", "shaping/entropy_branch_fraction", "shaping/sign_flip_fraction"),
         *("rollout/mismatch_kl", "correction/weight", "correction/masked"),
     }

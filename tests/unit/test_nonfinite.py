@@ -94,7 +94,7 @@ def test_a_sequence_with_a_nan_advantage_is_named_with_its_arrays(lab: Lab, tmp_
     metrics = updater.step(batch, 11)
     assert metrics["policy/skipped_updates"] == 1
     [(report, arrays)] = dumps(tmp_path)
-    update = next(k for k, plan in enumerate(updater.plan(batch, 11), 1) if 2 in plan.sequences)
+    update = next(k for k, plan in enumerate(updater.plan(batch, 11).updates, 1) if 2 in plan.sequences)
     assert (tmp_path / f"nonfinite/step-000012-update-{update}-rank-0.json").is_file()
     assert (report["step"], report["update"], report["rank"]) == (12, update, 0)
     assert report["sequences"] == [{"index": 2, "prompt_id": "t2", "nonfinite": ["loss", "advantage"]}]

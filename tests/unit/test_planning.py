@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mssr.actor.planning import MicroBatch, Planner
+from mssr.errors import UserError
 from mssr.models.cost import SequenceWork
 
 pytestmark = pytest.mark.unit
@@ -51,7 +52,7 @@ def test_every_sequence_once_within_the_budget(seed: int) -> None:
     work = make_work(seed, count, n=int(rng.integers(1, 6)))
     planner = Planner(work, ranks=ranks, token_budget=budget)
     images = work.image_cost > 0
-    plans = planner.updates(updates, (seed, 0))
+    plans = planner.step(updates, (seed, 0)).updates
     assert sorted(s for plan in plans for s in plan.sequences) == list(range(count))
     for plan in plans:
         assert len(plan.ranks) == ranks
@@ -72,7 +73,7 @@ def test_every_sequence_once_within_the_budget(seed: int) -> None:
 def test_ranks_are_balanced_in_cost_in_every_pass_and_in_all(ranks: int, n: int) -> None:
     work = vision_like(5, 512 // n, n)
     planner = Planner(work, ranks=ranks, token_budget=16384)
-    [plan] = planner.updates(1, (0, 0))
+    [plan] = planner.step(1, (0, 0)).updates
     totals = [sum(planner.cost(m.sequences) for m in passes) for passes in plan.ranks]
     assert max(totals) < 1.02 * np.mean(totals)
     assert elapsed(planner, plan.ranks) < 1.05 * np.mean(totals)
@@ -114,7 +115,7 @@ def test_cost_decides_and_not_tokens() -> None:
 def test_responses_of_a_prompt_share_a_pass() -> None:
     work = vision_like(1, 32, 8)
     planner = Planner(work, ranks=2, token_budget=16384)
-    for plan in planner.updates(4, (0, 0)):
+    for plan in planner.step(4, (0, 0)).updates:
         encoded = [{int(work.prompts[s]) for s in m.sequences} for passes in plan.ranks for m in passes]
         assert sum(map(len, encoded)) <= 1.3 * len(set.union(*encoded))
         assert len(set.union(*encoded)) == 8  # whole prompts in every update
@@ -134,7 +135,8 @@ def test_a_prompt_is_cut_where_balance_asks_for_it() -> None:
 def test_the_split_depends_on_the_seed_and_on_nothing_else() -> None:
     def sequences(seed: int, ranks: int, budget: int) -> list[tuple[int, ...]]:
         planner = Planner(make_work(0, 24, n=2), ranks=ranks, token_budget=budget)
-        return [plan.sequences for plan in planner.updates(4, (seed, 7))]
+        plan = planner.step(4, (seed, 7))
+        return [update.sequences for update in plan.updates]
 
     assert sequences(1, 1, 1000) == sequences(1, 3, 80)
     assert sequences(1, 1, 1000) != sequences(2, 1, 1000)
@@ -144,7 +146,7 @@ def test_processes_make_the_same_plan() -> None:
     """Whatever Python's hash seed is: ranks plan for themselves."""
     code = (
         "from tests.unit.test_planning import vision_like; from mssr.actor.planning import Planner;"
-        "print(Planner(vision_like(0, 16, 4), ranks=3, token_budget=9000).updates(2, (0, 0)))"
+        "print(Planner(vision_like(0, 16, 4), ranks=3, token_budget=9000).step(2, (0, 0)))"
     )
     plans = {
         subprocess.run(
@@ -163,8 +165,8 @@ def test_the_probe_takes_a_share_where_it_was_trained(fraction: float) -> None:
     probed = []
     for ranks, budget in ((1, 1000), (2, 90), (3, 90)):
         planner = Planner(make_work(3, 32), ranks=ranks, token_budget=budget)
-        plans = planner.updates(4, (0, 0))
-        passes = planner.probe(plans, fraction)
+        plan = planner.step(4, (0, 0), probe_fraction=fraction, hold_out=False)
+        plans, passes = plan.updates, plan.probe
         assert len({len(p) for p in passes}) == 1
         for rank, own in enumerate(passes):
             trained = {s for plan in plans for m in plan.ranks[rank] if m.weight for s in m.sequences}
@@ -172,3 +174,26 @@ def test_the_probe_takes_a_share_where_it_was_trained(fraction: float) -> None:
         probed.append({s for own in passes for m in own if m.weight for s in m.sequences})
     assert probed[0] == probed[1] == probed[2]
     assert len(probed[0]) == pytest.approx(32 * fraction, abs=4)
+
+
+def test_what_is_held_out_is_in_no_update() -> None:
+    """Whole prompts, the same whatever the ranks and the budget are; every rank has as many passes."""
+    held_out = []
+    work = make_work(3, 64, n=2)
+    for ranks, budget in ((1, 1000), (2, 90), (3, 90)):
+        planner = Planner(work, ranks=ranks, token_budget=budget)
+        plan = planner.step(4, (0, 0), probe_fraction=0.1, hold_out=True)
+        probed = [s for own in plan.probe for m in own if m.weight for s in m.sequences]
+        trained = [s for update in plan.updates for s in update.sequences]
+        assert sorted(probed + trained) == list(range(64))
+        assert not set(work.prompts[probed]) & set(work.prompts[trained])
+        assert len({len(own) for own in plan.probe}) == 1
+        held_out.append(set(probed))
+    assert held_out[0] == held_out[1] == held_out[2]
+    assert len(set(work.prompts[list(held_out[0])])) == 4  # a tenth of 32, rounded up
+
+
+def test_a_single_prompt_cannot_be_held_out() -> None:
+    planner = Planner(vision_like(0, 1, 4), ranks=1, token_budget=9000)
+    with pytest.raises(UserError, match=r"actor\.kl_probe=held_out: the step has a single prompt"):
+        planner.step(1, (0, 0), probe_fraction=0.1, hold_out=True)
