@@ -134,10 +134,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture(scope="session")
 def run_mssr() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command in a process of its own, as a user would."""
+    """Run the command in a process of its own, as a user would. Pytest's limit bounds it."""
 
-    def run(*args: str | Path, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "mssr.cli", *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        return subprocess.run(command, capture_output=True, text=True, check=False)
 
     return run
