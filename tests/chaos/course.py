@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +22,10 @@ class Injected:
     outcome: str
 
 
-def undisturbed(directory: Path, config: Path) -> Run:
-    """What every disturbed run must equal."""
+def undisturbed(directory: Path, config: Path, extra: Sequence[str] = ()) -> Run:
+    """What every disturbed run must equal. ``extra``: overrides that do not change what is computed."""
     run = Run(directory, config)
+    run.extra = extra
     run.start()
     assert run.wait() == 0, run.screen.read_text()
     return run
