@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from mssr.secrets import redact
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (0 done, 2 wrong input, 1 else, 130/143 stopped)."""
+    # Threads that wait for each other sleep (libraries read this when they are loaded). Where something else
+    # uses the cores, too, waiting in a loop takes them from the thread that is waited for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest:
