@@ -20,6 +20,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Before torch is imported anywhere: two cores, several processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
