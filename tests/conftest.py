@@ -22,6 +22,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Ray would give its workers, which do all the work here, a thirtieth of a core that anything else wants.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import numpy as np
 import pytest
