@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos.injuries import DRIVER_ENDS, INJURIES, nan_on_one_rank
-from tests.chaos.run import PATIENCE_S, STEPS, Run, Skipped, comparable, shared_memory
+from tests.chaos.run import PATIENCE_S, STEPS, Run, Skipped, abandoned_memory, comparable
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def injure(directory: Path, config: Path, reference: Run, kinds: list[str], seed
         AssertionError: a promise is broken.
     """
     rng = random.Random(seed)
-    memory_before = shared_memory()
+    memory_before = abandoned_memory()
     run = Run(directory, config, small_disk="disk_full" in kinds)
     steps = sorted(rng.sample(range(2, STEPS - 1), len(kinds)))
     # A second within which a step begins, generates, scores, updates, or a checkpoint is written.
@@ -87,11 +87,13 @@ def check(run: Run, reference: Run, memory_before: set[str]) -> None:
     for event in run.events():
         assert event["detail"] in screen
     deadline = time.monotonic() + PATIENCE_S
-    while run.processes() and time.monotonic() < deadline:
+    while left := run.processes():
+        assert time.monotonic() < deadline, f"processes are left: {left}"
         time.sleep(0.2)
-    left = [" ".join(p.cmdline())[:80] for p in run.processes()]
-    assert not left, f"processes are left: {left}"
-    left_memory = shared_memory() - memory_before
+    # Twice, for another run on this machine may be about to use what it has just made.
+    left_memory = abandoned_memory() - memory_before
+    time.sleep(1)
+    left_memory &= abandoned_memory()
     assert not left_memory, f"shared memory is left: {left_memory}"
 
 

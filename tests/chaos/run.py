@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -150,8 +151,15 @@ def comparable(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if not k.startswith(hidden)} for r in records]
 
 
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+def abandoned_memory() -> set[str]:
+    """Shared memory that no process maps or has open. (Other runs on this machine use theirs.)"""
+    used = set()
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            used |= {line.split(maxsplit=5)[5] for line in maps if "/dev/shm/" in line}
+            used |= {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    return {name for name in os.listdir("/dev/shm") if f"/dev/shm/{name}" not in used}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ if any("cluster.launcher=ray" in options for _, options in variants.values()):
     from mssr.cluster.ray_cluster import _init_ray
     from mssr.config import Config
 
-    _init_ray(Config(), processes=3)  # once for all of them
+    _init_ray(Config(), processes=8)  # once for all, with room for those of the run before that still end
 
 def stopping(at):
     def stop(self, record):
