@@ -173,8 +173,9 @@ def clip_grad_norm(
         The norm before, and whether any rank's flag is 1; the same on all ranks.
     """
     gradients = [local_tensor(p.grad) for p in parameters if p.grad is not None]
-    # In float32 whatever the gradients are.
-    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
+    # In float32 at least.
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    norms = torch.stack([torch.linalg.vector_norm(g, dtype=dtype) for g in gradients])
     sums = torch.stack([norms.square().sum().to(flag.device), flag])
     dist.all_reduce(sums)
     # Together, so that the host waits for the device once.

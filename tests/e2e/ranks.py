@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -141,10 +142,18 @@ def _first_gradient(worker: Any, batch: TrainBatch) -> tuple[Tensors, dict[str, 
     first_layer = worker.policy.model.model.language_model.layers[0]
     first_layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     updater._before_update(state, plan.ranks[worker.rank], needs_old=False)
-    updater.backward(state, plan)
+    with contextlib.ExitStack() as stack:
+        gathers, scatters = (
+            stack.enter_context(
+                mock.patch.object(torch.distributed, verb, wraps=getattr(torch.distributed, verb))
+            )
+            for verb in ("all_gather_single", "reduce_scatter_single")
+        )
+        updater.backward(state, plan)
     named = worker.policy.named_parameters()
     tensors = dict(full_tensors((n, p.grad) for n, p in named if p.grad is not None))
-    return tensors, {"passes": len(plan.ranks[0]), "layer_runs": len(runs)}
+    counts = {"passes": len(plan.ranks[0]), "layer_runs": len(runs)}
+    return tensors, counts | {"gathers": gathers.call_count, "scatters": scatters.call_count}
 
 
 def make_batch(workspace: Workspace, prompt_ids: list[str], seed: int = 0) -> TrainBatch:

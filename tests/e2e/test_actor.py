@@ -159,13 +159,26 @@ def test_every_option_of_the_update_reaches_the_parameters(workspace: Workspace,
 
 
 def test_keeping_parameters_gathered_changes_nothing(workspace: Workspace, run_ranks: RunRanks) -> None:
-    """Over several steps: a parameter that stays gathered past an update would be stale."""
+    """But the communication, and that over several steps: a parameter that stays gathered past an update
+    would be stale."""
     batch = make_batch(workspace, [f"t{i}" for i in range(8)])
-    jobs = [{"steps": 3, "overrides": [f"actor.keep_gathered={kept}"]} for kept in ("false", "true")]
-    (gathered, metrics), (kept, metrics_kept) = run_ranks(batch, 2, jobs)
+
+    def jobs(kept: str) -> list[dict[str, Any]]:
+        option = f"actor.keep_gathered={kept}"
+        counted = {"gradient": True, "overrides": [option, "actor.micro_batch_tokens=40"]}
+        return [{"steps": 3, "overrides": [option]}, counted]
+
+    found = run_ranks(batch, 2, jobs("false") + jobs("true"))
+    (gathered, metrics), (_, often), (kept, metrics_kept), (_, once) = found
     assert relative_difference(gathered, kept) < 1e-4
     for key in ("policy/kl_update", "policy/kl_ref", "rollout/mismatch_max", "policy/grad_norm"):
         assert metrics[key] == pytest.approx(metrics_kept[key], rel=1e-3), key
+    # Three vision blocks, four layers and the root: once an update, or in every pass, and the layers again in
+    # its backward pass.
+    passes = often["passes"]
+    assert passes == once["passes"] > 1
+    assert (once["gathers"], once["scatters"]) == (8, 8)
+    assert often["gathers"] >= 15 * passes - 8 and often["scatters"] == 8 * passes
 
 
 def test_a_frozen_vision_tower_does_not_move(workspace: Workspace, run_ranks: RunRanks) -> None:

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mssr import algorithms
+from mssr.trainer.checkpoint import read_state
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.e2e
@@ -165,6 +168,7 @@ def test_mssr_learns_digits(
     assert before <= 0.35
     assert after >= before + 0.2
     assert records[-1]["memory/total_rss_gib"] < 8
+    check_baseline_and_shaping(records[1:], read_state(run_dir / "checkpoints/step-000005"))
     assert any(f"{before:.3f} -> {after:.3f}" in x for x in lines)  # the summary at the end
     assert (run_dir / "plots/curves.png").stat().st_size > 10_000
     report = (run_dir / "report.html").read_text()
@@ -182,3 +186,29 @@ def test_mssr_learns_digits(
         assert (item["response"], float(item["correct"])) == (sample["response"], sample["score"])
     accuracy = json.loads((out / "results.json").read_text())["benchmarks"]["val"]["accuracy"]
     assert accuracy == pytest.approx(after, abs=1e-6)
+
+
+def check_baseline_and_shaping(steps: list[dict[str, float]], state: dict[str, Any]) -> None:
+    """What the method learned, by hand from rewards and KL; each prompt was visited once. That it reaches
+    advantages and gradient is in tests/unit/test_driver_by_hand.py and test_update_by_value.py."""
+    counts = state["estimator"]["algorithm"]["baseline"]["counts"]
+    blocks, rewards, kls = np.split(counts, len(steps)), [], []
+    for step, block in zip(steps, blocks, strict=True):
+        prior = np.mean(rewards) if rewards else 0.5
+        reward = step["reward/score"]
+        rewards.append(reward)
+        kls.append(step["policy/kl_update"])
+        eta = 0.96 - min(np.mean(kls) / 0.01, 1.0) * (0.96 - 0.875)
+        assert step["baseline/eta"] == pytest.approx(eta, abs=1e-9)
+        assert step["baseline/unseen_fraction"] == 1.0
+        right = block[:, 0] > 1
+        assert right.mean() == pytest.approx(reward, abs=1e-6)
+        expected = eta * np.array([prior, 1 - prior]) + np.stack([right, ~right], axis=1)
+        np.testing.assert_allclose(block, expected, atol=1e-6)
+        # No bonus exceeds half of |A|, whose mean is at most 1; some are smaller, no sign flips.
+        assert 0.01 < step["shaping/mean"] < 0.5
+        assert 0 < step["shaping/entropy_branch_fraction"] < 1
+        assert step["shaping/sign_flip_fraction"] == 0
+        assert step["advantage/std"] == pytest.approx(1.0, abs=1e-3)
+    values = counts[:, 0] / counts.sum(1)
+    assert steps[-1]["baseline/mean"] == pytest.approx(values.mean(), abs=1e-6)

@@ -187,3 +187,16 @@ def test_the_gradient_of_a_token_loss_can_be_taken_once() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="only once"):
         loss.backward()
+
+
+def test_there_is_no_second_derivative() -> None:
+    """It would lack the part that goes through the first, and be wrong without a word."""
+    hidden, weight, targets, advantages = Case().inputs()
+    hidden.requires_grad_()
+    for value in (
+        token_log_probs_and_entropy(hidden, weight, targets)[0].sum(),
+        token_loss(hidden, weight, targets, objective(Case(), advantages))[0],
+    ):
+        (gradient,) = torch.autograd.grad(value.square(), hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.square().sum().backward()

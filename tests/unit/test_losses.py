@@ -95,8 +95,9 @@ def test_entropy_bonus_refuses_wrong_input() -> None:
         shaping.entropy_bonus(torch.ones(3), one)
     with pytest.raises(ValueError, match="coef"):
         shaping.entropy_bonus(one, one, coef=-1.0)
-    with pytest.raises(ValueError, match="divisor"):
-        shaping.entropy_bonus(one, one, divisor=0.0)
+    for divisor in (0.0, -2.0):
+        with pytest.raises(ValueError, match="divisor"):
+            shaping.entropy_bonus(one, one, divisor=divisor)
 
 
 # --- losses --------------------------------------------------------------------------------------

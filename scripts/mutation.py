@@ -1,0 +1,280 @@
+"""Mutation testing of what turns scores into gradients: does a test notice when a line of it is wrong?
+
+    pip install cosmic-ray
+    nice python scripts/mutation.py                                   # about an hour on one core
+    nice python scripts/mutation.py --only mssr/models/head.py
+    nice python scripts/mutation.py --all --sample 400 --seed 1       # some of all
+
+The mutants are those of cosmic-ray. It knows eleven wrong operators for a plus and seven for an equals
+sign; of the mutants of one kind at one place a single one is taken, at random by the seed, or ``--all``.
+Left out is what cannot be wrong: annotations, and the text of errors.
+
+Its own runner starts an interpreter for each mutant, and most of that time goes into importing torch. Here
+a process that has imported the libraries forks for each, replaces the one module and runs the tests named
+in `TESTS` until one fails. Survivors are printed, and with all others in ``--out``; docs/testing.md says
+why they live.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+STEP = "step_oracle update_by_value"
+TESTS = {
+    "mssr/algorithms/advantages.py": "advantages token_advantages algorithms oracles",
+    "mssr/algorithms/base.py": "algorithms token_advantages single_rollout plugins defaults_and_states",
+    "mssr/algorithms/baseline.py": "baseline single_rollout driver_by_hand defaults_and_states",
+    "mssr/algorithms/correction.py": "correction defaults_and_states",
+    "mssr/algorithms/discount.py": "discount single_rollout driver_by_hand defaults_and_states",
+    "mssr/algorithms/dr_grpo.py": "algorithms token_advantages oracles defaults_and_states",
+    "mssr/algorithms/grpo.py": "algorithms token_advantages oracles defaults_and_states",
+    "mssr/algorithms/id_table.py": "id_table baseline",
+    "mssr/algorithms/kl_control.py": "kl_control defaults_and_states",
+    "mssr/algorithms/lite_ppo.py": "algorithms token_advantages defaults_and_states",
+    "mssr/algorithms/losses.py": "losses oracles policy_losses",
+    "mssr/algorithms/objective.py": "gradient step_oracle update_by_value defaults_and_states",
+    "mssr/algorithms/policy_losses.py": "policy_losses losses plugins defaults_and_states",
+    "mssr/algorithms/registry.py": "algorithms plugins",
+    "mssr/algorithms/reinforce_pp.py": "algorithms token_advantages oracles defaults_and_states",
+    "mssr/algorithms/rloo.py": "algorithms token_advantages oracles defaults_and_states",
+    "mssr/algorithms/sequences.py": "losses correction policy_losses gradient",
+    "mssr/algorithms/shaping.py": "losses algorithms gradient defaults_and_states",
+    "mssr/algorithms/single_rollout.py": "single_rollout algorithms driver_by_hand defaults_and_states",
+    "mssr/algorithms/spo.py": "single_rollout algorithms defaults_and_states",
+    "mssr/models/head.py": "head policy_model gradient",
+    "mssr/actor/update.py": f"update_passes {STEP} nonfinite fused_update signals",
+    "mssr/actor/step.py": f"signals update_passes {STEP} nonfinite",
+}
+"""Module -> the names of the files in tests/unit that are to notice, the fastest first."""
+TIME_LIMIT_S = 60.0
+"""Beyond what the tests take without a mutation; who needs longer loops for ever, and is noticed."""
+IMPORTED = "torch transformers numpy pytest hypothesis datasets pyarrow.parquet PIL.Image yaml omegaconf peft"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """Example: ``Mutant("mssr/algorithms/rloo.py", "core/NumberReplacer", occurrence=3, place=(25, 14))``"""
+
+    path: str
+    operator: str
+    occurrence: int
+    place: tuple[int, int]
+
+    @property
+    def kind(self) -> str:
+        """Without what is put in the place of what: binary operators, comparisons, numbers."""
+        return self.operator.split("/")[1].split("_")[0]
+
+    def source(self) -> str:
+        """The whole module, changed."""
+        from cosmic_ray import plugins
+        from cosmic_ray.ast import get_ast
+        from cosmic_ray.mutating import MutationVisitor
+
+        visitor = MutationVisitor(self.occurrence, plugins.get_operator(self.operator)())
+        return str(visitor.walk(get_ast((ROOT / self.path).read_text())).get_code())
+
+
+def mutants(path: str) -> list[Mutant]:
+    """All of a module that could be wrong."""
+    from cosmic_ray import plugins
+    from cosmic_ray.ast import ast_nodes, get_ast
+
+    nodes = list(ast_nodes(get_ast((ROOT / path).read_text())))
+    said = {id(node) for node in nodes if _is_said_only(node)}
+    found = []
+    for name in plugins.operator_names():
+        if plugins.get_operator(name).arguments():
+            continue
+        operator = plugins.get_operator(name)()
+        places = [(node, start) for node in nodes for start, _ in operator.mutation_positions(node)]
+        found += [Mutant(path, name, k, at) for k, (node, at) in enumerate(places) if id(node) not in said]
+    return found
+
+
+def one_of_a_kind(everything: list[Mutant], seed: int) -> list[Mutant]:
+    """For each kind and place a single one, whatever else there is."""
+    by_place: dict[tuple[str, str, tuple[int, int]], list[Mutant]] = {}
+    for mutant in everything:
+        by_place.setdefault((mutant.path, mutant.kind, mutant.place), []).append(mutant)
+    return [random.Random(f"{seed} {key}").choice(same) for key, same in by_place.items()]
+
+
+def _is_said_only(node: Any) -> bool:
+    """Whether a node is part of an annotation or of the text of an error."""
+    while (parent := node.parent) is not None:
+        if parent.type in ("raise_stmt", "fstring"):
+            return True
+        if parent.type == "annassign" and node is parent.children[1]:  # ": annotation = value"
+            return True
+        if parent.type in ("param", "funcdef") and node is parent.annotation:
+            return True
+        if parent.type == "tfpdef" and node is parent.children[2]:  # "name : annotation" of a parameter
+            return True
+        node = parent
+    return False
+
+
+class _Replaced(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader):
+    """Finds and loads one module, from another source."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self.source = mutant.source()
+        name = mutant.path.removesuffix(".py").replace("/", ".")
+        super().__init__(name, str(ROOT / mutant.path))
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        return importlib.util.spec_from_loader(name, self) if name == self.name else None
+
+    def get_code(self, fullname: str) -> Any:
+        return compile(self.source, self.path, "exec")
+
+
+def run(names: list[str], mutant: Mutant | None, limit_s: float, workspace: Any) -> tuple[str, float]:
+    """survived, killed or timeout; and the seconds. In a process of its own."""
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        status = 99
+        try:
+            sink = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(sink, 1)
+            os.dup2(sink, 2)
+            if mutant is not None:
+                sys.meta_path.insert(0, _Replaced(mutant))
+            import pytest
+
+            import tests.conftest
+
+            tests.conftest.make_workspace = lambda path: workspace
+            basetemp = tempfile.mkdtemp(prefix="mssr-mutant-")
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={basetemp}"]
+            for name in names:  # one by one, so that what comes later need not be imported
+                status = int(pytest.main([*options, name]))
+                if status:
+                    break
+        finally:
+            os._exit(status)
+    while time.monotonic() - start < limit_s:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            outcome = "survived" if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0 else "killed"
+            return outcome, time.monotonic() - start
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "timeout", time.monotonic() - start
+
+
+def _workspace() -> Any:
+    """The one of all tests, made once."""
+    from tests import conftest
+
+    path = Path(tempfile.mkdtemp(prefix="mssr-mutants-"))
+    child = os.fork()
+    if child == 0:
+        conftest.make_workspace(path)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    return conftest.Workspace(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="*", default=list(TESTS), help="modules")
+    parser.add_argument("--all", action="store_true", help="not one of a kind")
+    parser.add_argument("--sample", type=int, help="so many mutants, at random")
+    parser.add_argument(
+        "--again", action="store_true", help="run survivors of --out again, with the tests of now"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out", type=Path, default=Path("mutation.jsonl"), help="added to; what is in it is not run again"
+    )
+    args = parser.parse_args()
+    everything = [mutant for path in args.only for mutant in mutants(path)]
+    print(f"{len(everything)} mutants", end="")
+    if not args.all:
+        everything = one_of_a_kind(everything, args.seed)
+    random.Random(args.seed).shuffle(everything)  # one that is interrupted is a sample
+    everything = everything[: args.sample]
+    print(f", {len(everything)} taken: {dict(Counter(m.path for m in everything))}")
+    known = {}
+    if args.out.exists():
+        records = map(json.loads, args.out.open())
+        known = {(r["path"], r["operator"], r["occurrence"]): r for r in records}
+    for library in IMPORTED.split():
+        importlib.import_module(library)
+    assert not any(name.split(".")[0] == "mssr" for name in sys.modules)
+    workspace = _workspace()
+    usual: dict[str, float] = {}
+    with args.out.open("a") as out:
+        for number, mutant in enumerate(everything, 1):
+            key = mutant.path, mutant.operator, mutant.occurrence
+            if key in known and not (args.again and known[key]["outcome"] == "survived"):
+                continue
+            tests = [f"tests/unit/test_{name}.py" for name in TESTS[mutant.path].split()]
+            for test in tests:
+                if test not in usual:
+                    outcome, usual[test] = run([test], None, 1200, workspace)
+                    assert outcome == "survived", f"{test} fails without a mutation"
+                    print(f"{test}: {usual[test]:.0f} s without a mutation", flush=True)
+            limit_s = 2 * sum(usual[test] for test in tests) + TIME_LIMIT_S
+            outcome, seconds = "no program", 0.0
+            if _is_program(mutant):
+                outcome, seconds = run(tests, mutant, limit_s, workspace)
+            changed = _changed(mutant)
+            record = {"path": mutant.path, "operator": mutant.operator, "occurrence": mutant.occurrence}
+            record |= {
+                "line": mutant.place[0],
+                "changed": changed,
+                "outcome": outcome,
+                "seconds": round(seconds, 1),
+            }
+            known[key] = record
+            out.write(json.dumps(record) + "\n")
+            out.flush()
+            if outcome == "survived":
+                print(f"{number}: {mutant.path}:{mutant.place[0]} {changed}", flush=True)
+    outcomes = Counter(known[m.path, m.operator, m.occurrence]["outcome"] for m in everything)
+    programs = outcomes.total() - outcomes["no program"]
+    print(dict(outcomes), f"{1 - outcomes['survived'] / programs:.1%} noticed")
+    return 0
+
+
+def _is_program(mutant: Mutant) -> bool:
+    """cosmic-ray takes the star before keyword arguments for a product."""
+    try:
+        compile(mutant.source(), mutant.path, "exec")
+    except SyntaxError:
+        return False
+    return True
+
+
+def _changed(mutant: Mutant) -> str:
+    """The first line that differs, as it is now."""
+    old, new = (ROOT / mutant.path).read_text().splitlines(), mutant.source().splitlines()
+    pairs = [(a, b) for a, b in zip(old, new, strict=False) if a != b]
+    return f"{pairs[0][0].strip()}  ->  {pairs[0][1].strip()}" if pairs else "lines removed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
