@@ -15,8 +15,8 @@ from mssr.secrets import redact
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (0 done, 2 wrong input, 1 else, 130/143 stopped)."""
-    # Threads that wait for each other sleep, as libraries read it when they are loaded: on cores that something
-    # else uses, too, waiting in a loop takes from the thread that is waited for.
+    # Threads that wait for each other sleep (libraries read this when they are loaded). Where something else
+    # uses the cores, too, waiting in a loop takes them from the thread that is waited for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
