@@ -98,9 +98,8 @@ class RewardConfig:
     overlong_penalty: float = 1.0
     """Read with overlong_buffer."""
     time_limit_s: float = 10.0
-    """Seconds for one response; one that takes longer scores 0 and counts in reward/errors. One that begins
-    late because others hang may have less, but never less than three quarters (functions that take one
-    response and are not async)."""
+    """Seconds of CPU time for one response; one that takes more scores 0 and counts in reward/errors. One
+    that sleeps or waits, for a network or a core, has ten times as many seconds by the clock."""
     workers: int | None = None
     """Processes that score; null takes the machine's cores, at most 8."""
 

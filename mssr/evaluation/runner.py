@@ -137,7 +137,9 @@ class _Evaluation:
             progress = EvaluationProgress(self._terminal, self.config.trainer.progress, total)
             stack.callback(progress.close)
             stop = stack.enter_context(StopRequest(progress.note, "stopping; responses so far are kept"))
-            book = stack.enter_context(VerdictBook(self.config, questions, self.request.reward, self._prefix))
+            book = stack.enter_context(
+                VerdictBook(self.config, questions, self.request.reward, self._prefix, tell=progress.announce)
+            )
             engines = self._launch(progress, stop)
             judge = None
             if self.request.judge is not None:

@@ -32,15 +32,17 @@ from mssr.rewards.base import RewardInput
 from mssr.rewards.rows import RowAccess, RowReader, RowView
 
 RESPONSE = ("response", "completion", "solution_str", "predict_str")
-RESPONSE_ELSE = ("predict", "prediction", "output", "text")
-"""Understood where none of the others is there."""
+RESPONSE_ELSE = ("predict", "prediction", "pred", "output", "text")
+"""Understood where none of the others is there, and no column or option is called so."""
 ANSWER = ("answer", "ground_truth", "solution", "truth")
+ANSWER_ELSE = ("gt", "label", "target", "reference")
+"""Likewise."""
 PROMPT = ("prompt", "problem", "question")
 
 Getter = Callable[[RewardInput, RowView], Any]
 _OF_ITEM: Mapping[str, Getter] = {
     **dict.fromkeys((*RESPONSE, *RESPONSE_ELSE), lambda item, row: item.response),
-    **dict.fromkeys(ANSWER, lambda item, row: item.answer),
+    **dict.fromkeys((*ANSWER, *ANSWER_ELSE), lambda item, row: item.answer),
     "response_length": lambda item, row: item.response_length,
     "reward_input": lambda item, row: {
         "response": item.response,
@@ -111,7 +113,8 @@ def bind(function: Callable[..., Any], options: Mapping[str, Any], access: RowAc
     parameters = {n: p for n, p in every.items() if p.kind not in variadic}
     columns = access.columns if access else frozenset[str]()
     if not parameters and Parameter.VAR_POSITIONAL in variadic:
-        return Binding(False, (_OF_ITEM["response"], _OF_ITEM["answer"]), {}, {})
+        given = _OF_ITEM["response"], _OF_ITEM["answer"]
+        return Binding(False, given, {}, {"**": False} if len(variadic) > 1 else {})
     meanings = {n: m for n in parameters if (m := _meaning(n)) and (m in _OF_ITEM or n not in options)}
     responses, note = _responses(every, parameters, meanings, {*options, *columns})
     batch = all(name.endswith("s") for name in responses)
@@ -163,11 +166,11 @@ def _responses(
     Args:
         others: names that are options or columns.
     """
-    responses = [n for n, m in meanings.items() if m in (*RESPONSE, "reward_input")]
-    for name in [n for n, m in meanings.items() if m in RESPONSE_ELSE]:
-        if responses or name in others:
+    for known, understood_else in (RESPONSE, RESPONSE_ELSE), (ANSWER, ANSWER_ELSE):
+        there = any(m in (*known, "reward_input") for m in meanings.values())
+        for name in [n for n, m in meanings.items() if m in understood_else and (there or n in others)]:
             del meanings[name]
-    responses = responses or [n for n, m in meanings.items() if m in RESPONSE_ELSE]
+    responses = [n for n, m in meanings.items() if m in (*RESPONSE, *RESPONSE_ELSE, "reward_input")]
     if responses:
         if len({n.endswith("s") for n in responses}) > 1:
             raise ValueError(f"takes both one response and many ({', '.join(responses)})")
@@ -177,7 +180,7 @@ def _responses(
         for n, p in parameters.items()
         if p.default is p.empty and p.kind is not p.KEYWORD_ONLY and n not in meanings and n not in others
     ]
-    if len(unknown) != 2 or set(meanings.values()) & {*ANSWER}:
+    if len(unknown) != 2 or set(meanings.values()) & {*ANSWER, *ANSWER_ELSE}:
         raise ValueError(
             "must take (response, answer), (responses, answers), (reward_input) or (reward_inputs), or other "
             f"names for these (docs/data.md), not ({', '.join(every)})"

@@ -65,9 +65,9 @@ class RewardPool:
         return future
 
     def reset(self) -> None:
-        """Forget everything that is pending; what comes next meets workers that owe nothing."""
+        """Cancel everything that is pending; what comes next meets workers that owe nothing."""
         with self._lock:
-            self._pending.clear()
+            self._cancel()
             if self._closed or self._error is not None:
                 return
             self._process.close()
@@ -77,7 +77,13 @@ class RewardPool:
         """End all processes; the pool cannot be used afterwards."""
         with self._lock:
             self._closed = True
+            self._cancel()
             self._process.close()
+
+    def _cancel(self) -> None:
+        for _, future in self._pending.values():
+            future.cancel()
+        self._pending.clear()
 
     def _start(self) -> None:
         self._process = _Process(self._job)

@@ -72,6 +72,8 @@ class RowReader:
 
         self.access = access
         self._datasets = [PromptDataset(*arguments, every_column=True) for arguments in access.sources]
+        for dataset in self._datasets:
+            len(dataset)  # reads the ids: now, and not in every process that is forked with them
         self._encoder: Any = None
         if access.sized:
             from mssr.data.encoder import PromptEncoder
@@ -144,7 +146,9 @@ class RowView:
     def _question(self) -> Any:
         if self._reader is None:
             return None
-        return self.cells.get(self._reader.access.named("problem_column"))
+        from mssr.data.rows import cell
+
+        return cell(self.cells, self._reader.access.named("problem_column"))
 
     def images(self) -> list[Image]:
         """The images in RGB, upright, in their original size."""

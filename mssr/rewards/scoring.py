@@ -85,7 +85,7 @@ class Scorer:
             raise ValueError(f"error_limit must be in (0, 1], not {error_limit}")
         if min_batch < 1:
             raise ValueError(f"min_batch must be >= 1, not {min_batch}")
-        check(config)
+        check(config, rows)
         reward = functions.load(config, rows)
         if config.overlong_buffer > max_response_length:
             raise UserError(
@@ -228,8 +228,11 @@ def names() -> list[str]:
     return functions.rule_names()
 
 
-def check(config: RewardConfig) -> None:
+def check(config: RewardConfig, rows: RowAccess | None = None) -> None:
     """Refuse a section that cannot mean what it says; loads a user's file to see.
+
+    Args:
+        rows: None while the data is not open: then a function may name any column.
 
     Raises:
         UserError: One line. A value is out of its range; the function cannot be had, or does not take
@@ -259,7 +262,7 @@ def check(config: RewardConfig) -> None:
                 f"reward.{key}={getattr(config, key)} is read by nothing with {setting}; change that or "
                 "remove it"
             )
-    functions.load(config, access=None)
+    functions.load(config, rows)
 
 
 def advice(config: RewardConfig, bounded: bool) -> list[str]:
@@ -269,6 +272,8 @@ def advice(config: RewardConfig, bounded: bool) -> list[str]:
         bounded: whether the method takes rewards in [0, 1] only, as the Beta baseline does.
     """
     lines = []
+    if note := functions.load(config, access=None).binding.note:
+        lines.append(f"reward.name={config.name}: {note}")
     if bounded and config.format == "weighted" and config.format_weight > 0:
         lines.append(
             f"reward.format=weighted: a wrong answer in the right format scores {config.format_weight:g}, so "

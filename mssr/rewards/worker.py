@@ -25,10 +25,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkContext, ForkProcess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pebble
 
+from mssr import plugins
 from mssr.rewards import functions, penalties
 from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult
 from mssr.rewards.rows import RowAccess, RowReader
@@ -87,7 +88,7 @@ def main(fd: int) -> None:
     _end(code)
 
 
-def _end(code: int) -> None:
+def _end(code: int) -> NoReturn:
     for process in multiprocessing.active_children():
         process.terminate()
     os._exit(code)
@@ -95,18 +96,12 @@ def _end(code: int) -> None:
 
 def _prepare(job: Job) -> RowReader | Failure | None:
     """What all workers share: the imports of the named rules, and the data, if the reward asks for them."""
-    if ":" not in job.config.name:
-        warm_up(functions.load(job.config))
+    if not plugins.is_spec(job.config.name):
+        functions.load(job.config).call([RewardInput("<think>\n</think>\\boxed{\\frac{1}{2}}", "0.5", 1)])
     try:
         return None if job.rows is None else RowReader(job.rows)
     except Exception as error:  # told in place of every score
         return _failure(error)
-
-
-def warm_up(reward: functions.LoadedReward) -> None:
-    """Have a named rule import and build what it needs."""
-    with contextlib.suppress(Exception):
-        reward.call([RewardInput("<think>\n</think>\\boxed{\\frac{1}{2}}", "0.5", 1)])
 
 
 class _Worker(ForkProcess):
@@ -225,7 +220,7 @@ def _begin(job: Job, reader: RowReader | Failure | None, driver: int, parent: in
         if isinstance(reader, Failure):
             _reward = reader
         else:
-            _reward = functions.load(job.config, reader)
+            _reward = functions.load(job.config, reader=reader)
     except BaseException as error:
         _reward = _failure(error)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mssr.config import Config
+from mssr import rewards
+from mssr.config import Config, ModelConfig
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import OVERLONG_FILE, LoadedPrompts, load_prompts
 from mssr.errors import UserError
 from mssr.models.loading import load_processor
-from mssr.trainer.validation import PromptsOf, load_validation
+from mssr.rewards import RowAccess
+from mssr.trainer.validation import OwnPrompts, PromptsOf, load_validation
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +27,18 @@ class RunData:
         """What the user should hear once."""
         return list(dict.fromkeys([*self.train.notes, *(note for one in self.val for note in one.notes)]))
 
+    def rows(self, model: ModelConfig) -> RowAccess:
+        """Where rewards find the rows behind the responses that they score."""
+        own = [one.dataset for one in self.val if isinstance(one, OwnPrompts)]
+        return RowAccess.of([self.train.dataset, *own], model)
+
 
 def load_data(config: Config) -> RunData:
     """Open and check all data of a config; writes the lists of rows that are left out to the run directory.
 
     Raises:
-        UserError: everything that keeps the data from being trained on.
+        UserError: everything that keeps the data from being trained on, columns that the reward asks for and
+            that are not there included.
     """
     encoder = PromptEncoder(load_processor(config.model), config.data)
     bad_rows_file = config.run_dir / "bad_rows.jsonl"
@@ -38,7 +46,9 @@ def load_data(config: Config) -> RunData:
         stale.unlink(missing_ok=True)
     train = load_prompts(config.data.train, config.data, encoder, bad_rows_file, by_rule=config.reward.rule)
     resolve_steps(config, train)
-    return RunData(encoder, train, load_validation(config, encoder, bad_rows_file))
+    data = RunData(encoder, train, load_validation(config, encoder, bad_rows_file))
+    rewards.check(config.reward, data.rows(config.model))
+    return data
 
 
 def resolve_steps(config: Config, train: LoadedPrompts) -> Config:

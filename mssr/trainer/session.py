@@ -9,7 +9,7 @@ from mssr.cluster.base import launch
 from mssr.config import Config
 from mssr.config_checks import advice
 from mssr.errors import EXIT_OK
-from mssr.rewards import RowAccess, Scorer
+from mssr.rewards import Scorer
 from mssr.tools.plot import plot, write_report
 from mssr.trainer.checkpoint import CheckpointStore
 from mssr.trainer.console import Console
@@ -20,7 +20,7 @@ from mssr.trainer.loop import Trainer
 from mssr.trainer.recovery import run_with_recovery, step_of
 from mssr.trainer.run_directory import check_checkpoint
 from mssr.trainer.signals import StopRequest
-from mssr.trainer.validation import OwnPrompts, describe
+from mssr.trainer.validation import describe
 
 
 def run_session(config: Config, terminal: TextIO) -> int:
@@ -55,13 +55,12 @@ def run_session(config: Config, terminal: TextIO) -> int:
                 return EXIT_OK
             console.note(f"resuming from {checkpoint}")
         # Its processes load the reward while the cluster starts.
-        rewarded = [data.train.dataset, *(s.dataset for s in data.val if isinstance(s, OwnPrompts))]
         max_length, clip = config.rollout.max_response_length, config.method.bounded_rewards
         scorer = Scorer(
             config.reward,
             max_length,
             clip=clip,
-            rows=RowAccess.of(rewarded, config.model),
+            rows=data.rows(config.model),
             on_restart=lambda how: events.restart("reward_pool_died", how),
             on_failure=lambda what: events.record("reward_failed", what),
         )

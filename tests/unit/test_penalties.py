@@ -58,6 +58,6 @@ def test_repetition_counts_like_the_definition(text: str, ngram: int) -> None:
 
 
 def test_long_texts_take_linear_time() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert repetition_penalty("x " * 100_000, 20) == pytest.approx(1, abs=1e-4)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mssr.data.columns import resolve_columns
+from mssr.data.dataset import PromptDataset
 from mssr.data.rows import cell, column_id, content_id, is_structured, read_row, truth
 from mssr.data.sources import open_table, split_name
 from mssr.data_config import DataConfig, RewardConfig
@@ -62,6 +63,7 @@ class Own(Benchmark):
         self.source, self._rule, self.config = source, rule, config or DataConfig()
         self._reward = None if reward is None else functions.load(reward, access=None)
         self._compares_text = reward is None or bool(reward.rule)
+        self._opened = source
         path, split = split_name(source)
         self.name = name or (f"{path.stem}@{split}" if split else path.stem)
 
@@ -75,7 +77,12 @@ class Own(Benchmark):
         path, split = split_name(source)
         if data_dir is not None and not path.exists() and (data_dir / path).exists():
             source = f"{data_dir / path}@{split}" if split else str(data_dir / path)
+        self._opened = source
         return self.read(open_table(source), limit)
+
+    def rows(self) -> PromptDataset:
+        """What was loaded, for rewards that ask for the row; ids have the benchmark's name before them."""
+        return PromptDataset(self._opened, self.config, f"{self.name}/")
 
     def read(self, table: Any, limit: int | None = None) -> list[Item]:
         columns = resolve_columns(table, self.config, self.source)
@@ -114,7 +121,7 @@ class Own(Benchmark):
         answer = scoring.final_text(response, truncated=truncated)
         length = len(response) if tokens is None else tokens
         try:
-            result = self._reward.call([RewardInput(response, item.answer, length)])[0]
+            result = self._reward.call([self.reward_input(item, response, length)])[0]
         except Exception:  # a user's function may raise anything; in training it scores 0
             return Verdict(False, answer, "wrong", "reward_error")
         return self.scored(response, result.parts.get("accuracy", result.score), truncated)
@@ -127,6 +134,11 @@ class Own(Benchmark):
         if truncated:
             return Verdict(False, answer, "truncated", "reward")
         return Verdict(False, answer, "wrong" if answer else "extraction_failed", "reward")
+
+    def reward_input(self, item: Item, response: str, tokens: int) -> RewardInput:
+        """What training's reward gets: functions of a user the answer as the data has it."""
+        answer = item.answer if self._compares_text else item.metadata["truth"]
+        return RewardInput(response, answer, tokens, f"{self.name}/{item.id}")
 
     def undecided(self, item: Item, verdict: Verdict) -> bool:
         """No judge where training's reward scores."""
@@ -142,4 +154,15 @@ class Own(Benchmark):
         if config.image_dir is None and config.images_column in cells:
             images = stored_images(table, number, cells, (config.images_column,))
         question = row.problem if row.history else question_text(row.problem, images)
-        return Item(self.name, row.id, question, images, row.answer, where=where, history=row.history)
+        found = truth(cells, config)
+        metadata = {"truth": row.answer if isinstance(found, str) else found}
+        return Item(
+            self.name,
+            row.id,
+            question,
+            images,
+            row.answer,
+            metadata=metadata,
+            where=where,
+            history=row.history,
+        )
