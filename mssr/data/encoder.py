@@ -22,8 +22,9 @@ from qwen_vl_utils import smart_resize
 
 from mssr.bounded_cache import BoundedCache
 from mssr.data.images import ImageSource, reason
+from mssr.data.messages import IMAGE_MARK, parts_of, text_part
 from mssr.data.pixels import PixelNormalizer
-from mssr.data.rows import IMAGE_MARK, Row
+from mssr.data.rows import Row
 from mssr.data_config import DataConfig
 from mssr.errors import UserError
 
@@ -107,7 +108,6 @@ class PromptEncoder:
         self.processor = processor
         self.config = config
         image_processor = processor.image_processor
-        # Images arrive resized; the same bounds here keep the processor from resizing them again.
         image_processor.size = config.pixel_bounds
         self._normalizer = PixelNormalizer.of(image_processor)
         self._factor = image_processor.patch_size * image_processor.merge_size
@@ -151,21 +151,21 @@ class PromptEncoder:
     def _try_chat_template(self) -> str:
         """Render a prompt; returns what of the generation prompt belongs to the response."""
         question = "2 + 3 = ?"
-        messages = [{"role": "user", "content": [_text(question)]}]
+        messages = [{"role": "user", "content": [text_part(question)]}]
         try:
             text, bare = self._render(messages), self._render(messages, generation=False)
         except ValueError as error:
             raise UserError(f"{error} (a content is a list of parts of the type text or image)") from error
         if question not in text:
             raise UserError(f"{self._template_name} leaves the question out")
-        if f"'text': '{question}'" in text:
+        if any(f"{q}text{q}: {q}{question}" in text for q in "'\""):
             raise UserError(
                 f"{self._template_name} writes message.content, a list of parts, as it is and does not go "
                 "through it: 1 image, 0 placeholders"
             )
         opening = text[len(bare) :] if text.startswith(bare) else ""
-        start = opening.find("<think>")
-        return opening[start:] if start >= 0 else ""
+        found = re.search(r"<think>.*", opening, re.DOTALL) or re.search(r"<think>\s*$", text)
+        return found[0] if found else ""
 
     def _messages(self, row: Row) -> list[dict[str, Any]]:
         """The turns of a row, the question as the prompt template or the instruction makes it. Images stand
@@ -191,11 +191,13 @@ class PromptEncoder:
             raise ValueError(f"{found} {IMAGE_MARK} marks but {len(row.images)} images")
         messages: list[dict[str, Any]] = []
         if self._system_prompt:
-            messages.append({"role": "system", "content": [_text(self._system_prompt)]})
+            messages.append({"role": "system", "content": [text_part(self._system_prompt)]})
             history = [turn for turn in history if turn[0] != "system"]
-        messages += [{"role": role, "content": _parts(text)} for role, text in [*history, ("user", question)]]
+        messages += [
+            {"role": role, "content": parts_of(text)} for role, text in [*history, ("user", question)]
+        ]
         if self._prompt_template is None and self.config.instruction:
-            messages[-1]["content"].append(_text("\n" + self.config.instruction))
+            messages[-1]["content"].append(text_part("\n" + self.config.instruction))
         return messages
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
@@ -384,20 +386,5 @@ def _prompt_template(config: DataConfig) -> jinja2.Template | None:
     return template
 
 
-def _parts(text: str) -> list[dict[str, Any]]:
-    """A turn as chat templates take it."""
-    parts: list[dict[str, Any]] = []
-    for k, part in enumerate(text.split(IMAGE_MARK)):
-        if k:
-            parts.append({"type": "image"})
-        if part:
-            parts.append(_text(part))
-    return parts
-
-
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _text(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}

@@ -76,6 +76,21 @@ def read_messages(cell: Any, column: str) -> Conversation:
     return Conversation(turns[last][1], tuple(turns[:last]), reply, tuple(images))
 
 
+def parts_of(text: str) -> list[dict[str, Any]]:
+    """A turn as chat templates take it."""
+    parts: list[dict[str, Any]] = []
+    for k, part in enumerate(text.split(IMAGE_MARK)):
+        if k:
+            parts.append({"type": "image"})
+        if part:
+            parts.append(text_part(part))
+    return parts
+
+
+def text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
 def _list(cell: Any) -> list[Any]:
     if isinstance(cell, str) and cell[:50].lstrip()[:1] == "[" and '"' in cell:
         try:

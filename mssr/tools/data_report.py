@@ -56,7 +56,7 @@ def data_report(config_file: str | Path, overrides: Sequence[str] = (), out: str
         print(f"note: {line}")
     config.run_dir.mkdir(parents=True, exist_ok=True)
     data = load_data(config)
-    for line in data.notes:
+    for line in [*data.notes, *data.item_notes]:
         print(f"note: {line}")
     splits = {"train": data.train}
     for one in data.val:

@@ -23,14 +23,23 @@ class RunData:
     val: list[PromptsOf]
 
     @property
+    def own(self) -> list[OwnPrompts]:
+        """The sets of validation in the form of the training's."""
+        return [one for one in self.val if isinstance(one, OwnPrompts)]
+
+    @property
     def notes(self) -> list[str]:
-        """What the user should hear once."""
-        return list(dict.fromkeys([*self.train.notes, *(note for one in self.val for note in one.notes)]))
+        """What the user should hear once of how data of the training's form are read."""
+        return list(dict.fromkeys([*self.train.notes, *(note for one in self.own for note in one.notes)]))
+
+    @property
+    def item_notes(self) -> list[str]:
+        """Items of benchmarks that cannot be asked as they are."""
+        return [note for one in self.val if not isinstance(one, OwnPrompts) for note in one.notes]
 
     def rows(self, model: ModelConfig) -> RowAccess:
         """Where rewards find the rows behind the responses that they score."""
-        own = [one.dataset for one in self.val if isinstance(one, OwnPrompts)]
-        return RowAccess.of([self.train.dataset, *own], model)
+        return RowAccess.of([self.train.dataset, *(one.dataset for one in self.own)], model)
 
 
 def load_data(config: Config) -> RunData:

@@ -41,7 +41,7 @@ def run_session(config: Config, terminal: TextIO) -> int:
         events = EventLog(run_dir, console.announce, config.trainer.max_restarts)
         for line in data.notes:
             console.announce(f"note: {line}")
-        for line in advice(config):
+        for line in [*advice(config), *data.item_notes]:
             console.note(f"note: {line}")
         console.note(f"train: {data.train.summary()}; val: {describe(data.val)}")
         store = CheckpointStore(run_dir, config.trainer.keep_checkpoints)

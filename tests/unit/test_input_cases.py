@@ -213,6 +213,25 @@ def test_read_alike(both: Both, case: str) -> None:
     assert (prompt.image_grid_thw is not None) == ("<|image_pad|>" in text) == bool(row.images)
 
 
+def test_images_by_paths_of_another_machine(both: Both, tmp_path: Path) -> None:
+    """What is not there, or is HEIC, is a bad row; the others are read."""
+    said, _ = both("utf16.jsonl")
+    assert (
+        isinstance(said, str) and "utf16.jsonl row 0: file /tmp/field/data/img/a.png does not exist" in said
+    )
+    text = (FIXTURES / "utf16.jsonl").read_text("utf-16").replace("/tmp/field/data/img", str(FIXTURES))
+    (tmp_path / "utf16.jsonl").write_text(text, "utf-16")
+    seen, _ = both(tmp_path / "utf16.jsonl")
+    assert isinstance(seen, dict) and [row.answer for _, _, row in seen.values()] == ["0", "1", "2"]
+    text = (FIXTURES / "image_forms.jsonl").read_text().replace("/absolute", str(FIXTURES))
+    (tmp_path / "forms.jsonl").write_text(text)
+    said, _ = both(tmp_path / "forms.jsonl")
+    assert isinstance(said, str) and "forms.jsonl row 4: image 0 cannot be read (it is HEIC" in said
+    seen, printed = both(tmp_path / "forms.jsonl", "data.max_bad_fraction=0.2")
+    assert isinstance(seen, dict) and all(len(row.images) == 1 for _, _, row in seen.values())
+    assert "4 prompts (1 bad dropped)" in printed and "pip install pillow-heif" in printed
+
+
 class Told:
     """A cluster that answers every prompt with one text."""
 

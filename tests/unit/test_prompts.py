@@ -123,6 +123,7 @@ def test_placeholders_are_counted_after_every_template(workspace: Workspace) -> 
     [
         ("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", "cannot be rendered.*list of parts"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "1 image, 0 placeholders"),
+        ("{% for m in messages %}{{ m.content | tojson }}{% endfor %}", "1 image, 0 placeholders"),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves the question out"),
         ("{{ messages", "cannot be rendered"),
     ],
@@ -138,7 +139,10 @@ def test_what_of_the_prompt_belongs_to_the_response(workspace: Workspace) -> Non
     opening = "{% if add_generation_prompt %}assistant\n<think>\n{% endif %}"
     assert encoder(workspace).response_prefix == ""  # the instruction may name the tag
     assert encoder(workspace, chat_template=parts + opening).response_prefix == "<think>\n"
-    assert encoder(workspace, chat_template=parts + "<think>").response_prefix == ""
+    assert encoder(workspace, chat_template=parts + "<think>").response_prefix == "<think>"
+    closed = "{% if add_generation_prompt %}<think>\n\n</think>\n\n{% endif %}"
+    assert encoder(workspace, chat_template=parts + closed).response_prefix == "<think>\n\n</think>\n\n"
+    assert encoder(workspace, chat_template="<think>" + parts).response_prefix == ""
 
 
 def test_every_size_is_one_that_a_model_sees(workspace: Workspace) -> None:
