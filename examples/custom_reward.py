@@ -6,7 +6,7 @@
 A reward function takes the response and the ground truth, both text, and options as keyword arguments. It
 returns a number, or a dict with ``score`` and any named parts, which appear in the metrics as
 ``reward/<part>``. The Beta baseline of the single-rollout methods needs scores in [0, 1]. Functions of many
-responses, async ones and those of EasyR1 are taken too: see the top of mssr/rewards/functions.py.
+responses, async ones, those of EasyR1, verl and TRL, and those that see the row are taken, too: docs/data.md.
 """
 
 from __future__ import annotations

@@ -164,7 +164,10 @@ class TrainerConfig:
     """The loop around it all."""
 
     steps: int = 120
-    """Training steps in all."""
+    """Training steps in all. A later setting of trainer.epochs takes its place and makes it 0."""
+    epochs: int | None = None
+    """In place of trainer.steps: so many times as many steps as the usable prompts of data.train are enough
+    for (what is left over begins the next epoch; further draws of sampler.dynamic are not counted)."""
     run_dir: str | None = None
     """Where everything is written; null is runs/<experiment_name>."""
     val_every: int = 10

@@ -55,7 +55,7 @@ POSITIVE = (
     "actor.num_ranks actor.updates_per_step actor.lr actor.max_grad_norm actor.micro_batch_tokens "
     "actor.head_chunk_tokens actor.max_nonfinite_updates actor.kl_probe_fraction actor.lora.alpha "
     "cluster.threads_per_actor cluster.threads_per_rollout cluster.hang_timeout_s "
-    "trainer.steps trainer.keep_checkpoints data.min_pixels data.max_pixels data.max_prompt_length"
+    "trainer.epochs trainer.keep_checkpoints data.min_pixels data.max_pixels data.max_prompt_length"
 ).split()
 NON_NEGATIVE = (
     "algorithm.shaping.coef algorithm.kl.coef algorithm.baseline.init_rollouts "
@@ -204,6 +204,13 @@ def _check_values(config: Config, flat: dict[str, Any]) -> None:
     for key in UNIT_INTERVAL:
         if flat[key] is not None and not 0 <= flat[key] <= 1:
             raise UserError(f"{key}={flat[key]} must lie in [0, 1]")
+    steps, epochs = config.trainer.steps, config.trainer.epochs
+    if epochs is None and steps < 1:
+        raise UserError(f"trainer.steps={steps} must be greater than 0")
+    if epochs is not None and steps != 0:
+        raise UserError(
+            f"trainer.steps={steps} and trainer.epochs={epochs} both say how long to train; set one of them"
+        )
     for section, low, high in (
         ("algorithm.discount", "eta_min", "eta_max"),
         ("data", "min_pixels", "max_pixels"),

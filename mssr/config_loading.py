@@ -78,6 +78,8 @@ def merge_layers(
         layers.append(
             (f"override {redact(override)!r}", cast(dict[str, Any], OmegaConf.to_container(parsed)))
         )
+    if {"trainer.steps", "trainer.epochs"} <= {override.partition("=")[0] for override in overrides}:
+        raise UserError("trainer.steps and trainer.epochs both say how long to train; set one of them")
     merged = OmegaConf.structured(Config)
     prompts_per_step = None
     for source, plain in layers:
@@ -85,7 +87,7 @@ def merge_layers(
         tree, prompts, notes = easyr1_keys.translate(plain, source)
         for line in notes:
             note(line)
-        merged = _merge(merged, OmegaConf.create(tree), source)
+        merged = _merge(merged, OmegaConf.create(_one_length(tree)), source)
         if "rollouts_per_step" in tree.get("rollout", {}):
             prompts_per_step = None
         prompts_per_step = prompts or prompts_per_step
@@ -96,6 +98,15 @@ def merge_layers(
         config.rollout.rollouts_per_step = prompts_per_step * responses_per_prompt(config)
     validate(config)
     return config
+
+
+def _one_length(tree: dict[str, Any]) -> dict[str, Any]:
+    """A layer that says how long to train, in steps or in epochs, takes the other from those before it."""
+    trainer = tree.get("trainer")
+    if not isinstance(trainer, dict) or ("steps" in trainer) == (trainer.get("epochs") is not None):
+        return tree
+    other = {"epochs": None} if "steps" in trainer else {"steps": 0}
+    return tree | {"trainer": trainer | other}
 
 
 def _with_bases(path: Path) -> list[tuple[Path, DictConfig]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mssr.plugins import is_spec
+
 PAPER_INSTRUCTION = (
     "First think about the reasoning process inside <think> </think> tags, "
     "then give the final answer inside \\boxed{}."
@@ -24,18 +26,20 @@ class DataConfig:
     and with every, limit, n and temperature of its own: see mssr/data/validation_sets.py."""
     id_column: str | None = None
     """Column with a stable id; null takes a hash of question, images and answer."""
-    images_column: str = "images"
+    images_column: str | None = "images"
     """Column with a list of images (or one); a row may have none. An image is encoded bytes, base64 text,
-    a path, or a dict of bytes and path."""
+    a path, or a dict that holds one of these. null for prompts without the images that a table has."""
     problem_column: str = "problem"
-    """Column with the question; each <image> in it is replaced by an image, in order."""
+    """Column with the question, as text or as a list of messages; each <image> in it is replaced by an image,
+    in order."""
     answer_column: str = "answer"
-    """Column with the ground truth as text; <answer></answer> around it is taken off."""
+    """Column with the ground truth; <answer></answer> around it is taken off. column.key is a key of the
+    dicts in a column (reward_model.ground_truth); of a list of messages the assistant's turn is taken."""
     image_dir: str | None = None
     """Directory that relative image paths start from; null is the working directory."""
     system_prompt: str | None = None
-    """Put before the question as the system turn, text or a file that holds it; null leaves it to the chat
-    template."""
+    """Put before the question as the system turn, in place of the row's own; text or a file that holds it;
+    null leaves it to the row and the chat template."""
     instruction: str = PAPER_INSTRUCTION
     """Appended to every question; empty for none. Read without prompt_template."""
     prompt_template: str | None = None
@@ -94,8 +98,12 @@ class RewardConfig:
     overlong_penalty: float = 1.0
     """Read with overlong_buffer."""
     time_limit_s: float = 10.0
-    """Seconds for one response; one that takes longer scores 0 and counts in reward/errors. One that begins
-    late because others hang may have less, but never less than three quarters (functions that take one
-    response and are not async)."""
+    """Seconds of CPU time for one response; one that takes more scores 0 and counts in reward/errors. One
+    that sleeps or waits, for a network or a core, has ten times as many seconds by the clock."""
     workers: int | None = None
     """Processes that score; null takes the machine's cores, at most 8."""
+
+    @property
+    def rule(self) -> str:
+        """Name of the rule that compares texts; empty for a function of the user."""
+        return "" if is_spec(self.name) else self.name

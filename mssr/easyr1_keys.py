@@ -46,8 +46,14 @@ def translate(tree: dict[str, Any], source: str) -> tuple[dict[str, Any], int | 
         translated (nothing if nothing was).
 
     Raises:
-        UserError: a key is set under both names, or asks for what is not done here.
+        UserError: a key is set under both names, or asks for what is not done here; or it is a whole config
+            of EasyR1.
     """
+    if "worker" in tree or "adv_estimator" in (tree.get("algorithm") or {}):
+        raise UserError(
+            f"{source} is a whole config of EasyR1; its section data can be pasted into a config of ours "
+            "(configs/), where model.path, algorithm.name, rollout.n, reward.name and trainer.epochs are set"
+        )
     data = tree.get("data")
     if not isinstance(data, dict) or not ONLY_EASYR1.intersection(data):
         return tree, None, []

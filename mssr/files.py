@@ -21,3 +21,12 @@ def sha256(path: Path) -> str:
     """Of a file's bytes, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def give_usual_modes(directory: Path) -> None:
+    """Let files be read by whom the umask lets; safetensors writes its own for their owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)

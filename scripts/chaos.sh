@@ -5,6 +5,7 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset PYTHONDONTWRITEBYTECODE # see scripts/test.sh
 ./scripts/setup.sh
 export PATH=${MSSR_VENV:-$PWD/.venv}/bin:$PATH
 exec python -m tests.chaos.report "$@"

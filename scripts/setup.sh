@@ -148,7 +148,8 @@ install() {
 }
 
 verify() {
-    "$VENV/bin/python" - "$DEVICE" <<'PYTHON'
+    # Empty, so that what is compiled is kept, also in images that forbid it: every process needs it again.
+    PYTHONDONTWRITEBYTECODE="" "$VENV/bin/python" - "$DEVICE" <<'PYTHON'
 import importlib, logging, os, sys
 
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"

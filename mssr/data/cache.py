@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 """Part of every name: raise it when the meaning of a file changes."""
 
 SETTLED_S = 2.0

@@ -40,21 +40,26 @@ class PromptDataset:
     Args:
         sources: see `mssr.data.sources.parse_sources`.
         prefix: put before every id; one that begins with ``VAL_PREFIX`` tells that this is of ``data.val``.
+        every_column: let `cells` give all columns, and not only those that make a prompt.
 
     Raises:
         UserError: a source cannot be opened, is empty or lacks a configured column.
     """
 
-    def __init__(self, sources: Any, config: DataConfig, prefix: str = "") -> None:
-        self.config = config
+    def __init__(
+        self, sources: Any, config: DataConfig, prefix: str = "", every_column: bool = False
+    ) -> None:
+        self.sources, self.config, self.prefix = sources, config, prefix
         self.cache = DataCache(config.cache_dir)
         parsed = parse_sources(sources, "data.val" if prefix.startswith(VAL_PREFIX) else "data.train")
-        self.parts = [SourceRows(source, config, self.cache) for source in parsed]
+        self.parts = [SourceRows(source, config, self.cache, every_column) for source in parsed]
         self.labels = [source.label for source in parsed]
         several = len(parsed) > 1
         self._prefixes = [prefix + (f"{label}/" if several else "") for label in self.labels]
         self._starts = np.cumsum([0, *(len(part) for part in self.parts)])
         self._rows: dict[str, int] | None = None
+        self.response_prefix = ""
+        """Text of the prompt that the named rules see before a response, see `PromptEncoder`."""
         self.bad_rows: list[BadRow] = []
         """Rows that `check` found unusable."""
         self.duplicates: list[BadRow] = []
@@ -87,6 +92,16 @@ class PromptDataset:
         """Label of the source that a prompt is from."""
         return self.labels[self.position(prompt_id)[0]]
 
+    def source_name(self, prompt_id: str) -> str:
+        """That source, as the user named it."""
+        return self.parts[self.position(prompt_id)[0]].source.name
+
+    @property
+    def column_names(self) -> list[str]:
+        """The columns that all sources have."""
+        first, *others = (part.table.column_names for part in self.parts)
+        return [name for name in first if all(name in names for names in others)]
+
     def ids_by_source(self) -> dict[str, list[str]]:
         """Label of a source -> its ids, in the order of `ids`."""
         result: dict[str, list[str]] = {label: [] for label in self.labels}
@@ -103,13 +118,22 @@ class PromptDataset:
         part, number = self.position(prompt_id)
         return self.parts[part].table.where(number)
 
-    def answers(self, prompt_ids: Sequence[str]) -> list[str]:
-        """Ground truths, read without touching the images."""
-        found: dict[str, str] = {}
+    def cells(self, prompt_id: str) -> dict[str, Any]:
+        """A row as the data has it."""
+        part, number = self.position(prompt_id)
+        return self.parts[part].cells(number)
+
+    def answers(self, prompt_ids: Sequence[str], as_cells: bool = False) -> list[Any]:
+        """Ground truths, read without touching the images.
+
+        Args:
+            as_cells: what is no text stays as the data has it, else it becomes text.
+        """
+        found: dict[str, Any] = {}
         for k, part in enumerate(self.parts):
             own = [i for i in dict.fromkeys(prompt_ids) if self.position(i)[0] == k]
-            texts = part.answers([self.position(i)[1] for i in own]) if own else []
-            found.update(zip(own, texts, strict=True))
+            truths = part.answers([self.position(i)[1] for i in own], as_cells) if own else []
+            found.update(zip(own, truths, strict=True))
         return [found[i] for i in prompt_ids]
 
     def keep(self, prompt_ids: Sequence[str]) -> None:

@@ -21,9 +21,10 @@ from PIL import Image
 from qwen_vl_utils import smart_resize
 
 from mssr.bounded_cache import BoundedCache
-from mssr.data.images import ImageSource
+from mssr.data.images import ImageSource, reason
+from mssr.data.messages import IMAGE_MARK, parts_of, text_part
 from mssr.data.pixels import PixelNormalizer
-from mssr.data.rows import IMAGE_MARK, Row
+from mssr.data.rows import Row
 from mssr.data_config import DataConfig
 from mssr.errors import UserError
 
@@ -107,7 +108,6 @@ class PromptEncoder:
         self.processor = processor
         self.config = config
         image_processor = processor.image_processor
-        # Images arrive resized; the same bounds here keep the processor from resizing them again.
         image_processor.size = config.pixel_bounds
         self._normalizer = PixelNormalizer.of(image_processor)
         self._factor = image_processor.patch_size * image_processor.merge_size
@@ -117,48 +117,95 @@ class PromptEncoder:
         self._prompt_template = _prompt_template(config)
         config_tokens = (processor.image_token, processor.video_token, "<|vision_start|>", "<|vision_end|>")
         self._vision_tokens = tuple(dict.fromkeys(config_tokens))
+        self.response_prefix = self._try_chat_template()
+        """What stands in the prompt and belongs to the response: ``<think>`` where the template ends with it,
+        else nothing."""
 
     def chat_text(self, row: Row) -> str:
         """The prompt after the chat template, with one placeholder per image.
 
         Raises:
-            ValueError: the text holds a token that stands for pixels, or after ``data.prompt_template``
-                it has not as many <image> marks as the row has images.
+            ValueError: a turn holds a token that stands for pixels; or there are not as many <image> marks as
+                images after ``data.prompt_template``, or not as many placeholders after the chat template.
         """
-        messages: list[dict[str, Any]] = []
-        if self._system_prompt:
-            messages.append({"role": "system", "content": [_text(self._system_prompt)]})
-        messages.append({"role": "user", "content": self._content(row)})
-        text = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, chat_template=self._chat_template
-        )
+        text = self._render(self._messages(row))
+        placeholders = text.count(self.processor.image_token)
+        if placeholders != len(row.images):
+            counts = f"{_count(len(row.images), 'image')}, {_count(placeholders, 'placeholder')}"
+            raise ValueError(f"{counts} after {self._template_name}")
+        return text
+
+    def _render(self, messages: list[dict[str, Any]], generation: bool = True) -> str:
+        try:
+            text = self.processor.apply_chat_template(
+                messages, add_generation_prompt=generation, tokenize=False, chat_template=self._chat_template
+            )
+        except Exception as error:  # a template may raise anything
+            raise ValueError(f"{self._template_name} cannot be rendered: {reason(error)}") from error
         return str(text)
 
-    def _content(self, row: Row) -> list[dict[str, Any]]:
-        """Images where the question marks them, else before it; then the instruction or the template."""
-        question = row.problem
+    @property
+    def _template_name(self) -> str:
+        return "data.chat_template" if self._chat_template else "the model's chat template"
+
+    def _try_chat_template(self) -> str:
+        """Render a prompt; returns what of the generation prompt belongs to the response."""
+        question = "2 + 3 = ?"
+        messages = [{"role": "user", "content": [text_part(question)]}]
+        try:
+            text, bare = self._render(messages), self._render(messages, generation=False)
+        except ValueError as error:
+            raise UserError(f"{error} (a content is a list of parts of the type text or image)") from error
+        if question not in text:
+            raise UserError(f"{self._template_name} leaves the question out")
+        if any(f"{q}text{q}: {q}{question}" in text for q in "'\""):
+            raise UserError(
+                f"{self._template_name} writes message.content, a list of parts, as it is and does not go "
+                "through it: 1 image, 0 placeholders"
+            )
+        opening = text[len(bare) :] if text.startswith(bare) else ""
+        found = re.search(r"<think>.*", opening, re.DOTALL) or re.search(r"<think>\s*$", text)
+        return found[0] if found else ""
+
+    def _messages(self, row: Row) -> list[dict[str, Any]]:
+        """The turns of a row, the question as the prompt template or the instruction makes it. Images stand
+        where marks are, and without marks before the user's first turn."""
+        history, question = list(row.history), row.problem
         for token in self._vision_tokens:
-            if token in question:
+            if any(token in text for text in (question, *(text for _, text in history))):
                 raise ValueError(f"the question holds {token}, which stands for pixels")
-        if IMAGE_MARK not in question:
-            question = IMAGE_MARK * len(row.images) + question
+        if row.images and not any(IMAGE_MARK in text for text in (question, *(text for _, text in history))):
+            marks = IMAGE_MARK * len(row.images)
+            first = next((k for k, (role, _) in enumerate(history) if role == "user"), None)
+            if first is None:
+                question = marks + question
+            else:
+                history[first] = ("user", marks + history[first][1])
         if self._prompt_template is not None:
-            question = self._prompt_template.render(content=question)
-        parts = question.split(IMAGE_MARK)
-        if len(parts) - 1 != len(row.images):
-            raise ValueError(f"{len(parts) - 1} {IMAGE_MARK} marks but {len(row.images)} images")
-        content: list[dict[str, Any]] = []
-        for k, part in enumerate(parts):
-            if k:
-                content.append({"type": "image"})
-            if part:
-                content.append(_text(part))
+            try:
+                question = self._prompt_template.render(content=question)
+            except Exception as error:  # a template may raise anything
+                raise ValueError(f"data.prompt_template cannot be rendered: {reason(error)}") from error
+        found = sum(text.count(IMAGE_MARK) for text in (question, *(text for _, text in history)))
+        if found != len(row.images):
+            raise ValueError(f"{found} {IMAGE_MARK} marks but {len(row.images)} images")
+        messages: list[dict[str, Any]] = []
+        if self._system_prompt:
+            messages.append({"role": "system", "content": [text_part(self._system_prompt)]})
+            history = [turn for turn in history if turn[0] != "system"]
+        messages += [
+            {"role": role, "content": parts_of(text)} for role, text in [*history, ("user", question)]
+        ]
         if self._prompt_template is None and self.config.instruction:
-            content.append(_text("\n" + self.config.instruction))
-        return content
+            messages[-1]["content"].append(text_part("\n" + self.config.instruction))
+        return messages
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) after resizing. Raises ValueError for an aspect ratio above 200."""
+        """(width, height) after resizing, each at least one patch that the language model sees.
+
+        Raises:
+            ValueError: for an aspect ratio above 200.
+        """
         h, w = smart_resize(
             height,
             width,
@@ -166,6 +213,9 @@ class PromptEncoder:
             min_pixels=self.config.min_pixels,
             max_pixels=self.config.max_pixels,
         )
+        if min(h, w) < self._factor:  # smart_resize rounds the short side of a strip down to nothing
+            longest = max(self.config.max_pixels // self._factor**2, 1) * self._factor
+            h, w = (min(max(side, self._factor), longest) for side in (h, w))
         return w, h
 
     def images(self, row: Row) -> list[Image.Image]:
@@ -233,7 +283,11 @@ class PromptEncoder:
         # What the processor does, without what it spends on finding out what is asked of it, and
         # without what can be done later.
         vision = self.processor.image_processor(
-            images=list(images.values()), do_rescale=False, do_normalize=False, return_tensors="pt"
+            images=list(images.values()),
+            do_resize=False,
+            do_rescale=False,
+            do_normalize=False,
+            return_tensors="pt",
         )
         grids = vision["image_grid_thw"].long()
         frames, channels = self._normalizer.frames, len(self._normalizer.mean)
@@ -332,5 +386,5 @@ def _prompt_template(config: DataConfig) -> jinja2.Template | None:
     return template
 
 
-def _text(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,7 +1,8 @@
 """Image cells: every form in which data has them -> encoded bytes -> an upright RGB image.
 
-Forms of a cell: encoded bytes; a dict of ``bytes`` and ``path``; a string, which is a path where such a
-file exists and base64 (with or without ``data:image/...;base64,``) otherwise; a list of these.
+Forms of a cell: encoded bytes; a dict of ``bytes`` and ``path``, or with an image under ``image``,
+``image_url`` or ``url``; a string, which is a path (also ``file://``) where such a file exists and base64
+(with or without ``data:image/...;base64,``) otherwise; a list of these, nested or not.
 
 What is checked without decoding: the header of every format; that a JPEG has its end marker behind the
 start of its scan (whatever follows it is allowed: padding, a second picture), that a PNG has all chunks
@@ -17,9 +18,11 @@ import ast
 import base64
 import binascii
 import functools
+import importlib.util
 import io
 import json
 import struct
+import urllib.parse
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +31,36 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
-"""What is opened; not EPS and the like, which run other programs."""
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "HEIF")
+"""What is opened; not EPS and the like, which run other programs. HEIF with the package pillow-heif only."""
 
 LONGEST_PATH = 1024
 """A longer string is base64 without looking for a file."""
 
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")
 """How encoded images begin: tells short base64 from the name of a file that is not there."""
+
+OTHER_FILES = (
+    (b"<svg", "an SVG drawing; save it as a PNG"),
+    (b"<?xml", "XML, perhaps an SVG drawing; save it as a PNG"),
+    (b"%PDF", "a PDF; save its page as a PNG"),
+    (b"version https://git-lfs", "a pointer of Git LFS; fetch the file with git lfs pull"),
+    (b"<!doctype", "a web page, not an image"),
+    (b"<html", "a web page, not an image"),
+    (b"\xff\x0a", "JPEG XL; save it as a PNG or JPEG"),
+    (b"\0\0\0\x0cJXL", "JPEG XL; save it as a PNG or JPEG"),
+)
+"""How files begin that stand where an image should, and what they are."""
+
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+IMAGE_KEYS = ("bytes", "path", "image", "image_url", "url")
+"""Keys of a dict that is an image or holds one; the first with something counts."""
+
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"),
+    *(".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2"),
+)
 
 TURNED = {5, 6, 7, 8}
 """EXIF orientations that swap width and height."""
@@ -92,9 +117,10 @@ class ImageSource:
         data = self.read()
         with _open(data) as image:
             orientation = _orientation(image, data)
+            png = data if image.format == "PNG" else b""
             image.load()
             turn = _TRANSPOSE.get(orientation)
-            return _rgb(image if turn is None else image.transpose(turn))
+            return _rgb(image if turn is None else image.transpose(turn), png)
 
 
 _TRANSPOSE = {
@@ -121,7 +147,7 @@ def image_sources(cell: Any, image_dir: str | None = None) -> tuple[ImageSource,
 
 
 def image_cells(cell: Any) -> list[Any]:
-    """A cell as a list; the text of a list, as CSV files have it, is read."""
+    """A cell as a flat list; the text of a list, as CSV files have it, is read."""
     if isinstance(cell, str):
         text = cell.strip()
         if text.startswith("[") and text.endswith("]"):
@@ -132,38 +158,64 @@ def image_cells(cell: Any) -> list[Any]:
                     value = ast.literal_eval(text)
                 except (ValueError, SyntaxError, MemoryError, RecursionError):
                     value = cell
-            return value if isinstance(value, list) else [cell]
+            return image_cells(value) if isinstance(value, list) else [cell]
         return [cell] if text else []
     if cell is None:
         return []
-    return list(cell) if isinstance(cell, (list, tuple)) else [cell]
+    if isinstance(cell, (list, tuple)):
+        return [
+            p for part in cell for p in (image_cells(part) if isinstance(part, (list, tuple)) else [part])
+        ]
+    return [cell]
+
+
+def inner_image(cell: Any) -> Any:
+    """The image of a dict, or of a dict in a dict, such as a part of a message; None if it holds none."""
+    while isinstance(cell, dict):
+        cell = next((cell[key] for key in IMAGE_KEYS if cell.get(key)), None)
+    return cell
 
 
 def image_key(cell: Any) -> bytes:
     """What an image is known by in the id of its row: its bytes, or its base64 text or path."""
-    if isinstance(cell, dict):
-        cell = cell.get("bytes") or cell.get("path")
+    cell = inner_image(cell)
     return cell if isinstance(cell, bytes) else str(cell).encode("utf-8", "surrogatepass")
+
+
+def looks_like_image(cell: Any) -> bool:
+    """Whether a cell holds images, by the header of its bytes or the name of its path."""
+    for part in image_cells(cell)[:1]:
+        image = inner_image(part)
+        if isinstance(image, str):
+            head = image.strip()[:LONGEST_PATH]
+            if head.lower().endswith(IMAGE_SUFFIXES) or head.startswith("data:image"):
+                return True
+            try:
+                image = _base64(head[: len(head) // 4 * 4])
+            except ValueError:
+                return False
+            return image.startswith(MAGIC[:4])  # what is cut off cannot be opened
+        try:
+            return isinstance(image, bytes) and bool(_open(image).size)
+        except ValueError as error:
+            return "HEIC" in str(error)
+    return False
 
 
 def reason(error: Exception) -> str:
     """One line that says what is wrong."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line.encode(errors="backslashreplace").decode()  # a path may hold half of a surrogate pair
 
 
 def _image_source(cell: Any, image_dir: str | None) -> ImageSource:
-    if isinstance(cell, dict):
-        data, path = cell.get("bytes"), cell.get("path")
-        if data:
-            return _image_source(data, image_dir)
-        if isinstance(path, str) and path:
-            return ImageSource(None, _existing(path, image_dir))
-        raise ValueError("an image is missing")
-    if isinstance(cell, (bytes, bytearray)) and cell:
-        return ImageSource(bytes(cell), None)
-    if isinstance(cell, str) and cell.strip():
-        return _from_text(cell.strip(), image_dir)
-    raise ValueError(f"an image is {'missing' if not cell else type(cell).__name__ + ', no image'}")
+    image = inner_image(cell)
+    if isinstance(image, (bytes, bytearray)) and image:
+        return ImageSource(bytes(image), None)
+    if isinstance(image, str) and image.strip():
+        return _from_text(image.strip(), image_dir)
+    missing = not image and not isinstance(image, int)
+    raise ValueError(f"an image is {'missing' if missing else type(image).__name__ + ', no image'}")
 
 
 def _from_text(text: str, image_dir: str | None) -> ImageSource:
@@ -171,6 +223,8 @@ def _from_text(text: str, image_dir: str | None) -> ImageSource:
         return ImageSource(_base64(text.partition(",")[2]), None)
     if text.startswith(("http://", "https://")):
         raise ValueError(f"an image is the address {text[:80]}; download it first")
+    if text.startswith("file://"):
+        return ImageSource(None, _existing(local_path(text), image_dir))
     if len(text) > LONGEST_PATH:
         return ImageSource(_base64(text), None)
     try:
@@ -183,6 +237,11 @@ def _from_text(text: str, image_dir: str | None) -> ImageSource:
         if not data.startswith(MAGIC):
             raise
         return ImageSource(data, None)
+
+
+def local_path(address: str) -> str:
+    """The path of a ``file://`` address."""
+    return urllib.parse.unquote(urllib.parse.urlsplit(address).path)
 
 
 def _existing(path: str, image_dir: str | None) -> str:
@@ -207,6 +266,10 @@ def _base64(text: str) -> bytes:
 @functools.cache
 def _formats() -> tuple[str, ...]:
     Image.init()
+    if importlib.util.find_spec("pillow_heif"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     return tuple(f for f in FORMATS if f in Image.OPEN)
 
 
@@ -230,6 +293,14 @@ def _open(data: bytes) -> Image.Image:
 def _unidentified(data: bytes) -> str:
     if data.startswith(b"\x89PNG") and 0 in (size := struct.unpack(">II", data[16:24].ljust(8, b"\1"))):
         return f"its size is {size[0]}x{size[1]}"
+    if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
+        if importlib.util.find_spec("pillow_heif"):
+            return "its HEIC data are damaged"
+        return "it is HEIC, which needs the package pillow-heif: pip install pillow-heif"
+    head = data[:64].lstrip().lower()
+    for start, what in OTHER_FILES:
+        if head.startswith(start.lower()):
+            return f"it is {what}"
     return "its header is damaged" if data.startswith(MAGIC) else "no image in a known format"
 
 
@@ -288,28 +359,38 @@ def _png_chunks_are_whole(data: bytes) -> bool:
     return False
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _significant_bits(png: bytes) -> int | None:
+    """Of a PNG's samples, from its chunk sBIT, which stands before the pixels; None without."""
+    start = png.find(b"sBIT", 33, png.find(b"IDAT"))
+    return png[start + 4] if start > 0 else None
+
+
+def _rgb(image: Image.Image, png: bytes) -> Image.Image:
+    """Args: png: the file, if it is one, which says more of depths than PIL does."""
     if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image)
+        image = _eight_bits(image, _significant_bits(png))
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")
         ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(ground, layer).convert("RGB")
+    if png[24:25] == b"\x10" and image.mode == "RGB" and np.asarray(image).max() < 16:
+        return image.point(lambda value: value * 17)  # PIL gives the upper 8 of 16 bits, of which 12 are used
     # A copy in any case: the file is closed behind it.
     return image.copy() if image.mode == "RGB" else image.convert("RGB")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image, bits: int | None) -> Image.Image:
     """16 bits, 32 bits and floats to 0-255; PIL would cut off all that is above 255.
 
-    16-bit modes by their full range. Modes I and F have none: by the smallest of 0-1 (F), 0-255 and
-    0-65535 that holds all values, else by the values' own range.
+    From black to the largest value of the smallest depth that holds all values: 8, 12 (scanners write it
+    into 16-bit PNGs) or 16 bits, and 0 to 1 for floats. A file that states its significant ``bits`` has these
+    or, as the PNG standard wants it, samples scaled to 16. Others, such as negative ones, by their own range.
     """
     values = np.asarray(image).astype(np.float64)
     low, high = (float(np.nanmin(values)), float(np.nanmax(values))) if np.isfinite(values).any() else (0, 0)
-    if image.mode.startswith("I;16"):
-        low, high = 0.0, 65535.0
-    elif low >= 0 and high <= 65535:
-        low, high = 0.0, 1.0 if image.mode == "F" and high <= 1 else 255.0 if high <= 255 else 65535.0
+    depths = [bits, 16] if bits else [8, 12, 16]
+    tops = [1.0] * (image.mode == "F") + [2.0**depth - 1 for depth in depths]
+    if low >= 0 and high <= tops[-1]:
+        low, high = 0.0, next(top for top in tops if high <= top)
     scaled = (np.nan_to_num(values) - low) / max(high - low, 1e-12) * 255
     return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8))

@@ -10,8 +10,20 @@ from typing import Any
 import numpy as np
 
 from mssr.data.cache import DataCache, digest_of, file_states
+from mssr.data.columns import read_columns, resolve_columns, root
 from mssr.data.images import MissingFile, reason
-from mssr.data.rows import Row, answer_text, column_id, content_id, read_row
+from mssr.data.messages import Conversation
+from mssr.data.rows import (
+    Row,
+    answer_text,
+    cell,
+    column_id,
+    content_id,
+    is_structured,
+    read_prompt,
+    read_row,
+    truth,
+)
 from mssr.data.sources import ArrowTable, Source, open_table, split_name
 from mssr.data_config import DataConfig
 from mssr.errors import UserError
@@ -31,7 +43,8 @@ class RowIndex:
 
     table: Any
     """`pyarrow.Table` of R rows: id (null where the row cannot be parsed), state (USABLE, BAD or
-    DUPLICATE), reason (null if usable), sizes (width, height, width, ... of its images in pixels)."""
+    DUPLICATE), reason (null if usable), sizes (width, height, width, ... of its images in pixels),
+    structured (whether the truth is a list or dict)."""
     key: str
     """Changes with everything that decides the content of the table."""
 
@@ -49,6 +62,16 @@ class RowIndex:
         reasons = self.table["reason"]
         return [(int(n), reasons[int(n)].as_py()) for n in np.flatnonzero(self.states == state)]
 
+    @property
+    def structured(self) -> np.ndarray:
+        """(R,) bool: usable, with a list or dict as truth, which only a user's function can compare."""
+        return self.table["structured"].to_numpy() & (self.states == USABLE)
+
+    @property
+    def without_images(self) -> bool:
+        """Whether no usable row has one."""
+        return not any(len(chunk.flatten()) for chunk in self.table["sizes"].chunks)
+
     def sizes(self, start: int, stop: int) -> list[list[tuple[int, int]]]:
         """(width, height) of the images of some rows."""
         flat = self.table["sizes"].slice(start, stop - start).to_pylist()
@@ -62,14 +85,18 @@ class SourceRows:
         UserError: it cannot be opened, has no rows, or lacks a configured column.
     """
 
-    def __init__(self, source: Source, config: DataConfig, cache: DataCache) -> None:
-        self.source, self.config, self.cache = source, config, cache
+    def __init__(
+        self, source: Source, config: DataConfig, cache: DataCache, every_column: bool = False
+    ) -> None:
+        self.source, self.cache = source, cache
         self.table = open_table(source.name)
         self._bytes_read = 0
         if not len(self.table):
             raise UserError(f"data {source.name} has no rows")
-        self._check_columns()
-        if isinstance(self.table, ArrowTable):
+        self.columns = resolve_columns(self.table, config, source.name)
+        self.config = self.columns.config
+        self.table.release()
+        if isinstance(self.table, ArrowTable) and not every_column:
             self.table.narrow(self._columns)
 
     def __len__(self) -> int:
@@ -77,9 +104,9 @@ class SourceRows:
 
     @property
     def _columns(self) -> list[str]:
-        c = self.config
-        names = (c.id_column, c.problem_column, c.answer_column, c.images_column)
-        return [name for name in names if name]
+        """Those of the table that are read."""
+        names = (root(column, self.table.column_names) for column in read_columns(self.config))
+        return list(dict.fromkeys(names))
 
     def row(self, number: int, row_id: str) -> Row:
         """One row, images not opened; the memory that reading takes is bounded.
@@ -91,12 +118,29 @@ class SourceRows:
         self._count(BYTES_AROUND * len(self._columns))
         return row
 
-    def answers(self, numbers: Sequence[int]) -> list[str]:
-        """Ground truths, read without touching the images."""
+    def cells(self, number: int) -> dict[str, Any]:
+        """A row as the table has it; the memory that reading takes is bounded."""
+        cells = self._cells(number)
+        self._count(BYTES_AROUND * len(cells))
+        return cells
+
+    def answers(self, numbers: Sequence[int], as_cells: bool = False) -> list[Any]:
+        """Ground truths, read without touching the images; as text, or as they are where they are none."""
         column = self.config.answer_column
-        texts = [answer_text(cell, column) for cell in self.table.column(column, numbers)]
+        truths = [truth(cells, self.config) for cells in self._cells_of(column, numbers)]
         self._count(BYTES_AROUND * len(numbers))
-        return texts
+        return [t if as_cells and not isinstance(t, str) else answer_text(t, column) for t in truths]
+
+    def prompts(self, numbers: Sequence[int]) -> list[Conversation]:
+        """Questions of usable rows, with the turns before them."""
+        return [
+            read_prompt(cells, self.config) for cells in self._cells_of(self.config.problem_column, numbers)
+        ]
+
+    def _cells_of(self, column: str, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows as far as one configured column needs them."""
+        name = root(column, self.table.column_names)
+        return [{name: value} for value in self.table.column(name, numbers)] if numbers else []
 
     def ids(self) -> list[str | None]:
         """An id for every row, None where it has none. Reads the index where there is one."""
@@ -106,7 +150,8 @@ class SourceRows:
         column = self.config.id_column
         numbers = range(len(self))
         if column:
-            return [_or_none(column_id, cell, column) for cell in self.table.column(column, numbers)]
+            found = (cell(cells, column) for cells in self._cells_of(column, numbers))
+            return [_or_none(column_id, own, column) for own in found]
         return [_or_none(lambda n: self._id(self._cells(n)), n) for n in numbers]
 
     def check(self) -> RowIndex:
@@ -116,20 +161,12 @@ class SourceRows:
         if index is None:
             index = self._scan(key)
             self.cache.save("rows", key, index.table)
+        if index.without_images:
+            self.columns.refuse_blindness(
+                self.source.name,
+                f"no usable image in column {self.config.images_column!r} (data.images_column)",
+            )
         return index
-
-    def _check_columns(self) -> None:
-        c = self.config
-        present = self.table.column_names
-        required = {"data.problem_column": c.problem_column, "data.answer_column": c.answer_column}
-        if c.id_column:
-            required["data.id_column"] = c.id_column
-        for key, column in required.items():
-            if column not in present:
-                raise UserError(
-                    f"{self.source.name} has no column {column!r} ({key}); "
-                    f"its columns are {', '.join(present)}"
-                )
 
     def _key(self) -> str:
         table, c = self.table, self.config
@@ -139,7 +176,7 @@ class SourceRows:
             assert isinstance(table, ArrowTable)
             content = table.fingerprint
         _, split = split_name(self.source.name)
-        return digest_of(content, split, len(table), self._columns, c.id_column, c.image_dir)
+        return digest_of(content, split, len(table), read_columns(c), c.id_column, c.image_dir)
 
     def _cached(self, key: str) -> RowIndex | None:
         table = self.cache.load("rows", key)
@@ -157,10 +194,11 @@ class SourceRows:
         states: list[int] = []
         reasons: list[str | None] = []
         sizes: list[list[int]] = []
+        structured: list[bool] = []
         first: dict[str, int] = {}
         files: dict[str, None] = {}
         for number in range(len(self)):
-            row_id, row_sizes, state, why = None, [], USABLE, None
+            row_id, row_sizes, state, why, compound = None, [], USABLE, None, False
             try:
                 cells = self._cells(number)
                 row_id = self._id(cells)
@@ -168,6 +206,7 @@ class SourceRows:
                 self._count(sum(len(image.data) for image in row.images if image.data))
                 files.update((image.path, None) for image in row.images if image.path)
                 row_sizes = list(_header_sizes(row))
+                compound = row.answer[0] in "[{" and is_structured(truth(cells, self.config))
                 if row_id in first:
                     state, why = self._repeated(row_id, first[row_id])
             except ValueError as error:
@@ -180,6 +219,7 @@ class SourceRows:
             states.append(state)
             reasons.append(why)
             sizes.append(row_sizes)
+            structured.append(compound)
         self.table.release()
         table = pa.table(
             {
@@ -187,6 +227,7 @@ class SourceRows:
                 "state": pa.array(states, pa.int8()),
                 "reason": pa.array(reasons, pa.string()),
                 "sizes": pa.array(sizes, pa.list_(pa.int32())),
+                "structured": pa.array(structured, pa.bool_()),
             }
         )
         known = dict(zip(files, file_states(list(files)), strict=True))
@@ -207,7 +248,7 @@ class SourceRows:
 
     def _id(self, cells: dict[str, Any]) -> str:
         column = self.config.id_column
-        return column_id(cells.get(column), column) if column else content_id(cells, self.config)
+        return column_id(cell(cells, column), column) if column else content_id(cells, self.config)
 
     def _repeated(self, row_id: str, number: int) -> tuple[int, str]:
         if self.config.id_column:

@@ -12,6 +12,7 @@ from mssr.data.cache import digest_of
 from mssr.data.encoder import PromptEncoder
 from mssr.data.images import ImageSource, reason
 from mssr.data.index import USABLE, RowIndex, SourceRows
+from mssr.data.messages import Conversation
 from mssr.data.rows import Row
 
 BATCH = 256
@@ -23,8 +24,13 @@ NOT_IN_LENGTH = {
 }
 """Keys of `DataConfig` that do not change the length of a row, or that the index depends on already."""
 
-PROBES = (("a b", 0), ("a b", 1), ("<image>a<image>b", 2))
-"""Questions and numbers of images whose prompts show which templates and instructions are in force."""
+PROBES = (
+    (Conversation("a b"), 0),
+    (Conversation("a b"), 1),
+    (Conversation("<image>a<image>b"), 2),
+    (Conversation("c", (("system", "s"), ("user", "a"), ("assistant", "b"))), 1),
+)
+"""Prompts and numbers of images that show which templates and instructions are in force."""
 
 
 def prompt_lengths(
@@ -57,7 +63,7 @@ def encoder_fingerprint(encoder: PromptEncoder) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     settings = {k: _with_file(v) for k, v in asdict(encoder.config).items() if k not in NOT_IN_LENGTH}
-    probes = [_text_or_reason(encoder, _row(text, images)) for text, images in PROBES]
+    probes = [_text_or_reason(encoder, _row(prompt, images)) for prompt, images in PROBES]
     image_processor = processor.image_processor
     sizes = [image_processor.patch_size, image_processor.merge_size]
     return digest_of(vocabulary, getattr(processor, "chat_template", None), settings, probes, sizes)
@@ -72,21 +78,20 @@ def _compute(
     for start in range(0, len(rows), BATCH):
         stop = min(start + BATCH, len(rows))
         numbers = [n for n in range(start, stop) if usable[n]]
-        questions = rows.table.column(rows.config.problem_column, numbers) if numbers else []
         sizes = index.sizes(start, stop)
-        for number, question in zip(numbers, questions, strict=True):
+        for number, prompt in zip(numbers, rows.prompts(numbers), strict=True):
             images = sizes[number - start]
             try:
-                lengths[number] = encoder.length(_row(question, len(images)), images)
+                lengths[number] = encoder.length(_row(prompt, len(images)), images)
             except ValueError as error:
                 reasons[number] = reason(error)
         rows.table.release()
     return lengths, reasons
 
 
-def _row(question: str, images: int) -> Row:
+def _row(prompt: Conversation, images: int) -> Row:
     """A row as far as its length needs it."""
-    return Row("", question, "", (ImageSource(b"", None),) * images, "")
+    return Row("", prompt.question, "", (ImageSource(b"", None),) * images, "", prompt.history)
 
 
 def _text_or_reason(encoder: PromptEncoder, row: Row) -> str:

@@ -34,6 +34,8 @@ class LoadedPrompts:
     """Rows with the content of another row, dropped; listed in bad_rows.jsonl."""
     lengths: np.ndarray
     """(prompts,) int32 tokens, in the order of the data set's ids."""
+    dropped: tuple[BadRow, ...] = ()
+    """The rows that are not used, as they are listed."""
     notes: tuple[str, ...] = ()
     """What the user should hear once, one sentence each."""
 
@@ -49,7 +51,12 @@ class LoadedPrompts:
 
 
 def load_prompts(
-    sources: Any, config: DataConfig, encoder: PromptEncoder, bad_rows_file: Path, prefix: str = ""
+    sources: Any,
+    config: DataConfig,
+    encoder: PromptEncoder,
+    bad_rows_file: Path,
+    prefix: str = "",
+    by_rule: str = "",
 ) -> LoadedPrompts:
     """Open sources, check every row and drop what cannot be trained on.
 
@@ -61,18 +68,27 @@ def load_prompts(
         bad_rows_file: bad and duplicate rows are appended to it, overlong ones to ``OVERLONG_FILE``
             beside it.
         prefix: see `PromptDataset`.
+        by_rule: name of the rule that compares responses with the truths, which then must be text; empty
+            for a function of a user, which gets the truths as they are.
 
     Raises:
         UserError: a source cannot be opened, more than ``data.max_bad_fraction`` of the rows are
             bad (the list is written first), or no prompt of a source is left.
     """
     dataset = PromptDataset(sources, config, prefix)
+    dataset.response_prefix = encoder.response_prefix if by_rule else ""
     indexes = dataset.check()
     bad = dataset.bad_rows
     rows = dataset.total_rows
     lengths: list[np.ndarray] = []
     for part, index in zip(dataset.parts, indexes, strict=True):
         part_lengths, refused = prompt_lengths(part, index, encoder)
+        part_lengths = part_lengths.copy()
+        if by_rule:
+            why = f"column {part.config.answer_column} is a list or dict, not text for reward.name={by_rule}"
+            known = {number for number, _ in refused}
+            refused += [(int(n), why) for n in np.flatnonzero(index.structured) if n not in known]
+        part_lengths[[number for number, _ in refused]] = -1
         lengths.append(part_lengths)
         bad += [BadRow(part.table.where(number), why) for number, why in refused]
     _append(bad_rows_file, [{"where": b.where, "reason": b.reason} for b in bad + dataset.duplicates])
@@ -98,12 +114,18 @@ def load_prompts(
     for label, ids in dataset.ids_by_source().items():
         if not ids:
             name = dataset.parts[dataset.labels.index(label)].source.name
+            first = f" (the first: {bad[0].where}: {bad[0].reason})" if bad else ""
             raise UserError(
-                f"{name}: no prompt left of {rows} rows, {len(overlong)} are longer than "
-                f"data.max_prompt_length={config.max_prompt_length} tokens"
+                f"{name}: no prompt left of {rows} rows, {len(bad)} are bad{first}, {len(overlong)} are "
+                f"longer than data.max_prompt_length={config.max_prompt_length} tokens"
             )
     problem = dataset.cache.problem
-    notes = (f"checked data is not kept for the next run: {problem} (data.cache_dir)",) if problem else ()
+    notes = [note for part in dataset.parts for note in part.columns.notes]
+    if problem:
+        notes.append(f"checked data is not kept for the next run: {problem} (data.cache_dir)")
+    too_long = [
+        BadRow(o["where"], f"{o['length']} tokens, longer than data.max_prompt_length") for o in overlong
+    ]
     return LoadedPrompts(
         dataset,
         rows=rows,
@@ -111,7 +133,8 @@ def load_prompts(
         overlong=len(overlong),
         duplicates=len(dataset.duplicates),
         lengths=np.array(kept_lengths, np.int32),
-        notes=notes,
+        dropped=(*bad, *dataset.duplicates, *too_long),
+        notes=tuple(notes),
     )
 
 

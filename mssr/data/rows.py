@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from mssr.data.images import ImageSource, image_cells, image_key, image_sources
+from mssr.data.messages import IMAGE_MARK, Conversation, Turn, is_messages, read_messages
 from mssr.data_config import DataConfig
-
-IMAGE_MARK = "<image>"
 
 MAX_IMAGES_PER_PROMPT = 16
 """Engines reserve memory for so many."""
+
+VIDEO_MARK = "<video>"
 
 _WRAPPED = re.compile(r"<answer>((?:(?!<answer>).)*)</answer>\s*$", re.DOTALL | re.IGNORECASE)
 
@@ -30,9 +34,13 @@ class Row:
     id: str
     problem: str
     answer: str
+    """The ground truth as text, see `answer_text`."""
     images: tuple[ImageSource, ...]
+    """In the order of the <image> marks of all turns."""
     where: str
     """File and row number, for messages."""
+    history: tuple[Turn, ...] = ()
+    """Turns before the question, where the data has message lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,70 +51,165 @@ class BadRow:
     reason: str
 
 
-def read_row(cells: dict[str, Any], row_id: str, where: str, config: DataConfig) -> Row:
+def read_row(cells: Mapping[str, Any], row_id: str, where: str, config: DataConfig) -> Row:
     """The row that the configured columns hold. No image is opened.
 
     Raises:
         ValueError: the reason why it is no prompt.
     """
-    problem = cells.get(config.problem_column)
-    if problem is None:
-        raise ValueError(f"column {config.problem_column} is empty")
-    if not isinstance(problem, str):
-        raise ValueError(f"column {config.problem_column} is {type(problem).__name__}, not text")
-    if not problem.replace(IMAGE_MARK, "").strip():
-        raise ValueError(f"column {config.problem_column} is empty")
-    answer = answer_text(cells.get(config.answer_column), config.answer_column)
-    images = image_sources(cells.get(config.images_column), config.image_dir)
+    prompt = read_prompt(cells, config)
+    answer = answer_text(truth(cells, config), config.answer_column)
+    given = image_cells(cell(cells, config.images_column))
+    if prompt.images and given:
+        raise ValueError(
+            f"images both within {config.problem_column} and in column {config.images_column}; name one: "
+            "data.images_column=null leaves the column out"
+        )
+    images = image_sources(list(prompt.images) or given, config.image_dir)
     if len(images) > MAX_IMAGES_PER_PROMPT:
         raise ValueError(f"{len(images)} images, at most {MAX_IMAGES_PER_PROMPT} are possible")
-    marks = problem.count(IMAGE_MARK)
+    marks = sum(text.count(IMAGE_MARK) for text in (prompt.question, *(t for _, t in prompt.history)))
     if marks not in (0, len(images)):
         raise ValueError(f"{marks} {IMAGE_MARK} marks but {len(images)} images")
-    return Row(row_id, problem, answer, images, where)
+    return Row(row_id, prompt.question, answer, images, where, prompt.history)
 
 
-def answer_text(cell: Any, column: str = "answer") -> str:
-    """The ground truth as text, without ``<answer></answer>`` (and what stands before it).
-
-    A list of one counts as its item.
+def read_prompt(cells: Mapping[str, Any], config: DataConfig) -> Conversation:
+    """Question, turns before it and what else the cell of ``data.problem_column`` holds.
 
     Raises:
-        ValueError: it is empty or no text, number or truth value.
+        ValueError: it is no question.
     """
-    if isinstance(cell, (list, tuple)) and len(cell) == 1:
-        cell = cell[0]
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+    column = config.problem_column
+    problem = cell(cells, column)
+    if problem is None:
         raise ValueError(f"column {column} is empty")
-    if not isinstance(cell, (str, int, float)):
-        raise ValueError(f"column {column} is {type(cell).__name__}, not text")
-    text = str(cell)
+    if is_messages(problem):
+        prompt = read_messages(problem, column)
+    elif isinstance(problem, str):
+        prompt = Conversation(problem)
+    else:
+        raise ValueError(f"column {column} is {type(problem).__name__}, not text")
+    if not prompt.question.replace(IMAGE_MARK, "").strip():
+        raise ValueError(f"column {column} is empty")
+    for text in (prompt.question, *(text for _, text in prompt.history)):
+        check_text(text, column)
+        if VIDEO_MARK in text:
+            raise ValueError(f"column {column} has a mark {VIDEO_MARK}, and videos are not read")
+    return prompt
+
+
+def problem_cell(row: Row) -> str:
+    """What `read_prompt` reads question and history from."""
+    if not row.history:
+        return row.problem
+    turns = [*row.history, ("user", row.problem)]
+    return json.dumps([{"role": role, "content": text} for role, text in turns])
+
+
+def cell(cells: Mapping[str, Any], column: str | None) -> Any:
+    """The cell of a column, or of ``column.key.key`` within a cell that is a dict or JSON text of one; None
+    where there is none."""
+    if column is None:
+        return None
+    if column in cells:
+        return cells[column]
+    name, dot, rest = column.partition(".")
+    inner = cells.get(name) if dot else None
+    if isinstance(inner, str) and inner[:1] == "{":
+        with contextlib.suppress(ValueError):
+            inner = json.loads(inner)
+    return cell(inner, rest) if isinstance(inner, Mapping) else None
+
+
+def truth(cells: Mapping[str, Any], config: DataConfig) -> Any:
+    """The ground truth as the data has it; of a list of messages the assistant's turn behind the question.
+
+    Raises:
+        ValueError: such a list has none.
+    """
+    found = cell(cells, config.answer_column)
+    if not is_messages(found):
+        return found
+    reply = read_messages(found, config.answer_column).reply
+    if reply is None:
+        raise ValueError(f"column {config.answer_column} has no turn of the assistant behind the question")
+    return reply
+
+
+def answer_text(found: Any, column: str = "answer") -> str:
+    """The ground truth as text, without ``<answer></answer>`` (and what stands before it).
+
+    A list of one counts as its item; whole numbers have no point, since a column of integers with a gap is
+    stored as floats; a longer list or a dict is JSON, which no named rule takes, see `is_structured`.
+
+    Raises:
+        ValueError: it is empty, or no text, number, truth value, list or dict.
+    """
+    found = _item(found)
+    if found is None or (isinstance(found, float) and math.isnan(found)):
+        raise ValueError(f"column {column} is empty")
+    if is_structured(found):
+        text = json.dumps(found, ensure_ascii=False, default=str) if found else ""
+    elif isinstance(found, float) and found.is_integer() and abs(found) < 2**53:
+        text = str(int(found))
+    elif isinstance(found, (str, int, float, Decimal)):
+        text = str(found)
+    else:
+        raise ValueError(f"column {column} is {type(found).__name__}, not text")
     wrapped = _WRAPPED.search(text)
     if wrapped:
         text = wrapped[1].strip()
     if not text.strip():
         raise ValueError(f"column {column} is empty")
+    check_text(text, column)
     return text
 
 
-def content_id(cells: dict[str, Any], config: DataConfig) -> str:
+def is_structured(found: Any) -> bool:
+    """Whether a ground truth is a list of several or a dict: nothing that a rule could compare with text."""
+    return isinstance(_item(found), (list, tuple, dict))
+
+
+def check_text(text: str, column: str) -> None:
+    """Raises ValueError for what is no text: half of a surrogate pair, as a cut JSON escape leaves it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"column {column} is no valid text ({error.reason} at {error.start})") from None
+
+
+def content_id(cells: Mapping[str, Any], config: DataConfig) -> str:
     """24 hexadecimal digits: a hash of question, answer and images as the data has them."""
     digest = hashlib.blake2b(digest_size=12)
-    for part in (cells.get(config.problem_column), cells.get(config.answer_column)):
-        digest.update(json.dumps(part, default=str).encode() + b"\0")
-    for cell in image_cells(cells.get(config.images_column)):
-        digest.update(hashlib.blake2b(image_key(cell), digest_size=12).digest())
+    for column in (config.problem_column, config.answer_column):
+        digest.update(_ENCODER.encode(cell(cells, column)).encode() + b"\0")
+    for image in image_cells(cell(cells, config.images_column)):
+        digest.update(hashlib.blake2b(image_key(image), digest_size=12).digest())
     return digest.hexdigest()
 
 
-def column_id(cell: Any, column: str) -> str:
+def column_id(found: Any, column: str) -> str:
     """The id of a row from its id column.
 
     Raises:
         ValueError: it is empty, or neither text nor a number.
     """
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)) or not str(cell).strip():
+    if found is None or (isinstance(found, float) and math.isnan(found)) or not str(found).strip():
         raise ValueError(f"column {column} is empty")
-    if not isinstance(cell, (str, int, float)):
-        raise ValueError(f"column {column} is {type(cell).__name__}, not text or a number")
-    return str(cell)
+    if not isinstance(found, (str, int, float)):
+        raise ValueError(f"column {column} is {type(found).__name__}, not text or a number")
+    check_text(str(found), column)
+    return str(found)
+
+
+def _item(found: Any) -> Any:
+    return found[0] if isinstance(found, (list, tuple)) and len(found) == 1 else found
+
+
+def _known_by(value: Any) -> str:
+    """What JSON cannot hold, for an id: images within messages by a hash."""
+    return hashlib.blake2b(value, digest_size=12).hexdigest() if isinstance(value, bytes) else str(value)
+
+
+_ENCODER = json.JSONEncoder(default=_known_by)

@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mssr.data.images import reason
+from mssr.data.images import local_path, reason
 from mssr.data.pages import release_pages
 from mssr.data.text_tables import TEXT_SUFFIXES, JoinedTable, TextTable
 from mssr.errors import UserError
@@ -36,6 +37,8 @@ from mssr.errors import UserError
 ARROW_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 APART_BYTES = 64 * 2**20
 """Files of this size together are converted in a process of their own."""
+
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 FILE_SUFFIXES = (*ARROW_SUFFIXES, *TEXT_SUFFIXES)
 
@@ -132,6 +135,13 @@ def open_table(name: str) -> Table:
     Raises:
         UserError: it does not exist or cannot be opened, in one line.
     """
+    if name.startswith("file://"):
+        name = local_path(name)
+    if ADDRESS.match(name):
+        raise UserError(
+            f"data {name} is an address; download it and name the file, or name a data set of the hub as "
+            "owner/name@split"
+        )
     path, split = split_name(name)
     try:
         if path.is_file():
@@ -147,11 +157,13 @@ def open_table(name: str) -> Table:
     except UserError:
         raise
     except Exception as error:  # datasets raises many types; the user needs the source and the reason
-        raise UserError(f"data {name} cannot be opened: {reason(error)}") from error
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise UserError(f"data {name} cannot be opened: {reason(cause)}") from error
 
 
 class ArrowTable:
-    """A `datasets.Dataset`, whose rows stay in memory-mapped files; images are not decoded.
+    """A `datasets.Dataset`, whose rows stay in memory-mapped files; read as Arrow has them, so that images,
+    in whatever structure, are dicts of bytes and path.
 
     Args:
         name: as the user wrote it, for messages.
@@ -159,16 +171,9 @@ class ArrowTable:
     """
 
     def __init__(self, dataset: Any, name: str, files: Sequence[Path]) -> None:
-        import datasets
-
         self.name = name
         self.files = list(files)
-        for column, feature in dataset.features.items():
-            if isinstance(feature, datasets.Image):
-                dataset = dataset.cast_column(column, datasets.Image(decode=False))
-            elif isinstance(getattr(feature, "feature", None), datasets.Image):
-                dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
-        self._dataset = dataset.with_format(None)
+        self._dataset = dataset.with_format("arrow")
         self.column_names: list[str] = dataset.column_names
         self.fingerprint: str = dataset._fingerprint
 
@@ -179,10 +184,12 @@ class ArrowTable:
         return f"{self.name} row {number}"
 
     def cells(self, number: int) -> dict[str, Any]:
-        return self._dataset[number]
+        cells: dict[str, Any] = self._dataset[number].to_pylist()[0]
+        return cells
 
     def column(self, name: str, numbers: Sequence[int]) -> list[Any]:
-        return self._dataset.select_columns([name])[list(numbers)][name]
+        cells: list[Any] = self._dataset.select_columns([name])[list(numbers)][name].to_pylist()
+        return cells
 
     def narrow(self, columns: Sequence[str]) -> None:
         """Read no other columns from now on."""
@@ -231,6 +238,15 @@ def split_name(name: str) -> tuple[Path, str]:
     return Path(name), ""
 
 
+def _quiet_datasets() -> Any:
+    """The library, whose errors become our lines."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return datasets
+
+
 def _open_file(path: Path, split: str, name: str) -> Table:
     suffix = path.suffix.lower()
     if suffix not in FILE_SUFFIXES:
@@ -238,9 +254,7 @@ def _open_file(path: Path, split: str, name: str) -> Table:
     if split and _base(split) not in ("train", path.stem):
         raise UserError(f"data {name}: a file is one split, so leave @{split} out or call it train")
     if suffix in ARROW_SUFFIXES:
-        import datasets
-
-        datasets.disable_progress_bars()
+        datasets = _quiet_datasets()
         split = split or "train"
         arguments = {"path": ARROW_SUFFIXES[suffix], "data_files": {_base(split): str(path)}}
         _convert_apart(arguments, [path])
@@ -250,8 +264,7 @@ def _open_file(path: Path, split: str, name: str) -> Table:
 
 
 def _open_directory(path: Path, split: str, name: str) -> Table:
-    import datasets
-
+    datasets = _quiet_datasets()
     if (path / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(path))
         base = _base(split) or _default_split(list(saved), name)
@@ -268,9 +281,7 @@ def _open_directory(path: Path, split: str, name: str) -> Table:
 
 def _load(source: str, config: str | None, split: str, name: str) -> Table:
     """A folder or a hub name: splits and files are found by the rules of the hub for both."""
-    import datasets
-
-    datasets.disable_progress_bars()
+    datasets = _quiet_datasets()
     builder = datasets.load_dataset_builder(source, config)
     listed = {str(k): [str(f) for f in v] for k, v in (builder.config.data_files or {}).items()}
     split = split or _default_split(list(listed), name)

@@ -79,7 +79,7 @@ class Benchmark:
     def prompt_row(self, item: Item) -> Row:
         """What `mssr.data.encoder.PromptEncoder` encodes: template and instruction are added there, as in
         training."""
-        return Row(item.id, item.question, item.answer, item.images, item.where)
+        return Row(item.id, item.question, item.answer, item.images, item.where, item.history)
 
     def verdict(
         self, item: Item, response: str, truncated: bool = False, tokens: int | None = None

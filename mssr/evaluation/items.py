@@ -45,6 +45,8 @@ class Item:
     """Other columns that scoring needs (precision, unit, set_id ...); JSON values."""
     where: str = ""
     """File and row, for messages."""
+    history: tuple[tuple[str, str], ...] = ()
+    """Role and text of the turns before the question."""
 
 
 @dataclass(frozen=True, slots=True)

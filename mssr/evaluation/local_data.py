@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mssr.data.images import ImageSource, MissingFile, image_cells, image_sources
+from mssr.data.images import ImageSource, MissingFile, image_cells, image_sources, inner_image
 from mssr.data.sources import Table, open_table
 from mssr.errors import UserError
 
@@ -166,9 +166,8 @@ def resolve(cell: Any, table: Table) -> tuple[ImageSource, ...]:
 
 def _is_nothing(cell: Any) -> bool:
     """Whether a cell that is not null still holds no image: ``{"bytes": None, "path": None}``, ``"nan"``."""
-    if isinstance(cell, dict):
-        return not cell.get("bytes") and not cell.get("path")
-    return cell is None or (isinstance(cell, float) and cell != cell)
+    image = inner_image(cell)
+    return image is None or (isinstance(image, float) and image != image)
 
 
 def _folders(table: Table) -> list[Path]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from mssr.data.encoder import PromptEncoder
 from mssr.data.images import ImageSource, reason
-from mssr.data.rows import Row, read_row
+from mssr.data.rows import Row, problem_cell, read_row
 from mssr.data.validation_sets import benchmark_data
 from mssr.data_config import DataConfig
 from mssr.evaluation.base import Benchmark
@@ -78,7 +78,7 @@ def write_prompts(
                     yield {
                         "id": row.id,
                         "images": [{"bytes": image.read(), "path": None} for image in row.images],
-                        "problem": row.problem,
+                        "problem": problem_cell(row),
                         "answer": row.answer,
                     }
                 digest.update(json.dumps([benchmark.name, item.id, seen]).encode())
@@ -144,7 +144,7 @@ def _row(
 def _why_not(row: Row, sizes: Sequence[tuple[int, int]], encoder: PromptEncoder) -> str | None:
     """Why a row cannot be asked; None if it can."""
     cells = {
-        "problem": row.problem,
+        "problem": problem_cell(row),
         "answer": row.answer,
         "images": [{"bytes": b"x", "path": None} for _ in row.images],
     }

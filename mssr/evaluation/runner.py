@@ -122,6 +122,7 @@ class _Evaluation:
         self.params = request.sampling(model.config)
         self.scratch = out / SCRATCH
         self._benchmarks = benchmarks
+        self._prefix = ""
         self._terminal = terminal
         self._seconds = {"generation_s": 0.0}
         self._generated = 0
@@ -136,7 +137,9 @@ class _Evaluation:
             progress = EvaluationProgress(self._terminal, self.config.trainer.progress, total)
             stack.callback(progress.close)
             stop = stack.enter_context(StopRequest(progress.note, "stopping; responses so far are kept"))
-            book = stack.enter_context(VerdictBook(self.config, questions, self.request.reward))
+            book = stack.enter_context(
+                VerdictBook(self.config, questions, self.request.reward, self._prefix, tell=progress.announce)
+            )
             engines = self._launch(progress, stop)
             judge = None
             if self.request.judge is not None:
@@ -167,6 +170,7 @@ class _Evaluation:
             if not items:
                 raise UserError(f"{benchmark.name} has no items")
         encoder = PromptEncoder(load_processor(self.config.model), self.config.data)
+        self._prefix = encoder.response_prefix
         return write_prompts(loaded, encoder, self.scratch / "prompts")
 
     def _decides(self, prompts: str) -> dict[str, str]:

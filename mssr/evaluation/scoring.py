@@ -23,31 +23,29 @@ yes_no    `yes_no`: the words, so that "no" is not found inside "not" or "know"
 
 from __future__ import annotations
 
-import math as maths
 import re
 from collections.abc import Sequence
 
 from mssr.evaluation.items import Kind
 from mssr.rewards import choice as choice_rule
-from mssr.rewards import latex, math_rule, units, values
+from mssr.rewards import latex, math_rule
 from mssr.rewards.exact_match import grade as exact_grade
-from mssr.rewards.expression import Unsupported, parse
 from mssr.rewards.extraction import lenient_answer, outside_thinking, unwrap
-from mssr.rewards.structure import read
+from mssr.rewards.number import stated
 
 LETTERS = choice_rule.LETTERS
 LONGEST_ANSWER = 1_000
 """Characters of an answer that are compared with the texts of options."""
+LARGEST = 10**300
 
 _OPTION_MARK = re.compile(r"(?:^|(?<=\s))[(（]?\s?([A-J])\s?(?:[)）]\s?[.:：、]?|[.:：、．])")
 _PAREN_LETTER = re.compile(r"\(([a-zA-Z])\)")
 _NUMBER = re.compile(
     r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?:[eE][-+]?\d{1,3})?(?![\w])"
 )
-_PERCENT = re.compile(r"\s*(?:%|⟪?\s*(?:percent|per cent|percentage)\s*⟫?)\s*$", re.IGNORECASE)
 _OPERATOR = re.compile(r"[\^/*+=]|\\(?!approx)[a-z]")
-_SCIENTIFIC = re.compile(r"[-+]?\d{1,30}(?:\.\d{1,30})?[eE][-+]?\d{1,3}")
-_REASONED = re.compile(r"^[\s*(\[]*([A-J])[\s*)\].:,]+(?:because|since|as|which)\b")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])(?=.)")
+_NEGATION = re.compile(r"\b(?:not|no|nor|never|neither|or|either|maybe|perhaps)\b|n['’]t\b")
 _VERDICT_FIRST = re.compile(r"^\W*(yes|no)\s*(?:[,.;:!\n]|[-–—]\s)")
 _ANSWERED = re.compile(
     r"(?:(?:^|(?<=[.!?:\n]))[\s\"'(]*(yes|no)(?![\w'’-]| doubt|\.\s?\d))"
@@ -75,19 +73,42 @@ def final_text(response: str, *, truncated: bool = False) -> str | None:
 def final_choice(response: str, choices: Sequence[str] = (), *, truncated: bool = False) -> str | None:
     """The answer to a question with options; None if there is none.
 
-    A box; else a `final_text` that names an option; else the last line if it does (a letter, or the text of
-    one of ``choices``); else whatever `final_text` is.
+    A box that names an option. Else the first of these that does: the `final_text`, the last line, the last
+    sentence; by a letter in any spelling of `mssr.rewards.choice.read`, or the text of one of ``choices``,
+    also in a sentence (`mentioned`); behind a box that names none only by a letter. Else the `final_text`.
     """
     boxed = lenient_answer(response, boxed_only=True)
-    if boxed is not None or truncated:
-        return final_text(response, truncated=truncated)
-    answer = final_text(response)
-    if answer is not None and (letters_of(answer) or answer in choices):
+    answer = final_text(response, truncated=truncated)
+    if truncated or (boxed is not None and (letters_of(boxed) or by_text(boxed, choices) is not None)):
         return answer
-    lines = [line.strip() for line in outside_thinking(response).splitlines() if line.strip()]
-    if lines and (letters_of(lines[-1]) or lines[-1] in choices):
-        return lines[-1]
+    visible = outside_thinking(response)
+    if boxed is not None:
+        visible = visible[visible.rfind("\\boxed") :].replace("\\boxed", "", 1)
+        visible = visible[visible.find(boxed) + len(boxed) + 1 :]
+    lines = [line.strip() for line in visible.splitlines() if line.strip()][-1:]
+    sentences = [_SENTENCE.split(line[-LONGEST_ANSWER:])[-1] for line in lines]
+    said = lenient_answer(visible) if boxed is not None else answer
+    for text in filter(None, [said, *lines, *sentences]):
+        if letters_of(text) or (text in choices and boxed is None):
+            return text
+    for text in filter(None, [said, *sentences] if boxed is None else ()):
+        position = mentioned(text, choices)
+        if position is not None:
+            return choices[position]
     return answer
+
+
+def mentioned(text: str, choices: Sequence[str]) -> int | None:
+    """Position of the one option whose text stands in a sentence; None of several, or where "not" is said."""
+    text = text[-LONGEST_ANSWER:].casefold()
+    found = []
+    for i in sorted(range(len(choices)), key=lambda i: -len(choices[i])):
+        option = choices[i].strip().casefold()
+        pattern = re.compile(rf"(?<![\w.-]){re.escape(option)}(?!\w|\.\d)")
+        if option and pattern.search(text):
+            text = pattern.sub("|", text)
+            found.append(i)
+    return found[0] if len(found) == 1 and not _NEGATION.search(text) else None
 
 
 def final_yes_no(response: str, *, truncated: bool = False) -> str | None:
@@ -137,12 +158,8 @@ def choice_kind(choices: Sequence[str], answer: str) -> Kind:
 
 
 def letters_of(answer: str) -> frozenset[str]:
-    """The letters that an answer chooses, also before a reason: ``"B because the angle is right"``."""
-    chosen, _ = choice_rule.read(answer)
-    if chosen:
-        return chosen
-    reasoned = _REASONED.match(choice_rule.ANNOUNCED.sub("", answer.strip(), count=1))
-    return frozenset(reasoned[1]) if reasoned else frozenset()
+    """The letters that an answer chooses, see `mssr.rewards.choice.read`."""
+    return choice_rule.read(answer)[0]
 
 
 def choice(answer: str, truth: str, choices: Sequence[str] = ()) -> bool:
@@ -224,22 +241,11 @@ def number(text: str) -> float | None:
     """
     if len(text) > latex.MAX_LENGTH:
         return None
-    form = read(latex.clean(text))
-    value = form.parts[-1] if form.kind in ("equation", "approximation") else form.text
-    value = _PERCENT.sub("", value)
-    value = units.split(value, glued=True)[0]
-    value = _PERCENT.sub("", value).lstrip("＄€£¥₹ ")
-    value = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", value)
-    if not any(c.isdigit() for c in value) and "\\pi" not in value:
-        return None
-    try:
-        if _SCIENTIFIC.fullmatch(value):
-            return float(value)
-        result = float(values.number(values.evaluate(parse(value), {})))
-        return result if maths.isfinite(result) else None
-    except (Unsupported, KeyError, OverflowError, TypeError, ValueError):
-        pass
-    if _OPERATOR.search(value):
+    value = stated(math_rule.told(text))
+    exact = None if value is None else math_rule.number(value)
+    if exact is not None:
+        return float(exact) if abs(exact) < LARGEST else None
+    if _OPERATOR.search(latex.clean(text)):
         return None
     found = {float(m[0].replace(",", "")) for m in _NUMBER.finditer(text) if any(c.isdigit() for c in m[0])}
     return found.pop() if len(found) == 1 else None
@@ -267,7 +273,7 @@ def same_list(answer: str, truth: str) -> bool:
 
 def number_list(text: str) -> list[float] | None:
     """The numbers of a list in their order; None if an element is no number or there is none."""
-    cleaned = re.sub("[⟦⟧⟪⟫]", " ", latex.clean(text)).strip().strip("[](){} ")
+    cleaned = re.sub("[⟦⟧]", " ", latex.clean(text)).strip().strip("[](){} ")
     parts = [p.strip() for p in re.split(r"[,;]\s*(?:and\b)?|\band\b", cleaned) if p.strip()]
     found = [number(part) for part in parts]
     return [x for x in found if x is not None] if found and None not in found else None
@@ -284,7 +290,7 @@ def yes_no(text: str) -> str | None:
     is the one that the text starts with before a comma or full stop. LaTeX around a word does not count.
     """
     plain = latex.clean(text) if len(text) <= latex.MAX_LENGTH and "\n" not in text else text
-    plain = re.sub(r"\\[a-zA-Z]+|[⟪⟫*{}$]", " ", plain).strip().lower()
+    plain = re.sub(r"\\[a-zA-Z]+|[*{}$]", " ", plain).strip().lower()
     found = {match[1] or match[2] for match in _ANSWERED.finditer(plain)}
     if len(found) == 1:
         return found.pop()

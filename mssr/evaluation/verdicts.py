@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mssr.config import Config
 from mssr.evaluation import judge as judges
@@ -12,7 +12,8 @@ from mssr.evaluation.benchmarks.own import Own
 from mssr.evaluation.items import Item, Verdict
 from mssr.evaluation.prompts import Question
 from mssr.evaluation.responses import Key, Response
-from mssr.rewards import RewardInput, Scorer
+from mssr.rewards import RowAccess, Scorer
+from mssr.rewards.rows import NO_ROWS
 
 
 class VerdictBook:
@@ -20,14 +21,33 @@ class VerdictBook:
 
     Args:
         reward: score own data with the config's reward, in processes that a hanging function cannot stop.
+        prefix: what the rules see before a response, see `PromptEncoder.response_prefix`.
+        tell: called with one sentence when those processes or their function fail.
     """
 
-    def __init__(self, config: Config, questions: Sequence[Question], reward: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        questions: Sequence[Question],
+        reward: bool,
+        prefix: str = "",
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        self._prefix = prefix
+        self._reward_prefix = prefix if config.reward.rule else ""
         self.questions = list(questions)
         self.responses: dict[Key, Response] = {}
         self.verdicts: dict[Key, Verdict] = {}
         self._by_key = {(q.benchmark.name, q.item.id): q for q in questions}
-        self._scorer = Scorer(config.reward, config.rollout.max_response_length) if reward else None
+        self._scorer = self._make_scorer(config, tell) if reward else None
+
+    def _make_scorer(self, config: Config, tell: Callable[[str], None] | None) -> Scorer:
+        own = [b for b, _ in self.by_benchmark() if isinstance(b, Own) and b.rewarded]
+        rows = (
+            RowAccess.of([b.rows() for b in own], config.model) if own and not config.reward.rule else NO_ROWS
+        )
+        length = config.rollout.max_response_length
+        return Scorer(config.reward, length, rows=rows, on_restart=tell, on_failure=tell)
 
     def __enter__(self) -> VerdictBook:
         return self
@@ -47,20 +67,20 @@ class VerdictBook:
                 rewarded.append((response, question.item, question.benchmark))
             else:
                 self.verdicts[response.key] = question.benchmark.verdict(
-                    question.item, response.text, truncated, response.tokens
+                    question.item, self._prefix + response.text, truncated, response.tokens
                 )
         if rewarded:
             self._add_rewarded(rewarded)
 
     def _add_rewarded(self, rewarded: Sequence[tuple[Response, Item, Own]]) -> None:
         assert self._scorer is not None
-        inputs = [RewardInput(r.text, item.answer, r.tokens) for r, item, _ in rewarded]
+        inputs = [own.reward_input(item, self._reward_prefix + r.text, r.tokens) for r, item, own in rewarded]
         scored = self._scorer.score(inputs)
         for (response, _, own), accuracy in zip(
             rewarded, scored.parts.get("accuracy", scored.scores), strict=True
         ):
             truncated = response.finish_reason == "length"
-            self.verdicts[response.key] = own.scored(response.text, float(accuracy), truncated)
+            self.verdicts[response.key] = own.scored(self._prefix + response.text, float(accuracy), truncated)
 
     def accuracies(self) -> tuple[dict[str, float], float | None]:
         """By benchmark and of all, of the responses so far."""
@@ -101,7 +121,7 @@ class VerdictBook:
                 judge,
                 benchmark,
                 [q.item for q, _ in asked],
-                [response.text for response, _ in pairs],
+                [self._prefix + response.text for response, _ in pairs],
                 [verdict for _, verdict in pairs],
             )
             for (response, _), verdict in zip(pairs, judged, strict=True):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mssr.errors import UserError
+from mssr.files import give_usual_modes
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
@@ -209,6 +210,10 @@ def build_tiny_qwen2_5_vl(
     the caller's random state is not touched.
     """
     import torch
+
+    from mssr.models.loading import import_transformers
+
+    import_transformers()
     from transformers import (
         GenerationConfig,
         Qwen2_5_VLForConditionalGeneration,
@@ -255,6 +260,7 @@ def save_quietly(model: Qwen2_5_VLForConditionalGeneration, out_dir: Path) -> No
     logging.disable_progress_bar()
     try:
         model.save_pretrained(out_dir)
+        give_usual_modes(out_dir)
     finally:
         if shown:
             logging.enable_progress_bar()

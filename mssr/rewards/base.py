@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,12 @@ class RewardInput:
 
     response: str
     """The model's text, without special tokens."""
-    answer: str
-    """The row's ground truth."""
+    answer: Any
+    """The row's ground truth; text, or for a user's function the cell as the data has it."""
     response_length: int
     """Tokens of the response, the end token included."""
+    prompt_id: str = ""
+    """Which row of the data, for functions that ask for what is in it."""
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,6 @@ class Failure:
     """Of the exception, if there was one."""
     timeout: bool = False
     """Whether the time limit ended it."""
+
+
+Outcome = RewardResult | Failure

@@ -39,8 +39,8 @@ def exact_match(response: str, answer: str, /) -> RewardResult:
 
 
 def grade(answer: str, truth: str) -> bool:
-    """Equality of the two after `normalise`; an answer that is blank is wrong."""
-    return not (not answer or answer.isspace()) and normalise(answer) == normalise(truth)
+    r"""Equality after `normalise`; of a truth ``\boxed{4}`` the content counts. A blank answer is wrong."""
+    return not (not answer or answer.isspace()) and normalise(answer) == normalise(unwrap(truth))
 
 
 def normalise(text: str) -> str:

@@ -12,8 +12,15 @@ _OPEN, _CLOSE = "<think>", "</think>"
 # A box, an escaped character (so that \{ and \} are no braces), or a brace.
 _TOKEN = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
 _PHRASE = re.compile(
-    r"(?:answer|result|value|solution|choice|option)(?:\*\*)?\s{0,3}"
-    r"(?:is\s{0,3}(?:equal\s{1,3}to\b|[:=])?|[:=：])\s{0,3}",
+    r"(?:answer|result|value|solution|choice|option)(?:\*\*)?(?:\s{1,3}of\s{1,3}\S{1,12})?\s{0,3}"
+    r"(?:is\s{0,3}(?:equal\s{1,3}to\b|[:=])?|[:=：])\s{0,3}"
+    r"|(?:答案|结果)\s{0,3}(?:是|为)?\s{0,3}[:：]?\s{0,3}|故选\s{0,3}[:：]?\s{0,3}|(?:^|\n)####\s{0,3}",
+    re.IGNORECASE,
+)
+# What may follow an answer and does not change it. A hedge like "(or 6)" does, and stays.
+_ASIDE = re.compile(
+    r"\s*\((?:see|from|as|in|by|cf|not(?!\s+sure))\b[^()]*\)\s*$|,?\s+(?:and |but )?not\s(?!sure)[^,;()]*$|"
+    r"[，,]\s*而?不是[^，,]*$|,?\s+(?:because|since|as shown|as seen)\b.*$",
     re.IGNORECASE,
 )
 _END_OF_ANSWER = re.compile(r"\n|[.;。](?=\s|$)")
@@ -54,11 +61,13 @@ def last_boxed(text: str) -> str | None:
 
 
 def unwrap(answer: str) -> str:
-    """``<answer> 8 </answer>`` -> ``8``, as in the Vision-R1-rl data; anything else is unchanged."""
+    r"""``<answer> 8 </answer>``, as in the Vision-R1-rl data, and ``\boxed{8}`` -> ``8``; else unchanged."""
     text = answer.strip()
     if text.startswith("<answer>") and text.endswith("</answer>"):
         return text[len("<answer>") : -len("</answer>")].strip()
-    return answer
+    bare = text.strip("$ ")
+    inner = last_boxed(bare) if bare.startswith("\\boxed") else None
+    return inner if inner and bare == rf"\boxed{{{inner}}}" else answer
 
 
 def lenient_answer(response: str, *, boxed_only: bool = False) -> str | None:
@@ -70,8 +79,8 @@ def lenient_answer(response: str, *, boxed_only: bool = False) -> str | None:
     2. the last closed ``\boxed{}`` outside the thinking (an unclosed ``<think>`` reaches to the end, a
        ``</think>`` without ``<think>`` starts at the beginning);
     3. the last ``<answer>...</answer>`` outside the thinking;
-    4. what follows the last "answer is", "answer:", "result is" or the like, up to the end of the line or
-       sentence;
+    4. what follows the last "answer is", "answer:", "result is", "答案", "####" or the like, up to the end of
+       the line or sentence, without "(see figure 3)" or ", not 6" at its end;
     5. the whole text outside the thinking, if it is a single line of at most 200 characters.
 
     Args:
@@ -97,6 +106,7 @@ def lenient_answer(response: str, *, boxed_only: bool = False) -> str | None:
         rest = text[-_TAIL:][phrases[-1].end() :]
         end = _END_OF_ANSWER.search(rest)
         answer = (rest[: end.start()] if end else rest).strip(" *\t")
+        answer = _ASIDE.sub("", answer[:_WHOLE]) + answer[_WHOLE:]
         if answer:
             return answer
     return text if text and len(text) <= _WHOLE and "\n" not in text else None

@@ -1,20 +1,13 @@
-"""Reward functions in all their forms: found, recognised, called, and what they return made one thing.
+"""Reward functions in all their forms: found, called, and what they return made one thing.
 
-A user's function is named ``path/to/file.py:function``. Its form is told from the names of its parameters:
+A user's function is named ``path/to/file.py:function``; `mssr.rewards.binding` says what it is given. It may
+be ``async def``. Each response gets a number, a scalar of NumPy or torch, a list of one of these, a
+`RewardResult`, or a dict with ``score`` or ``overall``, whose other numbers are the parts that the metrics
+show as ``reward/<part>`` (what is no number is left out). A function of a batch returns a list of them, an
+array, or yields them.
 
-    f(response, answer)               one response; any two names will do
-    f(responses, answers)             a list of responses and a list of answers: both names end in "s"
-    compute_score(reward_input)       EasyR1: a dict of response, response_length and ground_truth
-    compute_score(reward_inputs)      EasyR1: a list of such dicts
-
-Each may be ``async def``. Further parameters are options, set by ``reward.options``; one without a default
-must be set. A parameter ``response_length`` (``response_lengths`` of the second form) gets the length in
-tokens. Each response gets a number, a `RewardResult`, or a dict with ``score`` or ``overall``, whose other
-entries are the parts that the metrics show as ``reward/<part>``. The forms that take lists return a list.
-
-The function is called in any order and in several processes, so it must not depend on earlier calls. Its
-file is loaded once and the processes are forked from there: threads and connections are to be made in the
-function, not at import.
+The function is called in any order and in several processes, so it must not depend on earlier calls. Each
+process loads its file.
 """
 
 from __future__ import annotations
@@ -23,8 +16,9 @@ import asyncio
 import difflib
 import functools
 import inspect
+import math
 import numbers
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,12 +26,15 @@ import numpy as np
 from mssr import plugins
 from mssr.errors import UserError
 from mssr.rewards.base import RewardInput, RewardResult
+from mssr.rewards.binding import Binding, bind
+from mssr.rewards.rows import NO_ROWS, RowAccess, RowReader
 
 if TYPE_CHECKING:
     from mssr.data_config import RewardConfig
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-_Arguments = Callable[[Sequence[RewardInput]], tuple[tuple[Any, ...], dict[str, Any]]]
+_IN_PLACE = bind(lambda response, answer, /: 0.0, {}, None)
+"""(response, answer)."""
 
 
 class LoadedReward:
@@ -45,15 +42,18 @@ class LoadedReward:
 
     Args:
         function: with its options bound.
-        arguments: of a call, from the items; one item unless ``batch``.
-        batch: whether a call takes several items and gives a list.
+        binding: what it is given; ``batch`` functions take several items and give a list.
+        reader: of the rows, if it asks for them.
     """
 
-    def __init__(self, function: Callable[..., Any], arguments: _Arguments, *, batch: bool = False) -> None:
-        self.batch = batch
+    def __init__(
+        self, function: Callable[..., Any], binding: Binding, reader: RowReader | None = None
+    ) -> None:
+        self.binding = binding
+        self.batch = binding.batch
         self.is_async = _is_async(function)
         self._function = function
-        self._arguments = arguments
+        self._reader = reader
         self._runner: asyncio.Runner | None = None
 
     def call(self, items: Sequence[RewardInput]) -> list[RewardResult]:
@@ -78,7 +78,7 @@ class LoadedReward:
         return self._runner.run(coroutine)
 
     def _call(self, items: Sequence[RewardInput]) -> Any:
-        positional, named = self._arguments(items)
+        positional, named = self.binding.arguments(items, self._reader)
         return self._function(*positional, **named)
 
     def _results(self, value: object, count: int) -> list[RewardResult]:
@@ -92,15 +92,21 @@ class LoadedReward:
         return results
 
 
-def load(config: RewardConfig) -> LoadedReward:
+def load(
+    config: RewardConfig, access: RowAccess | None = NO_ROWS, reader: RowReader | None = None
+) -> LoadedReward:
     """The reward that ``config.name`` and ``config.options`` mean.
+
+    Args:
+        access: the rows that there are; None if that is not known yet, when any name may be a column's.
+        reader: of the rows in place of ``access``, for a function that asks for them and is to be called.
 
     Raises:
         UserError: no such name, file or function; the file does not run; the function takes other
             arguments, or not these options.
     """
     if plugins.is_spec(config.name):
-        return _load_file(config.name, dict(config.options))
+        return _load_file(config.name, dict(config.options), reader.access if reader else access, reader)
     return _load_rule(config)
 
 
@@ -117,27 +123,45 @@ def as_result(value: object) -> RewardResult:
     Raises:
         TypeError, ValueError: it is no number that is finite in float32, or a dict without a score.
     """
-    score: object = value
-    parts: Mapping[str, object] = {}
+    value = _single(value)
     if isinstance(value, RewardResult):
-        score, parts = value.score, value.parts
+        parts: Mapping[str, object] = value.parts
+        score: object = value.score
     elif isinstance(value, Mapping):
         key = next((k for k in ("score", "overall") if k in value), None)
         if key is None:
             raise ValueError(
                 f"a reward's dict needs the key 'score' or 'overall', but has {sorted(map(str, value))}"
             )
-        score = value[key]
-        parts = {str(k): v for k, v in value.items() if k != key and v is not None}
+        score = _single(value[key])
+        parts = {str(k): n for k, v in value.items() if k != key and _is_number(n := _single(v))}
+    else:
+        score, parts = value, {}
     return RewardResult(_number("score", score), {key: _number(key, part) for key, part in parts.items()})
 
 
+def _single(value: object) -> object:
+    """What a list or an iterator of one holds; a scalar of torch or NumPy as Python's."""
+    if isinstance(value, Iterator):
+        value = list(value)
+    if isinstance(value, list | tuple) and len(value) == 1:
+        return _single(value[0])
+    if hasattr(value, "shape") and hasattr(value, "item") and math.prod(value.shape) == 1:
+        return value.item()
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real | np.bool_)  # bool, int and NumPy's scalars are among them
+
+
 def _number(key: str, value: object) -> float:
-    if not isinstance(value, numbers.Real | np.bool_):  # bool, int and NumPy's scalars are among them
+    if not _is_number(value):
         raise TypeError(f"{key} must be a number, not {value!r:.100}")
-    if not abs(float(value)) <= _FLOAT32_MAX:  # NaN fails too
+    number = float(value)  # type: ignore[arg-type]
+    if not abs(number) <= _FLOAT32_MAX:  # NaN fails too
         raise ValueError(f"{key} must be finite in float32, not {value}")
-    return float(value)
+    return number
 
 
 def _load_rule(config: RewardConfig) -> LoadedReward:
@@ -150,64 +174,37 @@ def _load_rule(config: RewardConfig) -> LoadedReward:
         raise UserError(
             f"reward.name: unknown reward {name!r}{hint}: one of {known} or path/to/file.py:function"
         )
-    _check_options(name, config.options, _options(rules.RULES[name], taken=2))
+    keywords = list(inspect.signature(rules.RULES[name]).parameters)[2:]
+    _check_options(name, config.options, dict.fromkeys(keywords, False))
     bound = functools.partial(
         rules.score, name, format=config.format, format_weight=config.format_weight, **config.options
     )
-    return LoadedReward(bound, _text_arguments())
+    return LoadedReward(bound, _IN_PLACE)
 
 
-def _load_file(name: str, options: dict[str, Any]) -> LoadedReward:
+def _load_file(
+    name: str, options: dict[str, Any], access: RowAccess | None, reader: RowReader | None
+) -> LoadedReward:
     function = plugins.load(name, "reward", noun="function")
     path, _, attribute = name.rpartition(":")
     if not callable(function):
         raise UserError(f"reward {name!r}: {path} has no function {attribute!r}")
     try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except ValueError:  # a builtin without a signature
-        return LoadedReward(functools.partial(function, **options), _text_arguments())
-    positional = [
-        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)
-    ]
-    first = positional[0] if positional else ""
-    length = None
-    if first in ("reward_input", "reward_inputs"):
-        taken, batch = 1, first == "reward_inputs"
-        arguments = _dict_arguments(batch)
-    else:
-        if len(positional) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-            raise UserError(
-                f"reward {name!r}: {attribute} must take (response, answer), (responses, answers), "
-                f"(reward_input) or (reward_inputs), not ({', '.join(p.name for p in parameters)})"
-            )
-        taken = 2
-        batch = len(positional) > 1 and all(n.endswith("s") for n in positional[:2])
-        wanted = "response_lengths" if batch else "response_length"
-        length = wanted if wanted in {p.name for p in parameters[taken:]} else None
-        arguments = _text_arguments(length, batch)
-    known = {k: required for k, required in _options(function, taken).items() if k != length}
-    _check_options(name, options, known)
-    missing = [n for n, required in known.items() if required and n not in options]
+        inspect.signature(function)
+    except ValueError:  # a builtin without
+        function = _in_place(function)
+    try:
+        binding = bind(function, options, access)
+    except ValueError as error:
+        raise UserError(f"reward {name!r}: {attribute} {error}") from None
+    _check_options(name, options, binding.options)
+    missing = [n for n, required in binding.options.items() if required and n not in options]
     if missing:
+        hint = " or have a column of that name" if access is not None and access.sources else ""
         raise UserError(
-            f"reward {name!r}: {attribute} needs {', '.join(missing)}; set reward.options.{missing[0]}"
+            f"reward {name!r}: {attribute} needs {', '.join(missing)}; set reward.options.{missing[0]}{hint}"
         )
-    return LoadedReward(functools.partial(function, **options), arguments, batch=batch)
-
-
-def _options(function: Callable[..., Any], taken: int) -> dict[str, bool]:
-    """Parameters that ``reward.options`` may set -> whether it must; ``**`` stands for any.
-
-    Args:
-        taken: how many positional parameters get the response and the answer.
-    """
-    options: dict[str, bool] = {}
-    for i, p in enumerate(inspect.signature(function).parameters.values()):
-        if p.kind is p.VAR_KEYWORD:
-            options["**"] = False
-        elif p.kind is p.KEYWORD_ONLY or (p.kind is p.POSITIONAL_OR_KEYWORD and i >= taken):
-            options[p.name] = p.default is p.empty
-    return options
+    return LoadedReward(functools.partial(function, **options), binding, reader)
 
 
 def _check_options(name: str, options: Mapping[str, Any], known: Mapping[str, bool]) -> None:
@@ -220,28 +217,8 @@ def _check_options(name: str, options: Mapping[str, Any], known: Mapping[str, bo
         raise UserError(f"reward.options.{key} is no option of {name} (it takes {names}){hint}")
 
 
-def _text_arguments(length: str | None = None, batch: bool = False) -> _Arguments:
-    """Arguments (response, answer), or lists of them; ``length`` is the keyword that gets the lengths."""
-
-    def arguments(items: Sequence[RewardInput]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        columns = [i.response for i in items], [i.answer for i in items], [i.response_length for i in items]
-        responses, answers, lengths = columns if batch else [column[0] for column in columns]
-        return (responses, answers), {} if length is None else {length: lengths}
-
-    return arguments
-
-
-def _dict_arguments(batch: bool) -> _Arguments:
-    """EasyR1's argument: a dict for each response."""
-
-    def arguments(items: Sequence[RewardInput]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        rows = [
-            {"response": i.response, "response_length": i.response_length, "ground_truth": i.answer}
-            for i in items
-        ]
-        return (rows if batch else rows[0],), {}
-
-    return arguments
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda response, answer, **options: function(response, answer, **options)
 
 
 def _is_async(function: Callable[..., Any]) -> bool:

@@ -1,11 +1,8 @@
-"""The processes that score: one that loads the function, and the workers that it forks on request.
+"""The process that owns the workers, a pool of pebble, and what a worker does with a response.
 
-Forking from a process that has loaded everything makes a worker in milliseconds and shares its memory, so
-that one that hangs can be replaced at once. The driver itself cannot fork: it has threads, and torch.
-
-The driver asks over one connection for a fork or for the end of a worker, and talks to each worker over a
-connection of its own; `mssr.rewards.forker` and `mssr.rewards.pool` are the other side. This module and
-what it imports stay free of torch and Ray.
+The driver has threads, torch and the user's main module, none of which a worker should inherit: so it starts
+this process, which imports little, and pebble forks the workers from here. `mssr.rewards.pool` is the other
+side. This module and what it imports stay free of torch and Ray, unless a reward asks for images.
 """
 
 from __future__ import annotations
@@ -14,236 +11,288 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import multiprocessing
 import os
+import resource
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing import reduction
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, TypeVar
+from multiprocessing.context import ForkContext, ForkProcess
+from typing import TYPE_CHECKING, NoReturn
 
+import pebble
+
+from mssr import plugins
 from mssr.rewards import functions, penalties
-from mssr.rewards.base import Failure, RewardInput, RewardResult
+from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult
+from mssr.rewards.rows import RowAccess, RowReader
 
 if TYPE_CHECKING:
     from mssr.data_config import RewardConfig
 
-_T = TypeVar("_T")
+WALL_FACTOR = 10
+"""``time_limit_s`` counts CPU time. What sleeps or waits, for a network or a core, is ended after so many
+times as many seconds."""
+MAX_CALL = 16
+"""Responses of one call of a function that takes a list or is async."""
+CHECK_S = 1.0
+"""Seconds between looks at whether the pool is alive."""
 _PDEATHSIG = 1  # prctl's PR_SET_PDEATHSIG
-Call = list[tuple[int, RewardInput]]
-"""Items with their numbers in the batch."""
+
+Entry = tuple[int, RewardInput]
+"""A response and the number by which the driver knows it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every worker is to do."""
+    """What the workers are to do."""
 
     config: RewardConfig
     max_response_length: int
+    workers: int
+    together: bool
+    """Whether the function takes several responses at a time: a list, or by being async."""
+    rows: RowAccess | None = None
+    """Where the rows are, if the function asks for what is in them."""
 
 
 def main(fd: int) -> None:
-    """Load the function that comes as a `Job` over the connection; then fork and kill as asked.
+    """Score what comes over the connection, ``(number, RewardInput)`` after a `Job`, until it is closed.
 
-    Requests: ``("fork", None)`` and a file descriptor, answered by the new worker's pid; ``("end", pid)``,
-    which kills and is not answered; ``("status", pid)`` of a worker that died, answered by its wait status.
-    It ends with its children when the driver closes the connection or dies.
+    Each is answered by ``(number, Outcome)``, in any order. If the pool breaks, as it does when an idle
+    worker is killed, this process ends, and the driver starts another.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    os.set_inheritable(fd, False)
     connection = Connection(fd)
-    children: set[int] = set()
-    ended: set[int] = set()  # those that were killed and not waited for
-    try:
+    code = 1
+    with contextlib.suppress(EOFError, OSError):  # the driver is gone
         job: Job = connection.recv()
-        try:
-            reward = functions.load(job.config)
-            warm_up(reward, job.config)
-        except BaseException as error:
-            connection.send(_one_line(error))
-            return
-        connection.send(None)
+        reader = _prepare(job)
         gc.collect()
         gc.freeze()  # the collector of a worker would copy every shared page
-        libc = ctypes.CDLL(None)
-        while True:
-            request, pid = connection.recv()
-            children -= {child for child in ended if os.waitpid(child, os.WNOHANG)[0]}
-            ended &= children
-            if request == "fork":
-                connection.send(_fork(connection, children, libc, lambda c: _work(c, reward, job)))
-            elif request == "end":
-                _kill(pid)
-                ended.add(pid)  # its death may take a while, for it dies with the priority that it has
-            else:
-                _kill(pid)  # it has died or is about to, unless it only closed its connection
-                connection.send(os.waitpid(pid, 0)[1])
-                children.discard(pid)
-    except (EOFError, OSError):
-        pass  # the driver is gone
-    finally:
-        for pid in children:
-            _kill(pid)
-        for pid in children:
-            os.waitpid(pid, 0)
+        pool = pebble.ProcessPool(
+            job.workers, initializer=_begin, initargs=(job, reader, fd, os.getpid()), context=_Context()
+        )
+        calls = _Calls(pool, connection, job)
+        while pool.active:
+            if connection.poll(CHECK_S):
+                calls.add(connection.recv())
+    _end(code)
 
 
-def warm_up(reward: functions.LoadedReward, config: RewardConfig) -> None:
-    """Have the named rules import and build what they need, once and for all workers."""
-    if ":" not in config.name:
-        with contextlib.suppress(Exception):
-            reward.call([RewardInput("<think>\n</think>\\boxed{\\frac{1}{2}}", "0.5", 1)])
+def _end(code: int) -> NoReturn:
+    for process in multiprocessing.active_children():
+        process.terminate()
+    os._exit(code)
 
 
-def _fork(
-    connection: Connection, children: set[int], libc: ctypes.CDLL, work: Callable[[Connection], None]
-) -> int | str:
-    fd = reduction.recv_handle(connection)
-    sys.stdout.flush()
-    sys.stderr.flush()
+def _prepare(job: Job) -> RowReader | Failure | None:
+    """What all workers share: the imports of the named rules, and the data, if the reward asks for them."""
+    if not plugins.is_spec(job.config.name):
+        functions.load(job.config).call([RewardInput("<think>\n</think>\\boxed{\\frac{1}{2}}", "0.5", 1)])
     try:
-        pid = os.fork()
-    except OSError as error:
-        os.close(fd)
-        return f"no process could be started: {error.strerror}"
-    if pid:
-        os.close(fd)
-        with contextlib.suppress(OSError):
-            os.setpgid(pid, pid)
-        children.add(pid)
-        return pid
-    try:
-        connection.close()
-        _become_worker(libc)
-        work(Connection(fd))
-    except OSError:
-        pass  # the driver has given up on this worker, and closed the connection
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(0)
+        return None if job.rows is None else RowReader(job.rows)
+    except Exception as error:  # told in place of every score
+        return _failure(error)
 
 
-def _become_worker(libc: ctypes.CDLL) -> None:
-    parent = os.getppid()
-    with contextlib.suppress(OSError):
-        os.setpgid(0, 0)  # what the function starts is killed with the worker
-    with contextlib.suppress(AttributeError):  # Linux only; elsewhere the parent's last act is to kill us
-        libc.prctl(_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(0)
-    with contextlib.suppress(OSError):  # when memory runs out, this process goes and not the training
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
+class _Worker(ForkProcess):
+    def terminate(self) -> None:
+        """End it and whatever it started; a function may ignore SIGTERM, or not hear it."""
+        assert self.pid is not None
+        kill_group(self.pid)
 
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    @property
+    def exitcode(self) -> int | None:
+        # Workers do not end by themselves. Pebble would not notice that a function has called os._exit(0).
+        return super().exitcode or (None if self.is_alive() else 1)
 
 
-def _kill(pid: int) -> None:
-    """End a worker and whatever it started."""
+class _Context(ForkContext):
+    Process = _Worker  # type: ignore[assignment]
+
+
+def kill_group(pid: int) -> None:
+    """Kill a worker and its children."""
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(OSError):
             kill(pid, signal.SIGKILL)
 
 
-def _work(connection: Connection, reward: functions.LoadedReward, job: Job) -> None:
-    """Answer calls by ``(index, RewardResult | Failure, seconds)`` for each item, as soon as it is scored.
+class _Calls:
+    """Hands responses to the pool and their outcomes to the driver.
 
-    The seconds are those that the item took, as `OwnTime` counts them; items of one call of a batch function
-    share the time of the call. A call of several items on which a batch function fails is answered by None:
-    they are to be tried one by one.
+    Of a call of several that fails as a whole, each is tried again by itself.
     """
-    own = OwnTime()
-    while True:
-        try:
-            call: Call = connection.recv()
-        except (EOFError, OSError):
-            return
-        own.lap()
-        if reward.batch:
-            results = _outcome(lambda: reward.call([item for _, item in call]))  # noqa: B023
-            if isinstance(results, Failure) and len(call) > 1:
-                connection.send(None)
-                continue
-            seconds = own.lap() / len(call)
-            for k, (index, item) in enumerate(call):
-                outcome = results if isinstance(results, Failure) else _finish(results[k], item, job)
-                connection.send((index, outcome, seconds))
-        elif reward.is_async:
-            reward.run(_gather(connection, reward, job, call))
+
+    def __init__(self, pool: pebble.ProcessPool, connection: Connection, job: Job) -> None:
+        self._pool, self._connection, self._job = pool, connection, job
+        self._wall = WALL_FACTOR * job.config.time_limit_s
+        self._waiting: deque[Entry] = deque()
+        self._running = 0  # calls of a function that takes several
+        self._lock, self._sending = threading.RLock(), threading.Lock()
+
+    def add(self, entry: Entry) -> None:
+        if self._job.together:
+            self._waiting.append(entry)
+            self._gather()
         else:
-            for index, item in call:
-                outcome = _outcome(lambda: _finish(reward.call([item])[0], item, job))  # noqa: B023
-                connection.send((index, outcome, own.lap()))
+            self._schedule([entry])
+
+    def _gather(self) -> None:
+        """While all workers are busy, responses gather for the next call."""
+        with self._lock:
+            while self._waiting and self._running < self._job.workers:
+                size = min(MAX_CALL, -(-len(self._waiting) // (self._job.workers - self._running)))
+                self._running += 1
+                self._schedule([self._waiting.popleft() for _ in range(size)])
+
+    def _schedule(self, call: list[Entry]) -> None:
+        items = [item for _, item in call]
+        try:
+            # A worker ends coroutines itself, and is given the time to.
+            future = self._pool.schedule(score_call, args=(items,), timeout=self._wall + self._job.together)
+        except RuntimeError:  # the pool is broken
+            _end(1)
+        future.add_done_callback(lambda done: self._finish(call, done))
+
+    def _finish(self, call: list[Entry], future: Future[list[Outcome] | Failure]) -> None:
+        result = self._result(future)
+        with self._lock:
+            self._running -= self._job.together
+            if isinstance(result, Failure) and len(call) > 1:
+                self._running += len(call)
+                for entry in call:
+                    self._schedule([entry])
+                return
+        self._gather()
+        outcomes = [result] if isinstance(result, Failure) else result
+        with self._sending, contextlib.suppress(OSError):  # the driver is gone, which `main` notices
+            for (number, _), outcome in zip(call, outcomes, strict=True):
+                self._connection.send((number, outcome))
+
+    def _result(self, future: Future[list[Outcome] | Failure]) -> list[Outcome] | Failure:
+        try:
+            return future.result()
+        except TimeoutError:  # a function's own is a Failure by now
+            return Failure(f"no score within {self._wall:g} s, {WALL_FACTOR} times its limit", timeout=True)
+        except pebble.ProcessExpired as error:
+            kill_group(error.pid)
+            if error.exitcode == -signal.SIGPROF:
+                limit = self._job.config.time_limit_s
+                return Failure(f"no score within {limit:g} s of CPU time", timeout=True)
+            return Failure(f"its process died ({describe(error.exitcode)})")
+        except Exception:  # the pool is broken
+            _end(1)
 
 
-class OwnTime:
-    """Laps of this thread's time, less what it spent waiting for a core where the system tells (Linux)."""
+_reward: functions.LoadedReward | Failure
+_job: Job
+_timer: _CpuTimer
+
+
+def _begin(job: Job, reader: RowReader | Failure | None, driver: int, parent: int) -> None:
+    """Make this process a worker: it loads the function, and dies with its parent."""
+    global _reward, _job, _timer
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)  # what the function starts is killed with the worker
+    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    os.close(driver)
+    with contextlib.suppress(OSError):  # when memory runs out, this process goes and not the training
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    _job, _timer = job, _CpuTimer()
+    try:
+        if isinstance(reader, Failure):
+            _reward = reader
+        else:
+            _reward = functions.load(job.config, reader=reader)
+    except BaseException as error:
+        _reward = _failure(error)
+
+
+def score_call(items: Sequence[RewardInput]) -> list[Outcome] | Failure:
+    """Score the responses of a call, in a worker; a `Failure` is one of all of them.
+
+    If the CPU time of this process exceeds the limit, the system ends it, whatever the function is at.
+    """
+    if isinstance(_reward, Failure):
+        return _reward
+    with _timer.limit(_job.config.time_limit_s * len(items)):
+        try:
+            if _reward.is_async and not _reward.batch:
+                return _reward.run(_together(_reward, items))
+            return [_finish(r, item) for r, item in zip(_reward.call(items), items, strict=True)]
+        except (
+            BaseException
+        ) as error:  # sys.exit() in a user's function is an error of this item as any other
+            return _failure(error)
+
+
+class _CpuTimer:
+    """Ends this process when it has used so much CPU time, whatever it is at and however busy the machine is.
+
+    (``signal.setitimer`` counts ticks, and on a busy machine up to 40% too many.)
+    """
 
     def __init__(self) -> None:
-        self._waited = 0.0
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        self._libc, self._timer = ctypes.CDLL(None, use_errno=True), ctypes.c_void_p()
+        event = (ctypes.c_int * 16)(0, 0, signal.SIGPROF, 0)  # a struct sigevent with SIGEV_SIGNAL
+        if self._libc.timer_create(time.CLOCK_PROCESS_CPUTIME_ID, event, ctypes.byref(self._timer)):
+            raise OSError(ctypes.get_errno(), "timer_create")
+
+    @contextlib.contextmanager
+    def limit(self, seconds: float) -> Iterator[None]:
+        self._set(seconds)
         try:
-            self._fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
-        except OSError:
-            self._fd = -1
-        self._last = self._now()
+            yield
+        finally:
+            self._set(0)
 
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        last, self._last = self._last, self._now()
-        return self._last - last
-
-    def _now(self) -> float:
-        # If a reward closes the file, the waiting that is known stays as it is.
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            self._waited = int(os.pread(self._fd, 64, 0).split()[1]) / 1e9
-        return time.monotonic() - self._waited
+    def _set(self, seconds: float) -> None:
+        value = (ctypes.c_long * 4)(0, 0, int(seconds), int(seconds % 1 * 1e9))  # a struct itimerspec
+        self._libc.timer_settime(self._timer, 0, value, None)
 
 
-async def _gather(connection: Connection, reward: functions.LoadedReward, job: Job, call: Call) -> None:
-    """All items of a call at the same time, each with its own time limit."""
-    limit = job.config.time_limit_s
+async def _together(reward: functions.LoadedReward, items: Sequence[RewardInput]) -> list[Outcome]:
+    """All items of a call at the same time, each with its own limit."""
+    limit = WALL_FACTOR * _job.config.time_limit_s
 
-    async def one(index: int, item: RewardInput) -> None:
-        outcome: RewardResult | Failure
+    async def one(item: RewardInput) -> Outcome:
         timeout = asyncio.timeout(limit)
-        began = time.monotonic()
         try:
             async with timeout:
-                result = await reward.call_async(item)
-            outcome = _finish(result, item, job)
+                return _finish(await reward.call_async(item), item)
         except BaseException as error:
-            outcome = timed_out(limit) if timeout.expired() else _failure(error)
-        connection.send((index, outcome, time.monotonic() - began))
+            if timeout.expired():
+                return Failure(f"no score within {limit:g} s, {WALL_FACTOR} times its limit", timeout=True)
+            return _failure(error)
 
-    await asyncio.gather(*(one(index, item) for index, item in call))
-
-
-def timed_out(limit_s: float) -> Failure:
-    return Failure(f"no score within {limit_s:g} s", timeout=True)
+    return list(await asyncio.gather(*(one(item) for item in items)))
 
 
-def _finish(result: RewardResult, item: RewardInput, job: Job) -> RewardResult:
+def _finish(result: RewardResult, item: RewardInput) -> RewardResult:
     """The result less the configured penalties, which become parts, as does the score before them."""
-    taken = penalties.penalties(job.config, job.max_response_length, item)
+    taken = penalties.penalties(_job.config, _job.max_response_length, item)
     if not taken:
         return result
     parts = {"accuracy": result.score, **result.parts, "score_raw": result.score, **taken}
     return RewardResult(result.score - sum(taken.values()), parts)
-
-
-def _outcome(score: Callable[[], _T]) -> _T | Failure:
-    try:
-        return score()
-    except BaseException as error:  # sys.exit() in a user's function is an error of this item as any other
-        return _failure(error)
 
 
 def _failure(error: BaseException) -> Failure:
@@ -251,12 +300,22 @@ def _failure(error: BaseException) -> Failure:
         text = "".join(traceback.format_exception(error))
     except Exception:  # an exception that cannot even be printed
         text = ""
-    return Failure(_one_line(error), text[-10_000:])
+    return Failure(one_line(error), text[-10_000:])
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What kind of error it is, and its message."""
     try:
         text = str(error)
     except Exception:
         text = "(its message cannot be had)"
     return " ".join(f"{type(error).__name__}: {text}"[:500].split())
+
+
+def describe(code: int) -> str:
+    """How a process ended: "exit code 3", "SIGSEGV"."""
+    if code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"signal {-code}"

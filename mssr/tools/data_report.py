@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import html
 import io
-import json
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,14 +18,15 @@ from PIL import Image
 from mssr.config import Config
 from mssr.config_checks import advice
 from mssr.config_loading import load_config
-from mssr.data.dataset import Row
+from mssr.data.dataset import BadRow, Row
 from mssr.data.encoder import PromptEncoder
-from mssr.data.loading import OVERLONG_FILE, LoadedPrompts, load_prompts
-from mssr.data.validation_sets import validation_sets
-from mssr.models.loading import check_model_path, load_processor
+from mssr.data.loading import LoadedPrompts
+from mssr.models.loading import check_model_path
 from mssr.rewards.extraction import unwrap
 from mssr.secrets import redact
 from mssr.tools.html import BASE_STYLE, data_uri
+from mssr.trainer.data import load_data, resolve_steps
+from mssr.trainer.validation import OwnPrompts
 
 SHOWN = 12
 """Prompts on the page, of each split, spread over the data."""
@@ -46,16 +44,6 @@ KINDS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """One of the data sets, checked."""
-
-    name: str
-    loaded: LoadedPrompts
-    dropped: list[tuple[str, str]]
-    """(where, reason) of rows that are not used."""
-
-
 def data_report(config_file: str | Path, overrides: Sequence[str] = (), out: str | None = None) -> Path:
     """Check the data of a config as a training would, print the counts, write the page; returns its path.
 
@@ -66,48 +54,32 @@ def data_report(config_file: str | Path, overrides: Sequence[str] = (), out: str
     check_model_path(config.model)
     for line in advice(config):
         print(f"note: {line}")
-    run_dir = config.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
-    encoder = PromptEncoder(load_processor(config.model), config.data)
-    sources: list[tuple[str, Any, str]] = [("train", config.data.train, "")]
-    for one in validation_sets(config.data.val):
-        if one.benchmark is None:
-            sources.append((f"validation {one.name}".strip(), one.path, one.prefix))
-    splits = []
-    for name, source, prefix in sources:
-        loaded, dropped = _load(source, config, encoder, run_dir, prefix)
-        splits.append(Split(name, loaded, dropped))
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    data = load_data(config)
+    for line in [*data.notes, *data.item_notes]:
+        print(f"note: {line}")
+    splits = {"train": data.train}
+    for one in data.val:
+        if isinstance(one, OwnPrompts):
+            splits[f"validation {one.set.name}".strip()] = one.loaded
+        else:
+            print(f"validation {one.set.name}: {one.summary()}")
+    for name, loaded in splits.items():
         print(f"{name}: {loaded.summary()}")
-        for line in loaded.notes:
-            print(f"  note: {line}")
-        for reason, count in _reasons(dropped):
+        for reason, count in _reasons(loaded.dropped):
             print(f"  {count} x {reason}")
-    path = Path(out) if out else run_dir / "data.html"
-    path.write_text(_page(config, encoder, splits))
+    if config.trainer.epochs is not None:
+        steps = resolve_steps(config, data.train).trainer.steps
+        print(f"trainer.epochs={config.trainer.epochs}: {steps} steps")
+    path = Path(out) if out else config.run_dir / "data.html"
+    path.write_text(_page(config, data.encoder, splits))
     print(f"written: {path}")
     return path
 
 
-def _load(
-    sources: Any, config: Config, encoder: PromptEncoder, run_dir: Path, prefix: str
-) -> tuple[LoadedPrompts, list[tuple[str, str]]]:
-    """A source, and the rows of it that are not used, from the lists that loading writes."""
-    lists = (run_dir / "bad_rows.jsonl", run_dir / OVERLONG_FILE)
-    for path in lists:
-        path.unlink(missing_ok=True)
-    loaded = load_prompts(sources, config.data, encoder, lists[0], prefix)
-    dropped = []
-    for path in lists:
-        lines = path.read_text().split("\n") if path.is_file() else []
-        for record in (json.loads(line) for line in lines if line):
-            reason = record.get("reason") or f"{record['length']} tokens, longer than data.max_prompt_length"
-            dropped.append((record["where"], reason))
-    return loaded, dropped
-
-
-def _reasons(dropped: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
+def _reasons(dropped: Sequence[BadRow]) -> list[tuple[str, int]]:
     """Kinds of reasons, the most frequent first; numbers in them are put together."""
-    return Counter(re.sub(r"\d+", "N", reason) for _, reason in dropped).most_common(10)
+    return Counter(re.sub(r"\d+", "N", row.reason) for row in dropped).most_common(10)
 
 
 def answer_kind(answer: str) -> str:
@@ -119,34 +91,33 @@ def answer_kind(answer: str) -> str:
     return "text"
 
 
-def _page(config: Config, encoder: PromptEncoder, splits: Sequence[Split]) -> str:
+def _page(config: Config, encoder: PromptEncoder, splits: Mapping[str, LoadedPrompts]) -> str:
     title = html.escape(redact(f"Data of {config.experiment_name}"))
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 {BASE_STYLE} pre {{ white-space: pre-wrap; background: #f5f5f5;
 padding: .6rem }} img {{ max-width: 100%; max-height: 320px; border: 1px solid #ddd; margin-right: .5rem }}
 article {{ border-top: 2px solid #ccc; padding: .6rem 0 }} mark {{ background: #dbe9ff }}
 </style></head><body><h1>{title}</h1>
-{"".join(_split(encoder, split, config.data.max_prompt_length) for split in splits)}
+{"".join(_split(encoder, *split, config.data.max_prompt_length) for split in splits.items())}
 </body></html>
 """
 
 
-def _split(encoder: PromptEncoder, split: Split, longest: int) -> str:
-    loaded = split.loaded
+def _split(encoder: PromptEncoder, name: str, loaded: LoadedPrompts, longest: int) -> str:
     dataset = loaded.dataset
     ids = dataset.ids
     answers = dataset.answers(ids)
     kinds = _table("answers look like", Counter(map(answer_kind, answers)).most_common())
-    reasons = _table("rows left out because", _reasons(split.dropped)) if split.dropped else ""
+    reasons = _table("rows left out because", _reasons(loaded.dropped)) if loaded.dropped else ""
     examples = "".join(
-        f"<tr><td>{html.escape(redact(w))}</td><td>{html.escape(redact(r))}</td></tr>"
-        for w, r in split.dropped[:20]
+        f"<tr><td>{html.escape(redact(row.where))}</td><td>{html.escape(redact(row.reason))}</td></tr>"
+        for row in loaded.dropped[:20]
     )
     if examples:
         examples = f"<details><summary>the first of them</summary><table>{examples}</table></details>"
     shown = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, SHOWN).astype(int))]
     prompts = "".join(_prompt(encoder, dataset.row(i)) for i in shown)
-    return f"""<h2>{split.name}: {html.escape(redact(loaded.summary()))}</h2>
+    return f"""<h2>{name}: {html.escape(redact(loaded.summary()))}</h2>
 {_histogram(np.asarray(loaded.lengths), longest)}{kinds}{reasons}{examples}
 <h3>Prompts, exactly as the model gets them</h3>{prompts}"""
 

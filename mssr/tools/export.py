@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mssr.config_loading import from_dict
 from mssr.errors import UserError
+from mssr.files import give_usual_modes
 from mssr.trainer.checkpoint import resolve
 from mssr.trainer.manifest import verify
 
@@ -33,10 +34,12 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) ->
     config = from_dict(manifest.config)
 
     import torch
-    import transformers
+
+    from mssr.models.loading import check_model_path, import_transformers, load_model, load_processor
+
+    transformers = import_transformers()
 
     from mssr.actor.checkpoint import load_model_state
-    from mssr.models.loading import check_model_path, load_model, load_processor
 
     check_model_path(config.model)
     model = load_model(config.model, torch.float32)
@@ -58,5 +61,6 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) ->
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     load_processor(config.model).save_pretrained(out)
+    give_usual_modes(out)
     print(f"mssr: {path} exported to {out}")
     return out

@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -161,7 +162,7 @@ class RolloutCollector:
         order = np.argsort(-expected, kind="stable").tolist()
         rollout = self.config.rollout
         params = SamplingParams(rollout.temperature, rollout.max_response_length)
-        answers = self.dataset.answers([r.prompt_id for r in requests])
+        answers = self.dataset.answers([r.prompt_id for r in requests], self.scorer.takes_cells)
         with contextlib.ExitStack() as stack:
             rewards = stack.enter_context(ScoringStream(self.scorer))
             early = None
@@ -171,7 +172,7 @@ class RolloutCollector:
 
             def on_finished(place: int, response: Rollout) -> None:
                 index = order[place]
-                rewards.add(index, _reward_input(response, answers[index]))
+                rewards.add(index, _reward_input(response, answers[index], self.dataset.response_prefix))
                 if early is not None:
                     early.add(index, response)
 
@@ -226,14 +227,17 @@ def scores_early(config: Config, cluster: Cluster) -> bool:
     return of_use and wanted == "always"
 
 
-def reward_inputs(dataset: PromptDataset, rollouts: Sequence[Rollout]) -> list[RewardInput]:
-    """What the reward sees of the rollouts."""
-    answers = dataset.answers([r.prompt_id for r in rollouts])
-    return [_reward_input(r, answer) for r, answer in zip(rollouts, answers, strict=True)]
+def reward_inputs(
+    dataset: PromptDataset, rollouts: Sequence[Rollout], takes_cells: bool
+) -> list[RewardInput]:
+    """What the reward sees of the rollouts; see `Scorer.takes_cells`."""
+    answers = dataset.answers([r.prompt_id for r in rollouts], takes_cells)
+    prefix = dataset.response_prefix
+    return [_reward_input(r, answer, prefix) for r, answer in zip(rollouts, answers, strict=True)]
 
 
-def _reward_input(rollout: Rollout, answer: str) -> RewardInput:
-    return RewardInput(rollout.text, answer, len(rollout.response_token_ids))
+def _reward_input(rollout: Rollout, answer: Any, prefix: str) -> RewardInput:
+    return RewardInput(prefix + rollout.text, answer, len(rollout.response_token_ids), rollout.prompt_id)
 
 
 def join_scores(batches: Sequence[ScoredBatch]) -> ScoredBatch:

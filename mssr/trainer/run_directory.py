@@ -183,7 +183,7 @@ def _complete(tree: dict[str, Any]) -> dict[str, Any]:
 def _decides_lr(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether it is the number of steps over which the learning rate decays."""
     schedule = "actor.lr_schedule"
-    return key == "trainer.steps" and not before[schedule] == now[schedule] == "constant"
+    return key in ("trainer.steps", "trainer.epochs") and not before[schedule] == now[schedule] == "constant"
 
 
 def _under(key: str, keys: tuple[str, ...]) -> bool:

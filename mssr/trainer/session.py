@@ -8,21 +8,19 @@ from typing import TextIO
 from mssr.cluster.base import launch
 from mssr.config import Config
 from mssr.config_checks import advice
-from mssr.data.encoder import PromptEncoder
-from mssr.data.loading import OVERLONG_FILE, load_prompts
 from mssr.errors import EXIT_OK
-from mssr.models.loading import load_processor
 from mssr.rewards import Scorer
 from mssr.tools.plot import plot, write_report
 from mssr.trainer.checkpoint import CheckpointStore
 from mssr.trainer.console import Console
+from mssr.trainer.data import load_data, resolve_steps
 from mssr.trainer.events import EventLog
 from mssr.trainer.loggers import MetricsLog
 from mssr.trainer.loop import Trainer
 from mssr.trainer.recovery import run_with_recovery, step_of
 from mssr.trainer.run_directory import check_checkpoint
 from mssr.trainer.signals import StopRequest
-from mssr.trainer.validation import describe, load_validation
+from mssr.trainer.validation import describe
 
 
 def run_session(config: Config, terminal: TextIO) -> int:
@@ -35,35 +33,38 @@ def run_session(config: Config, terminal: TextIO) -> int:
         UserError: the input is wrong; before any worker starts wherever that can be known.
     """
     run_dir = config.run_dir
-    encoder = PromptEncoder(load_processor(config.model), config.data)
-    bad_rows_file = run_dir / "bad_rows.jsonl"
-    for stale in (bad_rows_file, run_dir / OVERLONG_FILE):
-        stale.unlink(missing_ok=True)
-    train_set = load_prompts(config.data.train, config.data, encoder, bad_rows_file)
-    val_sets = load_validation(config, encoder, bad_rows_file)
+    data = load_data(config)
+    config = resolve_steps(config, data.train)
     with contextlib.ExitStack() as stack:
         console = Console(terminal, config.trainer.progress, config.trainer.steps)
         stack.callback(console.close)
         events = EventLog(run_dir, console.announce, config.trainer.max_restarts)
+        for line in data.notes:
+            console.announce(f"note: {line}")
+        for line in [*advice(config), *data.item_notes]:
+            console.note(f"note: {line}")
+        console.note(f"train: {data.train.summary()}; val: {describe(data.val)}")
+        store = CheckpointStore(run_dir, config.trainer.keep_checkpoints)
+        checkpoint = store.find(config.trainer.resume, lambda line: events.record("damaged_checkpoint", line))
+        if checkpoint:
+            for line in check_checkpoint(config, checkpoint):
+                console.note(line)
+            step, steps = step_of(checkpoint) or 0, config.trainer.steps
+            if step >= steps:
+                console.announce(f"nothing to do: {checkpoint} is of step {step}, and trainer.steps={steps}")
+                return EXIT_OK
+            console.note(f"resuming from {checkpoint}")
         # Its processes load the reward while the cluster starts.
         max_length, clip = config.rollout.max_response_length, config.method.bounded_rewards
         scorer = Scorer(
             config.reward,
             max_length,
             clip=clip,
+            rows=data.rows(config.model),
             on_restart=lambda how: events.restart("reward_pool_died", how),
+            on_failure=lambda what: events.record("reward_failed", what),
         )
         stack.enter_context(scorer)
-        store = CheckpointStore(run_dir, config.trainer.keep_checkpoints)
-        notes = dict.fromkeys([*advice(config), *train_set.notes, *(n for s in val_sets for n in s.notes)])
-        for line in notes:
-            console.note(f"note: {line}")
-        console.note(f"train: {train_set.summary()}; val: {describe(val_sets)}")
-        checkpoint = store.find(config.trainer.resume, lambda line: events.record("damaged_checkpoint", line))
-        if checkpoint:
-            for line in check_checkpoint(config, checkpoint):
-                console.note(line)
-            console.note(f"resuming from {checkpoint}")
         log = MetricsLog(config, step_of(checkpoint))
         stack.callback(log.close)
         stop = stack.enter_context(StopRequest(console.note))
@@ -72,8 +73,8 @@ def run_session(config: Config, terminal: TextIO) -> int:
             lambda: launch(config, events.restart, lambda: stop.requested),
             lambda cluster: Trainer(
                 config,
-                train_set.dataset,
-                val_sets,
+                data.train.dataset,
+                data.val,
                 scorer,
                 cluster,
                 store,

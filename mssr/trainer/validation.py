@@ -14,7 +14,7 @@ from mssr.cluster.base import Cluster
 from mssr.config import Config
 from mssr.data.dataset import PromptDataset
 from mssr.data.encoder import PromptEncoder
-from mssr.data.loading import load_prompts
+from mssr.data.loading import LoadedPrompts, load_prompts
 from mssr.data.validation_sets import ValidationSet, validation_sets
 from mssr.rewards import Scorer
 from mssr.rollout.seeds import request_seed
@@ -48,15 +48,21 @@ class OwnPrompts:
     """Rows in the form of the training's, scored by its reward."""
 
     set: ValidationSet
-    dataset: PromptDataset
-    notes: tuple[str, ...]
-    text: str
+    loaded: LoadedPrompts
+
+    @property
+    def dataset(self) -> PromptDataset:
+        return self.loaded.dataset
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.loaded.notes
 
     def ids(self, limit: int | None) -> list[str]:
         return self.dataset.ids[:limit]
 
     def score(self, rollouts: Sequence[Rollout], scorer: Scorer) -> tuple[np.ndarray, dict[str, float]]:
-        scored = scorer.score(reward_inputs(self.dataset, rollouts))
+        scored = scorer.score(reward_inputs(self.dataset, rollouts, scorer.takes_cells))
         metrics = score_metrics("val", scored)
         metrics = {key.removeprefix("val/"): value for key, value in metrics.items()}
         # Of several sources, each by its own.
@@ -69,7 +75,7 @@ class OwnPrompts:
         return scored.scores, metrics
 
     def summary(self) -> str:
-        return self.text
+        return self.loaded.summary()
 
 
 class BenchmarkPrompts:
@@ -87,7 +93,7 @@ class BenchmarkPrompts:
         directory = validation_set.directory(config.run_dir)
         shutil.rmtree(directory, ignore_errors=True)
         self._questions, _ = write_prompts([(benchmark, items)], encoder, directory)
-        self._benchmark = benchmark
+        self._benchmark, self._prefix = benchmark, encoder.response_prefix
         self._by_id = {validation_set.prefix + q.prompt_id: q for q in self._questions}
         self.dataset = validation_set.dataset(config.data, config.run_dir)
         self.notes = tuple(f"{q.benchmark.name}/{q.item.id}: {q.note}" for q in self._questions if q.note)
@@ -98,7 +104,10 @@ class BenchmarkPrompts:
     def score(self, rollouts: Sequence[Rollout], scorer: Scorer) -> tuple[np.ndarray, dict[str, float]]:
         verdicts = [
             self._benchmark.verdict(
-                self._by_id[r.prompt_id].item, r.text, r.finish_reason == "length", len(r.response_token_ids)
+                self._by_id[r.prompt_id].item,
+                self._prefix + r.text,
+                r.finish_reason == "length",
+                len(r.response_token_ids),
             )
             for r in rollouts
         ]
@@ -124,8 +133,9 @@ def load_validation(config: Config, encoder: PromptEncoder, bad_rows_file: Path)
         if one.benchmark is not None:
             loaded.append(BenchmarkPrompts(one, config, encoder))
             continue
-        found = load_prompts(one.path, config.data, encoder, bad_rows_file, one.prefix)
-        loaded.append(OwnPrompts(one, found.dataset, found.notes, found.summary()))
+        rule = config.reward.rule
+        found = load_prompts(one.path, config.data, encoder, bad_rows_file, one.prefix, rule)
+        loaded.append(OwnPrompts(one, found))
     return loaded
 
 

@@ -113,7 +113,7 @@ def worker(data: Path) -> None:
         opened = opened or time.monotonic() - started
         # Decoding is what costs time here, so not of every prompt.
         for prompt_id in ids[::8]:
-            source.get(prompt_id)
+            source.get([prompt_id])
         for prompt_id in ids:
             source.row(prompt_id)
         print(json.dumps({"rss": rss_gib(), "opened": opened}), flush=True)

@@ -1,8 +1,9 @@
-"""What responses that hang cost a step: scoring 2,048 of which 1% never return, as a Markdown table.
+"""How much scoring delays a step: 2,048 responses that come over 30 s of generation, as a Markdown table.
 
     python scripts/bench/reward_pool.py --out scripts/bench/results/reward_pool.md
 
-The delay is the time of the batch with hanging responses less that of the batch without, both in one run.
+Of some answers the truth has another form, so that math-verify has to decide, and no two are alike. The delay
+is the time from the arrival of the last response until all scores are there.
 """
 
 from __future__ import annotations
@@ -11,80 +12,77 @@ import argparse
 import datetime
 import os
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
 from mssr.data_config import RewardConfig
-from mssr.rewards import RewardInput, Scorer
+from mssr.rewards import RewardInput, Scorer, ScoringStream
 
 COUNT = 2048
-REWARD = """
-import time
-from mssr.rewards import rules
-
-def hanging(response, answer, *, hang="sleep"):
-    if response == "hang":
-        time.sleep(1e6) if hang == "sleep" else None
-        while True:
-            pass
-    return rules.score("math", response, answer)
-"""
-ANSWERS = ["8", r"\frac{3}{4}", "x^2+2x+1", r"\sqrt{2}/2", "(1,2)", r"30^\circ", "0.75", r"2\pi"]
+THINKING = "<think>" + "so we get that x equals y and so on. " * 200 + "</think>"
+EASY = ["{k}", r"\frac{{3}}{{{k}}}", "{k}x^2+2x+1", r"\sqrt{{{k}}}/2", "(1,{k})", r"{k}^\circ", r"{k}\pi"]
+HARD = [
+    (r"\frac{{x^2-{s}}}{{x-{k}}}", "x+{k}"),
+    ("(x+{k})(x-1)", "x^2+{m}x-{k}"),
+    (r"\sqrt{{{s}+0}}+\frac{{{k}}}{{2}}", r"\frac{{{t}}}{{2}}"),
+]
 
 
-def items(hanging: bool) -> list[RewardInput]:
-    """Ordinary responses with math answers; every hundredth is to hang."""
-    thinking = "<think>" + "so we get that x equals y and so on. " * 200 + "</think>"
+def items(hard_share: float) -> list[RewardInput]:
+    """Right answers, so many of them in another form than the truth."""
     result = []
     for i in range(COUNT):
-        answer = ANSWERS[i % len(ANSWERS)]
-        text = "hang" if hanging and i % 100 == 50 else f"{thinking}\\boxed{{{answer}}}"
-        result.append(RewardInput(text, answer, 1500))
+        k = i + 2
+        numbers = {"k": k, "s": k * k, "m": k - 1, "t": 3 * k}
+        hard = int((i + 1) * hard_share) > int(i * hard_share)
+        answer, truth = HARD[i % len(HARD)] if hard else (EASY[i % len(EASY)],) * 2
+        text = f"{THINKING}\\boxed{{{answer.format(**numbers)}}}"
+        result.append(RewardInput(text, truth.format(**numbers), 1500))
     return result
 
 
-def measure(hang: str, limit: float, workers: int, repeats: int) -> str:
-    """One row of the table."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "reward.py"
-        path.write_text(REWARD)
-        config = RewardConfig(
-            name=f"{path}:hanging", options={"hang": hang}, workers=workers, time_limit_s=limit
-        )
-        with Scorer(config, 2048) as scorer:
-            scorer.score(items(False)[:8])  # the workers have loaded it
-            normal, late, lost = [], [], set()
-            for _ in range(repeats):
-                for batch, seconds in ((items(False), normal), (items(True), late)):
-                    start = time.perf_counter()
-                    scored = scorer.score(batch)
-                    seconds.append(time.perf_counter() - start)
-                    lost.add(scored.timeouts)
-    delay = statistics.median(b - a for a, b in zip(normal, late, strict=True))
-    hung = sum(item.response == "hang" for item in items(True))
-    assert lost == {0, hung}, f"{lost} responses were lost, not the {hung} that hang"
-    median = statistics.median(normal)
-    return f"| {hang} | {hung} of {COUNT} | {limit:g} | {median:.2f} | {delay:.2f} |"
+def measure(scorer: Scorer, batch: list[RewardInput], seconds: float) -> float:
+    """Seconds of delay."""
+    start = time.perf_counter()
+    with ScoringStream(scorer) as stream:
+        for i, item in enumerate(batch):
+            time.sleep(max(0.0, start + (i + 1) * seconds / COUNT - time.perf_counter()))
+            stream.add(i, item)
+        last = time.perf_counter()
+        scored = stream.result()
+    delay = time.perf_counter() - last
+    wrong = COUNT - int(scored.scores.sum())
+    assert not scored.errors and not wrong, f"{wrong} are not right, {scored.errors} failed"
+    return delay
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", help="file to write the table to as well")
     parser.add_argument("--date", default=datetime.date.today().isoformat())
-    parser.add_argument("--limit", type=float, default=2.0, help="reward.time_limit_s")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of generation")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     load = os.getloadavg()[0]  # what others do on this machine
-    rows = [measure(hang, args.limit, args.workers, args.repeats) for hang in ("sleep", "loop")]
+    rows = []
+    for share in (0.0, 1 / 3, 1.0):
+        delays = []
+        for _ in range(args.repeats):
+            # New processes: what they have decided before they remember.
+            with Scorer(RewardConfig(name="math", workers=args.workers), 2048) as scorer:
+                scorer.score(items(0.0)[:8])
+                delays.append(measure(scorer, items(share), args.seconds))
+        median, worst = statistics.median(delays), max(delays)
+        rows.append(f"| {share:.0%} | {args.seconds:g} | {median:.2f} | {worst:.2f} |")
     table = "\n".join(
         [
-            f"`python scripts/bench/reward_pool.py`, {args.date}, {os.cpu_count()} CPU cores, medians of "
-            f"{args.repeats}, {args.workers} workers, load average before it {load:.1f}",
+            f"`python scripts/bench/reward_pool.py`, {args.date}, {os.cpu_count()} CPU cores, "
+            f"{COUNT} responses, {args.repeats} runs, {args.workers} workers, load average before it "
+            f"{load:.1f}",
             "",
-            "| they hang in | responses that hang | limit, s | step without, s | delay, s |",
-            "| --- | --- | --- | --- | --- |",
+            "| answers that math-verify decides | generation, s | delay, s (median) | (longest) |",
+            "| --- | --- | --- | --- |",
             *rows,
         ]
     )

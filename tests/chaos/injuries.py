@@ -5,6 +5,7 @@ Those in `DRIVER_ENDS` end the driver; then the same command is given again, as 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.chaos.run import Run, Skipped
+from tests.chaos.run import PATIENCE_S, Run, Skipped
 
 Injury = Callable[[Run, random.Random], str]
 
@@ -93,18 +94,16 @@ def disk_full(run: Run, rng: random.Random) -> str:
     if not run.small_disk:
         raise Skipped("no right to mount a small file system")
     ballast = run.run_dir / "checkpoints" / "ballast"
-    before = run.events()
-    with ballast.open("wb") as file:
-        try:
+    before = _failed_checkpoints(run)
+    deadline = time.monotonic() + PATIENCE_S
+    while _failed_checkpoints(run) == before and run.process.poll() is None:
+        assert time.monotonic() < deadline, f"no checkpoint fails on a full disk; see {run.directory}"
+        # Again and again, for the run removes what it could not write. The disk may be full already.
+        with contextlib.suppress(OSError), ballast.open("ab", buffering=0) as file:
             while True:
-                file.write(bytes(1 << 14))
-                file.flush()
-        except OSError:
-            pass
-    deadline = time.monotonic() + 120
-    while len(run.events()) == len(before) and time.monotonic() < deadline and run.process.poll() is None:
+                file.write(bytes(1 << 20))
         time.sleep(0.05)
-    ballast.unlink()
+    ballast.unlink(missing_ok=True)
     run.expected_events.add("checkpoint_failed")
     return "the disk is full until a checkpoint has failed"
 
@@ -144,10 +143,14 @@ DRIVER_ENDS = {
 
 def _wait_for_two_checkpoints(run: Run) -> None:
     """Where the only one is damaged a run refuses to start, rather than silently afresh."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE_S
     while len(list((run.run_dir / "checkpoints").glob("step-*"))) < 2 and run.process.poll() is None:
         assert time.monotonic() < deadline, f"there is no second checkpoint; see {run.directory}"
         time.sleep(0.05)
+
+
+def _failed_checkpoints(run: Run) -> int:
+    return sum(e["event"] == "checkpoint_failed" for e in run.events())
 
 
 def _file_of_newest_checkpoint(run: Run, rng: random.Random) -> Path:

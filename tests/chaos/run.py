@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,11 +27,13 @@ ARGUMENTS = [
     "trainer.samples_every=1",
     "trainer.keep_checkpoints=3",
     "trainer.max_restarts=5",
-    "cluster.hang_timeout_s=30",
-    "reward.time_limit_s=1",
+    "cluster.hang_timeout_s=120",  # on busy cores ranks that start wait long for each other
+    "reward.time_limit_s=20",  # what takes so long hangs, and is not only waiting for a core
     "rollout.rollouts_per_step=16",
     "actor.lr=0.005",
 ]
+PATIENCE_S = 1500.0
+"""Bounds a hang. Beside others that burn the cores a run of one minute takes five."""
 CLOCKS = ("timing/", "perf/", "memory/")
 REWARD_TROUBLE = ("reward/errors", "reward/timeouts")
 
@@ -43,7 +46,7 @@ class Run:
     """A training in a directory of its own.
 
     Args:
-        small_disk: put its checkpoints on a file system of a few megabytes, if that is allowed.
+        small_disk: put its checkpoints on a small file system of their own, if that is allowed.
     """
 
     def __init__(self, directory: Path, config: Path, small_disk: bool = False):
@@ -74,16 +77,16 @@ class Run:
                 env=os.environ | {MARK: self._mark},
             )
 
-    def wait(self, timeout: float = 400) -> int:
+    def wait(self) -> int:
         try:
-            return self.process.wait(timeout)
+            return self.process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise AssertionError(f"the run hangs; see {self.directory}") from None
 
-    def reach(self, step: int, timeout: float = 400) -> None:
+    def reach(self, step: int) -> None:
         """Wait until the record of a step is there, or the run has ended."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + PATIENCE_S
         while self.process.poll() is None and not any(r["step"] >= step for r in self.metrics()):
             assert time.monotonic() < deadline, f"step {step} is never reached; see {self.directory}"
             time.sleep(0.02)
@@ -108,12 +111,12 @@ class Run:
                 continue
         return found
 
-    def kill(self, log: str, number: int = signal.SIGKILL, timeout: float = 120) -> str:
+    def kill(self, log: str, number: int = signal.SIGKILL) -> str:
         """Send a signal to the worker that writes this log; where it is being replaced, to the next one.
 
         Of the driver that runs now: those of one that was killed before may still be about to end.
         """
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             for process in psutil.Process(self.process.pid).children(recursive=True):
                 try:
@@ -135,7 +138,7 @@ class Run:
     def _mount(self) -> bool:
         target = self.run_dir / "checkpoints"
         target.mkdir(parents=True)
-        command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(target)]
+        command = ["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", str(target)]
         try:
             return subprocess.run(command, capture_output=True, check=False).returncode == 0
         except FileNotFoundError:
@@ -148,8 +151,15 @@ def comparable(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if not k.startswith(hidden)} for r in records]
 
 
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+def abandoned_memory() -> set[str]:
+    """Shared memory that no process maps or has open. (Other runs on this machine use theirs.)"""
+    used = set()
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            used |= {line.split(maxsplit=5)[5] for line in maps if "/dev/shm/" in line}
+            used |= {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    return {name for name in os.listdir("/dev/shm") if f"/dev/shm/{name}" not in used}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

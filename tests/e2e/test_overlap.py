@@ -3,64 +3,48 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.conftest import Workspace
-from tests.e2e.test_exact_resume import SCRIPT, STEPS, read_run
+from tests.e2e.run_states import SMALL, STEPS, read_run, train_each
 
 pytestmark = pytest.mark.e2e
-SMALL = [
-    f"trainer.steps={STEPS}",
-    f"trainer.save_every={STEPS}",
-    "actor.num_ranks=1",
-    "rollout.engine=hf",
-    "rollout.rollouts_per_step=6",
-    "rollout.max_response_length=6",
-    "actor.lr=0.005",
-    # The last bits of a matrix product on several threads may depend on which of them came first.
-    "cluster.threads_per_rollout=1",
-]
+# The last bits of a matrix product on several threads may depend on which of them came first.
+COMMON = [*SMALL, "cluster.threads_per_rollout=1"]
+SHARED = ["rollout.workers=2", "rollout.max_num_seqs=1", "actor.score_early=always"]
+VARIANTS: dict[str, tuple[int | None, list[str]]] = {
+    "together": (None, [*COMMON, *SHARED, "cluster.launcher=ray"]),
+    "lag": (2, [*COMMON, "cluster.launcher=ray", "rollout.lag=1", "trainer.val_every=0"]),
+    "alone": (None, [*COMMON, "cluster.launcher=local"]),
+}
 
 
-def train(workspace: Workspace, run_dir: Path, *options: str) -> list[dict[str, Any]]:
-    code = "import sys; from mssr.trainer.train import train; sys.exit(train(sys.argv[1], sys.argv[2:]))"
-    arguments = [str(workspace.config), *SMALL, *options, f"trainer.run_dir={run_dir}"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+@pytest.fixture(scope="module")
+def runs(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of all runs."""
+    out = tmp_path_factory.mktemp("overlap")
+    train_each(workspace.config, out, VARIANTS)
+    return out
+
+
+def test_engines_that_share_a_queue_and_early_scores_give_the_same_run(runs: Path) -> None:
+    together, alone = (
+        [json.loads(line) for line in (runs / f"{name}-straight/metrics.jsonl").read_text().splitlines()]
+        for name in ("together", "alone")
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.timeout(400)
-def test_engines_that_share_a_queue_and_early_scores_give_the_same_run(
-    workspace: Workspace, tmp_path: Path
-) -> None:
-    shared = ["rollout.workers=2", "rollout.max_num_seqs=1", "actor.score_early=always"]
-    together = train(workspace, tmp_path / "together", "cluster.launcher=ray", *shared)
-    alone = train(workspace, tmp_path / "alone", "cluster.launcher=local")
     for a, b in zip(together, alone, strict=True):
         same = [k for k in b if not k.startswith(("timing/", "perf/", "memory/", "rollout/mismatch"))]
         assert {k: a[k] for k in same} == pytest.approx({k: b[k] for k in same}, rel=1e-3, abs=1e-5)
     assert max(r["rollout/mismatch_max"] for r in together[1:]) < 1e-5  # no engine had old weights
-    logs = [(tmp_path / f"together/logs/rollout-{k}.log").is_file() for k in range(2)]
-    assert all(logs) and together[1]["timing/score_s"] < together[1]["timing/step_s"]
+    assert all((runs / f"together-straight/logs/rollout-{k}.log").is_file() for k in range(2))
+    assert 0 < together[1]["timing/score_s"] < together[1]["timing/step_s"]
 
 
-@pytest.mark.timeout(400)
-def test_with_lag_stopped_and_resumed_equals_straight_bitwise(workspace: Workspace, tmp_path: Path) -> None:
+def test_with_lag_stopped_and_resumed_equals_straight_bitwise(runs: Path) -> None:
     """The batch that was generated ahead comes from the checkpoint."""
-    common = [*SMALL, "cluster.launcher=ray", "rollout.lag=1"]
-    spec = json.dumps({"common": common, "variants": {"lag": (2, ["trainer.val_every=0"])}})
-    command = [sys.executable, "-c", SCRIPT, str(workspace.config), str(tmp_path), spec]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    straight, stopped = (read_run(tmp_path / f"lag-{kind}", first=1) for kind in ("straight", "stopped"))
+    straight, stopped = (read_run(runs / f"lag-{kind}", first=1) for kind in ("straight", "stopped"))
     for a, b in zip(straight["metrics"], stopped["metrics"], strict=True):
         assert {k: (a[k], b.get(k)) for k in a if a[k] != b.get(k)} == {}, f"step {a['step']}"
     for key in straight:

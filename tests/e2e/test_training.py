@@ -13,14 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mssr.cli import main
+from mssr.trainer.checkpoint import read_state
+from tests.chaos.course import injure, undisturbed
+from tests.chaos.run import STEPS, Run, comparable
 from tests.conftest import Workspace
+from tests.e2e.run_states import tensors_of
 
 pytestmark = pytest.mark.e2e
 RunMssr = Callable[..., subprocess.CompletedProcess[str]]
-
-STEPS = 8
-# Several updates of every part of the model: the vision tower, the tied embeddings.
-BASE = ["trainer.save_every=2", "trainer.keep_checkpoints=9", "actor.lr=0.005", "trainer.profile_steps=[2]"]
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -28,15 +29,20 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def straight_run(workspace: Workspace, run_mssr: RunMssr, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All steps without interruption."""
-    run_dir = tmp_path_factory.mktemp("straight") / "run"
-    done = run_mssr("train", workspace.config, *BASE, f"trainer.steps={STEPS}", f"trainer.run_dir={run_dir}")
-    assert done.returncode == 0, done.stderr
-    # Quiet when not a terminal: nothing of Ray, vLLM or transformers on the screen.
-    assert done.stdout == f"mssr: run directory {run_dir}\n"
-    assert done.stderr == ""
-    return run_dir
+def reference(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """All steps without interruption; one of them profiled."""
+    directory = tmp_path_factory.mktemp("reference") / "undisturbed"
+    return undisturbed(directory, workspace.config, ["trainer.profile_steps=[2]"])
+
+
+@pytest.fixture
+def straight_run(reference: Run) -> Path:
+    return reference.run_dir
+
+
+def test_a_run_without_a_terminal_is_quiet(reference: Run) -> None:
+    """Nothing of Ray, vLLM or transformers on the screen."""
+    assert reference.screen.read_text() == f"mssr: run directory {reference.run_dir}\n"
 
 
 def test_the_run_directory_holds_what_it_promises(straight_run: Path) -> None:
@@ -50,11 +56,11 @@ def test_the_run_directory_holds_what_it_promises(straight_run: Path) -> None:
         perf/rollouts_per_s perf/tokens_per_s epoch memory/driver_rss_gib""".split()
     for record in records[1:]:
         assert not [key for key in promised if not isinstance(record.get(key), float)]
-    assert [r["step"] for r in records if "val/accuracy" in r] == [0, 2, 4, 6, 8]
-    assert (straight_run / "checkpoints" / "latest").read_text() == "step-000008"
+    assert [r["step"] for r in records if "val/accuracy" in r] == [0, 3, 6, 9, 10]
+    assert (straight_run / "checkpoints" / "latest").read_text() == "step-000010"
     assert (straight_run / "config.yaml").is_file()
     validation = [
-        json.loads(x) for x in (straight_run / "samples/step-000008.jsonl").read_text().splitlines()
+        json.loads(x) for x in (straight_run / "samples/step-000010.jsonl").read_text().splitlines()
     ]
     assert {s["id"] for s in validation if s["split"] == "val"} == {"t0", "t1", "t2", "t3"}
     for log in ("driver.log", "actor-0.log", "actor-1.log", "rollout-0.log"):
@@ -78,7 +84,7 @@ def test_a_profiled_step_leaves_traces(straight_run: Path) -> None:
     assert any("generate" in e.get("name", "") for e in timeline)
 
 
-def test_engine_and_actor_agree_after_every_weight_update(straight_run: Path, workspace: Workspace) -> None:
+def test_engine_and_actor_agree_after_every_weight_update(straight_run: Path) -> None:
     """The gate of weight transfer: same images each step, vision tower trained, tied embeddings."""
     records = metrics_of(straight_run)[1:]
     # 16 rollouts of 8 prompts: every step has every image twice, after two and more updates.
@@ -87,7 +93,7 @@ def test_engine_and_actor_agree_after_every_weight_update(straight_run: Path, wo
     assert min(r["policy/kl_update"] for r in records) > 1e-4  # the weights did change
 
 
-def test_the_gate_sees_stale_weights(straight_run: Path, workspace: Workspace) -> None:
+def test_the_gate_sees_stale_weights(workspace: Workspace) -> None:
     """Each kind of staleness alone would be orders of magnitude above the gate."""
     from mssr.config_loading import load_config
     from mssr.data.prompt_source import PromptSource
@@ -117,9 +123,9 @@ def test_export_is_a_model_that_transformers_loads(
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
     best = straight_run / "checkpoints" / "best"
-    for source, name in ((straight_run, "latest"), (best, "best")):
-        done = run_mssr("export", source, "--out", tmp_path / name)
-        assert done.returncode == 0, done.stderr
+    done = run_mssr("export", straight_run, "--out", tmp_path / "latest")
+    assert done.returncode == 0, done.stderr
+    assert main(["export", str(best), "--out", str(tmp_path / "best")]) == 0
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(workspace.path / "model")
     ours = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "latest")
     assert ours.dtype == base.dtype
@@ -130,16 +136,53 @@ def test_export_is_a_model_that_transformers_loads(
     processor = AutoProcessor.from_pretrained(tmp_path / "latest")
     assert processor.tokenizer.eos_token and processor.image_processor
     step = best.read_text()
-    again = run_mssr("export", straight_run / "checkpoints" / step, "--out", tmp_path / "again")
-    assert again.returncode == 0
+    assert main(["export", str(straight_run / "checkpoints" / step), "--out", str(tmp_path / "again")]) == 0
     files = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("best", "again")]
     assert files[0] == files[1]
+
+
+def test_chaos_changes_nothing(workspace: Workspace, reference: Run, tmp_path: Path) -> None:
+    """Ray, vLLM, two ranks; `scripts/chaos.sh` does more of it."""
+    kinds = ["kill_engine", "kill_actor_rank", "flipped_bit_in_checkpoint"]
+    injure(tmp_path / "run", workspace.config, reference, kinds, seed=1)
+    ours, theirs = (
+        sorted((d / "run/checkpoints").glob("step-*"))[-1] for d in (tmp_path / "run", reference.directory)
+    )
+    assert repr(read_state(ours)) == repr(read_state(theirs))
+    assert tensors_of(ours) == tensors_of(theirs)
+
+
+def test_one_rank_goes_on_from_two_and_two_from_one(
+    workspace: Workspace, reference: Run, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "other", workspace.config)
+    checkpoint = reference.run_dir / "checkpoints/step-000008"
+    # Neither the launcher nor the number of ranks is part of what a run computes.
+    one = ["cluster.launcher=local", "actor.num_ranks=1", f"trainer.resume={checkpoint}", "trainer.steps=9"]
+    plugins = f"{reference.directory}/plugins.py"
+    for extra in (one, ["trainer.save_every=1"]):
+        run.extra = [*extra, f"reward.name={plugins}:reward", f"algorithm.loss.name={plugins}:loss"]
+        run.start()
+        assert run.wait() == 0, run.screen.read_text()
+    theirs = reference.metrics()
+    for ours in run.metrics():
+        expected = comparable(theirs)[ours["step"]]
+        for key, value in comparable([ours])[0].items():
+            assert value == pytest.approx(expected[key], rel=1e-5, abs=1e-5), f"step {ours['step']}: {key}"
+    assert [r["step"] for r in run.metrics()] == [9, 10]
+    # Also where engine and actor share a process, and its threads.
+    assert max(r["rollout/mismatch_max"] for r in run.metrics()) < 1e-5
+    states = [read_state(r.run_dir / "checkpoints/step-000010") for r in (run, reference)]
+    assert repr(states[0]["sampler"]) == repr(states[1]["sampler"])
+    trackers = [s["estimator"]["algorithm"] for s in states]
+    assert repr(trackers[0]["baseline"]["keys"]) == repr(trackers[1]["baseline"]["keys"])
 
 
 def test_a_policy_that_wants_image_tokens_trains_on(
     workspace: Workspace, run_mssr: RunMssr, tmp_path: Path
 ) -> None:
-    """The most likely token everywhere is <|image_pad|>; it is never sampled and nothing crashes."""
+    """The most likely token everywhere is <|image_pad|>; it is never sampled and nothing crashes. In one
+    process, with the engine and the update that Ray's workers have too."""
     model_dir = tmp_path / "model"
     shutil.copytree(workspace.path / "model", model_dir)
     prefer_image_pad(model_dir, workspace)
@@ -150,6 +193,8 @@ def test_a_policy_that_wants_image_tokens_trains_on(
         f"model.path={model_dir}",
         "trainer.steps=2",
         "algorithm.kl.coef=0.01",
+        "cluster.launcher=local",
+        "actor.num_ranks=1",
         f"trainer.run_dir={run_dir}",
     )
     assert done.returncode == 0, done.stderr

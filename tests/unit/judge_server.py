@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,9 +36,9 @@ class Server:
             handler.send_header("Content-Length", "0")
             handler.end_headers()
         elif self.mode == "silent":
-            self.release.wait(20)
+            self.release.wait()
         elif self.mode == "drip":
-            self._send(handler, b"{" + b" " * 10, length=100, pause=0.1)
+            self._drip(handler)
         elif self.mode == "closed":
             handler.connection.close()
         elif self.mode == "html":
@@ -51,16 +50,18 @@ class Server:
         else:
             self._send(handler, json.dumps({"choices": [{"message": {"content": self.mode}}]}).encode())
 
-    def _send(
-        self, handler: BaseHTTPRequestHandler, data: bytes, length: int | None = None, pause: float = 0
-    ) -> None:
+    def _send(self, handler: BaseHTTPRequestHandler, data: bytes, length: int | None = None) -> None:
         handler.send_response(200)
         handler.send_header("Content-Length", str(length or len(data)))
         handler.end_headers()
-        for k in range(len(data)):
-            handler.wfile.write(data[k : k + 1])
+        handler.wfile.write(data)
+
+    def _drip(self, handler: BaseHTTPRequestHandler) -> None:
+        """Byte by byte, without end."""
+        self._send(handler, b"{", length=10**6)
+        while not self.release.wait(0.05):
+            handler.wfile.write(b" ")
             handler.wfile.flush()
-            time.sleep(pause)
 
 
 @contextmanager

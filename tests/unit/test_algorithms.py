@@ -296,15 +296,15 @@ def test_a_users_method_can_be_a_file(tmp_path: Path) -> None:
         algorithms.register("a:b")
 
 
-def test_importing_algorithms_is_quick_and_pure() -> None:
+def test_importing_algorithms_loads_no_torch_and_nothing_else_of_ours() -> None:
     program = (
-        "import sys, time; start = time.perf_counter(); import mssr.algorithms; import mssr.rewards\n"
-        "seconds = time.perf_counter() - start; light = 'torch' not in sys.modules\n"
+        "import sys, mssr.algorithms, mssr.rewards\n"
+        "light = 'torch' not in sys.modules\n"
         "mssr.algorithms.losses.policy_loss; mssr.algorithms.shaping.entropy_bonus\n"
         "heavy = sorted({'ray', 'transformers', 'vllm', 'datasets', 'omegaconf'} & set(sys.modules))\n"
         "ours = sorted(m for m in sys.modules if m.startswith('mssr.') and m.split('.')[1] not in"
         " ('algorithms', 'rewards', 'errors', 'plugins'))\n"
-        "print(seconds < 2, light, heavy, ours)"
+        "print(light, heavy, ours)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True True [] []"
+    assert done.stdout.strip() == "True [] []"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -168,12 +167,12 @@ def test_a_refusal_is_not_tried_again(mode: str, requests: int, server: tuple[Se
 
 
 def test_the_time_limit_holds(server: tuple[Server, str]) -> None:
+    """Without it these requests would never end."""
     state, url = server
     for mode in ("silent", "drip"):
         state.mode = mode
-        start = time.monotonic()
         assert http(url, time_limit_s=0.3, attempts=1).verdicts(ONE) == [None]
-        assert time.monotonic() - start < 3
+        assert not state.release.is_set()
 
 
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(

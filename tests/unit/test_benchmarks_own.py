@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from mssr.config import Config
 from mssr.data.dataset import PromptDataset
 from mssr.data_config import DataConfig, RewardConfig
 from mssr.errors import UserError
 from mssr.evaluation import registry
 from mssr.evaluation.base import Benchmark
 from mssr.evaluation.benchmarks.own import Own
+from mssr.evaluation.prompts import Question
+from mssr.evaluation.responses import Response
+from mssr.evaluation.verdicts import VerdictBook
 from mssr.rewards import functions
 from mssr.rewards.base import RewardInput
 from tests.unit.data_forms import geometry3k, mmrl30k, vision_r1_rl, write_jsonl
@@ -90,6 +95,26 @@ def test_a_users_reward_scores_and_may_fail(four: Path, tmp_path: Path) -> None:
     assert (verdict.status, verdict.rule) == ("wrong", "reward_error")
 
 
+def test_a_users_reward_sees_the_row(tmp_path: Path) -> None:
+    image = str(tmp_path / "red.png")
+    rows = [{"problem": f"{k}?", "answer": k, "bbox": [k, 9], "images": [image]} for k in range(3)]
+    Image.new("RGB", (64, 32), "red").save(image)
+    path = write_jsonl(tmp_path / "boxes.jsonl", rows)
+    (tmp_path / "reward.py").write_text(
+        "def f(response, answer, bbox, images):\n"
+        "    assert answer < 2, answer\n"
+        "    return float(response == str(answer) and bbox == [answer, 9] and images[0].size == (64, 32))\n"
+    )
+    config = Config(reward=RewardConfig(name=f"{tmp_path}/reward.py:f", workers=1))
+    own, told = Own(str(path), reward=config.reward, config=config.data), list[str]()
+    questions = [Question(own, item, True) for item in own.load()]
+    with VerdictBook(config, questions, reward=True, tell=told.append) as book:
+        for question, text in zip(questions, "022", strict=True):
+            book.add([Response("boxes", question.item.id, 0, text, 1, "stop")])
+    assert [book.of(q, 0)[1].correct for q in questions] == [True, False, False]
+    assert len(told) == 1 and "failed on 1 of 1 responses" in told[0]
+
+
 def test_a_rule_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(UserError, match="unknown rule 'maths': one of choice, exact_match, math, number"):
         Own("a.parquet", rule="maths")
@@ -127,7 +152,7 @@ def test_configured_columns_are_read(tmp_path: Path) -> None:
     config = DataConfig(id_column="key", problem_column="question", answer_column="truth")
     (item,) = Own(str(path), config=config).load()
     assert (item.id, item.question, item.answer) == ("7", "2 + 2?", "4")
-    with pytest.raises(UserError, match=r"q.jsonl has no column 'problem', it has key, question, truth"):
+    with pytest.raises(UserError, match=r"q.jsonl has no column 'problem' .*'key', 'question', 'truth'"):
         registry.get(str(path)).load()
 
 

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mssr import algorithms
 from mssr.cli import main
@@ -146,3 +147,27 @@ def test_missing_and_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "bad.yaml").write_text("a: [1")
     assert main(["train", str(tmp_path / "bad.yaml")]) == 2
     assert "bad.yaml is not valid YAML" in capsys.readouterr().err
+
+
+def test_steps_or_epochs(tmp_path: Path) -> None:
+    """Of several layers the later says how long; one that says both contradicts itself."""
+
+    def length(*overrides: str, **trainer: int) -> tuple[int, int | None]:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({"base": str(DIGITS), "trainer": trainer}))
+        config = load_config(path, overrides).trainer
+        return config.steps, config.epochs
+
+    assert length() == (load_config(DIGITS).trainer.steps, None)
+    assert length(epochs=2) == (0, 2)
+    assert length("trainer.steps=9", epochs=2) == (9, None)
+    assert length("trainer.epochs=4", steps=7) == (0, 4)
+    assert length(steps=0, epochs=2) == (0, 2)  # as config.yaml of a run has it
+    for overrides, trainer in (
+        ([], {"steps": 5, "epochs": 2}),
+        (["trainer.steps=5", "trainer.epochs=2"], {}),
+    ):
+        with pytest.raises(UserError, match=r"trainer\.steps.* and trainer\.epochs.* both say"):
+            length(*overrides, **trainer)
+    with pytest.raises(UserError, match=r"trainer\.epochs=0 must be greater than 0"):
+        length(epochs=0)

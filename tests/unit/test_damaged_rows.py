@@ -69,14 +69,24 @@ IMAGE_CASES: list[tuple[Callable[[int], Any], str | None]] = [
     (lambda s: text(b"\x89PNG\r\n\x1a\n" + bytes(40)), "image 0 cannot be read"),
     (lambda s: "A" * 3000, "header is damaged"),
     (lambda s: "Q" * 3000, "known format"),
-    (lambda s: [[text(jpeg(s))]], "an image is list"),
+    (lambda s: [[text(jpeg(s))]], None),
+    (lambda s: {"image": {"path": None, "bytes": text(jpeg(s))}, "label": 1}, None),
+    (lambda s: {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + text(jpeg(s))}}, None),
+    (lambda s: text(b"\0\0\0\x18ftypheic" + bytes(60)), "pip install pillow-heif"),
+    (lambda s: "https://x.org/a.png", "download it first"),
 ]
 LINE_CASES: list[tuple[Callable[[int], Any], str | None]] = [
     (lambda s: {"problem": None, "answer": str(s)}, "problem is empty"),
     (lambda s: {"problem": f"q{s}", "answer": None}, "answer is empty"),
     (lambda s: {"problem": s, "answer": "1"}, "problem is int"),
     (lambda s: {"problem": [f"q{s}"], "answer": "1"}, "problem is list"),
-    (lambda s: {"problem": f"q{s}", "answer": {"x": 1}}, "answer is dict"),
+    (lambda s: {"problem": f"q{s}", "answer": {"x": 1}}, "answer is a list or dict"),
+    (lambda s: {"problem": f"q{s} \ud83d", "answer": "1"}, "problem is no valid text"),
+    (lambda s: {"problem": f"q{s}", "answer": "\ud83d"}, "answer is no valid text"),
+    (lambda s: f'{{"problem": "q{s}", "answer": "1", "answer": "2"}}', "the key 'answer' twice"),
+    (lambda s: {"problem": f"<video>q{s}", "answer": "1"}, "videos are not read"),
+    (lambda s: {"problem": [{"role": "user", "content": f"q{s}"}], "answer": "1"}, None),
+    (lambda s: {"problem": [{"role": "tool", "content": f"q{s}"}], "answer": "1"}, "role 'tool'"),
     (lambda s: {"problem": f"q{s}", "answer": "<answer> </answer>"}, "answer is empty"),
     (lambda s: {"problem": "  ", "answer": str(s)}, "problem is empty"),
     (lambda s: {"problem": f"<image>q{s}", "answer": "1"}, "1 <image> marks but 0 images"),
@@ -102,7 +112,7 @@ def encoder(workspace: Workspace) -> PromptEncoder:
 def load(path: Path, encoder: PromptEncoder, out: Path, **changes: Any) -> LoadedPrompts:
     settings = {"max_bad_fraction": 1.0, "max_prompt_length": 1000, "cache_dir": str(out / "cache")}
     config = DataConfig(image_dir=str(path.parent), **(settings | changes))
-    return load_prompts(str(path), config, encoder, out / "bad_rows.jsonl")
+    return load_prompts(str(path), config, encoder, out / "bad_rows.jsonl", by_rule="math")
 
 
 def listed(path: Path) -> list[dict[str, Any]]:

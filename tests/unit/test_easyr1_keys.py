@@ -87,3 +87,10 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path, change: dict, words: st
     with pytest.raises(UserError, match=words) as error:
         load_config(write(tmp_path, yaml.safe_dump(tree)))
     assert "\n" not in str(error.value)
+
+
+def test_a_whole_config_is_told_what_can_be_pasted() -> None:
+    with pytest.raises(
+        UserError, match=r"er1_whole.yaml is a whole config of EasyR1; its section data can be"
+    ):
+        load_config(Path(__file__).parents[1] / "fixtures" / "inputs" / "er1_whole.yaml")

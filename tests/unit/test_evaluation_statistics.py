@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
 from collections import Counter
 
 import numpy as np
@@ -235,12 +234,11 @@ def test_maj_at_k_knows_no_order_of_samples() -> None:
     assert len(values) == 1
 
 
-def test_maj_at_k_of_many_samples_is_quick() -> None:
+def test_maj_at_k_of_many_samples_draws_no_subsets() -> None:
+    """There are 1.8e18 of them."""
     rng = random.Random(2)
     answers = [[str(min(rng.randint(0, 40), 20)) for _ in range(64)] for _ in range(20)]
-    start = time.perf_counter()
     value = maj_at_k(answers, [[a == "20" for a in item] for item in answers], 32)
-    assert time.perf_counter() - start < 10
     assert value == pytest.approx(1.0, abs=1e-3)
 
 
@@ -274,10 +272,9 @@ def test_bolded_steps(response: str, count: int) -> None:
 
 
 def test_bolded_steps_is_linear() -> None:
-    start = time.perf_counter()
-    assert bolded_steps("**a " * 200_000) == 100_000
-    assert bolded_steps("*" * 400_000) == 0
-    assert time.perf_counter() - start < 5
+    """In quadratic time these would take an hour."""
+    assert bolded_steps("**a " * 2_000_000) == 1_000_000
+    assert bolded_steps("*" * 4_000_000) == 0
 
 
 def test_format() -> None:

@@ -12,6 +12,7 @@ import pytest
 import ray
 import torch
 
+from mssr.cluster import ray_workers
 from mssr.cluster.ray_calls import Failure, Worker, WorkerDiedError
 from mssr.cluster.ray_generation import Generation
 from mssr.cluster.ray_workers import RayRolloutWorker
@@ -161,8 +162,8 @@ def test_a_queue_hands_out_what_comes_and_ends() -> None:
     requests = [(i, RolloutRequest(f"p{i}", 0, i)) for i in range(4)]
     queue = RequestQueue(requests[:2], open=True)
     assert queue.take(1) == requests[:1] and queue.taken == 1
-    threading.Timer(0.05, lambda: (queue.put(requests[2:]), queue.close())).start()
     assert queue.take() == requests[1:2]
+    threading.Timer(0.05, lambda: (queue.put(requests[2:]), queue.close())).start()
     taken = []
     while part := queue.take(wait=True):
         taken += part
@@ -194,6 +195,7 @@ def test_a_worker_returns_rollouts_by_the_handful_and_keeps_none_back(
     worker._worker, worker._ranks = OneByOne(), 1  # type: ignore[assignment]
     stored: list[Any] = []
     monkeypatch.setattr(ray, "put", lambda value: stored.append(value) or "reference")  # type: ignore[func-returns-value]
+    monkeypatch.setattr(ray_workers, "MAX_DELAY_S", float("inf"))
     requests = [(i, RolloutRequest(f"p{i}", 0, i)) for i in range(10)]
     parts = worker.generate(7, requests[:6], PARAMS)
     first, second = next(parts), next(parts)  # the second although more may come: the engine is idle

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from mssr.data.images import ImageSource, image_cells, image_sources
 from tests.unit.data_forms import encoded, picture, png_header
 
 pytestmark = pytest.mark.unit
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "inputs"
 
 
 def source(data: bytes) -> ImageSource:
@@ -84,6 +88,59 @@ def test_modes() -> None:
     assert source(encoded("PNG", picture().convert("1"))).decode().mode == "RGB"
 
 
+def depth_png(values: np.ndarray, bits: int | None = None) -> bytes:
+    """A 16-bit PNG, with a chunk sBIT where bits are given."""
+    data = encoded("PNG", Image.fromarray(values.astype(np.uint16)))
+    if bits is None:
+        return data
+    chunk = b"sBIT" + bytes([bits])
+    place = data.index(b"IDAT") - 4
+    return data[:place] + struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[place:]
+
+
+@pytest.mark.parametrize(
+    ("top", "bits", "white"),
+    [
+        (4095, None, 255),  # 12 bits, as scanners write them
+        (255, None, 255),
+        (65535, None, 255),
+        (30000, None, 30000 / 257),
+        (1023, 10, 255),
+        (16383, 14, 255),
+        (65535, 12, 255),  # as the standard wants it: scaled to 16 bits
+        (3000, 16, 3000 / 257),
+    ],
+)
+def test_depths_of_16_bit_pngs(top: int, bits: int | None, white: float) -> None:
+    ramp = np.linspace(0, top, 64 * 48).reshape(48, 64)
+    seen = np.asarray(source(depth_png(ramp, bits)).decode())[..., 0]
+    assert np.abs(seen - ramp * white / top).max() <= 1
+
+
+def test_12_bits_of_three_colours() -> None:
+    """Of which PIL gives the upper 8 of 16."""
+    rows = (np.linspace(0, 4095, 64 * 48 * 3).reshape(48, 64 * 3)).astype(">u2")
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 64, 48, 16, 2, 0, 0, 0)
+    png = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(raw))
+        + chunk(b"IEND", b"")
+    )
+    seen = np.asarray(source(png).decode()).reshape(48, -1)
+    assert np.abs(seen - rows.astype(float) / 16.06).max() <= 17
+
+
+def test_the_scan_of_12_bits() -> None:
+    seen = np.asarray(source((FIXTURES / "g12in16.png").read_bytes()).decode())
+    assert seen.max() == 255 and seen.mean() > 60
+
+
 def test_animation_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
     for form in ("GIF", "WEBP", "PNG"):
@@ -132,6 +189,11 @@ def test_refusals() -> None:
     for data, words in {
         b"": "empty",
         b"hello, this is text": "no image in a known format",
+        b"\0\0\0\x18ftypheic" + bytes(64): "it is HEIC.*pip install pillow-heif",
+        b" <svg xmlns='x'/>": "SVG",
+        b"<!DOCTYPE html><html>": "a web page",
+        b"%PDF-1.7": "a PDF",
+        b"version https://git-lfs.github.com/spec/v1": "git lfs pull",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n": "no image in a known format",
         png_header(0, 0): "0x0",
         png_header(30000, 4000): "30000x4000 pixels, more than",

@@ -38,7 +38,7 @@ class Together(FakeCluster):
 
     def _meet(self, expected: bool) -> None:
         if expected:
-            self.meeting.wait(timeout=20)  # breaks, and the test with it, if the other does not come
+            self.meeting.wait(timeout=200)  # breaks, and the test with it, if the other does not come
 
 
 @pytest.fixture(scope="module")

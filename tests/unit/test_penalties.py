@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,6 +56,5 @@ def test_repetition_counts_like_the_definition(text: str, ngram: int) -> None:
 
 
 def test_long_texts_take_linear_time() -> None:
-    start = time.perf_counter()
-    assert repetition_penalty("x " * 100_000, 20) == pytest.approx(1, abs=1e-4)
-    assert time.perf_counter() - start < 2
+    """In quadratic time this would take an hour."""
+    assert repetition_penalty("x " * 400_000, 20) == pytest.approx(1, abs=1e-4)

@@ -68,6 +68,26 @@ def test_files_of_one_name_do_not_shadow_each_other(tmp_path: Path) -> None:
     assert names[0] != names[1] and "mine" not in sys.modules
 
 
+def test_a_file_may_import_its_neighbours_and_not_those_of_another(tmp_path: Path) -> None:
+    source = """
+import helper_of_a_test
+from package_of_a_test.inner import number
+def f():
+    import later_of_a_test
+    return helper_of_a_test.number, number, later_of_a_test.number
+"""
+    found = []
+    for folder, number in (("a", 1), ("b", 2)):
+        path = write(tmp_path / folder / "mine.py", source)
+        for name in ("helper_of_a_test.py", "package_of_a_test/inner.py"):
+            write(tmp_path / folder / name, f"number = {number}")
+        write(tmp_path / folder / "package_of_a_test/__init__.py", "")
+        write(tmp_path / "a" / "later_of_a_test.py", "number = 3")
+        found.append(plugins.load(f"{path}:f", "reward"))
+    assert [f() for f in found] == [(1, 1, 3), (2, 2, 3)]
+    assert not list(tmp_path.rglob("__pycache__/helper*"))
+
+
 @pytest.mark.parametrize(
     ("file", "source", "attribute", "message"),
     [

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mssr.config_loading import load_config
 from mssr.data import encoder as encoder_module
@@ -17,6 +20,7 @@ from mssr.errors import UserError
 from mssr.models.loading import load_processor
 from mssr.models.packing import split_images
 from tests.conftest import Workspace
+from tests.unit.data_forms import encoded
 
 pytestmark = pytest.mark.unit
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -91,6 +95,84 @@ def test_a_system_prompt_and_a_chat_template_from_files(workspace: Workspace, tm
 def test_a_wrong_template_is_refused(workspace: Workspace, option: str, value: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         encoder(workspace, **{option: value})
+
+
+def test_placeholders_are_counted_after_every_template(workspace: Workspace) -> None:
+    """A template or a system prompt that adds or drops one would make engine and actor count differently."""
+    user = "{% for m in messages %}{% for c in m.content %}{{ c.text if c.type == 'text' else '' }}"
+    blind = encoder(workspace, chat_template=user + "{% endfor %}{% endfor %}")
+    assert blind.chat_text(row("What?", 0)) == "What?"
+    with pytest.raises(ValueError, match=r"1 image, 0 placeholders after data\.chat_template"):
+        blind.chat_text(row("What?"))
+    system = encoder(workspace, system_prompt="See <|vision_start|><|image_pad|><|vision_end|>.")
+    with pytest.raises(ValueError, match="2 images, 3 placeholders after the model's chat template"):
+        system.chat_text(row("What?", 2))
+    strict = encoder(
+        workspace,
+        chat_template=user + "{{ raise_exception('no') if c.text == 'bad' }}{% endfor %}{% endfor %}",
+    )
+    with pytest.raises(ValueError, match=r"data\.chat_template cannot be rendered: no"):
+        strict.chat_text(row("bad", 0))
+    moody = encoder(workspace, prompt_template="{{ content }}{{ 1 / (content | length - 3) }}")
+    with pytest.raises(ValueError, match=r"data\.prompt_template cannot be rendered"):
+        moody.chat_text(row("bad", 0))
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", "cannot be rendered.*list of parts"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "1 image, 0 placeholders"),
+        ("{% for m in messages %}{{ m.content | tojson }}{% endfor %}", "1 image, 0 placeholders"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves the question out"),
+        ("{{ messages", "cannot be rendered"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_meant(workspace: Workspace, template: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"data.chat_template .*{words}") as error:
+        encoder(workspace, chat_template=template)
+    assert "\n" not in str(error.value)
+
+
+def test_what_of_the_prompt_belongs_to_the_response(workspace: Workspace) -> None:
+    parts = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
+    opening = "{% if add_generation_prompt %}assistant\n<think>\n{% endif %}"
+    assert encoder(workspace).response_prefix == ""  # the instruction may name the tag
+    assert encoder(workspace, chat_template=parts + opening).response_prefix == "<think>\n"
+    assert encoder(workspace, chat_template=parts + "<think>").response_prefix == "<think>"
+    closed = "{% if add_generation_prompt %}<think>\n\n</think>\n\n{% endif %}"
+    assert encoder(workspace, chat_template=parts + closed).response_prefix == "<think>\n\n</think>\n\n"
+    assert encoder(workspace, chat_template="<think>" + parts).response_prefix == ""
+
+
+def test_every_size_is_one_that_a_model_sees(workspace: Workspace) -> None:
+    """Strips, dots and whatever bounds: multiples of a patch, at least one; shrunk enough."""
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        width, height = (int(2 ** rng.uniform(0, 13)) for _ in range(2))
+        low = int(2 ** rng.uniform(2, 18))
+        bounds = {"min_pixels": low, "max_pixels": int(low * 2 ** rng.uniform(0, 8))}
+        resizing = SimpleNamespace(_factor=28, config=SimpleNamespace(**bounds))
+        if max(width, height) > 200 * min(width, height):
+            with pytest.raises(ValueError, match="aspect ratio"):
+                PromptEncoder.resized(resizing, width, height)  # type: ignore[arg-type]
+            continue
+        w, h = PromptEncoder.resized(resizing, width, height)  # type: ignore[arg-type]
+        assert min(w, h) >= 28 and w % 28 == h % 28 == 0
+        if width * height > bounds["max_pixels"]:
+            assert w * h <= max(bounds["max_pixels"], 28 * 28), (width, height, bounds)
+
+
+def test_strips_are_encoded_in_that_size(workspace: Workspace) -> None:
+    plain = encoder(workspace)
+    for width, height in ((1990, 10), (10, 1990), (8190, 41), (1, 1)):
+        data = encoded("PNG", Image.new("RGB", (width, height)))
+        strip = dataclasses.replace(row("What?"), images=(ImageSource(data, None),))
+        (image,) = plain.images(strip)
+        prompt = plain.encode(strip)
+        assert prompt.image_grid_thw is not None
+        assert prompt.image_grid_thw.tolist() == [[1, image.height // 14, image.width // 14]]
+        assert len(prompt.token_ids) == plain.length(strip, [(width, height)])
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])

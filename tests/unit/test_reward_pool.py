@@ -15,11 +15,11 @@ import pytest
 
 from mssr.data_config import RewardConfig
 from mssr.errors import TrainingError
-from mssr.rewards import RewardInput, ScoredBatch, Scorer
+from mssr.rewards import RewardInput, Scorer
 
 pytestmark = pytest.mark.unit
 
-LIMIT = 0.4
+LIMIT = 0.5
 HOSTILE = r'''
 import ctypes, os, re, resource, signal, subprocess, sys, threading, time
 
@@ -54,6 +54,7 @@ def act(response, answer):
     if command == "interrupt": raise KeyboardInterrupt
     if command == "sysexit": sys.exit(0)
     if command == "exit": os._exit(3)
+    if command == "exit0": os._exit(0)
     if command == "kill": os.kill(os.getpid(), signal.SIGKILL)
     if command == "group": os.killpg(0, signal.SIGKILL)
     if command == "segfault": ctypes.string_at(0)
@@ -67,16 +68,15 @@ def act(response, answer):
     if command == "thread": threading.Thread(target=time.sleep, args=(1e6,)).start()
     if command == "print":
         print("out of a reward"); print("err of a reward", file=sys.stderr)
-    if command == "slow": time.sleep(0.15)
-    if command == "nap": time.sleep(2.8)
     if command == "orphan" and not os.path.exists(answer):  # the first time only
         open(answer, "w").close()
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(1e6)
     return float(value or 1)
 '''
-TIMEOUTS = ["loop", "sleep", "stubborn", "regex", "ignores", "float", "child"]
-DEATHS = ["exit", "kill", "group", "segfault"]
+LOOPS = ["loop", "regex", "ignores", "float"]
+WAITS = ["sleep", "stubborn", "child"]
+DEATHS = ["exit", "exit0", "kill", "group", "segfault"]
 ERRORS = ["input", "raise", "rude", "interrupt", "sysexit", "recursion", "memory", "nan", "none"]
 
 
@@ -107,19 +107,19 @@ def make(
     return Scorer(RewardConfig(**settings), 100, on_restart=on_restart)  # type: ignore[arg-type]
 
 
-def timed(scorer: Scorer, items: list[RewardInput]) -> tuple[ScoredBatch, float]:
-    start = time.monotonic()
-    batch = scorer.score(items)
-    return batch, time.monotonic() - start
-
-
-@pytest.mark.parametrize("command", TIMEOUTS)
-def test_what_hangs_is_ended_at_the_limit_and_loses_only_itself(scorer: Scorer, command: str) -> None:
-    scorer.score(inputs("fine"))  # the function is loaded
-    batch, seconds = timed(scorer, inputs("fine 0.25", command, *["fine 0.5"] * 20))
+@pytest.mark.parametrize("command", LOOPS)
+def test_what_loops_is_ended_and_loses_only_itself(scorer: Scorer, command: str) -> None:
+    """By its own CPU time, whatever the function is at and however busy the machine is."""
+    batch = scorer.score(inputs("fine 0.25", command, *["fine 0.5"] * 20))
     assert batch.scores.tolist() == [0.25, 0, *[0.5] * 20]
     assert (batch.errors, batch.timeouts) == (1, 1)
-    assert LIMIT <= seconds < LIMIT + 0.5
+
+
+def test_what_waits_forever_is_ended_and_loses_only_itself(hostile: Path) -> None:
+    with make(hostile, workers=3, time_limit_s=0.5) as scorer:
+        batch = scorer.score(inputs("fine 0.25", *WAITS, *["fine 0.5"] * 20))
+    assert batch.scores.tolist() == [0.25, *[0] * len(WAITS), *[0.5] * 20]
+    assert batch.errors == batch.timeouts == len(WAITS)
 
 
 @pytest.mark.parametrize("command", [*DEATHS, *ERRORS])
@@ -133,39 +133,14 @@ def test_what_dies_or_raises_loses_only_itself(scorer: Scorer, command: str) -> 
 def test_many_kinds_of_trouble_at_once(hostile: Path) -> None:
     """Whatever stands beside it, a response is scored or lost by itself, and in its own place."""
     rng = random.Random(0)
-    trouble = ["sleep", "loop", *DEATHS, *ERRORS]
+    trouble = ["loop", *DEATHS, *ERRORS]
     commands = [rng.choice(trouble) if rng.random() < 0.15 else "fine" for _ in range(150)]
     responses = [f"{command} {i}" for i, command in enumerate(commands, 1)]
-    with make(hostile, time_limit_s=1.5) as scorer:
+    with make(hostile) as scorer:
         batch = scorer.score(inputs(*responses))
     assert batch.scores.tolist() == [i if c == "fine" else 0 for i, c in enumerate(commands, 1)]
     assert batch.errors == sum(c != "fine" for c in commands)
-    assert batch.timeouts == sum(c in ("sleep", "loop") for c in commands)
-
-
-@pytest.mark.parametrize("command", ["sleep", "loop"])
-def test_one_percent_that_hang_cost_about_one_limit_and_not_one_each(hostile: Path, command: str) -> None:
-    responses = [command if i % 100 == 50 else "fine" for i in range(2_000)]
-    with make(hostile, time_limit_s=2.0) as scorer:
-        _, normal = timed(scorer, inputs(*["fine"] * 2_000))
-        batch, seconds = timed(scorer, inputs(*responses))
-    assert (batch.errors, batch.timeouts) == (20, 20) and batch.scores.sum() == 1_980
-    assert seconds - normal < 4  # 2 s and what a busy machine adds; one by one it would be 20
-
-
-def test_a_response_has_three_quarters_of_the_limit_beside_many_that_hang(hostile: Path) -> None:
-    responses = ["sleep" if i % 20 == 10 else "fine" for i in range(500)]
-    responses[3] = responses[255] = responses[-1] = "nap 0.5"  # for 0.7 of the limit
-    with make(hostile, time_limit_s=4.0) as scorer:
-        batch = scorer.score(inputs(*responses))
-    assert batch.scores[[3, 255, -1]].tolist() == [0.5] * 3
-    assert (batch.errors, batch.timeouts) == (25, 25)
-
-
-def test_slow_responses_are_scored_even_if_all_are(scorer: Scorer) -> None:
-    """Replacing every slow worker at once would have them time out together."""
-    batch = scorer.score(inputs(*["fine"] * 40, *["slow 0.5"] * 8))
-    assert batch.errors == 0 and batch.scores.tolist() == [1.0] * 40 + [0.5] * 8
+    assert batch.timeouts == commands.count("loop")
 
 
 def test_what_a_function_leaves_behind_does_not_disturb_others(scorer: Scorer) -> None:
@@ -207,7 +182,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -225,7 +200,7 @@ def test_close_leaves_no_process(hostile: Path) -> None:
     scorer = make(hostile)
     scorer.score(inputs("fine", "thread", "child", *["fine"] * 10))
     mine = children(os.getpid()) - before
-    assert len(mine) >= 2  # the one that forks, and workers
+    assert len(mine) >= 2  # the one that owns them, and workers
     scorer.close()
     scorer.close()
     assert not any(alive(pid) for pid in mine)
@@ -278,29 +253,26 @@ def test_no_process_outlives_a_driver_that_is_killed_or_interrupted(
     assert err == "" and out == ("again 2.0\n" if number == signal.SIGINT else "")
 
 
-def forker_of(scorer: Scorer, before: set[int]) -> int:
+def owner_of(scorer: Scorer, before: set[int]) -> int:
     scorer.score(inputs("fine"))
     return next(pid for pid in children(os.getpid()) - before if children(pid))
 
 
 @linux
-def test_the_loss_of_the_forking_process_costs_nothing_but_time(hostile: Path) -> None:
-    """It is noticed as the next batch begins, and said."""
+def test_the_loss_of_the_owning_process_costs_nothing_but_time(hostile: Path) -> None:
+    """It is noticed at once, and said."""
     before, said = children(os.getpid()), list[str]()
     with make(hostile, on_restart=said.append) as scorer:
-        forker = forker_of(scorer, before)
         for count in (1, 2):
-            os.kill(forker, signal.SIGKILL)
-            assert wait_until(lambda: not alive(forker))  # noqa: B023
+            os.kill(owner_of(scorer, before), signal.SIGKILL)
+            assert wait_until(lambda: len(said) == count)  # noqa: B023
             assert scorer.score(inputs(*["fine 0.5"] * 30)).scores.tolist() == [0.5] * 30
-            assert said == ["the process that forks the reward workers died (SIGKILL)"] * count
-            forker = forker_of(scorer, before)
-    assert len(said) == 2
+    assert said == ["the process that owns the reward workers died (SIGKILL)"] * 2
 
 
-def test_a_batch_that_loses_the_forking_process_has_the_same_outcomes(hostile: Path, tmp_path: Path) -> None:
+def test_a_batch_that_loses_the_owning_process_has_the_same_outcomes(hostile: Path, tmp_path: Path) -> None:
     """Killed while some responses are scored, some hang and some are still to come."""
-    responses = ["fine 0.5", "raise", *["fine 0.25"] * 60, "sleep", *["fine 0.75"] * 60, "exit", "fine"]
+    responses = ["fine 0.5", "raise", *["fine 0.25"] * 60, "loop", *["fine 0.75"] * 60, "exit", "fine"]
     responses[30] = "orphan 2"
     batches, said = [], list[str]()
     for kill in (False, True):
@@ -325,18 +297,18 @@ def test_who_is_told_of_a_restart_may_end_the_run(hostile: Path, tmp_path: Path)
         with pytest.raises(TrainingError, match=r"^no more: .* died \(SIGKILL\)$"):
             scorer.score([RewardInput("orphan", str(tmp_path / "killed"), 1)] * 8)
         assert not any(alive(pid) for pid in children(os.getpid()) - before)
-        with pytest.raises(ValueError, match="closed"):
+        with pytest.raises(TrainingError, match="no more"):
             scorer.score(inputs("fine"))
+    with pytest.raises(ValueError, match="closed"):
+        scorer.score(inputs("fine"))
 
 
 @linux
-def test_the_loss_of_idle_workers_goes_unnoticed(hostile: Path) -> None:
+def test_the_loss_of_idle_workers_costs_no_score(hostile: Path) -> None:
     before = children(os.getpid())
     with make(hostile) as scorer:
-        scorer.score(inputs(*["fine"] * 100))
-        for worker in children(forker_of(scorer, before)):
+        for worker in children(owner_of(scorer, before)):
             os.kill(worker, signal.SIGKILL)
-            assert wait_until(lambda: not alive(worker))  # noqa: B023
         batch = scorer.score(inputs(*["fine 0.5"] * 100))
     assert batch.errors == 0 and batch.scores.tolist() == [0.5] * 100
 
@@ -353,13 +325,11 @@ def test_a_reward_that_kills_its_surroundings_ends_the_run(tmp_path: Path) -> No
 
 
 def test_starting_does_not_keep_the_caller_waiting(tmp_path: Path) -> None:
-    path = tmp_path / "heavy.py"
+    path, go = tmp_path / "heavy.py", tmp_path / "go"
     path.write_text(
-        "import sys, time\nif 'pytest' not in sys.modules: time.sleep(1)\n"
-        "def f(response, answer): return 1.0\n"
+        f"import os, sys, time\nwhile 'pytest' not in sys.modules and not os.path.exists({str(go)!r}):\n"
+        "    time.sleep(0.01)\ndef f(response, answer): return 1.0\n"
     )
-    start = time.monotonic()
     with make(path, "f") as scorer:
-        assert time.monotonic() - start < 0.5
+        go.touch()  # it could not load before
         assert scorer.score(inputs("a")).scores.tolist() == [1.0]
-        assert time.monotonic() - start > 1

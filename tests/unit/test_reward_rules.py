@@ -6,12 +6,10 @@ import logging
 import random
 import subprocess
 import sys
-import time
-from fractions import Fraction
 
 import pytest
 
-from mssr.rewards import expression, latex, units, values
+from mssr.rewards import latex, symbolic, units
 from mssr.rewards.base import RewardResult
 from mssr.rewards.exact_match import exact_match
 from mssr.rewards.extraction import last_boxed, lenient_answer, outside_thinking, unwrap
@@ -39,6 +37,16 @@ math_rule, choice, number = RULES["math"], RULES["choice"], RULES["number"]
         ("Answer: 3\nFinal answer: 8 cm\nThat is all.", "8 cm"),
         ("So the answer is **8**", "8"),
         ("The answer is 3.5. I am sure.", "3.5"),
+        ("2 + 3 = 5\n#### 5", "5"),
+        ("答案：5", "5"),
+        ("因此答案为5。", "5"),
+        ("The answer is 5 (see figure 3)", "5"),
+        ("The answer is 5, not 6.", "5"),
+        ("The answer is 5 because 2 + 3 = 5.", "5"),
+        ("The answer is 5 (or 6)", "5 (or 6)"),
+        ("The answer is 5 or 6, not 7.", "5 or 6"),
+        ("The answer is not 5", "not 5"),
+        ("The value of $x$ is 5.", "5"),
         ("8", "8"),
         (r"\boxed{} 8", r"\boxed{} 8"),
         (r"\boxed{3}</think>", None),
@@ -157,6 +165,13 @@ def test_wrong_arguments_are_refused() -> None:
         ("B", "(A) or (B)", False),
         ("B", "Bar", False),
         ("B", "", False),
+        ("B", "选B", True),
+        ("B", "I choose B.", True),
+        ("B", "B is correct", True),
+        ("B", "B, not C", True),
+        ("B", "C, not B", False),
+        ("B", "It is not B", False),
+        ("B", "B. or maybe C", False),
         ("ACD", "A, C, D", True),
         ("ACD", "DCA", True),
         ("A,C", "(A) and (C)", True),
@@ -193,7 +208,12 @@ def test_choice_letters() -> None:
         ("3.14", r"\pi", True),
         ("1.41", r"\sqrt{2}", True),
         (r"\frac{1}{3}", "0.333", True),
-        ("0", "0.000000001", True),
+        ("0", "0.000000001", False),
+        ("0", "0.0", True),
+        ("1.6e-19", "0", False),
+        ("1.6e-19", r"1.61\times10^{-19}", True),
+        ("12", "approximately 12.1", True),
+        ("12", r"12 \approx 12.1", False),
         ("0", "0.0001", False),
         ("0.0000001", "0.0000002", False),
         ("1,000", "1005", True),
@@ -240,27 +260,6 @@ def test_math_with_a_tolerance() -> None:
 # --- expressions and units ----------------------------------------------------------------------
 
 
-def test_rational_expressions_have_exact_values() -> None:
-    rng = random.Random(0)
-
-    def tree(depth: int) -> tuple[str, Fraction]:
-        if depth == 0:
-            n = rng.randrange(1, 50)
-            return str(n), Fraction(n)
-        (a, x), (b, y) = tree(depth - 1), tree(rng.randrange(depth))
-        operator = rng.choice("+-*/f")
-        if operator in "/f" and y == 0:
-            operator = "+"
-        if operator == "f":
-            return rf"\frac{{{a}}}{{{b}}}", x / y
-        value = {"+": x + y, "-": x - y, "*": x * y}[operator] if operator != "/" else x / y
-        return f"({a}){operator}({b})", value
-
-    for _ in range(300):
-        text, value = tree(4)
-        assert values.evaluate(expression.parse(text), {}) == value, text
-
-
 def test_expanded_polynomials_are_equal_and_changed_ones_are_not() -> None:
     rng = random.Random(1)
     for _ in range(50):
@@ -271,32 +270,24 @@ def test_expanded_polynomials_are_equal_and_changed_ones_are_not() -> None:
         assert not math_rule(f"{expanded}+1", product)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "9^{9^{9}}",
-        "1000!",
-        r"\frac{1}{0}",
-        "0^{-1}",
-        r"\binom{10^9}{3}",
-        r"\exp(10^9)",
-        r"\sqrt[100]{2}",
-        r"\ln 0",
-    ],
-)
-def test_what_has_no_value_or_is_too_large_is_refused_at_once(text: str) -> None:
-    started = time.perf_counter()
-    with pytest.raises(expression.Unsupported):
-        values.evaluate(expression.parse(text), {})
-    assert time.perf_counter() - started < 0.1
+UNREAD = (
+    r"9^{9^{9}} 9^9^9 1000! 5!! (9!)! \binom{10^9}{3} \exp(10^9) \sqrt[100]{2} 2^{x!} word \foo 2?3 "
+    r"1\frac32 5_6 \int_0^1{x}"
+).split()
 
 
-@pytest.mark.parametrize(
-    "text", ["", "+", "2+", "(2", "2)", "word", r"\foo", "2 ? 3", "(" * 100 + "2" + ")" * 100]
-)
-def test_what_is_no_expression_is_refused(text: str) -> None:
-    with pytest.raises(expression.Unsupported):
-        expression.parse(text)
+LONG = ["1" * 21, "(" * 9 + "2" + ")" * 9, "x+" * 200 + "1"]
+
+
+@pytest.mark.parametrize("text", [*UNREAD, *LONG, "", "2 3"])
+def test_what_is_unknown_or_could_explode_never_reaches_sympy(text: str) -> None:
+    assert not symbolic.prepared(latex.clean(text))
+
+
+def test_what_reaches_sympy_has_exact_decimals_and_separate_letters() -> None:
+    assert symbolic.prepared(latex.clean("0.5ab")) == r"\frac{5}{10}a b"
+    assert symbolic.prepared(latex.clean("2(3)")) == r"2\cdot (3)"  # math-verify reads 2(3) as 5
+    assert symbolic.value(latex.clean(r"\sin 30^\circ")) == pytest.approx(0.5)
 
 
 def test_units_have_one_name() -> None:
@@ -309,14 +300,16 @@ def test_units_have_one_name() -> None:
         "cm squared",
         "cm*cm",
         "cm2",
+        "平方厘米",
     ):
-        assert units.canonical(latex.clean(spelling).strip("⟪⟫")) == (("cm", 2),), spelling
-    for spelling in ("km/h", "km per hour", "kilometers per hour", "kmph", r"km \cdot h^{-1}"):
+        assert units.canonical(latex.clean(spelling)) == (("cm", 2),), spelling
+    for spelling in ("km/h", "km per hour", "kilometers per hour", "kmph", r"km \cdot h^{-1}", "千米/时"):
         assert units.canonical(latex.clean(spelling)) == (("h", -1), ("km", 1)), spelling
-    for spelling in ("x", "apples", "cm +", "", "3"):
-        assert units.canonical(spelling) is None
-    assert units.split("2x") == ("2x", None) and units.split("5m") == ("5m", None)
-    assert units.split("5m", glued=True) == ("5", (("m", 1),)) and units.split("5 m") == ("5", (("m", 1),))
+    for spelling in ("x", "trillion", "fifths", "cm +", "", "3", "below zero"):
+        assert units.canonical(spelling) == ()
+    assert units.split("2x") == ("2x", ()) and units.split("5m") == ("5m", ())
+    assert units.split("5 m") == ("5", (("m", 1),)) and units.split("0.5A") == ("0.5", (("A", 1),))
+    assert units.sums("2 h 30 min") == ("150/60 h", "150 min") and units.sums("2 h 30 cm") == ()
 
 
 def test_clean_is_idempotent_on_answers_without_escapes() -> None:
@@ -335,7 +328,7 @@ def test_last_boxed_of_nested_braces() -> None:
 def test_ordinary_answers_import_no_sympy() -> None:
     code = (
         "import sys; from mssr.rewards.rules import score\n"
-        "for a in ('0.5', '1/2', '50%', '12 cm', '(2, 3)', 'A', 'yes', 'x^2+1', '1 or 2', '$3$'):\n"
+        "for a in ('0.5', '1/2', '50%', '12 cm', '(2, 3)', '1 or 2', '$3$', '1e3'):\n"
         "    score('math', r'<think></think>\\boxed{' + a + '}', r'\\frac{1}{2}')\n"
         "assert 'sympy' not in sys.modules and 'math_verify' not in sys.modules"
     )

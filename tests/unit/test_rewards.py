@@ -117,6 +117,6 @@ def test_last_boxed_gives_back_any_balanced_content() -> None:
     ],
 )
 def test_hostile_texts_take_linear_time(solution: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     exact_match(think(solution), "8")
-    assert time.perf_counter() - start < 1.0  # takes about 0.1 s; quadratic time is over ten
+    assert time.process_time() - start < 1.0  # takes about 0.1 s; quadratic time is over ten

@@ -28,13 +28,13 @@ from mssr.config_loading import load_config
 from mssr.trainer.run_directory import prepare_run_directory
 held = prepare_run_directory(load_config(sys.argv[1], ["trainer.run_dir=" + sys.argv[2]]))
 # Children of both kinds, which stay when this process is killed.
-sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], close_fds=False)
+sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], close_fds=False)
 forked = os.fork()
 if not forked:
-    time.sleep(100)
+    time.sleep(600)
     os._exit(0)
 print(sleeper.pid, forked, flush=True)
-time.sleep(100)
+time.sleep(600)
 """
 
 

@@ -123,6 +123,23 @@ def test_a_failing_reward_scores_zero_and_is_counted(
     assert "KeyError: 'lost'" in caplog.text and "Traceback" in caplog.text and str(path) in caplog.text
 
 
+def test_failures_are_told_once_and_again_when_there_are_far_more(tmp_path: Path) -> None:
+    path, told = user_file(tmp_path, "def f(response, answer): return 1.0 / len(response)\n"), list[str]()
+    with Scorer(RewardConfig(name=f"{path}:f", workers=1), 10, on_failure=told.append) as scorer:
+        scorer.score(inputs(["a"] * 16))
+        assert told == []
+        for failing in (3, 2, 6, 11, 12, 15):
+            scorer.score(inputs([""] * failing + ["a"] * (16 - failing)))
+    assert [line.partition(" failed on ")[2][:17].rstrip(",") for line in told] == [
+        "3 of 16 responses",
+        "12 of 16 response",
+    ]
+    assert told[0] == (
+        f"the reward '{path}:f' failed on 3 of 16 responses, which score 0 "
+        "(ZeroDivisionError: float division by zero); the log has the first traceback"
+    )
+
+
 def test_a_reward_that_always_fails_stops_the_run(tmp_path: Path) -> None:
     path = user_file(tmp_path, "def f(response, answer): return 1.0 / len(response)\n")
     config = RewardConfig(name=f"{path}:f", workers=1)
@@ -234,6 +251,16 @@ def test_advice_says_what_a_beta_baseline_makes_of_the_rewards() -> None:
     (line,) = advice(RewardConfig(length_penalty=0.1), bounded=True)
     assert "reward.length_penalty" in line and "below 0" in line
     assert advice(RewardConfig(), bounded=True) == []
+
+
+def test_names_that_are_taken_by_their_place_are_told(tmp_path: Path) -> None:
+    path = user_file(tmp_path, "def f(x, y, *, scale=1): ...\ndef g(response, answer): ...\n")
+    (line,) = advice(RewardConfig(name=f"{path}:f"), bounded=False)
+    assert line.endswith("f: x is taken for the response and y for the answer, by their place")
+    assert advice(RewardConfig(name=f"{path}:g"), bounded=False) == []
+
+
+def test_advice_says_nothing_where_rewards_may_be_anything() -> None:
     assert advice(RewardConfig(format="weighted", length_penalty=0.1), bounded=False) == []
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mssr.data import index
@@ -105,6 +107,137 @@ def test_the_same_rows_in_every_container(rows, tmp_path: Path) -> None:
     assert rows(str(tmp_path / "folder"))[5].where.endswith("train_2.jsonl row 1")
 
 
+def test_forms_of_json(rows, tmp_path: Path) -> None:
+    """One object may be a table, and a file's ending says little; what has no plain meaning is refused."""
+    data = [{"problem": f"p{i}", "answer": f"ä{i}", "images": []} for i in range(3)]
+    columns = {name: [row[name] for row in data] for name in data[0]}
+    text = json.dumps(data, ensure_ascii=False)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in data)
+    pretty = "\n".join(json.dumps(row, indent=1) for row in data)
+    forms_of = {
+        "array.jsonl": text.encode(),
+        "array_lines.jsonl": json.dumps(data, indent=2).encode(),
+        "pretty.jsonl": pretty.encode(),
+        "pretty.json": b"\xef\xbb\xbf" + pretty.encode(),
+        "wrapped.json": json.dumps({"version": "1.0", "data": data}).encode(),
+        "only_key.json": json.dumps({"geometry": data}, indent=1).encode(),
+        "columns.json": json.dumps(columns).encode(),
+        "numbered.json": json.dumps(
+            {k: {str(i): v for i, v in enumerate(c)} for k, c in columns.items()}
+        ).encode(),
+        "index.json": json.dumps({str(i): row for i, row in enumerate(data)}).encode(),
+        "split.json": json.dumps({"columns": list(data[0]), "data": [[*r.values()] for r in data]}).encode(),
+        **{f"{name}.jsonl": lines.encode(name) for name in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")},
+        "utf16.csv": ("problem,answer\n" + "".join(f"{r['problem']},{r['answer']}\n" for r in data)).encode(
+            "utf-16"
+        ),
+    }
+    for name, content in forms_of.items():
+        (tmp_path / name).write_bytes(content)
+        found = [(r.problem, r.answer) for r in rows(str(tmp_path / name))]
+        assert found == [(r["problem"], r["answer"]) for r in data], name
+    one = json.dumps({"messages": [{"role": "user", "content": "q"}], "answer": "1"})
+    (tmp_path / "one.json").write_text(one)  # a row, not a table of messages
+    assert [r.problem for r in rows(str(tmp_path / "one.json"))] == ["q"]
+    for name, content, words in (
+        ("two.json", {"train": data, "data": data}, r"several tables \(train, data\)"),
+        ("uneven.json", columns | {"answer": ["1"]}, "3 problem, 1 answer, 3 images"),
+        ("numbers.json", [1, 2], r"row 0: JSON int, not an object\); read are an object a line"),
+        ("text.json", "a", "no row that is a JSON object"),
+    ):
+        (tmp_path / name).write_text(json.dumps(content))
+        with pytest.raises(UserError, match=words) as error:
+            open_table(str(tmp_path / name))
+        assert name in str(error.value) and "\n" not in str(error.value)
+    (tmp_path / "more.json").write_text(text + " 3")
+    with pytest.raises(UserError, match="text behind the JSON array"):
+        open_table(str(tmp_path / "more.json"))
+
+
+def test_headers_of_csv(rows, tmp_path: Path) -> None:
+    (tmp_path / "spaces.csv").write_text('problem, answer , "images"\n"a, b", "c, d",\n  e,f, \n')
+    assert [(r.problem, r.answer) for r in rows(str(tmp_path / "spaces.csv"))] == [
+        ("a, b", "c, d"),
+        ("e", "f"),
+    ]
+    (tmp_path / "exact.csv").write_text("problem,answer\n a, b\n")
+    assert [(r.problem, r.answer) for r in rows(str(tmp_path / "exact.csv"))] == [(" a", " b")]
+    (tmp_path / "twice.tsv").write_text("problem\tanswer\tanswer\t\t\n1\t2\t3\t\t\n")
+    with pytest.raises(UserError, match=r"twice\.tsv has 2 columns 'answer'"):
+        open_table(str(tmp_path / "twice.tsv"))
+
+
+@pytest.mark.parametrize("name", ["https://x.org/a.json", "s3://b/a.parquet", "hf://datasets/a/b@train"])
+def test_addresses(name: str) -> None:
+    with pytest.raises(UserError, match=r"is an address; download it") as error:
+        open_table(name)
+    assert name in str(error.value)
+
+
+def test_a_file_address(rows, tmp_path: Path) -> None:
+    path = forms.write_jsonl(tmp_path / "a b.jsonl", [{"problem": "q", "answer": "1"}])
+    assert len(rows(f"file://{str(path).replace(' ', '%20')}")) == 1
+
+
+def unread(images: Any) -> list[dict[str, Any]]:
+    return [{"problem": f"q{i}", "answer": "1", "picture": images} for i in range(3)]
+
+
+JPEG = forms.encoded()
+IMAGE_LIKE = [
+    {"bytes": JPEG, "path": None},
+    [{"bytes": JPEG, "path": None}],
+    JPEG,
+    base64.b64encode(JPEG).decode(),
+    "data:image/png;base64," + base64.b64encode(JPEG).decode(),
+    "figures/a.PNG",
+    ["a.webp"],
+    [{"image": "a.jpeg", "label": 1}],
+    b"\0\0\0\x18ftypheic" + bytes(40),
+]
+
+
+@pytest.mark.parametrize("images", IMAGE_LIKE, ids=range(len(IMAGE_LIKE)))
+def test_images_that_nobody_reads(rows, tmp_path: Path, images: Any) -> None:
+    """Training without them, silently, would be the worst. An empty column of images does not excuse it."""
+    path = str(tmp_path / "saved")
+    datasets.Dataset.from_list(unread(images)).save_to_disk(path)
+    with pytest.raises(UserError, match=r"no column 'images' .*a column 'picture' with images; set data"):
+        rows(path)
+    assert len(rows(path, images_column=None)) == 3
+    datasets.Dataset.from_list([r | {"images": []} for r in unread(images)]).save_to_disk(path + "2")
+    with pytest.raises(
+        UserError, match=r"no usable image in column 'images' .*a column 'picture' with images"
+    ):
+        rows(path + "2")
+
+
+@pytest.mark.parametrize(
+    "other", ["text.", b"RIFF$\0\0\0WAVEfmt ", {"bytes": b"x", "path": "a.wav"}, 3, ["a"], None]
+)
+def test_other_columns_are_no_images(rows, tmp_path: Path, other: Any) -> None:
+    datasets.Dataset.from_list(unread(other)).save_to_disk(str(tmp_path / "saved"))
+    assert len(rows(str(tmp_path / "saved"))) == 3
+
+
+def test_truths_as_text_and_as_they_are(tmp_path: Path) -> None:
+    data = {
+        "box": [1, 2.5],
+        "one": ["x"],
+        "gap": 3.0,
+        "part": 0.5,
+        "large": 1e300,
+        "map": {"a": 1},
+        "text": "t",
+    }
+    path = forms.write_jsonl(tmp_path / "a.jsonl", [{"problem": k, "answer": v} for k, v in data.items()])
+    dataset = PromptDataset(str(path), DataConfig(cache_dir=str(tmp_path / "cache")))
+    (index_of,) = dataset.check()
+    assert dataset.answers(dataset.ids) == ["[1, 2.5]", "x", "3", "0.5", "1e+300", '{"a": 1}', "t"]
+    assert dataset.answers(dataset.ids, as_cells=True) == list(data.values())
+    assert index_of.structured.tolist() == [True, False, False, False, False, True, False]
+
+
 def test_image_cells_of_every_form(rows, tmp_path: Path) -> None:
     data = forms.encoded(image=forms.picture(30, 20))
     text = base64.b64encode(data).decode()
@@ -121,6 +254,11 @@ def test_image_cells_of_every_form(rows, tmp_path: Path) -> None:
         {"bytes": None, "path": str(tmp_path / "pictures" / "one.jpg")},
         '["one.jpg"]',
         "['one.jpg']",
+        [["one.jpg"]],
+        {"image": "one.jpg"},
+        [{"image": {"bytes": None, "path": "one.jpg"}, "label": 1}],
+        [{"type": "image", "image": f"file://{tmp_path}/pictures/one.jpg"}],
+        {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + text}},
     ]
     source = [{"problem": f"p{i}", "answer": "1", "images": cell} for i, cell in enumerate(cells)]
     path = forms.write_jsonl(tmp_path / "cells.jsonl", source)
@@ -179,12 +317,15 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "header.csv").write_text("problem,answer\n")
     (tmp_path / "notes.txt").write_text("a")
     (tmp_path / "nothing").mkdir()
+    columns = pa.table([["q"], ["1"], ["2"]], names=["problem", "answer", "answer"])
+    pq.write_table(columns, tmp_path / "twice.parquet")
     forms.text_only(tmp_path)
     for name, words in {
         "cut.json": "cut.json cannot be opened",
         "empty.jsonl": "is empty",
         "header.csv": "has no rows",
         "notes.txt": "expected one of .parquet",
+        "twice.parquet": "cannot be opened: .*answer",
         "nothing": "cannot be opened",
         "text.jsonl@test": "leave @test out",
     }.items():

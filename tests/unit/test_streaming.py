@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mssr.cluster.base import join_log_probs
 from mssr.data_config import RewardConfig
-from mssr.errors import StopRequestedError, TrainingError
-from mssr.rewards import RewardInput, RewardResult, ScoredBatch, Scorer, ScoringStream
-from mssr.rewards.batch import Outcome
+from mssr.errors import StopRequestedError
+from mssr.rewards import RewardInput, Scorer, ScoringStream
 from mssr.trainer.early_scores import PARTS, EarlyScores
 from mssr.trainer.response_lengths import ResponseLengths
 from mssr.types import RankLogProbs, Rollout, TokenLogProbs, TrainBatch
@@ -45,64 +44,30 @@ def test_a_batch_that_comes_in_pieces_scores_as_a_whole(scorer: Scorer) -> None:
         np.testing.assert_array_equal(streamed.parts[name], values)
 
 
-class Recorded(Scorer):
-    """Scores nothing; the first part waits until it is let go."""
-
-    def __init__(self) -> None:
-        self.parts: list[int] = []
-        self.began, self.go = threading.Event(), threading.Event()
-
-    def outcomes(self, items: Sequence[RewardInput]) -> list[Outcome]:
-        self.parts.append(len(items))
-        self.began.set()
-        assert self.go.wait(10)
-        if items[0].response == "bad":
-            raise TrainingError("the processes that score rewards keep dying")
-        return [RewardResult(float(item.answer)) for item in items]
-
-    def combine(self, inputs: Sequence[RewardInput], outcomes: Sequence[Outcome]) -> ScoredBatch:
-        scores = [o.score for o in outcomes if isinstance(o, RewardResult)]
-        return ScoredBatch(np.array(scores, np.float32), {}, 0)
+def test_scoring_begins_before_the_last_response_has_come(tmp_path: Path) -> None:
+    path = tmp_path / "reward.py"
+    path.write_text("def f(response, answer):\n    open(answer, 'w').close()\n    return 0.5\n")
+    with Scorer(RewardConfig(name=f"{path}:f", workers=1), 100) as scorer, ScoringStream(scorer) as stream:
+        stream.add(1, RewardInput("", str(tmp_path / "1"), 1))
+        while not (tmp_path / "1").exists():  # or the test is ended
+            time.sleep(0.01)
+        stream.add(0, RewardInput("", str(tmp_path / "0"), 1))
+        assert stream.result().scores.tolist() == [0.5, 0.5]
 
 
-def test_scoring_begins_before_the_last_response_and_takes_what_has_come() -> None:
-    scorer = Recorded()
-    items = inputs(5)
-    with ScoringStream(scorer) as stream:
-        stream.add(0, items[0])
-        assert scorer.began.wait(10)  # though 4 are missing
-        for i in range(1, 5):
-            stream.add(i, items[i])
-        scorer.go.set()
-        assert stream.result().scores.tolist() == [0, 1, 2, 3, 4]
-    assert scorer.parts == [1, 4]
-
-
-def test_an_error_in_the_thread_is_raised_and_an_abandoned_batch_ends() -> None:
-    scorer = Recorded()
-    scorer.go.set()
-    with pytest.raises(TrainingError, match="keep dying"), ScoringStream(scorer) as stream:
-        stream.add(0, RewardInput("bad", "", 1))
-        stream.result()
-    held = Recorded()
-    with pytest.raises(StopRequestedError), ScoringStream(held) as stream:
-        stream.add(0, inputs(1)[0])
-        assert held.began.wait(10)
-        for i in range(1, 4):
-            stream.add(i, inputs(1)[0])
-        threading.Timer(0.2, held.go.set).start()
-        raise StopRequestedError
-    assert held.parts == [1] and not stream._thread.is_alive()
-
-
-def test_who_is_in_a_hurry_does_not_wait_for_a_response_that_hangs() -> None:
-    hanging = Recorded()
-    with pytest.raises(KeyboardInterrupt), ScoringStream(hanging) as stream:
-        stream.add(0, inputs(1)[0])
-        assert hanging.began.wait(10)
-        raise KeyboardInterrupt
-    assert stream._thread.is_alive() and stream._thread.daemon
-    hanging.go.set()
+@pytest.mark.parametrize("error", [StopRequestedError, KeyboardInterrupt])
+def test_an_abandoned_batch_keeps_nobody_waiting(tmp_path: Path, error: type[BaseException]) -> None:
+    """Neither who abandons it nor the batch that comes next waits for a response that hangs."""
+    path = tmp_path / "reward.py"
+    path.write_text("import time\ndef f(response, answer): return time.sleep(1e6) if response else 0.5\n")
+    config = RewardConfig(name=f"{path}:f", workers=1, time_limit_s=1e5)
+    with Scorer(config, 100) as scorer:
+        with pytest.raises(error), ScoringStream(scorer) as stream:
+            stream.add(0, RewardInput("hang", "", 1))
+            future = scorer.submit(RewardInput("hang", "", 1))
+            raise error
+        assert future.cancelled()
+        assert scorer.score([RewardInput("", "", 1)]).scores.tolist() == [0.5]
 
 
 def rollout(index: int, length: int) -> Rollout:

@@ -20,6 +20,7 @@ import mssr
 from mssr.data.digits.rows import draw_examples, load_scans, write_parquet
 from mssr.data.digits.warmstart import Encoder, WarmStartSettings, accuracy, corpus, warm_start
 from mssr.errors import UserError
+from mssr.models.loading import import_transformers
 from mssr.models.tiny import TinySize, build_tiny_qwen2_5_vl, save_quietly
 
 TASK_VERSION = 1
@@ -129,8 +130,7 @@ def is_complete(out: Path, key: str) -> bool:
 
 def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings) -> dict[str, Any]:
     """Write everything but the summary into ``folder``; return the summary."""
-    from transformers import AutoProcessor
-
+    transformers = import_transformers()
     started = time.monotonic()
     scans = load_scans(seed)
     # Each stream of random numbers has its own key, so changing one count leaves the others alone.
@@ -139,7 +139,7 @@ def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings) -> di
     write_parquet(scans.train, train, "train", folder / "train.parquet")
     write_parquet(scans.val, val, "val", folder / "val.parquet")
     model = build_tiny_qwen2_5_vl(folder / "model", corpus(), seed, settings.model)
-    encoder = Encoder(model, AutoProcessor.from_pretrained(folder / "model"))
+    encoder = Encoder(model, transformers.AutoProcessor.from_pretrained(folder / "model"))
     steps = settings.warm_start.reading_steps + settings.warm_start.habit_steps
     with _progress(steps, quiet) as on_step:
         warm_start(encoder, scans.train, settings.warm_start, seed, settings.threads, on_step)

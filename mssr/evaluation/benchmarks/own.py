@@ -17,7 +17,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mssr.data.rows import Row, column_id, content_id, read_row
+from mssr.data.columns import resolve_columns
+from mssr.data.dataset import PromptDataset
+from mssr.data.rows import cell, column_id, content_id, is_structured, read_row, truth
 from mssr.data.sources import open_table, split_name
 from mssr.data_config import DataConfig, RewardConfig
 from mssr.errors import UserError
@@ -59,7 +61,9 @@ class Own(Benchmark):
         if rule is not None and reward is not None:
             raise UserError(f"{source}: a rule and a reward cannot both score it")
         self.source, self._rule, self.config = source, rule, config or DataConfig()
-        self._reward = None if reward is None else functions.load(reward)
+        self._reward = None if reward is None else functions.load(reward, access=None)
+        self._compares_text = reward is None or bool(reward.rule)
+        self._opened = source
         path, split = split_name(source)
         self.name = name or (f"{path.stem}@{split}" if split else path.stem)
 
@@ -73,16 +77,21 @@ class Own(Benchmark):
         path, split = split_name(source)
         if data_dir is not None and not path.exists() and (data_dir / path).exists():
             source = f"{data_dir / path}@{split}" if split else str(data_dir / path)
+        self._opened = source
         return self.read(open_table(source), limit)
 
+    def rows(self) -> PromptDataset:
+        """What was loaded, for rewards that ask for the row; ids have the benchmark's name before them."""
+        return PromptDataset(self._opened, self.config, f"{self.name}/")
+
     def read(self, table: Any, limit: int | None = None) -> list[Item]:
-        self._check_columns(table)
+        columns = resolve_columns(table, self.config, self.source)
         items: list[Item] = []
         seen: Counter[str] = Counter()
         for number in range(len(table) if limit is None else min(limit, len(table))):
             where = table.where(number)
             try:
-                item = self._item(table, number, table.cells(number), where)
+                item = self._item(table, number, table.cells(number), where, columns.config)
             except ValueError as error:
                 raise UserError(f"{where}: {error}") from error
             seen[item.id] += 1
@@ -91,6 +100,8 @@ class Own(Benchmark):
                     raise UserError(f"{where}: the id {item.id} is also that of an earlier row")
                 item = dataclasses.replace(item, id=f"{item.id}-{seen[item.id]}")
             items.append(item)
+        if not any(item.images for item in items):
+            columns.refuse_blindness(self.source, f"no image in column {self.config.images_column!r}")
         table.release()
         return items
 
@@ -110,7 +121,7 @@ class Own(Benchmark):
         answer = scoring.final_text(response, truncated=truncated)
         length = len(response) if tokens is None else tokens
         try:
-            result = self._reward.call([RewardInput(response, item.answer, length)])[0]
+            result = self._reward.call([self.reward_input(item, response, length)])[0]
         except Exception:  # a user's function may raise anything; in training it scores 0
             return Verdict(False, answer, "wrong", "reward_error")
         return self.scored(response, result.parts.get("accuracy", result.score), truncated)
@@ -124,26 +135,34 @@ class Own(Benchmark):
             return Verdict(False, answer, "truncated", "reward")
         return Verdict(False, answer, "wrong" if answer else "extraction_failed", "reward")
 
+    def reward_input(self, item: Item, response: str, tokens: int) -> RewardInput:
+        """What training's reward gets: functions of a user the answer as the data has it."""
+        answer = item.answer if self._compares_text else item.metadata["truth"]
+        return RewardInput(response, answer, tokens, f"{self.name}/{item.id}")
+
     def undecided(self, item: Item, verdict: Verdict) -> bool:
         """No judge where training's reward scores."""
         return self._reward is None and super().undecided(item, verdict)
 
-    def _check_columns(self, table: Any) -> None:
-        for column in (self.config.problem_column, self.config.answer_column, self.config.id_column):
-            if column and column not in table.column_names:
-                raise UserError(
-                    f"{self.source} has no column {column!r}, it has {', '.join(table.column_names)}"
-                )
-
-    def _item(self, table: Any, number: int, cells: dict[str, Any], where: str) -> Item:
-        row = self._row(cells, where)
+    def _item(self, table: Any, number: int, cells: dict[str, Any], where: str, config: DataConfig) -> Item:
+        column = config.id_column
+        row_id = column_id(cell(cells, column), column) if column else content_id(cells, config)
+        if self._compares_text and is_structured(truth(cells, config)):
+            raise ValueError(f"column {config.answer_column} is a list or dict, not text")
+        row = read_row(cells, row_id, where, config)
         images = row.images
-        if self.config.image_dir is None:
-            images = stored_images(table, number, cells, (self.config.images_column,))
-        question = question_text(row.problem, images)
-        return Item(self.name, row.id, question, images, row.answer, where=where)
-
-    def _row(self, cells: dict[str, Any], where: str) -> Row:
-        config = self.config
-        row_id = column_id(cells.get(config.id_column), config.id_column) if config.id_column else None
-        return read_row(cells, row_id or content_id(cells, config), where, config)
+        if config.image_dir is None and config.images_column in cells:
+            images = stored_images(table, number, cells, (config.images_column,))
+        question = row.problem if row.history else question_text(row.problem, images)
+        found = truth(cells, config)
+        metadata = {"truth": row.answer if isinstance(found, str) else found}
+        return Item(
+            self.name,
+            row.id,
+            question,
+            images,
+            row.answer,
+            metadata=metadata,
+            where=where,
+            history=row.history,
+        )

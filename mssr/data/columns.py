@@ -1,0 +1,152 @@
+"""The columns of a table with question, truth and images: as configured, else as message lists have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mssr.data.images import looks_like_image
+from mssr.data.messages import is_messages
+from mssr.data.rows import cell
+from mssr.data_config import DataConfig
+from mssr.errors import UserError
+
+if TYPE_CHECKING:
+    from mssr.data.sources import Table
+
+SAMPLED_ROWS = 16
+"""Rows, spread over the table, whose cells tell what a column holds."""
+
+MESSAGES = ("messages", "conversations", "prompt", "conversation")
+TRUTHS = ("reward_model.ground_truth", "ground_truth", "solution")
+IMAGES = ("image",)
+"""Names that are tried, in this order, where a configured name is the default and the table has no such
+column; all of them only in a table of message lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What of a table is read."""
+
+    config: DataConfig
+    """With the columns that the table has."""
+    notes: tuple[str, ...]
+    """Lines that tell the user what was found."""
+    unread_images: str | None
+    """A column with images that is not read."""
+
+    def refuse_blindness(self, name: str, found: str) -> None:
+        """For a table of which no row has an image.
+
+        Args:
+            name: of the source.
+            found: what was found in place of images.
+
+        Raises:
+            UserError: there are some in a column that is not read; a model would be trained without seeing.
+        """
+        column = self.unread_images
+        if column is not None:
+            raise UserError(
+                f"{name}: {found}, but there is a column {column!r} with images; set "
+                f"data.images_column={column}, or data.images_column=null to go on without seeing them"
+            )
+
+
+def resolve_columns(table: Table, config: DataConfig, name: str) -> Columns:
+    """Find the configured columns.
+
+    Args:
+        name: of the source, for messages.
+
+    Raises:
+        UserError: a column is not there; the one of images is not, and there are images in another.
+    """
+    rows = _sample(table)
+    config = replace(config, **_chat_columns(table, config, rows))
+    required = {"data.problem_column": config.problem_column, "data.answer_column": config.answer_column}
+    if config.id_column:
+        required["data.id_column"] = config.id_column
+    for key, column in required.items():
+        if not _has(table, column):
+            remedy = "; null takes a hash of the content" if key == "data.id_column" else ""
+            raise UserError(
+                f"{name} has no column {column!r} ({key}{remedy}); its columns are "
+                f"{', '.join(map(repr, table.column_names))}"
+            )
+    notes, unread = _notes(table, config, name, rows), _unread_images(table, config, rows)
+    if not _has(table, config.images_column):
+        absent = f"no column {config.images_column!r} (data.images_column)"
+        Columns(config, notes, unread).refuse_blindness(name, absent)
+    elif unread is not None:
+        notes += (f"{name}: column {unread!r} holds images, too, and is not read",)
+    return Columns(config, notes, unread)
+
+
+def read_columns(config: DataConfig) -> list[str]:
+    """The configured names, the id first."""
+    names = (config.id_column, config.problem_column, config.answer_column, config.images_column)
+    return [name for name in names if name]
+
+
+def root(column: str, present: Sequence[str] = ()) -> str:
+    """The column of the table that ``column.key`` is in."""
+    return column if column in present else column.partition(".")[0]
+
+
+def _chat_columns(table: Table, config: DataConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Fields of `DataConfig` to change."""
+    default = DataConfig()
+    found: dict[str, Any] = {}
+    problem = config.problem_column
+    if problem == default.problem_column and not _has(table, problem):
+        problem = next((n for n in MESSAGES if any(is_messages(row.get(n)) for row in rows)), problem)
+        found["problem_column"] = problem
+    if not any(is_messages(cell(row, problem)) for row in rows):
+        return {}
+    if config.answer_column == default.answer_column and not _has(table, config.answer_column):
+        named = (n for n in TRUTHS if any(cell(row, n) is not None for row in rows))
+        found["answer_column"] = next(named, problem)
+    images = config.images_column
+    if images == default.images_column and not _has(table, images):
+        found["images_column"] = next((name for name in IMAGES if _has(table, name)), images)
+    return found
+
+
+def _notes(table: Table, config: DataConfig, name: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    if not any(is_messages(cell(row, config.problem_column)) for row in rows):
+        return ()
+    truth = "the assistant's turn behind it"
+    if config.answer_column != config.problem_column:
+        truth = f"column {config.answer_column}"
+    images = f"column {config.images_column}" if _has(table, config.images_column) else "their parts"
+    return (
+        f"{name}: column {config.problem_column} holds messages: the question is the user's last turn, turns "
+        f"before it stay before it, the truth is {truth}, images are those of {images}",
+    )
+
+
+def _unread_images(table: Table, config: DataConfig, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    if config.images_column is None:
+        return None
+    read = {root(column, table.column_names) for column in read_columns(config)}
+    names = (n for n in table.column_names if n not in read and any(looks_like_image(r.get(n)) for r in rows))
+    return next(names, None)
+
+
+def _has(table: Table, column: str | None) -> bool:
+    return column is not None and root(column, table.column_names) in table.column_names
+
+
+def _sample(table: Table) -> list[dict[str, Any]]:
+    """The cells of some rows; those that cannot be read are bad rows, which others say."""
+    rows = []
+    for number in np.unique(np.linspace(0, len(table) - 1, SAMPLED_ROWS).astype(int)):
+        try:
+            rows.append(table.cells(int(number)))
+        except Exception:  # pyarrow raises many types; the check of all rows says which row and why
+            continue
+    return rows

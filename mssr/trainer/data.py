@@ -1,0 +1,78 @@
+"""The data of a run, checked: the part that `mssr train` and `mssr data` share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from mssr import rewards
+from mssr.config import Config, ModelConfig
+from mssr.data.encoder import PromptEncoder
+from mssr.data.loading import OVERLONG_FILE, LoadedPrompts, load_prompts
+from mssr.errors import UserError
+from mssr.models.loading import load_processor
+from mssr.rewards import RowAccess
+from mssr.trainer.validation import OwnPrompts, PromptsOf, load_validation
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """What a run trains and validates on."""
+
+    encoder: PromptEncoder
+    train: LoadedPrompts
+    val: list[PromptsOf]
+
+    @property
+    def own(self) -> list[OwnPrompts]:
+        """The sets of validation in the form of the training's."""
+        return [one for one in self.val if isinstance(one, OwnPrompts)]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should hear once of how data of the training's form are read."""
+        return list(dict.fromkeys([*self.train.notes, *(note for one in self.own for note in one.notes)]))
+
+    @property
+    def item_notes(self) -> list[str]:
+        """Items of benchmarks that cannot be asked as they are."""
+        return [note for one in self.val if not isinstance(one, OwnPrompts) for note in one.notes]
+
+    def rows(self, model: ModelConfig) -> RowAccess:
+        """Where rewards find the rows behind the responses that they score."""
+        return RowAccess.of([self.train.dataset, *(one.dataset for one in self.own)], model)
+
+
+def load_data(config: Config) -> RunData:
+    """Open and check all data of a config; writes the lists of rows that are left out to the run directory.
+
+    Raises:
+        UserError: everything that keeps the data from being trained on, columns that the reward asks for and
+            that are not there included.
+    """
+    encoder = PromptEncoder(load_processor(config.model), config.data)
+    bad_rows_file = config.run_dir / "bad_rows.jsonl"
+    for stale in (bad_rows_file, config.run_dir / OVERLONG_FILE):
+        stale.unlink(missing_ok=True)
+    train = load_prompts(config.data.train, config.data, encoder, bad_rows_file, by_rule=config.reward.rule)
+    resolve_steps(config, train)
+    data = RunData(encoder, train, load_validation(config, encoder, bad_rows_file))
+    rewards.check(config.reward, data.rows(config.model))
+    return data
+
+
+def resolve_steps(config: Config, train: LoadedPrompts) -> Config:
+    """The config with ``trainer.steps`` as a number, where it says epochs.
+
+    Raises:
+        UserError: there are not enough prompts for a step.
+    """
+    epochs = config.trainer.epochs
+    if epochs is None:
+        return config
+    prompts, a_step = len(train.dataset), config.prompts_per_step
+    if prompts < a_step:
+        raise UserError(
+            f"trainer.epochs={epochs}: {prompts} usable prompts are fewer than the {a_step} of a step; set "
+            "trainer.steps, or a smaller rollout.rollouts_per_step"
+        )
+    return replace(config, trainer=replace(config.trainer, steps=epochs * (prompts // a_step)))
