@@ -55,6 +55,7 @@ def test_keys_that_crowd_the_same_slots_are_kept_apart() -> None:
 def test_a_list_of_ids_that_was_changed_gets_its_new_keys() -> None:
     table, ids = IdTable(), ["x", "y"]
     first = table.keys(ids)
+    assert table.keys(list(ids)) is first and not first.flags.writeable  # those of the last call are kept
     table.insert(first)
     assert table.find(table.keys(ids)).tolist() == [0, 1]
     ids[0] = "z"
