@@ -131,6 +131,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         lambda: first_values(trials=[1, 1]),
         lambda: advantages.single_rollout([1.0, 0.0], [0.5]),
         lambda: advantages.single_rollout([], []),
+        lambda: advantages.single_rollout(1.0, 0.5),
         lambda: advantages.single_rollout([[1.0]], [[0.5]]),
         lambda: advantages.reinforce_pp([1.0, 0.0], [1]),
         lambda: advantages.grpo([1.0, 0.0], [0]),
