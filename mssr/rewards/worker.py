@@ -237,9 +237,7 @@ def score_call(items: Sequence[RewardInput]) -> list[Outcome] | Failure:
             if _reward.is_async and not _reward.batch:
                 return _reward.run(_together(_reward, items))
             return [_finish(r, item) for r, item in zip(_reward.call(items), items, strict=True)]
-        except (
-            BaseException
-        ) as error:  # sys.exit() in a user's function is an error of this item as any other
+        except BaseException as error:  # sys.exit() in a user's function is an error as any other
             return _failure(error)
 
 
@@ -252,6 +250,8 @@ class _CpuTimer:
     def __init__(self) -> None:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         self._libc, self._timer = ctypes.CDLL(None, use_errno=True), ctypes.c_void_p()
+        if not hasattr(self._libc, "timer_create"):  # glibc before 2.34
+            self._libc = ctypes.CDLL("librt.so.1", use_errno=True)
         event = (ctypes.c_int * 16)(0, 0, signal.SIGPROF, 0)  # a struct sigevent with SIGEV_SIGNAL
         if self._libc.timer_create(time.CLOCK_PROCESS_CPUTIME_ID, event, ctypes.byref(self._timer)):
             raise OSError(ctypes.get_errno(), "timer_create")
