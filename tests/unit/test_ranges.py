@@ -141,3 +141,13 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError):
             call()
     assert len(baseline) == 0
+    spo = algorithms.create("spo")
+    for drifts in ([0.1], [0.1] * 3, [[0.1, 0.1]]):
+        with pytest.raises(ValueError, match="the drift of each of 2 responses"):
+            spo.observe(["a", "b"], [1, 0], drifts)
+
+
+def test_groups_may_have_any_numbers() -> None:
+    plain = advantages.grpo([1.0, 0.0, 0.5, 0.25], [0, 0, 1, 1])
+    for groups in ([10**12, 10**12, 5, 5], [-3, -3, 4, 4], [4, 4, 3, 3]):
+        np.testing.assert_array_equal(advantages.grpo([1.0, 0.0, 0.5, 0.25], groups), plain)
