@@ -94,6 +94,7 @@ CASES = {
     "large_logits": Case(offset=64.0),
     "large_negative_logits": Case(offset=-64.0, scale=4.0),
     "one_token_a_chunk": Case(chunk=1, banned=(0, 9)),
+    "more_tokens_than_rows": Case(n=200, chunk=1),
     "a_chunk_of_all": Case(chunk=37),
     "a_chunk_of_more": Case(chunk=1000),
     "one_token": Case(n=1),
