@@ -94,7 +94,7 @@ def test_states_of_checkpoints_that_exist_are_read() -> None:
     baseline = BetaBaseline()
     keys = baseline.keys(["a", "b"])
     sums = {"reward_sum": 3.0, "reward_count": 4}
-    state = {"version": 2, "keys": keys, "counts": np.array([[1.0, 3.0], [2.0, 2.0]]), **sums}
+    state = {"version": 2, "keys": keys, "counts": np.array([[0.1, 0.3], [2.0, 2.0]]), **sums}
     method = algorithms.create("mvsr")
     method.load_state_dict(
         {"version": 1, "baseline": state, "discount": {"version": 2, "kls": [0.002, 0.004], "mean": None}}
