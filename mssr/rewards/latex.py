@@ -1,7 +1,4 @@
-r"""Spellings of LaTeX and Unicode brought to one, and texts cut at the top level of their brackets.
-
-Canonical are ``*``, ``/``, ``°``, ``⟦ ⟧`` for sets, ``＄`` (dollars), ``⏎`` (between rows), ``;`` (lines).
-"""
+"""Spellings of LaTeX and Unicode brought to one, and texts cut at the top level of their brackets."""
 
 import re
 import unicodedata
@@ -55,7 +52,7 @@ _SYNONYMS = dict.fromkeys(_NOTHING, r"\emptyset") | dict.fromkeys(_REALS, "ℝ")
 
 @lru_cache(maxsize=4096)
 def clean(text: str) -> str:
-    """The canonical spelling of an answer of at most `MAX_LENGTH` characters, see the module."""
+    """One spelling of a text: ``*``, ``/``, ``°``, ``⟦`` of sets, ``＄``, ``⏎`` (row), ``;`` (new line)."""
     row, line = ("⏎", " ") if "\\begin" in text else (";", ";")
     text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text.strip()).replace("\\\\", row).replace("\n", line)
     if not text.isascii():

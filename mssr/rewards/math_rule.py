@@ -12,7 +12,11 @@ from mssr.rewards import choice, latex, symbolic, units
 
 _APPROX, _RELATION = r"\\(?:approx|simeq)(?![a-z])", r"\\[lg]e(?![a-z])|[<>=]"
 _LIST = r"[,;]\s*(?:(?:and|or)(?![A-Za-z]))?|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\cup(?![a-z])"
-_NAME = r"(?i)\|?[a-z]{1,12}'?\|?(?:_(?:\w|\{[^{}]{1,20}\}))?(?:\([a-z, ]{1,10}\))?|\\(?:[a-z]+a|angle\s*\w+)"
+_NAME = re.compile(
+    r"(?i)\|?(?:[a-z]{1,3}|area|perimeter|volume|length|width|height|radius|angle|slope|probability|sum|total|"
+    r"distance|speed|answer)'?\|?(?:_(?:\w|\{[^{}]{1,20}\}))?(?:\([a-z, ]{1,10}\))?|"
+    r"(?:m ?)?\\(?:tri)?angle ?\w+|\\[a-z]+a"
+)
 _CLOCK = re.compile(r"(?i)0?((?:1?\d|2[0-4]):(?:[0-5]\d|0\d:[0-5]\d|[0-5]\d:0\d))(?:\s*([ap])\.?\s?m\.?)?")
 
 
@@ -87,7 +91,7 @@ def named(text: str) -> tuple[str, str]:
     kind, parts = read(text)
     if kind != "eq":
         return "", text
-    name = next((part for part in (parts[0], parts[-1]) if re.fullmatch(_NAME, part)), "")
+    name = next((part for part in (parts[0], parts[-1]) if _NAME.fullmatch(part)), "")
     *others, last = parts[1:] if name == parts[0] else parts[:-1] if name else parts
     agree = all(_same(part, last, 0.0) for part in others) and not re.fullmatch(r"[A-Za-z\s]{2,}", last)
     return latex.key(name), last if agree else ""

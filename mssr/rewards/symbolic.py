@@ -61,7 +61,7 @@ def expression(text: str) -> Any:
 
 
 @lru_cache(maxsize=4096)
-def value(text: str, symbols: bool = False) -> Fraction | complex | None:
+def value(text: str, symbols: bool = False) -> Any:
     """The number that a text is, exactly if it spells one; ``symbols``: with certain numbers as letters."""
     plain = re.sub(r"^(-?)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", text.replace("E", "e"))
     plain = re.sub(r"\*10\^\{([-+]?\d\d?)\}$", r"e\1", plain)

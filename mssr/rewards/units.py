@@ -6,12 +6,11 @@ from collections import Counter
 # One unit's spellings between bars. Words that are not here, number words above all, are no units.
 _SPELLINGS = """
 nm nanometer|μm um micrometer|mm millimeter millimetre 毫米|m meter metre 米|cm centimeter centimetre 厘米
-dm 分米|km kilometer kilometre 千米 公里|in inch inches|ft foot feet|mi mile|mph|yd yard|s sec second 秒|ms
-min minute 分 分钟|h hr hour 时 小时|day 天|week 周|month 月|year yr 年|mg|g gram 克|kg kilogram 千克 公斤
-t ton 吨|lb pound|oz ounce|L l liter litre 升|mL ml milliliter 毫升|gal gallon|% percent percentage pct
-° deg degree 度|rad radian|K kelvin|°C celsius 摄氏度|°F fahrenheit|dB decibel|mol mole|N newton 牛 牛顿|kN
-J joule 焦 焦耳|kJ|cal calorie|kcal|eV|W watt 瓦|kW 千瓦|kWh|V volt 伏|mV|kV|atm|A ampere amp 安|mA|μA
-Ω ohm 欧 欧姆|kΩ|F farad|H henry|T tesla|C coulomb|Pa pascal 帕|kPa|MPa|Hz hertz 赫兹|kHz|MHz
+km kilometer kilometre 千米 公里|in inch inches|ft foot feet|mi mile|mph|s sec second 秒|ms|min minute 分 分钟
+h hr hour 时 小时|day 天|week 周|month 月|year yr 年|mg|g gram 克|kg kilogram 千克 公斤|t ton 吨|lb pound
+oz ounce|L l liter litre 升|mL ml milliliter 毫升|% percent percentage pct|° deg degree 度|°C celsius 摄氏度
+°F fahrenheit|dB decibel|mol mole|N newton 牛 牛顿|kN|J joule 焦 焦耳|kJ|eV|W watt 瓦|kW 千瓦|kWh|V volt 伏|mV
+kV|K kelvin|atm|A ampere amp 安|mA|μA|Ω ohm 欧 欧姆|kΩ|C coulomb|Pa pascal 帕|kPa|MPa|Hz hertz 赫兹|kHz|MHz
 ＄ dollar usd 美元|€ euro eur|£ gbp|¥ yuan rmb cny yen 元|₹ rupee rs|cent|unit 单位|个|people person 人|apple
 student|child children|book|car|box boxes|ball|coin
 """
@@ -36,8 +35,8 @@ def canonical(text: str) -> str:
         text = re.sub(pattern, to, text)
     parts = zip((1, -1), text.partition("/")[::2], strict=True)
     factors = [(sign, *factor) for sign, part in parts for factor in re.findall(_FACTOR, part)]
-    names = [_CANONICAL.get(x) or _CANONICAL.get(x.lower() * (len(x) > 1)) for _, _, x, _, _ in factors]
-    if None in names or re.sub(_FACTOR, "", text).strip(" /*.()-"):
+    names = [_CANONICAL.get(x) or _CANONICAL.get(x.lower() * (len(x) > 1), "") for _, _, x, _, _ in factors]
+    if "" in names or re.sub(_FACTOR, "", text).strip(" /*.()-"):
         return ""
     powers: Counter[str] = Counter()
     for name, (sign, times, _, power, digit) in zip(names, factors, strict=True):
