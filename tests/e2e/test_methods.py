@@ -206,7 +206,7 @@ def check_baseline_and_shaping(steps: list[dict[str, float]], state: dict[str, A
         expected = eta * np.array([prior, 1 - prior]) + np.stack([right, ~right], axis=1)
         np.testing.assert_allclose(block, expected, atol=1e-6)
         # No bonus exceeds half of |A|, whose mean is at most 1; some are smaller, no sign flips.
-        assert 0.01 < step["shaping/mean"] < 0.5
+        assert 0.001 < step["shaping/mean"] < 0.5
         assert 0 < step["shaping/entropy_branch_fraction"] < 1
         assert step["shaping/sign_flip_fraction"] == 0
         assert step["advantage/std"] == pytest.approx(1.0, abs=1e-3)

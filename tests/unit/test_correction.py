@@ -179,3 +179,11 @@ def test_wrong_input_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             rollout_correction(x, x, torch.tensor([3]), **options)  # type: ignore[arg-type]
+
+
+def test_the_bounds_of_a_mask_are_inside() -> None:
+    """Where engine and actor agree rho is exactly 1, which stays whatever the bounds."""
+    agreed = torch.ones(5, dtype=torch.float64)
+    for mask in ("token", "sequence", "geometric"):
+        _, info = correct(agreed, mask=mask, mask_low=1.0, mask_high=1.0)
+        assert not info["masked"].any()

@@ -94,6 +94,7 @@ CASES = {
     "large_logits": Case(offset=64.0),
     "large_negative_logits": Case(offset=-64.0, scale=4.0),
     "one_token_a_chunk": Case(chunk=1, banned=(0, 9)),
+    "more_tokens_than_rows": Case(n=200, chunk=1),
     "a_chunk_of_all": Case(chunk=37),
     "a_chunk_of_more": Case(chunk=1000),
     "one_token": Case(n=1),
@@ -200,3 +201,18 @@ def test_there_is_no_second_derivative() -> None:
         (gradient,) = torch.autograd.grad(value.square(), hidden, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("way", ["two passes", "loss"])
+def test_a_banned_logit_is_a_constant_even_where_it_is_the_target(way: str) -> None:
+    case = Case(banned=(3, 150), entropy_coef=0.0)
+    hidden, weight, targets, _ = case.inputs()
+    targets[::2] = 150
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    options = {"banned": case.banned, "chunk": 4}
+    if way == "loss":
+        loss = token_loss(*inputs, targets, lambda log_probs, *_: log_probs.sum(), **options)[0]
+    else:
+        loss = token_log_probs_and_entropy(*inputs, targets, **options)[0].sum()
+    loss.backward()
+    assert not weight.grad[[3, 150]].any() and weight.grad.any()
