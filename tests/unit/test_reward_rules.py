@@ -324,6 +324,13 @@ def test_units_have_one_name() -> None:
     assert units.split(latex.clean("$5 million")) == ("5*10^{6}", "＄")
 
 
+def test_money_before_a_number_is_its_unit() -> None:
+    for answer, truth in (("Rs. 50", "50"), ("US$50", "$50"), ("-$50", "-50"), ("$3, $5", "5, 3")):
+        assert math_rule(answer, truth), answer
+    for answer, truth in (("5$600", "5600"), ("5 USD 600", "5600"), ("€50", "$50")):
+        assert not math_rule(answer, truth), answer
+
+
 @pytest.mark.parametrize("answer", ["5?", "5 ?", "5？", "5??", r"\text{5?}", "5.?", "x=5?", "A?"])
 def test_a_question_mark_is_a_hedge(answer: str) -> None:
     assert not math_rule(answer, "A" if "A" in answer else "5")
