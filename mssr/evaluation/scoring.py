@@ -241,7 +241,7 @@ def number(text: str) -> float | None:
     """
     if len(text) > latex.MAX_LENGTH:
         return None
-    value = stated(math_rule.told(text))
+    value = stated(latex.clean(text))
     exact = None if value is None else math_rule.number(value)
     if exact is not None:
         return float(exact) if abs(exact) < LARGEST else None

@@ -20,16 +20,15 @@ def grade(answer: str, truth: str, *, tolerance: float = 1e-2, absolute: float =
     """
     if max(len(answer), len(truth)) > latex.MAX_LENGTH:
         return False
-    a, t = stated(math_rule.told(choice.unannounced(answer))), stated(math_rule.told(truth))
+    a, t = stated(latex.clean(choice.unannounced(answer))), stated(latex.clean(truth))
     if a is None or t is None or math_rule.number(a) is None or math_rule.number(t) is None:
         return False
     return math_rule.same_values(a, t, tolerance, absolute)
 
 
 def stated(text: str) -> str | None:
-    r"""The one value that a canonical text states: ``x \approx 12.1 cm`` gives ``12.1 cm``; else None."""
+    r"""The one value that a canonical text states: ``\sqrt{2} \approx 1.41`` gives ``1.41``; else None."""
+    text = next(iter(math_rule.sides(text)[::-1]), "")
     kind, parts = math_rule.read(text)
-    if kind == "approx":
-        return next(iter(math_rule.sides(text)[::-1]), None)
     value = math_rule.named(text)[1] if kind == "eq" else ""
-    return stated(value) if value else parts[0] if kind == "value" else None
+    return stated(value) if value else parts[0] if kind == "value" and text else None

@@ -97,7 +97,8 @@ def _end(code: int) -> NoReturn:
 def _prepare(job: Job) -> RowReader | Failure | None:
     """What all workers share: the imports of the named rules, and the data, if the reward asks for them."""
     if not plugins.is_spec(job.config.name):
-        functions.load(job.config).call([RewardInput("<think>\n</think>\\boxed{\\frac{1}{2}}", "0.5", 1)])
+        warm_up = RewardInput("<think>\n</think>\\boxed{\\sqrt{12}}", r"2\sqrt{3}", 1)  # reaches math-verify
+        functions.load(job.config).call([warm_up])
     try:
         return None if job.rows is None else RowReader(job.rows)
     except Exception as error:  # told in place of every score

@@ -6,6 +6,7 @@ import logging
 import random
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 
@@ -280,14 +281,25 @@ LONG = ["1" * 21, "(" * 9 + "2" + ")" * 9, "x+" * 200 + "1"]
 
 
 @pytest.mark.parametrize("text", [*UNREAD, *LONG, "", "2 3"])
-def test_what_is_unknown_or_could_explode_never_reaches_sympy(text: str) -> None:
-    assert not symbolic.prepared(latex.clean(text))
+def test_what_is_unknown_or_could_explode_never_reaches_sympy(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[str] = []
+    monkeypatch.setattr("math_verify.parse", lambda latex, *a, **options: parsed.append(latex))
+    assert symbolic.expression.__wrapped__(latex.clean(text)) is None and not parsed
 
 
 def test_what_reaches_sympy_has_exact_decimals_and_separate_letters() -> None:
-    assert symbolic.prepared(latex.clean("0.5ab")) == r"\frac{5}{10}a b"
-    assert symbolic.prepared(latex.clean("2(3)")) == r"2\cdot (3)"  # math-verify reads 2(3) as 5
+    assert symbolic.value(latex.clean("0.5a - a/2"), True) == 0
+    assert symbolic.value(latex.clean("ab - ba"), True) == 0
+    assert symbolic.value(latex.clean("2(3)")) == 6  # math-verify reads 2(3) as 5
     assert symbolic.value(latex.clean(r"\sin 30^\circ")) == pytest.approx(0.5)
+
+
+def test_plain_numbers_are_read_exactly_and_without_sympy() -> None:
+    for text in ("0.125", "1/8", r"\frac{1}{8}", "1.25e-1", r"1.25\times 10^{-1}"):
+        assert symbolic.value(latex.clean(text)) == Fraction(1, 8), text
+    assert symbolic.value("9" * 201) is None  # more digits than a float could hold
 
 
 def test_units_have_one_name() -> None:
@@ -302,14 +314,26 @@ def test_units_have_one_name() -> None:
         "cm2",
         "平方厘米",
     ):
-        assert units.canonical(latex.clean(spelling)) == (("cm", 2),), spelling
+        assert units.canonical(latex.clean(spelling)) == "cm^2", spelling
     for spelling in ("km/h", "km per hour", "kilometers per hour", "kmph", r"km \cdot h^{-1}", "千米/时"):
-        assert units.canonical(latex.clean(spelling)) == (("h", -1), ("km", 1)), spelling
-    for spelling in ("x", "trillion", "fifths", "cm +", "", "3", "below zero"):
-        assert units.canonical(spelling) == ()
-    assert units.split("2x") == ("2x", ()) and units.split("5m") == ("5m", ())
-    assert units.split("5 m") == ("5", (("m", 1),)) and units.split("0.5A") == ("0.5", (("A", 1),))
-    assert units.sums("2 h 30 min") == ("150/60 h", "150 min") and units.sums("2 h 30 cm") == ()
+        assert units.canonical(latex.clean(spelling)) == "h^-1 km", spelling
+    for spelling in ("x", "trillion", "fifths", "cm +", "", "3", "below zero", "per cent"):
+        assert units.canonical(spelling) == ""
+    assert units.split("2x") == ("2x", "") and units.split("5m") == ("5m", "")
+    assert units.split("5 m") == ("5", "m") and units.split("0.5A") == ("0.5", "A")
+    assert units.split(latex.clean("$5 million")) == ("5*10^{6}", "＄")
+
+
+def test_money_before_a_number_is_its_unit() -> None:
+    for answer, truth in (("Rs. 50", "50"), ("US$50", "$50"), ("-$50", "-50"), ("$3, $5", "5, 3")):
+        assert math_rule(answer, truth), answer
+    for answer, truth in (("5$600", "5600"), ("5 USD 600", "5600"), ("€50", "$50")):
+        assert not math_rule(answer, truth), answer
+
+
+@pytest.mark.parametrize("answer", ["5?", "5 ?", "5？", "5??", r"\text{5?}", "5.?", "x=5?", "A?"])
+def test_a_question_mark_is_a_hedge(answer: str) -> None:
+    assert not math_rule(answer, "A" if "A" in answer else "5")
 
 
 def test_clean_is_idempotent_on_answers_without_escapes() -> None:
