@@ -78,11 +78,11 @@ def value(text: str, symbols: bool = False) -> Any:
 
 def same(a: str, t: str) -> bool:
     """Whether two expressions, equations, inequalities, sets or matrices are equal."""
-    x, y, rounded = value(a, True), value(t, True), re.search(r"\.\d{6}", f"{a} {t}")
+    x, y, rounded = value(a, True), value(t, True), re.search(r"\.(\d{6,})", f"{a} {t}")
     if x is None or y is None:
         if x is not y:
             return False
-    elif abs(x - y) > (5e-6 if rounded else 1e-12) * abs(y):
+    elif abs(x - y) > max(1e-12 * abs(y), 0.5 / 10 ** len(rounded[1]) if rounded else 0.0):
         return False  # sympy would take long to find that out
     elif isinstance(x, Fraction) and isinstance(y, Fraction) and not (rounded and ("." in a) != ("." in t)):
         return x == y

@@ -151,3 +151,10 @@ def test_math_verify_says_what_is_recorded() -> None:
         if verify(truth, answer, timeout_seconds=None) != bool(int(pair.math_verify)):
             different.append(pair)
     assert not different
+
+
+def test_a_long_decimal_must_round_the_exact_value() -> None:
+    from mssr.rewards import math_rule
+
+    assert math_rule.grade("1.414214", r"\sqrt2") and math_rule.grade("0.333333", "1/3")
+    assert not math_rule.grade("1.41421399", r"\sqrt2") and not math_rule.grade("1.414215", r"\sqrt2")
