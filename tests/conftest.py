@@ -140,7 +140,7 @@ def run_mssr() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command in a process of its own, as a user would. Pytest's limit bounds it."""
 
     def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "mssr.cli", *map(str, args)]
+        command = [sys.executable, "-m", "mssr.tools.cli", *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     return run

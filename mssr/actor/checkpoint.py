@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
 )
 
-from mssr.files import sha256
-from mssr.heartbeat import beat
+from mssr.models.files import sha256
 from mssr.models.lora import is_adapter
+from mssr.rollout.heartbeat import beat
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mssr.errors import UserError
-from mssr.heartbeat import beat
+from mssr.rollout.heartbeat import beat
 
 
 class InitialWeights:

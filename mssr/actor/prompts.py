@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from mssr.bounded_cache import BoundedCache
-from mssr.data.encoder import EncodedPrompt
 from mssr.data.prompt_source import PromptSource
 from mssr.data.rows import IMAGE_MARK
+from mssr.models.bounded_cache import BoundedCache
+from mssr.models.encoded import EncodedPrompt
 from mssr.models.packing import PackItem
 from mssr.models.policy import PolicyModel
 from mssr.types import TrainBatch

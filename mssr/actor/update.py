@@ -23,10 +23,10 @@ from mssr.actor.step import LogProbs, StepState
 from mssr.algorithms.losses import kl_penalty
 from mssr.algorithms.objective import KnownTokens, LossInParts, Objective, TokenBatch
 from mssr.config import Config
-from mssr.heartbeat import beat
 from mssr.models.cost import CostModel
 from mssr.models.packing import PackedBatch, pack
 from mssr.models.policy import PolicyModel
+from mssr.rollout.heartbeat import beat
 from mssr.types import RankLogProbs, TrainBatch
 
 

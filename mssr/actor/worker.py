@@ -19,13 +19,13 @@ from mssr.actor.offload import with_offload
 from mssr.actor.optimizers import make_optimizer
 from mssr.actor.prompts import Prepared, PromptCache, nothing_prepared
 from mssr.actor.update import PolicyUpdater
-from mssr.bounded_cache import BoundedCache
 from mssr.config import Config
 from mssr.data.prompt_source import PromptSource
-from mssr.heartbeat import beat
+from mssr.models.bounded_cache import BoundedCache
 from mssr.models.loading import compute_dtype, empty_model, load_model
 from mssr.models.lora import WithoutAdapters, add_adapters, full_weights
 from mssr.models.policy import PolicyModel
+from mssr.rollout.heartbeat import beat
 from mssr.types import RankLogProbs, TrainBatch
 
 

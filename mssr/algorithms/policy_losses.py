@@ -95,7 +95,7 @@ def get_loss(name: str) -> PolicyLoss:
     if name in _registry:
         return _registry[name]
     if ":" in name or name.endswith(".py"):
-        from mssr.plugins import load
+        from mssr.algorithms.plugins import load
 
         function = load(name, kind="loss", noun="function")
         _options(function, name)

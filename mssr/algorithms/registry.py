@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from mssr import plugins
+from mssr.algorithms import plugins
 from mssr.algorithms.base import Algorithm
 from mssr.errors import UserError
 
@@ -45,7 +45,7 @@ def names() -> list[str]:
 
 
 def get(name: str) -> type[Algorithm]:
-    """The class called ``name``, or the one in ``path/to/file.py:Class``, see `mssr.plugins`.
+    """The class called ``name``, or the one in ``path/to/file.py:Class``, see `mssr.algorithms.plugins`.
 
     What its class attributes say (``default_n``, ``aggregation`` and the like) needs no instance. A class
     from a file need not be registered; if it is not, its name is ``path/to/file.py:Class``.

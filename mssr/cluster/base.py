@@ -7,7 +7,6 @@ from typing import Protocol
 
 import numpy as np
 
-from mssr.config import Config
 from mssr.types import RankLogProbs, Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 
 Report = Callable[[str, str], None]
@@ -107,21 +106,6 @@ class Cluster(Protocol):
     def shutdown(self) -> None:
         """End all workers."""
         ...
-
-
-def launch(config: Config, report: Report, stop: Callable[[], bool]) -> Cluster:
-    """Start the workers with the launcher that ``cluster.launcher`` names.
-
-    Args:
-        stop: asked while engines work whether the run is to end.
-    """
-    if config.cluster.launcher == "ray":
-        from mssr.cluster.ray_cluster import RayCluster
-
-        return RayCluster(config, report, stop)
-    from mssr.cluster.local import LocalCluster
-
-    return LocalCluster(config, stop)
 
 
 def join_log_probs(shares: Sequence[RankLogProbs], batch: TrainBatch) -> TokenLogProbs:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mssr.actor.worker import PolicyWorker, resolve_device
-from mssr.bounded_cache import BoundedCache
 from mssr.cluster.base import OnFinished, SaveHandle, join_log_probs
 from mssr.cluster.memory import rss_gib
 from mssr.config import Config
-from mssr.data.encoder import EncodedPrompt
 from mssr.errors import StopRequestedError
+from mssr.models.bounded_cache import BoundedCache
+from mssr.models.encoded import EncodedPrompt
 from mssr.rollout.queue import RequestQueue
 from mssr.rollout.weights import pack_weights
 from mssr.rollout.worker import RolloutWorker

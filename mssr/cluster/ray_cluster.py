@@ -16,7 +16,6 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from mssr.affinity import home
 from mssr.cluster.base import OnFinished, Report, SaveHandle, join_log_probs
 from mssr.cluster.memory import rss_gib
 from mssr.cluster.ray_calls import HEALTH, Calls, Failure, Worker, WorkerDiedError, WorkerHungError, stacks
@@ -25,6 +24,7 @@ from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
 from mssr.cluster.shared_prompts import PromptShelf
 from mssr.config import Config
 from mssr.errors import EngineError, UserError, WorkersLostError
+from mssr.models.affinity import home
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 
 PLACEMENT_TIMEOUT_S = 60

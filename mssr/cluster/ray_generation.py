@@ -16,11 +16,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mssr.affinity import home
 from mssr.cluster.base import OnFinished
 from mssr.cluster.ray_calls import Calls, Failure, Worker
 from mssr.cluster.shared_prompts import SharedPrompts
 from mssr.cluster.transport import unpack_rollouts
+from mssr.models.affinity import home
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
 FEEDING = "feeding"

@@ -15,10 +15,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mssr import heartbeat
 from mssr.cluster.shared_prompts import PromptFetcher, PromptOutbox, Shares
 from mssr.cluster.transport import PackedRollouts, pack_rollouts
 from mssr.config import Config
+from mssr.rollout import heartbeat
 from mssr.rollout.queue import Finished, Numbered, RequestQueue
 from mssr.types import RankLogProbs, SamplingParams, TrainBatch
 
@@ -52,7 +52,7 @@ class RayWorker:
         return socket.gethostname(), os.getpid()
 
     def silent_s(self) -> float:
-        """See `mssr.heartbeat`. Called in a thread of its own, as is `stacks`."""
+        """See `mssr.rollout.heartbeat`. Called in a thread of its own, as is `stacks`."""
         return heartbeat.silent_s()
 
     def stacks(self) -> str:

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mssr import heartbeat
-from mssr.affinity import home
-from mssr.bounded_cache import BoundedCache
+from mssr.models.affinity import home
+from mssr.models.bounded_cache import BoundedCache
+from mssr.rollout import heartbeat
 
 if TYPE_CHECKING:
-    from mssr.data.encoder import EncodedPrompt, PromptArrays
+    from mssr.models.encoded import EncodedPrompt, PromptArrays
 
 FETCH_TIMEOUT_S = 30.0
 """Longest that a rank waits for prompts that come from another machine."""
@@ -108,7 +108,7 @@ class PromptFetcher:
         self._fetched: dict[Any, dict[str, PromptArrays]] = {}
 
     def __call__(self, prompt_ids: Sequence[str]) -> dict[str, EncodedPrompt]:
-        from mssr.data.encoder import EncodedPrompt
+        from mssr.models.encoded import EncodedPrompt
 
         wanted = {i: self._reference_of[i] for i in prompt_ids if i in self._reference_of}
         self._fetch([r for r in dict.fromkeys(wanted.values()) if r not in self._fetched])

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mssr.config.data import DataConfig
 from mssr.data.images import looks_like_image
 from mssr.data.messages import is_messages
 from mssr.data.rows import cell
-from mssr.data_config import DataConfig
 from mssr.errors import UserError
 
 if TYPE_CHECKING:

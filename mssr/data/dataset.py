@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from mssr.config.data import DataConfig
 from mssr.data.cache import DataCache
 from mssr.data.images import ImageSource
 from mssr.data.index import BAD, DUPLICATE, USABLE, RowIndex, SourceRows
 from mssr.data.rows import IMAGE_MARK, MAX_IMAGES_PER_PROMPT, BadRow, Row
 from mssr.data.sources import parse_sources
-from mssr.data_config import DataConfig
 
 __all__ = [
     "IMAGE_MARK",

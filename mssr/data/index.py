@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mssr.config.data import DataConfig
 from mssr.data.cache import DataCache, digest_of, file_states
 from mssr.data.columns import read_columns, resolve_columns, root
 from mssr.data.images import MissingFile, reason
@@ -25,7 +26,6 @@ from mssr.data.rows import (
     truth,
 )
 from mssr.data.sources import ArrowTable, Source, open_table, split_name
-from mssr.data_config import DataConfig
 from mssr.errors import UserError
 
 USABLE, BAD, DUPLICATE = 0, 1, 2

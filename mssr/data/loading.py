@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from mssr.config.data import DataConfig
 from mssr.data.dataset import BadRow, PromptDataset
 from mssr.data.encoder import PromptEncoder
 from mssr.data.lengths import prompt_lengths
-from mssr.data_config import DataConfig
 from mssr.errors import UserError
 
 OVERLONG_FILE = "overlong.jsonl"

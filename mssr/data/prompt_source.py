@@ -7,11 +7,12 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mssr.bounded_cache import BoundedCache
 from mssr.config import Config
 from mssr.data.dataset import VAL_PREFIX, PromptDataset, Row
-from mssr.data.encoder import EncodedImage, EncodedPrompt, PromptEncoder, join_pixels
+from mssr.data.encoder import PromptEncoder
 from mssr.data.validation_sets import validation_sets
+from mssr.models.bounded_cache import BoundedCache
+from mssr.models.encoded import EncodedImage, EncodedPrompt, join_pixels
 from mssr.models.loading import load_processor
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from mssr.config.data import DataConfig
 from mssr.data.images import ImageSource, image_cells, image_key, image_sources
 from mssr.data.messages import IMAGE_MARK, Conversation, Turn, is_messages, read_messages
-from mssr.data_config import DataConfig
 
 MAX_IMAGES_PER_PROMPT = 16
 """Engines reserve memory for so many."""

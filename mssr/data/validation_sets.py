@@ -17,9 +17,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mssr.config.data import DataConfig
 from mssr.data.dataset import VAL_PREFIX, PromptDataset
 from mssr.data.sources import parse_sources
-from mssr.data_config import DataConfig
 from mssr.errors import UserError
 
 

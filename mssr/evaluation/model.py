@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mssr.config import Config, ModelConfig, to_dict
-from mssr.config_loading import Layer, file_layers, from_dict, merge_layers
+from mssr.config.loading import Layer, file_layers, from_dict, merge_layers
 from mssr.errors import UserError
-from mssr.trainer import manifest as manifests
-from mssr.trainer.checkpoint import resolve
+from mssr.runs import manifest as manifests
+from mssr.runs.checkpoint import resolve
 
 UNREAD = (
     *("algorithm", "sampler", "actor", "watch", "experiment_name", "model.path"),
@@ -67,7 +67,7 @@ class EvaluatedModel:
         """
         if self.checkpoint is None:
             return self.config.model.path
-        from mssr.tools.export import export
+        from mssr.runs.export import export
 
         dtype = "float32" if _in_float32(self.config) else None
         return str(export(self.checkpoint, scratch / "model", dtype).absolute())

@@ -21,7 +21,7 @@ from PIL import Image
 
 from mssr.data.images import image_sources, reason
 from mssr.evaluation.items import STATUSES
-from mssr.tools.html import BASE_STYLE, data_uri
+from mssr.runs.html import BASE_STYLE, data_uri
 
 ImageOf = Callable[[str, str], bytes | Sequence[bytes] | None]
 """(benchmark, item id) -> the item's encoded image, or several, or None where there is none."""

@@ -7,7 +7,7 @@ from typing import TextIO
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mssr.secrets import redact
+from mssr.config.secrets import redact
 
 
 class EvaluationProgress:

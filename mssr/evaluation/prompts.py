@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mssr.config.data import DataConfig
 from mssr.data.encoder import PromptEncoder
 from mssr.data.images import ImageSource, reason
 from mssr.data.rows import Row, problem_cell, read_row
 from mssr.data.validation_sets import benchmark_data
-from mssr.data_config import DataConfig
 from mssr.evaluation.base import Benchmark
 from mssr.evaluation.cells import question_text
 from mssr.evaluation.items import Item

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from mssr import plugins
+from mssr.algorithms import plugins
 from mssr.errors import UserError
 from mssr.evaluation.base import Benchmark
 
@@ -46,9 +46,9 @@ def get(name: str) -> Benchmark:
     """The benchmark called ``name``.
 
     Args:
-        name: a registered name; ``path/to/file.py:Class`` (see `mssr.plugins`); or a source of data in the
-            project's own form (a file, a directory, ``hub/name@split``, see `mssr.data.sources`), which is
-            scored by the default rule of `benchmarks.own.Own`.
+        name: a registered name; ``path/to/file.py:Class`` (see `mssr.algorithms.plugins`); or a source of
+            data in the project's own form (a file, a directory, ``hub/name@split``, see
+            `mssr.data.sources`), which is scored by the default rule of `benchmarks.own.Own`.
 
     Raises:
         UserError: no such name, with the nearest; or the file or class cannot be had.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mssr.errors import UserError
-from mssr.files import replace_text
+from mssr.models.files import replace_text
 
 FILE = "responses.jsonl"
 FORMAT = 1

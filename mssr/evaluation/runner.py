@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from mssr.cluster.base import Cluster, launch
+from mssr.cluster.base import Cluster
+from mssr.cluster.launch import launch
 from mssr.config import Config
 from mssr.data.cache import digest_of
 from mssr.data.encoder import PromptEncoder
@@ -30,11 +31,11 @@ from mssr.evaluation.responses import Response, ResponseFile
 from mssr.evaluation.verdicts import VerdictBook
 from mssr.models.loading import check_model_path, load_processor
 from mssr.rollout.seeds import request_seed
-from mssr.trainer.console import captured_output
-from mssr.trainer.events import EventLog
-from mssr.trainer.manifest import package_versions
-from mssr.trainer.run_directory import hold_directory
-from mssr.trainer.signals import StopRequest
+from mssr.runs.console import captured_output
+from mssr.runs.events import EventLog
+from mssr.runs.manifest import package_versions
+from mssr.runs.run_directory import hold_directory
+from mssr.runs.signals import StopRequest
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
 SCRATCH = "scratch"

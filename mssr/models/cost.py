@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mssr.affinity import home
+from mssr.models.affinity import home
 from mssr.types import TrainBatch
 
 UNIT = 10**6

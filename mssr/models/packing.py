@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from mssr.data.encoder import EncodedPrompt
-from mssr.data.pixels import PixelNormalizer
+from mssr.models.encoded import EncodedPrompt
+from mssr.models.pixels import PixelNormalizer
 
 
 @dataclass(frozen=True, slots=True)

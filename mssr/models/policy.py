@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mssr.bounded_cache import BoundedCache
-from mssr.data.encoder import EncodedPrompt
+from mssr.models.bounded_cache import BoundedCache
+from mssr.models.encoded import EncodedPrompt
 from mssr.models.head import Objective, token_log_probs_and_entropy, token_loss
 from mssr.models.packing import PackedBatch
 from mssr.models.vision_positions import VisionPositions

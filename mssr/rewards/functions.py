@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mssr import plugins
+from mssr.algorithms import plugins
 from mssr.errors import UserError
 from mssr.rewards.base import RewardInput, RewardResult
 from mssr.rewards.binding import Binding, bind
 from mssr.rewards.rows import NO_ROWS, RowAccess, RowReader
 
 if TYPE_CHECKING:
-    from mssr.data_config import RewardConfig
+    from mssr.config.data import RewardConfig
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _IN_PLACE = bind(lambda response, answer, /: 0.0, {}, None)

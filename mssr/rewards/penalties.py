@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mssr.rewards.base import RewardInput
 
 if TYPE_CHECKING:
-    from mssr.data_config import RewardConfig
+    from mssr.config.data import RewardConfig
 
 
 def overlong_penalty(length: int, max_length: int, buffer: int, weight: float = 1.0) -> float:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mssr.config import ModelConfig
+    from mssr.config.data import DataConfig
     from mssr.data.dataset import PromptDataset
     from mssr.data.rows import Row
-    from mssr.data_config import DataConfig
 
 Sizes = list[tuple[int, int]]
 """(width, height) in pixels, of each image of a row."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from mssr import plugins
+from mssr.algorithms import plugins
 from mssr.errors import TrainingError, UserError
 from mssr.rewards import functions, penalties
 from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult
@@ -21,7 +21,7 @@ from mssr.rewards.rows import NO_ROWS, RowAccess
 from mssr.rewards.worker import Job
 
 if TYPE_CHECKING:
-    from mssr.data_config import RewardConfig
+    from mssr.config.data import RewardConfig
 
 _log = logging.getLogger(__name__)
 MAX_WORKERS = 8

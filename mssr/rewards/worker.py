@@ -29,13 +29,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pebble
 
-from mssr import plugins
+from mssr.algorithms import plugins
 from mssr.rewards import functions, penalties
 from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult
 from mssr.rewards.rows import RowAccess, RowReader
 
 if TYPE_CHECKING:
-    from mssr.data_config import RewardConfig
+    from mssr.config.data import RewardConfig
 
 WALL_FACTOR = 10
 """``time_limit_s`` counts CPU time. What sleeps or waits, for a network or a core, is ended after so many

@@ -10,11 +10,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mssr.config import Config
-from mssr.data.encoder import EncodedPrompt
 from mssr.data.prompt_source import PromptSource
-from mssr.heartbeat import beat
+from mssr.models.encoded import EncodedPrompt
 from mssr.models.loading import compute_dtype, load_model
 from mssr.models.policy import vision_placeholder_ids
+from mssr.rollout.heartbeat import beat
 from mssr.rollout.queue import Finished, RequestQueue
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 

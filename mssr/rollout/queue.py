@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 
-from mssr.heartbeat import beat
+from mssr.rollout.heartbeat import beat
 from mssr.types import Rollout, RolloutRequest
 
 Numbered = tuple[int, RolloutRequest]

@@ -15,12 +15,12 @@ import torch
 
 from mssr.config import Config
 from mssr.data.dataset import MAX_IMAGES_PER_PROMPT
-from mssr.data.encoder import EncodedPrompt
 from mssr.data.prompt_source import PromptSource
 from mssr.errors import EngineError, UserError
-from mssr.heartbeat import beat
+from mssr.models.encoded import EncodedPrompt
 from mssr.models.loading import compute_dtype, import_transformers
 from mssr.models.policy import vision_placeholder_ids
+from mssr.rollout.heartbeat import beat
 from mssr.rollout.queue import Finished, Numbered, RequestQueue
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from mssr.config import Config
-from mssr.data.encoder import EncodedPrompt
+from mssr.models.encoded import EncodedPrompt
 from mssr.rollout.engine import make_engine
 from mssr.rollout.queue import Finished, RequestQueue
 from mssr.rollout.weights import PackedWeights, unpack_weights

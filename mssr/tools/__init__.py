@@ -1,1 +1,2 @@
-"""What is done with finished runs and evaluations: `plot`, `export`, `compare`; and `data_report` before."""
+"""The commands: `cli` reads them; `data_report` shows the data of a run before it, `compare` sets finished
+ones side by side."""

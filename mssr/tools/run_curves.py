@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from mssr.errors import UserError
-from mssr.tools.plot import read_metrics
+from mssr.runs.plot import read_metrics
 from mssr.trainer.initial_values import FILE as INIT_ROLLOUTS
 
 AXES: Mapping[str, str] = {"step": "steps", "rollouts": "rollouts", "hours": "hours"}

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mssr import plugins
-from mssr.algorithms import Algorithm
+from mssr.algorithms import Algorithm, plugins
 from mssr.config import Config, flatten, to_dict
 from mssr.trainer.collect import RolloutCollector
 

@@ -10,22 +10,22 @@ import numpy as np
 from mssr.algorithms import Algorithm
 from mssr.cluster.base import Cluster
 from mssr.config import Config, to_dict
+from mssr.config.secrets import redact
 from mssr.data.dataset import PromptDataset
 from mssr.data.mixture import MixtureSampler
 from mssr.data.sampler import EpochSampler, PromptSampler, UncertaintySampler
 from mssr.errors import StopRequestedError, TrainingError, UserError
 from mssr.rewards import Scorer
-from mssr.secrets import redact
-from mssr.trainer.checkpoint import CheckpointStore, read_state
+from mssr.runs.checkpoint import CheckpointStore, read_state
+from mssr.runs.console import Console
+from mssr.runs.events import EventLog
+from mssr.runs.loggers import MetricsLog
+from mssr.runs.run_directory import write_samples
+from mssr.runs.signals import StopRequest
 from mssr.trainer.collect import RolloutCollector
-from mssr.trainer.console import Console
 from mssr.trainer.estimate import Estimator
-from mssr.trainer.events import EventLog
 from mssr.trainer.initial_values import initialize_values
-from mssr.trainer.loggers import MetricsLog
 from mssr.trainer.pipeline import RolloutPipeline
-from mssr.trainer.run_directory import write_samples
-from mssr.trainer.signals import StopRequest
 from mssr.trainer.timing import PhaseTimer
 from mssr.trainer.validation import PromptsOf, Validation
 from mssr.trainer.watch import CollapseWatch

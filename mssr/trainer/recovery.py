@@ -7,11 +7,11 @@ from pathlib import Path
 
 from mssr.cluster.base import Cluster
 from mssr.errors import StopRequestedError, WorkersLostError
-from mssr.trainer.checkpoint import CheckpointStore, read_state
-from mssr.trainer.events import EventLog
-from mssr.trainer.loggers import MetricsLog
+from mssr.runs.checkpoint import CheckpointStore, read_state
+from mssr.runs.events import EventLog
+from mssr.runs.loggers import MetricsLog
+from mssr.runs.signals import StopRequest
 from mssr.trainer.loop import Trainer
-from mssr.trainer.signals import StopRequest
 
 
 def run_with_recovery(

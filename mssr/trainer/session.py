@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 from typing import TextIO
 
-from mssr.cluster.base import launch
+from mssr.cluster.launch import launch
 from mssr.config import Config
-from mssr.config_checks import advice
+from mssr.config.checks import advice
 from mssr.errors import EXIT_OK
 from mssr.rewards import Scorer
-from mssr.tools.plot import plot, write_report
-from mssr.trainer.checkpoint import CheckpointStore
-from mssr.trainer.console import Console
+from mssr.runs.checkpoint import CheckpointStore
+from mssr.runs.console import Console
+from mssr.runs.events import EventLog
+from mssr.runs.loggers import MetricsLog
+from mssr.runs.plot import plot, write_report
+from mssr.runs.run_directory import check_checkpoint
+from mssr.runs.signals import StopRequest
 from mssr.trainer.data import load_data, resolve_steps
-from mssr.trainer.events import EventLog
-from mssr.trainer.loggers import MetricsLog
 from mssr.trainer.loop import Trainer
 from mssr.trainer.recovery import run_with_recovery, step_of
-from mssr.trainer.run_directory import check_checkpoint
-from mssr.trainer.signals import StopRequest
 from mssr.trainer.validation import describe
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.models.loading import check_model_path
-from mssr.trainer.console import captured_output
-from mssr.trainer.run_directory import prepare_run_directory
+from mssr.runs.console import captured_output
+from mssr.runs.run_directory import prepare_run_directory
 
 
 def train(config_file: str | Path, overrides: Sequence[str] = ()) -> int:

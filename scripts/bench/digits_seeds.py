@@ -53,7 +53,7 @@ def run(config: str, seed: int, overrides: list[str], run_dir: Path) -> dict[str
     command = [
         sys.executable,
         "-m",
-        "mssr.cli",
+        "mssr.tools.cli",
         "train",
         config,
         f"seed={seed}",

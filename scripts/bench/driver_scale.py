@@ -34,16 +34,16 @@ from typing import Any
 import numpy as np
 import psutil
 
-from mssr.cluster.base import launch
+from mssr.cluster.launch import launch
 from mssr.config import Config
 from mssr.data.dataset import PromptDataset
 from mssr.rewards import Scorer
-from mssr.trainer.checkpoint import CheckpointStore
-from mssr.trainer.console import Console
-from mssr.trainer.events import EventLog
-from mssr.trainer.loggers import MetricsLog
+from mssr.runs.checkpoint import CheckpointStore
+from mssr.runs.console import Console
+from mssr.runs.events import EventLog
+from mssr.runs.loggers import MetricsLog
+from mssr.runs.signals import StopRequest
 from mssr.trainer.loop import Trainer
-from mssr.trainer.signals import StopRequest
 from scripts.bench.fake_workers import OPTIONS, use_fake_workers
 
 MIB = 2**20

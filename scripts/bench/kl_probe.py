@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from mssr.cluster.local import LocalCluster
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import load_prompts
 from mssr.models.loading import load_processor

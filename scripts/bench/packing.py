@@ -38,11 +38,11 @@ from mssr.actor.planning import MicroBatch, Planner, UpdatePlan
 from mssr.actor.step import StepState
 from mssr.actor.update import PolicyUpdater
 from mssr.config import Config
-from mssr.data.encoder import EncodedPrompt
-from mssr.data.pixels import PixelNormalizer
 from mssr.models.attention import use_varlen_attention
 from mssr.models.cost import CostModel, SequenceWork
+from mssr.models.encoded import EncodedPrompt
 from mssr.models.packing import PackedBatch, PackItem, pack
+from mssr.models.pixels import PixelNormalizer
 from mssr.models.policy import PolicyModel
 from mssr.types import TrainBatch
 from scripts.bench.workload import PROMPT, RESPONSE_LIMIT, SHAPES, TEXT, draw_lengths, model_config

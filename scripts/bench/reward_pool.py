@@ -15,7 +15,7 @@ import statistics
 import time
 from pathlib import Path
 
-from mssr.data_config import RewardConfig
+from mssr.config.data import RewardConfig
 from mssr.rewards import RewardInput, Scorer, ScoringStream
 
 COUNT = 2048

@@ -29,7 +29,7 @@ import psutil
 
 from mssr.algorithms import BetaBaseline
 from mssr.data.sampler import UncertaintySampler
-from mssr.trainer.checkpoint import read_state, write_state
+from mssr.runs.checkpoint import read_state, write_state
 
 STEP = 2048
 MIB = 2**20

@@ -60,7 +60,7 @@ class Run:
         self._mark = uuid.uuid4().hex
         shutil.copy(Path(__file__).with_name("plugins.py"), directory)
         self._command = [
-            *(sys.executable, "-m", "mssr.cli", "train", str(config), *ARGUMENTS),
+            *(sys.executable, "-m", "mssr.tools.cli", "train", str(config), *ARGUMENTS),
             f"trainer.run_dir={self.run_dir}",
             f"reward.name={directory}/plugins.py:reward",
             f"algorithm.loss.name={directory}/plugins.py:loss",

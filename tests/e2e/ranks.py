@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.types import TrainBatch
 from tests.conftest import Workspace

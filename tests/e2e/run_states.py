@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from mssr.actor.checkpoint import SafeReader
-from mssr.trainer.checkpoint import read_state
+from mssr.runs.checkpoint import read_state
 from tests.chaos.run import comparable
 
 STEPS = 4
@@ -29,7 +29,7 @@ SMALL = [
 _SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
-from mssr.trainer.loggers import MetricsLog
+from mssr.runs.loggers import MetricsLog
 from mssr.trainer.train import train
 
 config, out, variants = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])

@@ -33,7 +33,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 PAUSING = """
 import sys, time
 from pathlib import Path
-from mssr.cli import main
+from mssr.tools.cli import main
 from mssr.evaluation.responses import ResponseFile
 
 go_on, most, append = Path(sys.argv[1]), int(sys.argv[2]), ResponseFile.append

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from mssr import algorithms
-from mssr.trainer.checkpoint import read_state
+from mssr.runs.checkpoint import read_state
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.e2e
@@ -24,7 +24,7 @@ DIGITS_CONFIG = Path(__file__).parents[2] / "configs/digits/mssr.yaml"
 TRAIN_EACH = """
 import sys
 from mssr.trainer.train import train
-from mssr.tools.export import export
+from mssr.runs.export import export
 
 config, out, *names = sys.argv[1:]
 for name in names:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mssr.cli import main
-from mssr.trainer.checkpoint import read_state
+from mssr.runs.checkpoint import read_state
+from mssr.tools.cli import main
 from tests.chaos.course import injure, undisturbed
 from tests.chaos.run import STEPS, Run, comparable
 from tests.conftest import Workspace
@@ -95,7 +95,7 @@ def test_engine_and_actor_agree_after_every_weight_update(straight_run: Path) ->
 
 def test_the_gate_sees_stale_weights(workspace: Workspace) -> None:
     """Each kind of staleness alone would be orders of magnitude above the gate."""
-    from mssr.config_loading import load_config
+    from mssr.config.loading import load_config
     from mssr.data.prompt_source import PromptSource
     from mssr.models.loading import load_model
     from mssr.models.packing import PackItem, pack
@@ -206,7 +206,7 @@ def test_a_policy_that_wants_image_tokens_trains_on(
 
 def prefer_image_pad(model_dir: Path, workspace: Workspace) -> None:
     """Turn the token's output embedding towards what the model's hidden states have in common."""
-    from mssr.config_loading import load_config
+    from mssr.config.loading import load_config
     from mssr.data.prompt_source import PromptSource
     from mssr.models.loading import load_model
 

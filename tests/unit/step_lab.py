@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mssr.actor.optimizers import make_optimizer
 from mssr.actor.prompts import PromptCache
 from mssr.actor.update import PolicyUpdater
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.loading import load_model
 from mssr.models.policy import PolicyModel

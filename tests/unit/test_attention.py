@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.errors import UserError
 from mssr.models import attention

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mssr.cli import main
+from mssr.tools.cli import main
 from tests.conftest import Workspace, make_rows, write_rows
 
 pytestmark = pytest.mark.unit
@@ -94,7 +94,7 @@ def test_unusable_rows_are_named_and_listed(fails, damaged: Path, tmp_path: Path
 def test_unusable_rows_may_be_allowed(
     workspace: Workspace, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mssr.config_loading import load_config
+    from mssr.config.loading import load_config
     from mssr.data.encoder import PromptEncoder
     from mssr.data.loading import load_prompts
     from mssr.models.loading import load_processor
@@ -108,7 +108,7 @@ def test_unusable_rows_may_be_allowed(
 
 
 def test_train_and_validation_rows_may_share_ids(workspace: Workspace) -> None:
-    from mssr.config_loading import load_config
+    from mssr.config.loading import load_config
     from mssr.data.prompt_source import PromptSource
 
     source = PromptSource(load_config(workspace.config))
@@ -142,8 +142,8 @@ def test_unknown_reward(fails, tmp_path: Path) -> None:
 
 
 def test_a_run_directory_of_another_run(fails, workspace: Workspace, tmp_path: Path) -> None:
-    from mssr.config_loading import load_config
-    from mssr.trainer.run_directory import prepare_run_directory
+    from mssr.config.loading import load_config
+    from mssr.runs.run_directory import prepare_run_directory
 
     run_dir = tmp_path / "taken"
 
@@ -183,7 +183,8 @@ def test_resume_from_nothing(fails, tmp_path: Path) -> None:
 
 def test_a_wrong_config_is_refused_before_the_seconds_of_imports(workspace: Workspace) -> None:
     program = (
-        "import sys\nfrom mssr import cli\ncode = cli.main(['train', sys.argv[1], 'actor.num_rank=1'])\n"
+        "import sys\nfrom mssr.tools import cli\n"
+        "code = cli.main(['train', sys.argv[1], 'actor.num_rank=1'])\n"
         "print(code, *{'ray', 'transformers', 'torchvision', 'datasets', 'matplotlib'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", program, str(workspace.config)]

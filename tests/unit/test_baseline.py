@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mssr.algorithms import AdaptiveDiscount, BetaBaseline
-from mssr.trainer.checkpoint import read_state, write_state
+from mssr.runs.checkpoint import read_state, write_state
 
 pytestmark = pytest.mark.unit
 

@@ -185,7 +185,7 @@ def test_the_prompt_is_the_official_one(name: str, position: int, question: str,
 @pytest.mark.parametrize("name", CASES)
 def test_prompts_are_encoded_as_in_training(name: str, workspace: Workspace, tmp_path: Path) -> None:
     """The picture before the question (or at its mark), the instruction behind it; nothing is refused."""
-    from mssr.config_loading import load_config
+    from mssr.config.loading import load_config
     from mssr.data.encoder import PromptEncoder
     from mssr.models.loading import load_processor
 

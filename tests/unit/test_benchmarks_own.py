@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from mssr.config import Config
+from mssr.config.data import DataConfig, RewardConfig
 from mssr.data.dataset import PromptDataset
-from mssr.data_config import DataConfig, RewardConfig
 from mssr.errors import UserError
 from mssr.evaluation import registry
 from mssr.evaluation.base import Benchmark

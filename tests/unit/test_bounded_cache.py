@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mssr.bounded_cache import BoundedCache
+from mssr.models.bounded_cache import BoundedCache
 
 pytestmark = pytest.mark.unit
 

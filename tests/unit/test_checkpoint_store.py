@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from mssr.errors import TrainingError, UserError
-from mssr.files import sha256
-from mssr.trainer.checkpoint import CheckpointStore, read_state, resolve
-from mssr.trainer.events import EventLog
-from mssr.trainer.manifest import read_manifest, verify
+from mssr.models.files import sha256
+from mssr.runs.checkpoint import CheckpointStore, read_state, resolve
+from mssr.runs.events import EventLog
+from mssr.runs.manifest import read_manifest, verify
 
 pytestmark = pytest.mark.unit
 

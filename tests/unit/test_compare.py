@@ -10,8 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from mssr.cli import main
 from mssr.evaluation import results
+from mssr.tools.cli import main
 from mssr.tools.run_curves import read_run
 
 pytestmark = pytest.mark.unit

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from mssr import algorithms
-from mssr.cli import main
 from mssr.config import to_dict
-from mssr.config_checks import advice
-from mssr.config_loading import from_dict, load_config
+from mssr.config.checks import advice
+from mssr.config.loading import from_dict, load_config
 from mssr.errors import UserError
+from mssr.tools.cli import main
 
 pytestmark = pytest.mark.unit
 DIGITS = Path(__file__).parents[2] / "configs/digits/mssr.yaml"

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mssr.config.data import DataConfig
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import LoadedPrompts, load_prompts
-from mssr.data_config import DataConfig
 from mssr.errors import UserError
 from tests.conftest import Workspace
 from tests.unit import data_forms as forms
@@ -102,7 +102,7 @@ LINE_CASES: list[tuple[Callable[[int], Any], str | None]] = [
 
 @pytest.fixture(scope="module")
 def encoder(workspace: Workspace) -> PromptEncoder:
-    from mssr.config_loading import load_config
+    from mssr.config.loading import load_config
     from mssr.models.loading import load_processor
 
     config = load_config(workspace.config)

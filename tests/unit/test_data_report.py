@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mssr.cli import main
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
+from mssr.tools.cli import main
 from mssr.tools.data_report import answer_kind
 from tests.conftest import Workspace, make_rows, write_rows
 

@@ -33,7 +33,7 @@ import numpy as np
 import pytest
 
 from mssr.cluster.base import OnFinished
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.data.dataset import PromptDataset
 from mssr.rewards import Scorer
 from mssr.trainer.loop import Trainer

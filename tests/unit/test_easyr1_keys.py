@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.errors import UserError
 
 pytestmark = pytest.mark.unit

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mssr import cli
 from mssr.config import Config
 from mssr.data.prompt_source import PromptSource
 from mssr.errors import EXIT_SIGTERM, EXIT_USER_ERROR
 from mssr.evaluation import results, runner
+from mssr.tools import cli
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 from tests.conftest import Workspace, make_rows, write_rows
 from tests.unit.benchmark_data import CASES, write_parquet

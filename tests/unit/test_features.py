@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mssr.actor.worker import PolicyWorker
-from mssr.bounded_cache import BoundedCache
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
+from mssr.models.bounded_cache import BoundedCache
 from mssr.models.packing import PackedBatch, pack
 from mssr.models.policy import PolicyModel
 from tests.conftest import Workspace

@@ -18,7 +18,7 @@ from mssr.cluster.ray_generation import Generation
 from mssr.cluster.ray_workers import RayRolloutWorker
 from mssr.cluster.shared_prompts import SharedPrompts
 from mssr.cluster.transport import PackedRollouts, pack_rollouts, unpack_rollouts
-from mssr.data.encoder import EncodedPrompt
+from mssr.models.encoded import EncodedPrompt
 from mssr.rollout.queue import Finished, RequestQueue
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 

@@ -9,7 +9,7 @@ import torch
 
 from mssr.algorithms.objective import KnownTokens, LossInParts, Objective, TokenBatch
 from mssr.algorithms.shaping import entropy_bonus
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.head import token_log_probs_and_entropy, token_loss
 from mssr.models.loading import load_model

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mssr.actor.prompts import PromptCache
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.loading import load_model
 from mssr.models.packing import pack

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mssr.actor.initial_weights import InitialWeights
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.errors import UserError
 from mssr.models.loading import empty_model, load_model
 from tests.conftest import Workspace

@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mssr.cli import main
 from mssr.config import Config
-from mssr.config_loading import load_config
+from mssr.config.data import DataConfig
+from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.data.sampler import EpochSampler
-from mssr.data_config import DataConfig
 from mssr.errors import UserError
 from mssr.evaluation.benchmarks.own import Own
 from mssr.evaluation.prompts import Question
 from mssr.evaluation.responses import Response
 from mssr.evaluation.verdicts import VerdictBook
 from mssr.rewards import Scorer
+from mssr.tools.cli import main
 from mssr.trainer.collect import RolloutCollector
 from mssr.trainer.data import load_data, resolve_steps
 from mssr.types import Rollout, RolloutRequest, SamplingParams

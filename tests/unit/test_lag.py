@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mssr.config import Config
-from mssr.config_checks import validate
-from mssr.config_loading import load_config
+from mssr.config.checks import validate
+from mssr.config.loading import load_config
 from mssr.errors import StopRequestedError, UserError, WorkersLostError
 from mssr.types import TrainBatch
 from tests.conftest import Workspace
@@ -111,7 +111,7 @@ def test_a_stop_finishes_the_batch_that_is_under_way_and_resumes_alike(
 
 
 def test_the_batch_that_waits_is_in_the_checkpoint(world: Any, tmp_path: Path) -> None:  # noqa: F811
-    from mssr.trainer.checkpoint import read_state
+    from mssr.runs.checkpoint import read_state
     from mssr.trainer.pipeline import _from_state
 
     drive(world, tmp_path / "run", never, lag=1)

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from mssr.config.data import DataConfig
 from mssr.data import index, lengths
 from mssr.data.cache import DataCache
 from mssr.data.dataset import PromptDataset
 from mssr.data.encoder import PromptEncoder
 from mssr.data.images import ImageSource
 from mssr.data.loading import LoadedPrompts, load_prompts
-from mssr.data_config import DataConfig
 from mssr.errors import UserError
 from tests.conftest import Workspace
 from tests.unit import data_forms as forms
@@ -29,7 +29,7 @@ PIXELS = {"min_pixels": 3136, "max_pixels": 50176}
 
 @pytest.fixture(scope="module")
 def processor(workspace: Workspace) -> Any:
-    from mssr.config_loading import load_config
+    from mssr.config.loading import load_config
     from mssr.models.loading import load_processor
 
     return load_processor(load_config(workspace.config).model)
@@ -210,7 +210,7 @@ def test_runs_at_the_same_time(tmp_path: Path) -> None:
     """Two processes check the same data; all see the same, and the cache is whole afterwards."""
     path = forms.mmrl30k(tmp_path)
     program = (
-        "import sys; from mssr.data.dataset import PromptDataset; from mssr.data_config import DataConfig\n"
+        "import sys; from mssr.data.dataset import PromptDataset; from mssr.config.data import DataConfig\n"
         "for _ in range(20):\n"
         "    d = PromptDataset(sys.argv[1], DataConfig(cache_dir=sys.argv[2])); i = d.check()\n"
         "    d.cache.save('rows', d.parts[0]._key(), i[0].table)\n"

@@ -27,7 +27,7 @@ from mssr.actor.prompts import PromptCache
 from mssr.actor.update import PolicyUpdater
 from mssr.cluster.base import OnFinished, join_log_probs
 from mssr.config import Config, flatten, to_dict
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.data.dataset import PromptDataset
 from mssr.data.prompt_source import PromptSource
 from mssr.errors import TrainingError

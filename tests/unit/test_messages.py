@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from mssr.config.data import DataConfig
 from mssr.data.dataset import PromptDataset
 from mssr.data.encoder import PromptEncoder
 from mssr.data.messages import Conversation, is_messages, read_messages
-from mssr.data_config import DataConfig
 from mssr.errors import UserError
 from tests.conftest import Workspace
 from tests.unit import data_forms as forms
@@ -130,7 +130,7 @@ def test_images_of_parts_and_columns(rows, tmp_path: Path) -> None:
 
 def test_turns_reach_the_model(rows, workspace: Workspace) -> None:
     """Images without marks stand before the user's first turn; data.system_prompt replaces theirs."""
-    from mssr.config_loading import load_config
+    from mssr.config.loading import load_config
     from mssr.models.loading import load_processor
 
     config = load_config(workspace.config)

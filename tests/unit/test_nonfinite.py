@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from mssr.actor import guard
 from mssr.actor.prompts import PromptCache
 from mssr.actor.update import PolicyUpdater
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.errors import TrainingError
 from mssr.models.loading import load_model

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mssr import plugins
+from mssr.algorithms import plugins
 from mssr.errors import UserError
 
 pytestmark = pytest.mark.unit

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.head import token_log_probs_and_entropy
 from mssr.models.loading import load_model

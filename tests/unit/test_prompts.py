@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.data import encoder as encoder_module
 from mssr.data.dataset import ImageSource, Row
-from mssr.data.encoder import EncodedPrompt, PromptEncoder
+from mssr.data.encoder import PromptEncoder
 from mssr.errors import UserError
+from mssr.models.encoded import EncodedPrompt
 from mssr.models.loading import load_processor
 from mssr.models.packing import split_images
 from tests.conftest import Workspace

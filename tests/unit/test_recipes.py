@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from mssr.cli import main
 from mssr.config import flatten, to_dict
-from mssr.config_checks import advice
-from mssr.config_loading import load_config
+from mssr.config.checks import advice
+from mssr.config.loading import load_config
 from mssr.errors import UserError
+from mssr.tools.cli import main
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]

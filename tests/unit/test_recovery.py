@@ -20,21 +20,21 @@ import pytest
 
 from mssr.cluster.base import OnFinished
 from mssr.config import Config
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import load_prompts
 from mssr.errors import StopRequestedError, TrainingError, UserError, WorkersLostError
-from mssr.files import sha256
+from mssr.models.files import sha256
 from mssr.models.loading import load_processor
 from mssr.rewards import Scorer
-from mssr.trainer.checkpoint import CheckpointStore
-from mssr.trainer.console import Console
-from mssr.trainer.events import EventLog
-from mssr.trainer.loggers import MetricsLog
+from mssr.runs.checkpoint import CheckpointStore
+from mssr.runs.console import Console
+from mssr.runs.events import EventLog
+from mssr.runs.loggers import MetricsLog
+from mssr.runs.run_directory import check_checkpoint
+from mssr.runs.signals import StopRequest
 from mssr.trainer.loop import Trainer
 from mssr.trainer.recovery import run_with_recovery, step_of
-from mssr.trainer.run_directory import check_checkpoint
-from mssr.trainer.signals import StopRequest
 from mssr.trainer.validation import load_validation
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
 from tests.chaos.run import comparable

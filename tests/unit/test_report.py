@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops
 
-from mssr.tools.plot import EVENTS_SHOWN, episodes, write_report
+from mssr.runs.plot import EVENTS_SHOWN, episodes, write_report
 
 pytestmark = pytest.mark.unit
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mssr.data_config import RewardConfig
+from mssr.config.data import RewardConfig
 from mssr.rewards import RewardInput, ScoredBatch, Scorer
 
 pytestmark = pytest.mark.unit

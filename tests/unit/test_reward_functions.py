@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mssr.data_config import RewardConfig
+from mssr.config.data import RewardConfig
 from mssr.errors import UserError
 from mssr.rewards import RewardInput, ScoredBatch, Scorer, functions
 

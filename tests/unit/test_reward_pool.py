@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mssr.data_config import RewardConfig
+from mssr.config.data import RewardConfig
 from mssr.errors import TrainingError
 from mssr.rewards import RewardInput, Scorer
 
@@ -215,7 +215,7 @@ def command_of(pid: int) -> str:
 
 DRIVER = """
 import sys, threading
-from mssr.data_config import RewardConfig
+from mssr.config.data import RewardConfig
 from mssr.rewards import RewardInput, Scorer
 scorer = Scorer(RewardConfig(name=sys.argv[1], time_limit_s=60, workers=2), 10)
 scorer.score([RewardInput("fine", "", 1)] * 4)

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from mssr.config import Config, ModelConfig
+from mssr.config.data import DataConfig, RewardConfig
 from mssr.data.dataset import PromptDataset
-from mssr.data_config import DataConfig, RewardConfig
 from mssr.errors import UserError
 from mssr.rewards import RewardInput, RowAccess, ScoredBatch, Scorer
 from mssr.trainer.collect import reward_inputs

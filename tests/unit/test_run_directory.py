@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 
 from mssr.config import Config, flatten, to_dict
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.errors import UserError
-from mssr.trainer import run_directory
-from mssr.trainer.run_directory import compare_configs, prepare_run_directory
+from mssr.runs import run_directory
+from mssr.runs.run_directory import compare_configs, prepare_run_directory
 
 pytestmark = pytest.mark.unit
 DIGITS = Path(__file__).parents[2] / "configs/digits/mssr.yaml"
 
 HOLDER = """
 import os, subprocess, sys, time
-from mssr.config_loading import load_config
-from mssr.trainer.run_directory import prepare_run_directory
+from mssr.config.loading import load_config
+from mssr.runs.run_directory import prepare_run_directory
 held = prepare_run_directory(load_config(sys.argv[1], ["trainer.run_dir=" + sys.argv[2]]))
 # Children of both kinds, which stay when this process is killed.
 sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], close_fds=False)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mssr.data_config import RewardConfig
+from mssr.config.data import RewardConfig
 from mssr.errors import TrainingError, UserError
 from mssr.rewards import RewardInput, ScoredBatch, Scorer, advice, check, names
 

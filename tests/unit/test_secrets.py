@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 import mssr
-from mssr.cli import main
 from mssr.config import Config, ModelConfig, to_dict
-from mssr.config_loading import load_config, save_config
+from mssr.config.loading import load_config, save_config
+from mssr.config.secrets import environment_variable, find_secrets, is_secret_name, redact
 from mssr.errors import UserError
-from mssr.secrets import environment_variable, find_secrets, is_secret_name, redact
-from mssr.trainer.console import Console
+from mssr.runs.console import Console
+from mssr.tools.cli import main
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
@@ -144,7 +144,7 @@ def test_secrets_do_not_reach_config_yaml(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_secrets_do_not_reach_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mssr.trainer.loggers import MetricsLog
+    from mssr.runs.loggers import MetricsLog
 
     sent: dict[str, Any] = {}
 
@@ -197,7 +197,7 @@ def unsafe(name: str, call: ast.Call) -> bool:
 def test_nothing_that_is_read_is_run() -> None:
     found = {(file, name) for file, name, call in calls() if unsafe(name, call)}
     # A user's own file, named in the config: that is what plugins are.
-    assert found == {("mssr/plugins.py", "exec")}
+    assert found == {("mssr/algorithms/plugins.py", "exec")}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import ray
 import torch
 
 from mssr.actor.prompts import PromptCache
-from mssr.affinity import home
 from mssr.cluster.ray_workers import RayRolloutWorker
 from mssr.cluster.shared_prompts import (
     TOGETHER,
@@ -25,9 +24,10 @@ from mssr.cluster.shared_prompts import (
     SharedPrompts,
     share,
 )
-from mssr.config_loading import load_config
-from mssr.data.encoder import EncodedPrompt
+from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
+from mssr.models.affinity import home
+from mssr.models.encoded import EncodedPrompt
 from mssr.rollout.worker import RolloutWorker
 from mssr.types import TrainBatch
 from tests.conftest import Workspace

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mssr.config.data import DataConfig
 from mssr.data import index
 from mssr.data.cache import DataCache
 from mssr.data.dataset import PromptDataset
 from mssr.data.index import SourceRows
 from mssr.data.sources import Source, open_table, parse_sources
-from mssr.data_config import DataConfig
 from mssr.errors import UserError
 from tests.unit import data_forms as forms
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mssr.cluster.base import join_log_probs
-from mssr.data_config import RewardConfig
+from mssr.config.data import RewardConfig
 from mssr.errors import StopRequestedError
 from mssr.rewards import RewardInput, Scorer, ScoringStream
 from mssr.trainer.early_scores import PARTS, EarlyScores

@@ -15,8 +15,8 @@ import torch
 from mssr.data.sampler import EpochSampler
 from mssr.rollout.seeds import request_seed
 from mssr.rollout.weights import pack_weights, unpack_weights
-from mssr.trainer.checkpoint import read_state, write_state
-from mssr.trainer.run_directory import MetricsFile, write_samples
+from mssr.runs.checkpoint import read_state, write_state
+from mssr.runs.run_directory import MetricsFile, write_samples
 
 pytestmark = pytest.mark.unit
 
@@ -112,7 +112,7 @@ def test_weights_travel_unchanged(dtype: torch.dtype) -> None:
 
 def test_help_needs_no_heavy_library() -> None:
     code = (
-        "import sys; from mssr.cli import main\n"
+        "import sys; from mssr.tools.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = set('torch transformers ray vllm numpy datasets omegaconf'.split()) & set(sys.modules)\n"

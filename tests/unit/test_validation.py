@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mssr.config import Config
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.data.encoder import PromptEncoder
 from mssr.data.prompt_source import PromptSource
 from mssr.data.validation_sets import validation_sets

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mssr.config import WatchConfig
-from mssr.config_loading import load_config
+from mssr.config.loading import load_config
 from mssr.errors import UserError
 from mssr.trainer.watch import CollapseWatch
 

@@ -17,11 +17,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mssr.config.data import DataConfig, RewardConfig
 from mssr.data.columns import resolve_columns
 from mssr.data.dataset import PromptDataset
 from mssr.data.rows import cell, column_id, content_id, is_structured, read_row, truth
 from mssr.data.sources import open_table, split_name
-from mssr.data_config import DataConfig, RewardConfig
 from mssr.errors import UserError
 from mssr.evaluation import scoring
 from mssr.evaluation.base import Benchmark

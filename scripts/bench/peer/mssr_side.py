@@ -6,7 +6,7 @@ import sys
 
 from turns import Gate
 
-from mssr import cli
+from mssr.tools import cli
 from mssr.trainer.loop import Trainer
 
 

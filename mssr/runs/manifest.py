@@ -15,7 +15,7 @@ from typing import Any
 
 from mssr import __version__
 from mssr.errors import UserError
-from mssr.files import replace_text, sha256
+from mssr.models.files import replace_text, sha256
 
 FILE = "manifest.json"
 FORMAT = 1

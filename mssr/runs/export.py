@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mssr.config_loading import from_dict
+from mssr.config.loading import from_dict
 from mssr.errors import UserError
-from mssr.files import give_usual_modes
-from mssr.trainer.checkpoint import resolve
-from mssr.trainer.manifest import verify
+from mssr.models.files import give_usual_modes
+from mssr.runs.checkpoint import resolve
+from mssr.runs.manifest import verify
 
 
 def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) -> Path:

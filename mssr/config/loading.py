@@ -11,11 +11,10 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mssr import easyr1_keys
-from mssr.config import Config, flatten, to_dict
-from mssr.config_checks import responses_per_prompt, validate
+from mssr.config import Config, easyr1_keys, flatten, to_dict
+from mssr.config.checks import responses_per_prompt, validate
+from mssr.config.secrets import environment_variable, named_secrets, redact
 from mssr.errors import UserError
-from mssr.secrets import environment_variable, named_secrets, redact
 
 BASE = "base"
 """A file may name another one that it changes: ``base: ../mssr.yaml``, relative to itself."""

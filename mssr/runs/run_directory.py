@@ -17,10 +17,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mssr.config import Config, flatten, to_dict
-from mssr.config_loading import save_config
+from mssr.config.loading import save_config
+from mssr.config.secrets import redact
 from mssr.errors import UserError
-from mssr.secrets import redact
-from mssr.trainer.manifest import read_manifest
+from mssr.runs.manifest import read_manifest
 
 FREE_TO_CHANGE = (
     "experiment_name",

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mssr import algorithms
-from mssr.algorithm_config import AlgorithmConfig, SamplerConfig
-from mssr.data_config import DataConfig, RewardConfig
+from mssr.config.algorithm import AlgorithmConfig, SamplerConfig
+from mssr.config.data import DataConfig, RewardConfig
 
 _T = TypeVar("_T")
 

@@ -23,8 +23,8 @@ from safetensors.numpy import load_file, save_file
 
 from mssr.cluster.base import SaveHandle
 from mssr.errors import UserError
-from mssr.files import replace_text, sha256
-from mssr.trainer.manifest import read_manifest, verify, write_manifest
+from mssr.models.files import replace_text, sha256
+from mssr.runs.manifest import read_manifest, verify, write_manifest
 
 _ARRAY = "__array__"
 _STATE_FILES = ("trainer.json", "trainer.safetensors")

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mssr.secrets import redact
+from mssr.config.secrets import redact
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
+from mssr.config.secrets import redact
 from mssr.errors import UserError
-from mssr.secrets import redact
-from mssr.tools.html import BASE_STYLE, data_uri
+from mssr.runs.html import BASE_STYLE, data_uri
 
 REPORT_SAMPLES = 12
 

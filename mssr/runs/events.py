@@ -7,8 +7,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from mssr.config.secrets import redact
 from mssr.errors import TrainingError
-from mssr.secrets import redact
 
 FILE = "events.jsonl"
 

@@ -9,12 +9,13 @@ import importlib.util
 import math
 from typing import Any
 
-from mssr import algorithms, plugins, rewards
+from mssr import algorithms, rewards
+from mssr.algorithms import plugins
 from mssr.config import Config, flatten, to_dict
-from mssr.config_readers import check_nothing_unread
+from mssr.config.data import PAPER_INSTRUCTION
+from mssr.config.readers import check_nothing_unread
 from mssr.data.sources import parse_sources
 from mssr.data.validation_sets import validation_sets
-from mssr.data_config import PAPER_INSTRUCTION
 from mssr.errors import UserError
 
 CHOICES: dict[str, tuple[str, ...]] = {

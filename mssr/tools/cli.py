@@ -9,8 +9,8 @@ import traceback
 from collections.abc import Sequence
 
 from mssr import __version__
+from mssr.config.secrets import redact
 from mssr.errors import EXIT_FAILURE, EXIT_OK, EXIT_SIGINT, EXIT_USER_ERROR, TrainingError, UserError
-from mssr.secrets import redact
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,14 +178,14 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from mssr.tools.export import export
+    from mssr.runs.export import export
 
     export(args.checkpoint, args.out)
     return EXIT_OK
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from mssr.tools.plot import plot
+    from mssr.runs.plot import plot
 
     plot(args.run_dir)
     return EXIT_OK

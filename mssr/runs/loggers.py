@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mssr.config import Config, to_dict
+from mssr.config.secrets import redact
 from mssr.errors import UserError
-from mssr.secrets import redact
-from mssr.trainer.run_directory import MetricsFile
+from mssr.runs.run_directory import MetricsFile
 
 
 class Logger(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mssr.plugins import is_spec
+from mssr.algorithms.plugins import is_spec
 
 PAPER_INSTRUCTION = (
     "First think about the reasoning process inside <think> </think> tags, "
