@@ -1,6 +1,6 @@
 """A run's config: `run`, `algorithm` and `data` hold the sections (one dataclass each), `loading` merges
-files and overrides (`easyr1_keys` reads EasyR1's names), `checks` and `readers` refuse what contradicts itself,
-`secrets` keeps keys and tokens out of what is written."""
+files and overrides (`easyr1_keys` reads EasyR1's names), `checks` and `readers` refuse what contradicts
+itself, `secrets` keeps keys and tokens out of what is written."""
 
 from mssr.config.algorithm import AlgorithmConfig, SamplerConfig
 from mssr.config.data import DataConfig, RewardConfig
