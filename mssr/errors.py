@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -30,3 +34,19 @@ class WorkersLostError(TrainingError):
 
 class StopRequestedError(Exception):
     """Work was abandoned because the user, or the cluster, wants the run to end."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``", did you mean 'entropy'?"`` for the nearest of the known words; empty where none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def check_version(state: Mapping[str, Any], expected: int, what: str) -> None:
+    """Refuse a saved state of another form.
+
+    Raises:
+        ValueError: ``state["version"]`` is not the one expected.
+    """
+    if state.get("version") != expected:
+        raise ValueError(f"{what} state has version {state.get('version')}, not {expected}")
