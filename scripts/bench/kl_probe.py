@@ -25,12 +25,12 @@ from pathlib import Path
 import numpy as np
 
 from mssr.cluster.local import LocalCluster
-from mssr.config.loading import load_config
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import load_prompts
 from mssr.models.loading import load_processor
 from mssr.rewards import Scorer
 from mssr.rollout.seeds import request_seed
+from mssr.runs.config import load_config
 from mssr.trainer.batch import make_batch
 from mssr.trainer.collect import RolloutCollector
 from mssr.trainer.estimate import Estimator

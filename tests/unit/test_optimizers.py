@@ -14,8 +14,8 @@ from mssr.actor import distributed, optimizers
 from mssr.actor.adamw_8bit import AdamW8bit, block_size
 from mssr.actor.bf16_adamw import KahanAdamW, StochasticAdamW, join, round_stochastically, split
 from mssr.actor.offload import OffloadedOptimizer, with_offload
-from mssr.config.loading import load_config
 from mssr.models.policy import PolicyModel
+from mssr.runs.config import load_config
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.unit
