@@ -66,7 +66,7 @@ IMPORTED = "torch transformers numpy pytest hypothesis datasets pyarrow.parquet 
 
 @dataclass(frozen=True)
 class Mutant:
-    """Example: ``Mutant("mssr/algorithms/shaping.py", "core/NumberReplacer", occurrence=3, place=(25, 14))``"""
+    """Example: ``Mutant("mssr/algorithms/group.py", "core/NumberReplacer", occurrence=3, place=(25, 14))``"""
 
     path: str
     operator: str
