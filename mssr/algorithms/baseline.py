@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mssr.algorithms.advantages import Floats
+from mssr.algorithms.checks import check_number
 from mssr.algorithms.id_table import IdTable, Keys, Rows, is_keys
+from mssr.errors import check_version
 
 _STATE_VERSION = 2
 _CHUNK = 1 << 16  # prompts worked on at once
 _UNIT = 1 << 36  # values are summed as whole multiples of 1/_UNIT
-
-Floats = npt.NDArray[np.float64]
 
 
 class BetaBaseline:
@@ -45,10 +46,8 @@ class BetaBaseline:
     """
 
     def __init__(self, prior_strength: float = 1.0, prior_mean: float | None = None) -> None:
-        if not (np.isfinite(prior_strength) and prior_strength >= 0):
-            raise ValueError(f"prior_strength must be a finite number >= 0, not {prior_strength}")
-        if prior_mean is not None and not 0 <= prior_mean <= 1:
-            raise ValueError(f"prior_mean must be in [0, 1] or None, not {prior_mean}")
+        check_number("prior_strength", prior_strength, ">= 0")
+        check_number("prior_mean", prior_mean, "in [0, 1]", optional=True)
         self.prior_strength = float(prior_strength)
         self.prior_mean = None if prior_mean is None else float(prior_mean)
         self._table = IdTable()
@@ -172,10 +171,8 @@ class BetaBaseline:
                 (it is named). Nothing is changed then.
         """
         keys = self._table.keys(ids)
-        if not (np.isfinite(strength) and strength > 0):
-            raise ValueError(f"strength must be a finite number > 0, not {strength}")
-        if not (np.isfinite(smoothing) and smoothing >= 0):
-            raise ValueError(f"smoothing must be a finite number >= 0, not {smoothing}")
+        check_number("strength", strength)
+        check_number("smoothing", smoothing, ">= 0")
         s, n = np.asarray(successes, np.float64), np.asarray(trials, np.float64)
         for name, array in (("successes", s), ("trials", n)):
             if array.shape != (len(keys),):
@@ -216,10 +213,11 @@ class BetaBaseline:
         Raises:
             ValueError: The state has another version, or its keys and counts do not fit together.
         """
-        version = state.get("version")
-        if version not in (1, _STATE_VERSION):
-            raise ValueError(f"baseline state has version {version}, expected {_STATE_VERSION} (or 1)")
-        keys = IdTable().keys(state["ids"]) if version == 1 else state["keys"]
+        if state.get("version") == 1:
+            keys = IdTable().keys(state["ids"])
+        else:
+            check_version(state, _STATE_VERSION, "baseline")
+            keys = state["keys"]
         try:
             table = IdTable.from_keys(keys)
         except ValueError as error:
