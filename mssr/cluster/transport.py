@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,23 +18,23 @@ from mssr.types import Rollout
 if TYPE_CHECKING:
     from mssr.cluster.shared_prompts import SharedPrompts
 
+ARRAYS = ("prompt_token_ids", "response_token_ids", "log_probs")
+
 
 @dataclass(frozen=True)
 class PackedRollouts:
-    """K finished rollouts, what they have of tokens laid end to end. See `Rollout` for the rest."""
+    """K finished rollouts, what they have of tokens laid end to end."""
 
     numbers: list[int]
-    prompt_ids: list[str]
-    sample_indices: list[int]
-    finish_reasons: list[str]
-    policy_versions: list[int]
-    texts: list[str]
+    """(K,) of their requests."""
+    fields: list[dict[str, Any]]
+    """(K,) those of `Rollout` but for its arrays."""
     tokens: npt.NDArray[np.int32]
     """(sum of P + T,) prompt and response of each."""
     log_probs: npt.NDArray[np.float32]
     """(sum of T,)"""
     lengths: list[tuple[int, int]]
-    """P and T of each."""
+    """(K,) P and T of each."""
     prompts: Sequence[SharedPrompts] = ()
     """Of those that the engine had to encode, for these rollouts or earlier ones."""
 
@@ -42,15 +42,10 @@ class PackedRollouts:
 def pack_rollouts(finished: Finished, prompts: Sequence[SharedPrompts] = ()) -> PackedRollouts:
     """At least one rollout, with their numbers, for the way."""
     rollouts = [rollout for _, rollout in finished]
-    parts = [part for r in rollouts for part in (r.prompt_token_ids, r.response_token_ids)]
     return PackedRollouts(
         numbers=[number for number, _ in finished],
-        prompt_ids=[r.prompt_id for r in rollouts],
-        sample_indices=[r.sample_index for r in rollouts],
-        finish_reasons=[r.finish_reason for r in rollouts],
-        policy_versions=[r.policy_version for r in rollouts],
-        texts=[r.text for r in rollouts],
-        tokens=np.concatenate(parts),
+        fields=[{k: v for k, v in vars(r).items() if k not in ARRAYS} for r in rollouts],
+        tokens=np.concatenate([x for r in rollouts for x in (r.prompt_token_ids, r.response_token_ids)]),
         log_probs=np.concatenate([r.log_probs for r in rollouts]),
         lengths=[(len(r.prompt_token_ids), len(r.response_token_ids)) for r in rollouts],
         prompts=prompts,
@@ -61,18 +56,10 @@ def unpack_rollouts(packed: PackedRollouts) -> Finished:
     """The rollouts, whose arrays are parts of the packed ones: who keeps one keeps all of them."""
     finished = []
     start = first = 0
-    for k, (prompt_length, response_length) in enumerate(packed.lengths):
-        middle, end = start + prompt_length, start + prompt_length + response_length
-        rollout = Rollout(
-            prompt_id=packed.prompt_ids[k],
-            sample_index=packed.sample_indices[k],
-            prompt_token_ids=packed.tokens[start:middle],
-            response_token_ids=packed.tokens[middle:end],
-            log_probs=packed.log_probs[first : first + response_length],
-            finish_reason=packed.finish_reasons[k],
-            policy_version=packed.policy_versions[k],
-            text=packed.texts[k],
-        )
-        finished.append((packed.numbers[k], rollout))
-        start, first = end, first + response_length
+    for number, fields, (p, t) in zip(packed.numbers, packed.fields, packed.lengths, strict=True):
+        middle, end, last = start + p, start + p + t, first + t
+        parts = packed.tokens[start:middle], packed.tokens[middle:end], packed.log_probs[first:last]
+        arrays: dict[str, Any] = dict(zip(ARRAYS, parts, strict=True))
+        finished.append((number, Rollout(**fields, **arrays)))
+        start, first = end, last
     return finished
