@@ -109,7 +109,7 @@ class VerdictBook:
         for group in groups.values():
             yield group[0].benchmark, group
 
-    def judge(self, judge: judges.CallableJudge, n: int) -> str | None:
+    def judge(self, judge: judges.Judge, n: int) -> str | None:
         """Let a judge decide what the rules leave open; returns its last problem, if verdicts failed."""
         failed = 0
         for benchmark, questions in self.by_benchmark():
