@@ -21,8 +21,8 @@ from mssr.data.encoder import PromptEncoder
 from mssr.errors import EXIT_OK, StopRequestedError, UserError
 from mssr.evaluation import local_judge, registry, results
 from mssr.evaluation.base import Benchmark
-from mssr.evaluation.benchmarks.own import Own
 from mssr.evaluation.model import EvaluatedModel, engine_config, open_model
+from mssr.evaluation.own import Own
 from mssr.evaluation.progress import EvaluationProgress
 from mssr.evaluation.prompts import Question, prompt_data, write_prompts
 from mssr.evaluation.report import write_results
