@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mssr.cluster.shared_prompts import PromptFetcher, PromptOutbox, Shares
-from mssr.cluster.transport import PackedRollouts, pack_rollouts
+from mssr.cluster.transport import FinishedPart, pack_rollouts
 from mssr.config import Config
 from mssr.rollout import heartbeat
 from mssr.rollout.queue import Finished, Numbered, RequestQueue
@@ -132,7 +132,7 @@ class RayRolloutWorker(RayWorker):
 
     def generate(
         self, call: int, requests: Sequence[Numbered], params: SamplingParams
-    ) -> Iterator[PackedRollouts]:
+    ) -> Iterator[FinishedPart]:
         """Answer these requests, and those that `feed` brings until it ends the call.
 
         Rollouts that end are handed over by the handful, which costs the driver less than one by one.

@@ -17,7 +17,7 @@ from mssr.cluster.ray_calls import Failure, Worker, WorkerDiedError
 from mssr.cluster.ray_generation import Generation
 from mssr.cluster.ray_workers import RayRolloutWorker
 from mssr.cluster.shared_prompts import SharedPrompts
-from mssr.cluster.transport import PackedRollouts, pack_rollouts, unpack_rollouts
+from mssr.cluster.transport import FinishedPart, pack_rollouts, unpack_rollouts
 from mssr.models.encoded import EncodedPrompt
 from mssr.rollout.queue import Finished, RequestQueue
 from mssr.types import Rollout, RolloutRequest, SamplingParams
@@ -63,7 +63,7 @@ class FakeEngine:
         self.ended = requests is None
         self.queue += requests or []
 
-    def tick(self, now: int) -> PackedRollouts | Failure | None:
+    def tick(self, now: int) -> FinishedPart | Failure | None:
         if self.dies_at == now:
             return Failure(self.worker, WorkerDiedError("died"))
         while self.queue and len(self.running) < self.slots:
