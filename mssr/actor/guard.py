@@ -99,9 +99,10 @@ class NonFiniteGuard:
 
         Args:
             sequences: S indices into the step's batch.
-            tokens: of them, N in all.
+            tokens: of them, N in all, after the forward pass.
             loss: (N,) of every token, before aggregation.
         """
+        assert tokens.log_probs is not None and tokens.entropy is not None
         values = (
             tokens.log_probs.detach(),
             tokens.entropy.detach(),
