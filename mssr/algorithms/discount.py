@@ -37,8 +37,7 @@ class AdaptiveDiscount:
     of the policy was seen. An estimated KL may be slightly negative and then counts as 0.
 
     Args:
-        eta_min: Smallest discount, in [0, eta_max].
-        eta_max: Largest discount, in [eta_min, 1].
+        eta_min, eta_max: Smallest and largest discount, 0 <= eta_min <= eta_max <= 1.
         kl_target: KL in nats per token at which ``monotone`` forgets fastest, > 0.
         window: Number of steps averaged over, >= 1.
         rule: One of the rules above.

@@ -121,11 +121,7 @@ class IdTable:
     def _append(self, keys: Keys) -> None:
         """Give m distinct keys that are not in the table the next rows."""
         first, size = self._size, self._size + len(keys)
-        if size > len(self._keys):
-            # Doubling keeps the cost of growing linear; spare pages stay untouched.
-            grown = np.empty((max(size, 2 * len(self._keys)), 2), np.uint64)
-            grown[:first] = self._keys[:first]
-            self._keys = grown
+        self._keys = grown(self._keys, first, size)
         self._keys[first:size] = keys
         if 2 * size > len(self._slots):
             del self._slots  # before the new one is there: it is rebuilt from the keys
@@ -155,6 +151,18 @@ class IdTable:
 def is_keys(array: npt.NDArray[Any]) -> bool:
     """Whether this array holds keys, not ids."""
     return array.dtype == np.uint64 and array.ndim == 2 and array.shape[1] == 2
+
+
+def grown(array: npt.NDArray[Any], used: int, size: int) -> npt.NDArray[Any]:
+    """An array of at least ``size`` rows, the first ``used`` as they were; the same if it has them already.
+
+    Doubling keeps the cost of growing linear; spare pages stay untouched.
+    """
+    if size <= len(array):
+        return array
+    larger = np.empty((max(size, 2 * len(array)), *array.shape[1:]), array.dtype)
+    larger[:used] = array[:used]
+    return larger
 
 
 def _first_of_equals(keys: Keys) -> Rows | None:

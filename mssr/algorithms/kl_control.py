@@ -45,11 +45,10 @@ class KLController:
         """The weight for the next step."""
 
     def observe(self, kl: float, rollouts: int) -> None:
-        """Adapt after a step; nothing happens where the weight is fixed.
+        """Adapt after a step of so many ``rollouts``; nothing happens where the weight is fixed.
 
         Args:
             kl: Token-mean KL of the policy to the reference in nats; an estimate may be negative.
-            rollouts: Responses in the step, >= 0.
 
         Raises:
             ValueError: The weight is adaptive and ``kl`` not finite, or the rollouts are below 0.
