@@ -99,10 +99,9 @@ class NonFiniteGuard:
 
         Args:
             sequences: S indices into the step's batch.
-            tokens: of them, N in all, after the forward pass.
+            tokens: of them, N in all.
             loss: (N,) of every token, before aggregation.
         """
-        assert tokens.log_probs is not None and tokens.entropy is not None
         values = (
             tokens.log_probs.detach(),
             tokens.entropy.detach(),

@@ -21,7 +21,7 @@ from mssr.actor.planning import MicroBatch, Passes, Planner, StepPlan, UpdatePla
 from mssr.actor.prompts import PromptCache
 from mssr.actor.step import LogProbs, StepState
 from mssr.algorithms.losses import kl_penalty
-from mssr.algorithms.objective import MicroBatchLoss, Objective, TokenBatch
+from mssr.algorithms.objective import KnownTokens, LossInParts, Objective, TokenBatch
 from mssr.config import Config
 from mssr.models.cost import CostModel
 from mssr.models.packing import PackedBatch, pack
@@ -185,7 +185,6 @@ class PolicyUpdater:
                 state.measured.add(key, values, micro.weight)
             if micro.weight:
                 self.guard.observe(micro.sequences, tokens, per_token)
-            assert tokens.old_log_probs is not None
             mismatch = (tokens.engine_log_probs - tokens.old_log_probs).abs()
             state.measured.max("rollout/mismatch_max", mismatch)
             state.measured.total("policy/loss", loss if micro.weight else torch.zeros_like(loss))
@@ -196,22 +195,20 @@ class PolicyUpdater:
         self, state: StepState, micro: MicroBatch, packed: PackedBatch, denominator: float
     ) -> tuple[torch.Tensor, TokenBatch, torch.Tensor, dict[str, torch.Tensor]]:
         """Forward pass and objective of a micro-batch; in one, where the objective is by tokens."""
-        tokens = self._tokens(state, micro, packed)
-        old_known = tokens.old_log_probs is not None
-        loss_of = MicroBatchLoss(self.objective, tokens, denominator, state.batch.kl_coef)
-        if self.objective.token_wise(old_known):
-            loss, log_probs, entropy = self.policy(packed, micro.any_rank_has_images, loss_of)
+        known, kl_coef = self._known(state, micro, packed), state.batch.kl_coef
+        if self.objective.token_wise(old_known=known.old_log_probs is not None):
+            parts = LossInParts(self.objective, known, denominator, kl_coef)
+            loss, log_probs, entropy = self.policy(packed, micro.any_rank_has_images, parts)
+            tokens, metrics = known.measured(log_probs, entropy), parts.metrics
         else:
             log_probs, entropy = self.policy(packed, micro.any_rank_has_images)
-            loss = loss_of(log_probs, entropy)
-        tokens, metrics = tokens.measured(log_probs, entropy), loss_of.metrics
-        if not old_known:
-            assert tokens.old_log_probs is not None
+            tokens = known.measured(log_probs, entropy)
+            loss, metrics = self.objective(tokens, denominator, kl_coef)
+        if known.old_log_probs is None:
             self._put(state.old, micro, packed, tokens.old_log_probs)
         return loss, tokens, metrics.pop("loss"), metrics
 
-    def _tokens(self, state: StepState, micro: MicroBatch, packed: PackedBatch) -> TokenBatch:
-        """What is known of a micro-batch before its forward pass."""
+    def _known(self, state: StepState, micro: MicroBatch, packed: PackedBatch) -> KnownTokens:
         batch, sequences, lengths = state.batch, micro.sequences, packed.response_lengths
         if batch.token_advantages is not None:
             advantages = self._of_tokens(state, batch.token_advantages, sequences)
@@ -222,7 +219,7 @@ class PolicyUpdater:
         if anchor is not None:
             images = torch.from_numpy(self._has_images(batch)[list(sequences)]).to(self.device)
             has_image = images.repeat_interleave(lengths)
-        return TokenBatch(
+        return KnownTokens(
             old_log_probs=state.old.get(sequences),
             engine_log_probs=self._of_tokens(state, batch.engine_log_probs, sequences),
             advantages=advantages,
