@@ -19,7 +19,7 @@ from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.data.sampler import EpochSampler
 from mssr.errors import UserError
-from mssr.evaluation.benchmarks.own import Own
+from mssr.evaluation.own import Own
 from mssr.evaluation.prompts import Question
 from mssr.evaluation.responses import Response
 from mssr.evaluation.verdicts import VerdictBook
