@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from mssr.errors import UserError
+from mssr.runs.jsonl import read_records
 from mssr.runs.plot import read_metrics
 from mssr.trainer.initial_values import FILE as INIT_ROLLOUTS
 
@@ -66,10 +66,7 @@ def read_run(run_dir: Path, metric: str = "val/accuracy") -> RunCurves:
     Raises:
         UserError: metrics or config are missing or damaged, or the run has no validation.
     """
-    try:
-        records = read_metrics(run_dir)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{run_dir / 'metrics.jsonl'} is damaged: {error}") from error
+    records = read_metrics(run_dir)
     config = _config(run_dir / "config.yaml")
     per_step = _lookup(config, "rollout", "rollouts_per_step")
     if not isinstance(per_step, int) or isinstance(per_step, bool) or per_step < 1:
@@ -82,7 +79,7 @@ def read_run(run_dir: Path, metric: str = "val/accuracy") -> RunCurves:
     before: int | None = None
     for number, record in enumerate(records, 1):
         where = f"{run_dir / 'metrics.jsonl'} line {number}"
-        step = record.get("step") if isinstance(record, dict) else None
+        step = record.get("step")
         if not isinstance(step, int):
             raise UserError(f"{where} has no step")
         if step not in ((0, 1) if before is None else (before + 1,)):
@@ -140,12 +137,10 @@ def _init_rollouts(path: Path) -> int:
     if not path.is_file():
         return 0
     count = 0
-    for number, line in enumerate(path.read_text().split("\n")[1:], 2):
-        if line:
-            try:
-                count += len(json.loads(line)["scores"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path} line {number} is damaged: {error}") from error
+    for number, record in enumerate(read_records(path)[1:], 2):
+        if not isinstance(record.get("scores"), list):
+            raise UserError(f"{path} line {number} is damaged: it has no scores")
+        count += len(record["scores"])
     return count
 
 
