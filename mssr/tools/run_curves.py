@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from mssr.errors import UserError
 from mssr.runs.jsonl import read_records
@@ -68,7 +69,7 @@ def read_run(run_dir: Path, metric: str = "val/accuracy") -> RunCurves:
     """
     records = read_metrics(run_dir)
     config = _config(run_dir / "config.yaml")
-    per_step = _lookup(config, "rollout", "rollouts_per_step")
+    per_step = OmegaConf.select(config, "rollout.rollouts_per_step")
     if not isinstance(per_step, int) or isinstance(per_step, bool) or per_step < 1:
         raise UserError(
             f"{run_dir / 'config.yaml'}: rollout.rollouts_per_step is {per_step!r}, not a number above 0"
@@ -103,7 +104,7 @@ def read_run(run_dir: Path, metric: str = "val/accuracy") -> RunCurves:
     assert before is not None
     return RunCurves(
         path=run_dir,
-        method=str(_lookup(config, "algorithm", "name") or ""),
+        method=str(OmegaConf.select(config, "algorithm.name") or ""),
         validation=curves[metric],
         training=curves["reward/accuracy"],
         entropy=curves["policy/entropy"],
@@ -121,15 +122,9 @@ def _config(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path} is missing: it says how many rollouts a step has")
     try:
-        return yaml.safe_load(path.read_text())
+        return OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
-
-
-def _lookup(tree: Any, *keys: str) -> Any:
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
 
 
 def _init_rollouts(path: Path) -> int:
