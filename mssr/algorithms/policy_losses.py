@@ -18,15 +18,14 @@ A ValueError names shapes that differ and options out of their range. float32 an
 
 from __future__ import annotations
 
-import difflib
-import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 
+from mssr.algorithms.plugins import Registry, bind, default_options
 from mssr.algorithms.sequences import (
     check_lengths,
     check_same_shape,
@@ -38,7 +37,6 @@ from mssr.algorithms.sequences import (
 Info = dict[str, torch.Tensor]
 PolicyLoss = Callable[..., tuple[torch.Tensor, Info]]
 _F = TypeVar("_F", bound=PolicyLoss)
-_registry: dict[str, PolicyLoss] = {}
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length")
 """How tokens may be aggregated, see `mssr.algorithms.losses.aggregation_weights`."""
 _INPUTS = ("log_probs", "old_log_probs", "advantages", "lengths")
@@ -63,44 +61,35 @@ def register_loss(name: str, aggregation: str | None = None, token_wise: bool = 
     """
 
     def add(function: _F) -> _F:
-        taken = _registry.get(name)
-        if taken is not None and _identity(taken) != _identity(function):
-            # The same function again is a notebook cell that was run twice, or a module reload.
-            raise ValueError(f"the policy loss name {name!r} is taken by {_identity(taken)}")
-        _options(function, name)
         _check_aggregation(aggregation, name)
+        LOSSES.register(name)(function)
         function.aggregation = aggregation  # type: ignore[attr-defined]
         function.token_wise = token_wise  # type: ignore[attr-defined]
-        _registry[name] = function
         return function
 
     return add
 
 
-def loss_names() -> list[str]:
-    """All registered names, sorted."""
-    return sorted(_registry)
+def _check(function: Any, called: str) -> None:
+    """A loss is a function of `_INPUTS`, by position, whose options are keyword-only with defaults."""
+    if not callable(function):
+        raise ValueError(f"{called} is {type(function).__name__}, not a function")
+    parameters = list(inspect.signature(function).parameters.values())
+    inputs = parameters[: len(_INPUTS)]
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if len(inputs) < len(_INPUTS) or any(p.kind not in by_position for p in inputs):
+        raise ValueError(f"{called} must take {', '.join(_INPUTS)} by position, then its options by keyword")
+    for option in parameters[len(_INPUTS) :]:
+        if option.default is option.empty or option.kind is not option.KEYWORD_ONLY:
+            raise ValueError(f"option {option.name!r} of {called} must be keyword-only and have a default")
 
 
-def get_loss(name: str) -> PolicyLoss:
-    """The loss called ``name``, or the function of a ``path/to/file.py:function``.
+LOSSES: Registry[PolicyLoss] = Registry("policy loss", "function", _check)
 
-    Such a function may have attributes ``aggregation`` and ``token_wise``, as in `register_loss`.
-    Its file is read at each call: a training resolves its loss once, with `bind_loss`.
-
-    Raises:
-        ValueError: No such name (the nearest and all are given), or a function of another signature.
-        UserError: The file cannot be read or run, or has no such function.
-    """
-    if name in _registry:
-        return _registry[name]
-    if ":" in name or name.endswith(".py"):
-        from mssr.algorithms.plugins import load
-
-        function = load(name, kind="loss", noun="function")
-        _options(function, name)
-        return function
-    raise ValueError(f"unknown policy loss {name!r}{_did_you_mean(name, _registry)}: one of {loss_names()}")
+loss_names = LOSSES.names
+get_loss = LOSSES.get
+"""A loss from a file may have attributes ``aggregation`` and ``token_wise``, as in `register_loss`. Its
+file is read at each call: a training resolves its loss once, with `bind_loss`."""
 
 
 def loss_options(name: str) -> dict[str, Any]:
@@ -109,14 +98,14 @@ def loss_options(name: str) -> dict[str, Any]:
     Raises:
         ValueError, UserError: As `get_loss`.
     """
-    return _options(get_loss(name), name)
+    return default_options(get_loss(name), len(_INPUTS))
 
 
 def loss_aggregation(name: str) -> str | None:
     """The aggregation that a loss asks for; None leaves it to the method.
 
     Raises:
-        ValueError, UserError: As `get_loss`.
+        ValueError, UserError: As `get_loss`, or there is no such aggregation.
     """
     aggregation = getattr(get_loss(name), "aggregation", None)
     _check_aggregation(aggregation, name)
@@ -129,39 +118,12 @@ def bind_loss(name: str, options: Mapping[str, Any]) -> PolicyLoss:
     Raises:
         ValueError, UserError: As `get_loss`, or the loss has no such option.
     """
-    function = get_loss(name)
-    known = _options(function, name)
-    for option in options:
-        if option not in known:
-            raise ValueError(
-                f"policy loss {name!r} has no option {option!r}{_did_you_mean(option, known)}:"
-                f" it takes {list(known) or 'none'}"
-            )
-    return functools.partial(function, **options)
+    return bind(f"policy loss {name!r}", get_loss(name), options, len(_INPUTS))
 
 
 def is_token_wise(loss: PolicyLoss) -> bool:
     """Whether a loss from `bind_loss` says so of itself, see `register_loss`."""
     return bool(getattr(getattr(loss, "func", loss), "token_wise", False))
-
-
-def _options(function: PolicyLoss, name: str) -> dict[str, Any]:
-    """Keyword-only parameters and their defaults; ValueError for a signature that is not a loss's."""
-    if not callable(function):
-        raise ValueError(f"policy loss {name!r} is {type(function).__name__}, not a function")
-    parameters = list(inspect.signature(function).parameters.values())
-    inputs, options = parameters[: len(_INPUTS)], parameters[len(_INPUTS) :]
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    if len(inputs) < len(_INPUTS) or any(p.kind not in by_position for p in inputs):
-        raise ValueError(
-            f"policy loss {name!r} must take {', '.join(_INPUTS)} by position, then its options by keyword"
-        )
-    for option in options:
-        if option.default is option.empty or option.kind is not option.KEYWORD_ONLY:
-            raise ValueError(
-                f"option {option.name!r} of policy loss {name!r} must be keyword-only and have a default"
-            )
-    return {option.name: option.default for option in options}
 
 
 def _check_aggregation(aggregation: str | None, name: str) -> None:
@@ -170,15 +132,6 @@ def _check_aggregation(aggregation: str | None, name: str) -> None:
             f"policy loss {name!r} asks for the aggregation {aggregation!r}: choose one of"
             f" {', '.join(AGGREGATIONS)}"
         )
-
-
-def _identity(function: PolicyLoss) -> str:
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 # --- the losses ----------------------------------------------------------------------------------

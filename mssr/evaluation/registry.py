@@ -48,7 +48,7 @@ def get(name: str) -> Benchmark:
     Args:
         name: a registered name; ``path/to/file.py:Class`` (see `mssr.algorithms.plugins`); or a source of
             data in the project's own form (a file, a directory, ``hub/name@split``, see
-            `mssr.data.sources`), which is scored by the default rule of `benchmarks.own.Own`.
+            `mssr.data.sources`), which is scored by the default rule of `own.Own`.
 
     Raises:
         UserError: no such name, with the nearest; or the file or class cannot be had.
@@ -59,7 +59,7 @@ def get(name: str) -> Benchmark:
     if plugins.is_spec(name) and name.rpartition(":")[0].endswith(".py"):
         return _from_file(name)
     if _is_data(name) or Path(name).exists():
-        from mssr.evaluation.benchmarks.own import Own
+        from mssr.evaluation.own import Own
 
         return Own(name)
     close = difflib.get_close_matches(name, _registry, n=1, cutoff=0.5)

@@ -17,13 +17,13 @@ the records came in.
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,9 @@ from mssr.errors import UserError
 from mssr.evaluation import statistics
 from mssr.evaluation.items import STATUSES, Item, Verdict
 from mssr.evaluation.page import ImageOf, PageOptions, items_page
-from mssr.evaluation.statistics import Bootstrap
+from mssr.evaluation.statistics import Bootstrap, count_right
 from mssr.evaluation.tables import paper_name, results_table
+from mssr.models.files import replace_text
 
 SCHEMA = 1
 ITEMS, RESULTS, TABLE, PAGE, TIMING = "items.jsonl", "results.json", "table.md", "items.html", "timing.json"
@@ -106,7 +107,6 @@ def write(
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     image_of: ImageOf | None = None,
     timing: Mapping[str, Any] | None = None,
-    page: PageOptions | None = None,
 ) -> dict[str, Any]:
     """Write an evaluation; a file that is there is replaced as a whole. Returns the content of results.json.
 
@@ -118,7 +118,6 @@ def write(
         metrics: further shares of 1 of a benchmark, ``{"hallusionbench": {"qAcc": 0.31}}``.
         image_of: (benchmark, id) -> the item's encoded image or images, None without one.
         timing: for timing.json.
-        page: bounds of items.html.
 
     Raises:
         UserError: a record is incomplete or there twice, items differ in their number of samples, or
@@ -126,17 +125,20 @@ def write(
     """
     summary = summarize(records, meta, breakdowns, metrics)
     ordered = _ordered(records)
+    texts = {
+        ITEMS: "".join(_json(row) + "\n" for row in ordered),
+        TABLE: results_table(summary),
+        PAGE: items_page(ordered, str(summary["model"]), image_of, PageOptions()),
+        RESULTS: _json(summary, indent=1) + "\n",
+    }
+    if timing is not None:
+        texts = {TIMING: _json(timing, indent=1) + "\n"} | texts
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _replace(directory / ITEMS, "".join(_line(r) for r in ordered))
-        _replace(directory / TABLE, results_table(summary))
-        _replace(
-            directory / PAGE, items_page(ordered, str(summary["model"]), image_of, page or PageOptions())
-        )
-        if timing is not None:
-            _replace(directory / TIMING, _pretty(timing))
-        _replace(directory / RESULTS, _pretty(summary))
+        for name, text in texts.items():
+            # Half a surrogate pair becomes its escape, which JSON reads back.
+            replace_text(directory / name, text.encode("utf-8", "backslashreplace").decode())
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error.strerror or error})") from error
     return summary
@@ -170,8 +172,11 @@ def summarize(
     accuracies: dict[str, Bootstrap] = {}
     for name, group in groupby(ordered, key=lambda row: row["benchmark"]):
         rows = list(group)
-        accuracies[name] = accuracy(rows)
-        benchmarks[name] = _benchmark(rows, accuracies[name]) | {
+        means = np.array(list(item_means(rows).values()))
+        accuracies[name] = statistics.bootstrap(means, seed_of(name))
+        benchmarks[name] = {
+            **_share(accuracies[name]),
+            **_counts(rows),
             "breakdowns": _breakdowns((breakdowns or {}).get(name, {})),
             "metrics": dict((metrics or {}).get(name, {})),
         }
@@ -184,13 +189,9 @@ def summarize(
     own = {"schema": SCHEMA, "benchmarks": benchmarks, "averages": averages}
     if "model" not in meta or own.keys() & meta.keys():
         raise ValueError(f"meta has to have model, and none of {', '.join(own)}")
-    return _rounded(dict(meta) | own)
-
-
-def accuracy(rows: Records) -> Bootstrap:
-    """Bootstrap of a benchmark's accuracy over its items; seeded by the benchmark's name."""
-    means = item_means(rows)
-    return statistics.bootstrap(np.array(list(means.values())), seed_of(rows[0]["benchmark"]))
+    rounded = json.loads(_json({**meta, **own}), parse_float=lambda text: round(float(text), DECIMALS))
+    assert isinstance(rounded, dict)
+    return rounded
 
 
 def item_means(rows: Records) -> dict[str, float]:
@@ -234,11 +235,9 @@ def read(directory: str | Path) -> Evaluation:
         found = summary.get("schema") if isinstance(summary, dict) else None
         raise UserError(f"{path} has schema {found}, this version of mssr reads {SCHEMA}")
     records = read_records(directory / ITEMS)
-    totals = Counter(row["benchmark"] for row in records)
-    right = Counter(row["benchmark"] for row in records if row["correct"])
-    counted = {name: [totals[name], right[name]] for name in totals}
+    counted = count_right((row["benchmark"], row["correct"]) for row in records)
     try:
-        stated = {name: [b["total"], b["correct"]] for name, b in summary["benchmarks"].items()}
+        stated = {name: (b["correct"], b["total"]) for name, b in summary["benchmarks"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: a benchmark lacks its counts ({error})") from error
     if counted != stated:
@@ -286,28 +285,29 @@ def check_record(row: Any, where: str) -> None:
         raise UserError(f"{where}: correct is {row['correct']}, but status is {row['status']}")
 
 
-def _benchmark(rows: Records, score: Bootstrap) -> dict[str, Any]:
-    """The numbers of a benchmark that follow from its sorted records."""
+def _counts(rows: Records) -> dict[str, Any]:
+    """The numbers of a benchmark that are counted from its sorted records."""
     items = [list(group) for _, group in groupby(rows, key=lambda row: row["id"])]
     samples = len(items[0])
     counts = Counter(row["status"] for row in rows)
-    numbers: dict[str, Any] = _share(score) | {
+    responses = [row["response"] for row in rows]
+    numbers: dict[str, Any] = {
         "items": len(items),
         "samples": samples,
         "correct": counts["right"],
         "total": len(rows),
         "status": {status: counts[status] for status in STATUSES},
         "response": {
-            "tokens": float(np.mean([row["response_tokens"] for row in rows])),
-            "truncated": float(np.mean([row["finish_reason"] == "length" for row in rows])),
-            "format": float(np.mean([statistics.keeps_format(row["response"]) for row in rows])),
-            "bolded_steps": float(np.mean([statistics.bolded_steps(row["response"]) for row in rows])),
+            "tokens": fmean(row["response_tokens"] for row in rows),
+            "truncated": fmean(row["finish_reason"] == "length" for row in rows),
+            "format": fmean(map(statistics.keeps_format, responses)),
+            "bolded_steps": fmean(map(statistics.bolded_steps, responses)),
         },
     }
     if samples > 1:
-        right = [sum(row["correct"] for row in item) for item in items]
         answers = [[row["extracted"] for row in item] for item in items]
         correct = [[row["correct"] for row in item] for item in items]
+        right = [sum(item) for item in correct]
         ks = statistics.ks(samples)
         numbers["pass_at_k"] = {str(k): statistics.pass_at_k(right, samples, k) for k in ks}
         numbers["maj_at_k"] = {str(k): statistics.maj_at_k(answers, correct, k) for k in ks}
@@ -336,25 +336,5 @@ def _ordered(records: Records) -> list[Mapping[str, Any]]:
     return sorted(records, key=_key)
 
 
-def _rounded(value: Any) -> Any:
-    """The same JSON value with floats rounded."""
-    if isinstance(value, Mapping):
-        return {str(k): _rounded(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(v) for v in value]
-    return round(value, DECIMALS) if isinstance(value, float) else value
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _pretty(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside, then rename. Half a surrogate pair becomes its escape, which JSON reads back."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(text.encode("utf-8", "backslashreplace"))
-    os.replace(partial, path)
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=indent)

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from mssr.cluster.base import Cluster
 from mssr.cluster.launch import launch
 from mssr.config import Config
 from mssr.data.cache import digest_of
@@ -22,8 +21,8 @@ from mssr.data.encoder import PromptEncoder
 from mssr.errors import EXIT_OK, StopRequestedError, UserError
 from mssr.evaluation import local_judge, registry, results
 from mssr.evaluation.base import Benchmark
-from mssr.evaluation.benchmarks.own import Own
 from mssr.evaluation.model import EvaluatedModel, engine_config, open_model
+from mssr.evaluation.own import Own
 from mssr.evaluation.progress import EvaluationProgress
 from mssr.evaluation.prompts import Question, prompt_data, write_prompts
 from mssr.evaluation.report import write_results
@@ -194,11 +193,19 @@ class _Evaluation:
         events = EventLog(self.out, progress.announce, self.config.trainer.max_restarts)
 
         @contextlib.contextmanager
-        def engines(config: Config) -> Iterator[local_judge.Engines]:
+        def engines(config: Config) -> Iterator[local_judge.Generate]:
             cluster = launch(config, events.restart, lambda: stop.requested)
+
+            def generate(requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
+                if stop.requested:
+                    raise StopRequestedError
+                rollouts = cluster.generate(requests, params)
+                events.progress()
+                return rollouts
+
             try:
                 stop.install()  # Ray has signal handlers of its own
-                yield _Watched(cluster, events, stop)
+                yield generate
             finally:
                 cluster.shutdown()
 
@@ -226,11 +233,11 @@ class _Evaluation:
         data = prompt_data(self.config.data, self.scratch / "prompts")
         rollout = self.config.rollout
         size = self.request.part_size or PARTS_PER_ENGINE * rollout.max_num_seqs * rollout.workers
-        with engines(engine_config(self.model, path, data, self.out)) as cluster:
+        with engines(engine_config(self.model, path, data, self.out)) as generate:
             for first in range(0, len(missing), size):
                 part = missing[first : first + size]
                 start = time.monotonic()
-                rollouts = cluster.generate([self._request(q, k) for q, k in part], self.params)
+                rollouts = generate([self._request(q, k) for q, k in part], self.params)
                 self._seconds["generation_s"] += time.monotonic() - start
                 answers = [_response(q, r) for (q, _), r in zip(part, rollouts, strict=True)]
                 responses.append(answers)
@@ -264,21 +271,6 @@ class _Evaluation:
             },
             "versions": package_versions(),
         }
-
-
-class _Watched:
-    """The one verb of a cluster that an evaluation needs; ends between parts where a stop is requested."""
-
-    def __init__(self, cluster: Cluster, events: EventLog, stop: StopRequest) -> None:
-        self._cluster, self._events, self._stop = cluster, events, stop
-
-    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
-        """See `Cluster.generate`."""
-        if self._stop.requested:
-            raise StopRequestedError
-        rollouts = self._cluster.generate(requests, params)
-        self._events.progress()
-        return rollouts
 
 
 def _benchmarks(request: EvaluationRequest, config: Config) -> list[Benchmark]:

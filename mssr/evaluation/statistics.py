@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -110,6 +110,16 @@ def paired_bootstrap(
                 f"{name}, {missing[0]} the first, are not in {other}"
             )
     return bootstrap(np.array([second[i] - first[i] for i in sorted(first)]), seed, resamples)
+
+
+def count_right(verdicts: Iterable[tuple[str, bool]]) -> dict[str, tuple[int, int]]:
+    """Group -> (right, all) of pairs of a group and whether it is right; groups sorted by name."""
+    right: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    for group, correct in verdicts:
+        total[group] += 1
+        right[group] += correct
+    return {group: (right[group], total[group]) for group in sorted(total)}
 
 
 def ks(n: int) -> list[int]:

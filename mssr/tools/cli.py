@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Sequence
 
 from mssr import __version__
-from mssr.config.secrets import redact
 from mssr.errors import EXIT_FAILURE, EXIT_OK, EXIT_SIGINT, EXIT_USER_ERROR, TrainingError, UserError
 
 
@@ -41,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: Exception) -> None:
+    from mssr.config.secrets import redact
+
     print(f"mssr: error: {redact(' '.join(str(error).split()))}", file=sys.stderr)
 
 

@@ -25,8 +25,7 @@ from mssr.data.loading import LoadedPrompts
 from mssr.models.loading import check_model_path
 from mssr.rewards.extraction import unwrap
 from mssr.runs.html import BASE_STYLE, data_uri
-from mssr.trainer.data import load_data, resolve_steps
-from mssr.trainer.validation import OwnPrompts
+from mssr.trainer.data import load_data
 
 SHOWN = 12
 """Prompts on the page, of each split, spread over the data."""
@@ -60,17 +59,16 @@ def data_report(config_file: str | Path, overrides: Sequence[str] = (), out: str
         print(f"note: {line}")
     splits = {"train": data.train}
     for one in data.val:
-        if isinstance(one, OwnPrompts):
-            splits[f"validation {one.set.name}".strip()] = one.loaded
+        if one.rows is not None:
+            splits[f"validation {one.set.name}".strip()] = one.rows
         else:
-            print(f"validation {one.set.name}: {one.summary()}")
+            print(f"validation {one.set.name}: {one.summary}")
     for name, loaded in splits.items():
         print(f"{name}: {loaded.summary()}")
         for reason, count in _reasons(loaded.dropped):
             print(f"  {count} x {reason}")
     if config.trainer.epochs is not None:
-        steps = resolve_steps(config, data.train).trainer.steps
-        print(f"trainer.epochs={config.trainer.epochs}: {steps} steps")
+        print(f"trainer.epochs={config.trainer.epochs}: {data.config.trainer.steps} steps")
     path = Path(out) if out else config.run_dir / "data.html"
     path.write_text(_page(config, data.encoder, splits))
     print(f"written: {path}")

@@ -59,12 +59,11 @@ def initialize_values(
     for start in range(0, len(missing), part):
         if stop():
             return False
-        rollouts, scored, _ = collector.generate(missing[start : start + part], _STEP, n)
-        for k in range(0, len(rollouts), n):
-            group = rollouts[k : k + n]
-            cache.add(
-                group[0].prompt_id, [r.text for r in group], [float(s) for s in scored.scores[k : k + n]]
-            )
+        found = collector.generate(collector.requests(missing[start : start + part], _STEP, n))
+        scores = found.rewards.scores.tolist()
+        for k in range(0, len(scores), n):
+            group = found.rollouts[k : k + n]
+            cache.add(group[0].prompt_id, [r.text for r in group], scores[k : k + n])
         note(f"first values: {len(ids) - len(missing) + min(start + part, len(missing))}/{len(ids)} prompts")
     successes = np.array([sum(cache.scores[i]) for i in ids])
     algorithm.initialize(ids, successes, np.full(len(ids), n))

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mssr.config import WatchConfig
+from mssr.errors import check_version
 
 WINDOW = 10
 """Steps of a mean, and the first steps that lengths are compared with."""
@@ -105,8 +106,7 @@ class CollapseWatch:
         Raises:
             ValueError: the state has another version.
         """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"watch state has version {state.get('version')}, expected {_STATE_VERSION}")
+        check_version(state, _STATE_VERSION, "watch")
         options = dict(zip(FLAGS, ("entropy_floor", "accuracy_drop", "length_growth"), strict=True))
         for name, sign in self._signs.items():
             if options[name] in self.config.signs:

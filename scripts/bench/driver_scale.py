@@ -42,6 +42,7 @@ from mssr.runs.checkpoint import CheckpointStore
 from mssr.runs.console import Console
 from mssr.runs.events import EventLog
 from mssr.runs.loggers import MetricsLog
+from mssr.runs.run import Run
 from mssr.runs.signals import StopRequest
 from mssr.trainer.loop import Trainer
 from scripts.bench.fake_workers import OPTIONS, use_fake_workers
@@ -131,7 +132,8 @@ def run(
             f"{args.engines + args.ranks} workers in {time.perf_counter() - started:.0f} s", file=sys.stderr
         )
         store = CheckpointStore(config.run_dir, 1)
-        trainer = Trainer(config, dataset, [], scorer, cluster, store, log, events, console)
+        what = Run(config, store, log, events, console, stop)
+        trainer = Trainer(what, dataset, [], scorer, cluster)
         watch = Watch()
         for method in ("generate", "update", "sync_weights"):
             watch.phase(cluster, method)
@@ -158,7 +160,7 @@ def run(
         trainer._finish_step = finish_and_tell  # type: ignore[method-assign]
         told = [time.perf_counter(), time.process_time()]
         try:
-            trainer.run(stop)
+            trainer.run()
             worker = cluster.memory()["memory/rollout_rss_gib"]
         finally:
             cluster.shutdown()

@@ -31,7 +31,6 @@ from mssr.data.loading import load_prompts
 from mssr.models.loading import load_processor
 from mssr.rewards import Scorer
 from mssr.rollout.seeds import request_seed
-from mssr.trainer.batch import make_batch
 from mssr.trainer.collect import RolloutCollector
 from mssr.trainer.estimate import Estimator
 from mssr.trainer.loop import make_sampler
@@ -111,7 +110,7 @@ def fresh_sample(cluster: LocalCluster, ids: list[str], seed: int, step: int, co
         RolloutRequest(p, k, request_seed(seed + FRESH_SEED, step, p, k)) for k, p in enumerate(prompts)
     ]
     rollouts = cluster.generate(requests, SamplingParams(temperature=1.0, max_tokens=32))
-    return make_batch(rollouts, np.zeros(count, np.float32))
+    return TrainBatch.of(rollouts)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from mssr.data.dataset import PromptDataset
 from mssr.errors import UserError
 from mssr.evaluation import registry
 from mssr.evaluation.base import Benchmark
-from mssr.evaluation.benchmarks.own import Own
+from mssr.evaluation.own import Own
 from mssr.evaluation.prompts import Question
 from mssr.evaluation.responses import Response
 from mssr.evaluation.verdicts import VerdictBook
