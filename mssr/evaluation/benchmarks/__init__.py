@@ -1,1 +1,1 @@
-"""The benchmarks that have a name, one module each; `mssr.evaluation.registry` imports them when asked for."""
+"""The benchmarks that have a name, one module each; `mssr.evaluation.registry` imports those asked for."""
