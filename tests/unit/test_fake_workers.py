@@ -12,6 +12,7 @@ import pytest
 
 from mssr.cluster.base import join_log_probs
 from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
+from mssr.cluster.shared_prompts import PromptFetcher
 from mssr.config import Config
 from mssr.rollout.queue import RequestQueue
 from mssr.types import RolloutRequest, SamplingParams, TrainBatch
@@ -54,8 +55,9 @@ def test_ranks_score_a_batch_between_them(config: Config) -> None:
     shares = []
     for rank in range(2):
         worker = FakePolicyWorker.__new__(FakePolicyWorker)
-        worker.start(config, rank, "", "cpu")
-        shares.append(worker.log_probs((batch, []), reference=True))
+        worker._config = config
+        worker.start(rank, "", "cpu")
+        shares.append(worker.log_probs((batch, PromptFetcher({})), reference=True))
     joined = join_log_probs(shares, batch)
     assert joined.policy.shape == joined.reference.shape == (9,)
 
