@@ -15,15 +15,11 @@ from mssr.algorithms import advantages
 from mssr.algorithms.base import Algorithm
 from mssr.algorithms.baseline import BetaBaseline
 from mssr.algorithms.discount import AdaptiveDiscount
-from mssr.algorithms.dr_grpo import DrGRPO
-from mssr.algorithms.grpo import GRPO
+from mssr.algorithms.group import GRPO, RLOO, DrGRPO, LitePPO
 from mssr.algorithms.kl_control import KLController
-from mssr.algorithms.lite_ppo import LitePPO
 from mssr.algorithms.registry import create, get, names, options, register
 from mssr.algorithms.reinforce_pp import ReinforcePP, ReinforcePPBaseline
-from mssr.algorithms.rloo import RLOO
-from mssr.algorithms.single_rollout import MSSR, MVSR
-from mssr.algorithms.spo import SPO
+from mssr.algorithms.single_rollout import MSSR, MVSR, SPO
 
 if TYPE_CHECKING:
     from mssr.algorithms import correction, losses, policy_losses, shaping

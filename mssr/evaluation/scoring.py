@@ -28,10 +28,8 @@ from collections.abc import Sequence
 
 from mssr.evaluation.items import Kind
 from mssr.rewards import choice as choice_rule
-from mssr.rewards import latex, math_rule
-from mssr.rewards.exact_match import grade as exact_grade
+from mssr.rewards import latex, math_rule, rules
 from mssr.rewards.extraction import lenient_answer, outside_thinking, unwrap
-from mssr.rewards.number import stated
 
 LETTERS = choice_rule.LETTERS
 LONGEST_ANSWER = 1_000
@@ -174,7 +172,7 @@ def choice(answer: str, truth: str, choices: Sequence[str] = ()) -> bool:
     if chosen and right and (not choices or chosen <= set(LETTERS[: len(choices)])):
         return chosen == right
     if not right or not choices:
-        return choice_rule.grade(answer, truth)
+        return rules.grade_choice(answer, truth)
     position = by_text(answer, choices)
     return position is not None and right == frozenset(LETTERS[position])
 
@@ -182,7 +180,7 @@ def choice(answer: str, truth: str, choices: Sequence[str] = ()) -> bool:
 def by_text(answer: str, choices: Sequence[str]) -> int | None:
     """Position of the one option that an answer is the text of; None if there is none, or several."""
     answer = answer[:LONGEST_ANSWER].strip()
-    equal = [i for i, option in enumerate(choices) if exact_grade(answer, option)]
+    equal = [i for i, option in enumerate(choices) if rules.grade_exactly(answer, option)]
     if not equal:
         equal = [i for i, option in enumerate(choices) if option.strip() and math_rule.same(answer, option)]
     return equal[0] if len(equal) == 1 else None
@@ -229,8 +227,8 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def math(answer: str, truth: str) -> bool:
-    """Whether the two are equal after `exact_match.normalise`, or the same by the rule `math`."""
-    return exact_grade(answer, truth) or math_rule.grade(answer, truth)
+    """Whether the two are equal after `rules.normalise`, or the same by the rule `math`."""
+    return rules.grade_exactly(answer, truth) or rules.grade_math(answer, truth)
 
 
 def number(text: str) -> float | None:
@@ -241,7 +239,7 @@ def number(text: str) -> float | None:
     """
     if len(text) > latex.MAX_LENGTH:
         return None
-    value = stated(latex.clean(text))
+    value = math_rule.stated(latex.clean(text))
     exact = None if value is None else math_rule.number(value)
     if exact is not None:
         return float(exact) if abs(exact) < LARGEST else None

@@ -31,6 +31,7 @@ from mssr.runs.config import load_config
 from mssr.runs.console import Console
 from mssr.runs.events import EventLog
 from mssr.runs.loggers import MetricsLog
+from mssr.runs.run import Run
 from mssr.runs.run_directory import check_checkpoint
 from mssr.runs.signals import StopRequest
 from mssr.trainer.loop import Trainer
@@ -190,19 +191,9 @@ def drive(
     log = MetricsLog(config, step_of(checkpoint))
     cluster = cluster_type(fail)
 
-    def trainer(c: Any) -> Trainer:
-        return Trainer(config, *world[1:], c, store, log, events, console)
-
+    run = Run(config, store, log, events, console, stop or Signal())  # type: ignore[arg-type]
     try:
-        run_with_recovery(
-            lambda: cluster,
-            trainer,
-            checkpoint,
-            store,
-            log,
-            events,
-            stop or Signal(),  # type: ignore[arg-type]
-        )
+        run_with_recovery(run, checkpoint, lambda: cluster, lambda c: Trainer(run, *world[1:], c))  # type: ignore[arg-type,return-value]
     finally:
         log.close()
     return comparable([json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()])
