@@ -7,7 +7,7 @@ whether shaping is on) is asked of the methods here, in one place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -375,14 +375,7 @@ def _own(configured: _T | None, default: _T) -> _T:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain nested dict of a config dataclass, ready for YAML or JSON."""
-    result: dict[str, Any] = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            result[f.name] = to_dict(value)
-        else:
-            result[f.name] = value
-    return result
+    return asdict(config)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
