@@ -18,11 +18,11 @@ PAPER_INSTRUCTION = (
 class DataConfig:
     """Where the prompts come from and how a row becomes one."""
 
-    train: Any = option("", required=True, evaluation="--benchmarks")
+    train: Any = option("", required=True, own_keys=True, evaluation="--benchmarks")
     """A source: parquet, JSON, JSONL, CSV or TSV file, a directory of a saved dataset, a folder with such
     files, or hub/name@split. Or a list of sources; one of them may be {path: ..., weight: 2.0}, its share of
     the prompts that are drawn (without weights every prompt counts the same)."""
-    val: Any = option(None, resume=LISTED, evaluation="--benchmarks", first_values=False)
+    val: Any = option(None, own_keys=True, resume=LISTED, evaluation="--benchmarks", first_values=False)
     """The same for validation; null to train without. Or several sets by name, each with path or benchmark,
     and with every, limit, n and temperature of its own: see mssr/data/validation_sets.py."""
     id_column: str | None = option(None)

@@ -127,11 +127,12 @@ def _check_no_secrets(tree: dict[str, Any], source: str) -> None:
 def _merge(base: DictConfig, extra: DictConfig, source: str) -> DictConfig:
     known = describe(Config)
     for key in flatten(_plain(extra)):
-        if (holder := nearest(known, key)) is None or (holder.section and key not in known):
+        holder = nearest(known, key)
+        if key not in known and not (holder and holder.own_keys):
             raise UserError(f"{source}: unknown key {key}{_hint(key, known)}")
     try:
         return cast(DictConfig, OmegaConf.merge(base, extra))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", None) or "a value"
         reason = redact(re.sub(r"\s+", " ", _first_line(error)))
         raise UserError(f"{source}: {key} has the wrong type: {reason}") from error

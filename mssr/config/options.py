@@ -52,11 +52,14 @@ class Option:
     """READ, UNREAD, or the option of `mssr eval` that takes its place."""
     first_values: bool | None = None
     """Whether the base model's responses or their scores depend on it, see `mssr.trainer.initial_values`."""
+    own_keys: bool = False
+    """Whether its value may have keys, which are not ours."""
     section: type | None = None
 
 
 def option(default: Any, within: str = "", **facts: Any) -> Any:
     """The field of an option; the facts are those of `Option`."""
+    facts.setdefault("own_keys", isinstance(default, dict))
     metadata = {"option": Option(default, within, **facts)}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
@@ -119,7 +122,7 @@ def check_values(config: Any, prefix: str = "") -> None:
     Raises:
         UserError: names the key, the value and what it must be.
     """
-    known = describe(type(config), prefix)
+    known = describe(config.__class__, prefix)
     for key, value in values(config, prefix):
         if known[key].required and not value:
             raise UserError(f"{key} is not set")
@@ -161,7 +164,7 @@ def check_read(config: Any, prefix: str = "", meant: Mapping[str, Any] | None = 
     Raises:
         UserError: names the option, and the settings that keep it from being read.
     """
-    known, given = describe(type(config), prefix), dict(values(config, prefix))
+    known, given = describe(config.__class__, prefix), dict(values(config, prefix))
     effective = given | dict(meant or {})
     for key, value in given.items():
         conditions = known[key].read_if.split(" and ") if value != known[key].default else []

@@ -339,11 +339,9 @@ class Config:
     @property
     def loss_options(self) -> dict[str, Any]:
         """Those of the configured options that the policy loss takes."""
-        from mssr.algorithms import policy_losses  # needs torch
-
         loss = self.algorithm.loss
         names = ("clip_low", "clip_high", "tau_positive", "tau_negative")
-        taken = policy_losses.loss_options(loss.name)
+        taken = algorithms.policy_losses.loss_options(loss.name)
         options = {k: getattr(loss, k) for k in names if k in taken and getattr(loss, k) is not None}
         if "dual_clip" in taken:
             options["dual_clip"] = loss.dual_clip
@@ -352,10 +350,8 @@ class Config:
     @property
     def aggregation(self) -> str:
         """How the losses of tokens become one: as configured, or the method's, or the loss's own."""
-        from mssr.algorithms import policy_losses  # needs torch
-
         loss = self.algorithm.loss
-        own = self.method.aggregation or policy_losses.loss_aggregation(loss.name) or "token_mean"
+        own = self.method.aggregation or algorithms.policy_losses.loss_aggregation(loss.name) or "token_mean"
         return _own(loss.aggregation, own)
 
     @property

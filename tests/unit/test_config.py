@@ -31,6 +31,8 @@ DIGITS = Path(__file__).parents[2] / "configs/digits/mssr.yaml"
         ("trainer.steps=many", "trainer.steps"),
         ("rollout.n=1.5", "rollout.n"),
         ("actor=3", "actor"),
+        ("actor.lr.x=1", "unknown key actor.lr.x, did you mean actor.lr?"),
+        ("trainer.loggers={}", "has the wrong type"),
         ("trainer.steps=0", "trainer.steps=0 must be greater than 0"),
         ("rollout.engine=sglang", "rollout.engine=sglang must be one of vllm, hf"),
         ("algorithm.name=mssrr", "did you mean 'mssr'"),
