@@ -60,21 +60,15 @@ class AdaptiveDiscount:
         eta: float | None = None,
     ) -> None:
         if not 0 <= eta_min <= eta_max <= 1:
-            raise ValueError(
-                f"needed: 0 <= eta_min <= eta_max <= 1, but eta_min={eta_min} and eta_max={eta_max}"
-            )
+            raise ValueError(f"needed: 0 <= eta_min={eta_min} <= eta_max={eta_max} <= 1")
         check_number("kl_target", kl_target)
         check_number("half_life", half_life)
         check_number("eta", eta, "in [0, 1]", optional=True)
         check_whole("window", window, 1)
         check_choice("eta_rule", rule, RULES)
-        self.eta_min = float(eta_min)
-        self.eta_max = float(eta_max)
-        self.kl_target = float(kl_target)
-        self.window = window
-        self.rule = rule
-        self.half_life = float(half_life)
-        self.fixed = None if eta is None else float(eta)
+        self.eta_min, self.eta_max = eta_min, eta_max
+        self.kl_target, self.half_life = kl_target, half_life
+        self.window, self.rule, self.fixed = window, rule, eta
         self._kls: deque[float] = deque(maxlen=window)
         self._mean: float | None = None  # of the last `observe_each`
 
