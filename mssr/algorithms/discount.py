@@ -43,9 +43,6 @@ class AdaptiveDiscount:
         rule: One of the rules above.
         half_life: KL that halves the memory, by ``half_life``, > 0.
         eta: A fixed discount in [0, 1], in place of any rule; None adapts it.
-
-    Raises:
-        ValueError: A number is out of its range, or there is no such rule.
     """
 
     def __init__(
@@ -73,11 +70,7 @@ class AdaptiveDiscount:
         self._mean: float | None = None  # of the last `observe_each`
 
     def of(self, kl: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """The discount for each KL, in the shape of ``kl``; eta_max for NaN: no change was seen.
-
-        Raises:
-            ValueError: A KL is infinite.
-        """
+        """The discount for each KL, in the shape of ``kl``; eta_max for NaN: no change was seen."""
         k = np.asarray(kl, np.float64)
         if np.isinf(k).any():
             raise ValueError("the KL between policies must be finite, not infinite")
@@ -97,11 +90,7 @@ class AdaptiveDiscount:
         return np.where(np.isnan(k), self.eta_max, eta)
 
     def observe(self, kl: float) -> None:
-        """Add the KL (nats per token) of one training step.
-
-        Raises:
-            ValueError: ``kl`` is not finite.
-        """
+        """Add the KL (nats per token) of one training step."""
         if not math.isfinite(kl):
             raise ValueError(f"the KL between policies must be finite, not {kl}")
         self._kls.append(float(kl))
@@ -125,11 +114,7 @@ class AdaptiveDiscount:
         return {"version": _STATE_VERSION, "kls": list(self._kls), "mean": self._mean}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the window's content; if this window is shorter, its newest part is kept.
-
-        Raises:
-            ValueError: The state has another version.
-        """
+        """Replace the window's content; if this window is shorter, its newest part is kept."""
         if state.get("version") != 1:  # which knew the window only
             check_version(state, _STATE_VERSION, "discount")
         self._kls = deque((float(kl) for kl in state["kls"]), maxlen=self.window)

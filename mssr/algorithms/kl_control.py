@@ -25,9 +25,6 @@ class KLController:
 
     The minimum is ours: a step of more rollouts than the horizon would otherwise move coef by more
     than a fifth, and one of five times as many could make it negative.
-
-    Raises:
-        ValueError: A number is out of its range.
     """
 
     coef: float
@@ -49,9 +46,6 @@ class KLController:
 
         Args:
             kl: Token-mean KL of the policy to the reference in nats; an estimate may be negative.
-
-        Raises:
-            ValueError: The weight is adaptive and ``kl`` not finite, or the rollouts are below 0.
         """
         if self.target is None:
             return
@@ -67,11 +61,7 @@ class KLController:
         return {"version": _STATE_VERSION, "coef": self.coef}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the saved weight; a fixed one stays as configured, because it is a setting too.
-
-        Raises:
-            ValueError: The state has another version, or its weight is not a finite number >= 0.
-        """
+        """Go on with the saved weight; a fixed one stays as configured, because it is a setting too."""
         check_version(state, _STATE_VERSION, "KL controller")
         check_number("the saved KL coefficient", state["coef"], ">= 0")
         if self.target is not None:

@@ -37,10 +37,6 @@ def policy_loss(
 
     Returns:
         (N,) loss of every token, with gradient, and a dict of (N,) tensors without.
-
-    Raises:
-        ValueError: No such loss or option, the shapes differ, a number is out of its range, or
-            lengths are missing or wrong.
     """
     per_token, info = bind_loss(name, options)(log_probs, old_log_probs, advantages, lengths)
     # A loss from a file may have reduced its result.
@@ -59,9 +55,6 @@ def kl_penalty(
     Args:
         log_probs: (N,) nats, of tokens sampled from the policy, with gradient.
         ref_log_probs: (N,) nats, of the same tokens under the reference. No gradient goes into it.
-
-    Raises:
-        ValueError: Unknown kind, or the shapes differ.
     """
     check_same_shape(log_probs=log_probs, ref_log_probs=ref_log_probs)
     d = clamped_log_ratio(ref_log_probs.detach(), log_probs)
@@ -90,9 +83,6 @@ def aggregate(
         per_token: (N,); N may be 0 (a rank without tokens), which gives 0 that still has a graph.
         denominator: > 0, the same on all ranks.
         weights: (N,) factors, without gradient, or None for 1.
-
-    Raises:
-        ValueError: The denominator is not a finite number > 0, or the shapes differ.
     """
     check_number("the denominator of the loss", denominator)
     if weights is not None:
@@ -116,9 +106,6 @@ def aggregation_weights(
         lengths: (S,) int64, of whole sequences: one that is split over micro-batches has no 1/length.
         mode: One of `AGGREGATIONS`.
         constant_length: Only checked here; it belongs to the denominator.
-
-    Raises:
-        ValueError: Unknown mode, or a constant length that is not > 0.
     """
     _check_mode(mode, constant_length)
     if mode != "sequence_mean":
@@ -140,9 +127,6 @@ def aggregation_denominator(
     the number of tokens for ``token_mean``, of sequences that are not empty for ``sequence_mean``, and of
     all sequences times ``constant_length``, a number of tokens, for that. Where the mini-batch has no token
     it is 1: there is then nothing to divide.
-
-    Raises:
-        ValueError: Unknown mode, or ``constant_length`` is missing or not > 0.
     """
     _check_mode(mode, constant_length)
     if mode == "constant_length" and constant_length is None:
