@@ -43,7 +43,7 @@ class IdTable:
         array = np.asarray(keys)
         if not is_keys(array):
             raise ValueError(f"keys must be (n, 2) uint64, not {array.dtype} of shape {array.shape}")
-        if _first_of_equals(array) is not None:
+        if (_first_of_equals(array) != np.arange(len(array))).any():
             raise ValueError("the keys of ids must be distinct, but some occur twice")
         table = cls()
         table._append(array)
@@ -109,13 +109,9 @@ class IdTable:
         unseen = np.flatnonzero(rows < 0)
         new, size = keys[unseen], self._size
         first = _first_of_equals(new)
-        if first is None:
-            self._append(new)
-            rows[unseen] = np.arange(size, self._size)
-        else:
-            is_first = first == np.arange(len(new))
-            self._append(new[is_first])
-            rows[unseen] = (size - 1 + np.cumsum(is_first))[first]
+        is_first = first == np.arange(len(new))
+        self._append(new[is_first])
+        rows[unseen] = (size - 1 + np.cumsum(is_first))[first]
         return rows
 
     def _append(self, keys: Keys) -> None:
@@ -165,16 +161,14 @@ def grown(array: npt.NDArray[Any], used: int, size: int) -> npt.NDArray[Any]:
     return larger
 
 
-def _first_of_equals(keys: Keys) -> Rows | None:
-    """(m,) index of the first key that equals each of m keys; None if all differ."""
+def _first_of_equals(keys: Keys) -> Rows:
+    """(m,) index of the first key that equals each of m keys."""
     halves = np.sort(keys[:, 0])
-    if (halves[1:] != halves[:-1]).all():
-        return None
+    if (halves[1:] != halves[:-1]).all():  # as good as always
+        return np.arange(len(keys))
     order = np.lexsort((keys[:, 1], keys[:, 0]))  # equal keys stay in their order
     in_order = keys[order]
     starts = np.append(True, (in_order[1:] != in_order[:-1]).any(axis=1))
-    if starts.all():
-        return None
     first = np.empty(len(keys), np.int64)
     first[order] = order[starts][np.cumsum(starts) - 1]
     return first

@@ -43,9 +43,6 @@ AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length")
 _INPUTS = ("log_probs", "old_log_probs", "advantages", "lengths")
 
 
-# --- by name -------------------------------------------------------------------------------------
-
-
 def register_loss(name: str, aggregation: str | None = None, token_wise: bool = False) -> Callable[[_F], _F]:
     """Function decorator: make a policy loss available as ``algorithm.loss.name``.
 
