@@ -7,7 +7,6 @@ too) on one device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -116,11 +115,7 @@ def aggregation_weights(
     return to_tokens(inverse, lengths, like=inverse.new_empty(tokens))
 
 
-def aggregation_denominator(
-    lengths: torch.Tensor | Sequence[int] | npt.NDArray[np.int64],
-    mode: str,
-    constant_length: int | None = None,
-) -> float:
+def aggregation_denominator(lengths: npt.ArrayLike, mode: str, constant_length: int | None = None) -> float:
     """The denominator of `aggregate` for a whole mini-batch: all its micro-batches, on all ranks.
 
     It depends on the (S,) lengths in tokens alone, so every rank knows it before its first forward pass:
@@ -131,17 +126,17 @@ def aggregation_denominator(
     _check_mode(mode, constant_length)
     if mode == "constant_length" and constant_length is None:
         raise ValueError("aggregation constant_length needs the length, a number of tokens")
-    lengths = torch.as_tensor(lengths, dtype=torch.int64)
-    tokens = int(lengths.sum())
-    check_lengths(lengths, tokens)
-    if tokens == 0:
+    tokens = np.asarray(lengths, np.int64)
+    if (tokens < 0).any():
+        raise ValueError(f"lengths must be >= 0, not {tokens.min()}")
+    if not tokens.any():
         return 1.0
     if mode == "token_mean":
-        return float(tokens)
+        return float(tokens.sum())
     if mode == "sequence_mean":
-        return float((lengths > 0).sum())
+        return float(np.count_nonzero(tokens))
     assert constant_length is not None
-    return float(len(lengths) * constant_length)
+    return float(len(tokens) * constant_length)
 
 
 def _check_mode(mode: str, constant_length: int | None) -> None:
