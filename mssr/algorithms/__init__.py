@@ -1,4 +1,4 @@
-"""From scores to learning signal: baselines, advantages, shaping, losses, and the methods by name.
+"""From rewards to learning signal: baselines, advantages, shaping, losses, and the methods by name.
 
 Pure: NumPy, torch and the standard library; no Ray, no model, no config. The modules that need torch
 are loaded when first used, so that a command that only checks a config does not wait for it. A new
