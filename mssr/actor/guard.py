@@ -94,17 +94,24 @@ class NonFiniteGuard:
         self._passes = []
 
     @torch.no_grad()
-    def observe(self, sequences: tuple[int, ...], tokens: TokenBatch, loss: torch.Tensor) -> None:
+    def observe(
+        self,
+        sequences: tuple[int, ...],
+        tokens: TokenBatch,
+        log_probs: torch.Tensor,
+        entropy: torch.Tensor,
+        loss: torch.Tensor,
+    ) -> None:
         """Remember a pass that counts. Waits for nothing.
 
         Args:
             sequences: S indices into the step's batch.
             tokens: of them, N in all.
-            loss: (N,) of every token, before aggregation.
+            log_probs, entropy, loss: (N,) as the pass gave them, the loss before aggregation.
         """
         values = (
-            tokens.log_probs.detach(),
-            tokens.entropy.detach(),
+            log_probs.detach(),
+            entropy.detach(),
             loss.detach(),
             tokens.advantages,
             tokens.old_log_probs,

@@ -35,7 +35,6 @@ import torch
 import transformers
 
 from mssr.actor.planning import MicroBatch, Planner, UpdatePlan
-from mssr.actor.step import StepState
 from mssr.actor.update import PolicyUpdater
 from mssr.config import Config
 from mssr.models.attention import use_varlen_attention
@@ -204,7 +203,7 @@ def throughput(args: argparse.Namespace, device: torch.device) -> list[tuple[str
     def run(side: Any, plan: UpdatePlan) -> tuple[float, float]:
         """Seconds, and seconds of CPU time."""
         side.policy.zero_grad()
-        state = StepState(batch, device)
+        state = side.begin(batch)
         if device.type == "cuda":
             torch.cuda.synchronize()
         started, cpu = time.perf_counter(), time.process_time()

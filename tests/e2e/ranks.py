@@ -133,10 +133,9 @@ def _gathered(shapes: list[tuple[int, ...]]) -> Tensors:
 
 def _first_gradient(worker: Any, batch: TrainBatch) -> tuple[Tensors, dict[str, float]]:
     from mssr.actor.distributed import full_tensors
-    from mssr.actor.step import StepState
 
     updater = worker.updater
-    state = StepState(batch, worker.device)
+    state = updater.begin(batch)
     plan = updater.plan(batch, 0).updates[0]
     runs: list[int] = []
     first_layer = worker.policy.model.model.language_model.layers[0]
