@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mssr.actor.distributed import accumulate_locally, clip_grad_norm, reshard
-from mssr.actor.guard import NonFiniteGuard, Skipped
+from mssr.actor.guard import NonFiniteGuard
 from mssr.actor.offload import OffloadedOptimizer
 from mssr.actor.optimizers import learning_rate
 from mssr.actor.planning import MicroBatch, Passes, Planner, StepPlan, UpdatePlan
@@ -89,8 +89,8 @@ class PolicyUpdater:
                 norms.append(norm)
                 self.guard.passed()
             else:
-                skipped = Skipped(step + 1, number, norm, flagged)
-                self.guard.skipped(skipped, batch, self.policy.named_parameters())
+                named = self.policy.named_parameters()
+                self.guard.skipped(batch, step + 1, number, norm, flagged, named)
                 if norms or number < len(plan.updates):
                     # The metrics are those of the updates that were made.
                     state.measured = before
@@ -139,7 +139,7 @@ class PolicyUpdater:
             # some of the adapters' inputs, which the policy that sampled did not.
             own_pass = number == 0 and not self.config.actor.lora.dropout
             self._before_update(state, update.ranks[self.rank], needs_old=not own_pass)
-        if plan.holds_out:
+        if self.config.holds_out:
             self._score(state.batch, plan.probe[self.rank], (state.old, self.policy))
         self._reshard()
 

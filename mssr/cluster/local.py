@@ -89,11 +89,11 @@ class LocalCluster:
         self._rollout.load_weights(pack_weights(weights), version)
 
     def begin_save(self, directory: str) -> SaveHandle:
-        self._actor.begin_save(directory)
-        return _LocalSave(self._actor)
+        self._actor.checkpoint.begin(directory)
+        return self._actor.checkpoint
 
     def load(self, directory: str) -> None:
-        self._actor.load(directory)
+        self._actor.checkpoint.load(directory)
 
     def restart(self) -> None:
         raise AssertionError("nothing of this process is lost without the process")
@@ -110,16 +110,3 @@ class LocalCluster:
         if self._has_actor:
             self._actor.close()
         self._scratch.cleanup()
-
-
-class _LocalSave:
-    """See `mssr.cluster.base.SaveHandle`."""
-
-    def __init__(self, actor: PolicyWorker) -> None:
-        self._actor = actor
-
-    def done(self) -> bool:
-        return self._actor.save_done()
-
-    def result(self) -> dict[str, str]:
-        return self._actor.finish_save()
