@@ -33,7 +33,6 @@ from report import arguments, in_turn, publish, table, timed
 from workload import PROMPT, RESPONSE_LIMIT, SHAPES, draw_lengths, model_config, write_model, write_rows
 
 from mssr.actor.planning import MicroBatch, Planner, UpdatePlan
-from mssr.actor.step import StepState
 from mssr.actor.update import PolicyUpdater
 from mssr.actor.worker import PolicyWorker
 from mssr.models.cost import CostModel, SequenceWork
@@ -123,7 +122,7 @@ def throughput(args: argparse.Namespace, scratch: Path) -> list[tuple[str, ...]]
     def update(updater: PolicyUpdater, plan: UpdatePlan) -> Callable[[], None]:
         def run() -> None:
             worker.policy.zero_grad()
-            updater.backward(StepState(batch, worker.device), plan)
+            updater.backward(updater.begin(batch), plan)
 
         return run
 
