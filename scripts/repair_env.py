@@ -1,7 +1,7 @@
 """Repair what pip cannot get right about a CPU environment. Run by scripts/setup.sh with the venv's python.
 
 1. Beside a CPU torch, torchvision gets an import hook (see torchvision_cpu_repair.py), for PyPI's is a CUDA
-   build. The hook does nothing where torchvision's C++ library loads; it is removed again beside a CUDA torch.
+   build. The hook does nothing where torchvision's C++ library loads. Beside a CUDA torch it is removed.
 2. torchaudio and torchcodec, which vLLM demands and nothing here uses, are uninstalled if they do not
    import: a broken one breaks the import of transformers and of vLLM.
 

@@ -1,6 +1,6 @@
 """Time of the advantages of one large step, mssr beside verl, as a Markdown table.
 
-    python scripts/bench/advantages.py --out scripts/bench/results/advantages.md
+    PYTHONPATH=. python scripts/bench/advantages.py --out scripts/bench/results/advantages.md
 
 In an environment with verl (scripts/oracles/README.md) its functions run in the same process, on the same
 scores, padded as verl has them. Elsewhere only mssr's are measured. mssr needs NumPy and torch here.

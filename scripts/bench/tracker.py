@@ -134,16 +134,9 @@ def main() -> None:
         found: list[dict[str, str]] = [{} for _ in args.prompts]
         for prompts, results in zip(args.prompts, found, strict=True):
             with tempfile.TemporaryDirectory() as directory:
-                options = [
-                    "--directory",
-                    directory,
-                    "--prompts",
-                    str(prompts),
-                    "--repeats",
-                    str(args.repeats),
-                ]
+                sizes = "--prompts", str(prompts), "--repeats", str(args.repeats)
                 for stage in ("grow_and_save", "load_and_draw"):
-                    results |= in_new_process("--stage", stage, *options)
+                    results |= in_new_process("--stage", stage, "--directory", directory, *sizes)
         rows = [[title, *(results[name] for results in found)] for name, title in ROWS.items()]
         return table(["", *(f"{prompts:,} prompts" for prompts in args.prompts)], rows)
 
