@@ -19,9 +19,9 @@ from mssr.config import Config
 from mssr.config.checks import advice
 from mssr.config.loading import load_config
 from mssr.config.secrets import redact
-from mssr.data.dataset import BadRow, Row
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import LoadedPrompts
+from mssr.data.rows import BadRow, Row
 from mssr.models.loading import check_model_path
 from mssr.rewards.extraction import unwrap
 from mssr.runs.html import BASE_STYLE, data_uri
