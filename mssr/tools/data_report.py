@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from mssr.config.secrets import redact
-from mssr.data.dataset import BadRow, Row
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import LoadedPrompts
+from mssr.data.rows import BadRow, Row
 from mssr.models.loading import check_model_path
 from mssr.rewards.extraction import unwrap
 from mssr.runs.config import advice, load_config
