@@ -234,7 +234,7 @@ class _Evaluation:
         data = prompt_data(self.config.data, self.scratch / "prompts")
         rollout = self.config.rollout
         size = self.request.part_size or PARTS_PER_ENGINE * rollout.max_num_seqs * rollout.workers
-        with engines(engine_config(self.model, path, data, self.out)) as generate:
+        with engines(engine_config(self.config, path, data, self.out)) as generate:
             for first in range(0, len(missing), size):
                 part = missing[first : first + size]
                 requests = [

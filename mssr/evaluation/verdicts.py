@@ -106,13 +106,8 @@ class VerdictBook:
         failed = 0
         for benchmark, questions in self.by_benchmark():
             asked = [(q.item, *self.of(q, k)) for q in questions if q.asked for k in range(n)]
-            judged = judges.apply(
-                judge,
-                benchmark,
-                [item for item, _, _ in asked],
-                [self._prefix + response.text for _, response, _ in asked],
-                [verdict for _, _, verdict in asked],
-            )
+            answers = [(item, self._prefix + r.text, verdict) for item, r, verdict in asked]
+            judged = judges.apply(judge, benchmark, answers)
             self.verdicts |= {r.key: verdict for (_, r, _), verdict in zip(asked, judged, strict=True)}
             failed += sum(verdict.status == "judge_failed" for verdict in judged)
         return f"{failed} verdicts failed, the last because {judge.problem}" if failed else None
