@@ -16,7 +16,8 @@ import torch
 
 from mssr.actor.distributed import accumulate_locally, clip_grad_norm, reshard
 from mssr.actor.guard import NonFiniteGuard, Skipped
-from mssr.actor.optimizers import Optimizer
+from mssr.actor.offload import OffloadedOptimizer
+from mssr.actor.optimizers import learning_rate
 from mssr.actor.planning import MicroBatch, Passes, Planner, StepPlan, UpdatePlan
 from mssr.actor.prompts import PromptCache
 from mssr.actor.step import LogProbs, StepState
@@ -44,7 +45,7 @@ class PolicyUpdater:
         config: Config,
         policy: PolicyModel,
         reference: torch.nn.Module | None,
-        optimizer: Optimizer,
+        optimizer: torch.optim.Optimizer | OffloadedOptimizer,
         prompts: PromptCache,
         rank: int,
         device: torch.device,
@@ -70,7 +71,9 @@ class PolicyUpdater:
             TrainingError: too many updates in a row had something in them that is not finite.
         """
         state, plan = StepState(batch, self.device), self.plan(batch, step)
-        lr = self._set_learning_rate(step)
+        lr = learning_rate(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         # The first update is on policy: its own forward pass gives the old log-probs, unless it drops some
         # of the adapters' inputs, which the policy that sampled did not.
         for number, update in enumerate(plan.updates):
@@ -288,22 +291,6 @@ class PolicyUpdater:
         reshard(self.policy)
         if self.reference is not None and not self.config.actor.keep_gathered:
             reshard(self.reference)
-
-    def _set_learning_rate(self, step: int) -> float:
-        """Warm-up, then the schedule; a function of the step number, so nothing is to be saved."""
-        actor, steps = self.config.actor, self.config.trainer.steps
-        if step < actor.warmup_steps:
-            factor = (step + 1) / (actor.warmup_steps + 1)
-        else:
-            progress = (step - actor.warmup_steps) / max(1, steps - actor.warmup_steps)
-            factor = {
-                "constant": 1.0,
-                "linear": 1.0 - progress,
-                "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-            }[actor.lr_schedule]
-        for group in self.optimizer.param_groups:
-            group["lr"] = actor.lr * factor
-        return actor.lr * factor
 
 
 def make_objective(config: Config) -> Objective:

@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mssr.algorithms.checks import check_number
+from mssr.errors import check_version
+
 _STATE_VERSION = 1
 _MAX_ERROR = 0.2
 
@@ -31,29 +34,21 @@ class KLController:
     """
 
     def __init__(self, coef: float, target: float | None = None, horizon: float = 10000) -> None:
-        if not (math.isfinite(coef) and coef >= 0):
-            raise ValueError(f"the KL coefficient must be a finite number >= 0, not {coef}")
-        if target is not None and not (math.isfinite(target) and target > 0):
-            raise ValueError(f"the KL target must be a finite number > 0 or None, not {target}")
+        check_number("the KL coefficient", coef, ">= 0")
+        check_number("the KL target", target, optional=True)
         if target is not None and coef == 0:
             raise ValueError("an adaptive KL coefficient must start above 0: it is scaled, so 0 stays 0")
-        if not (math.isfinite(horizon) and horizon > 0):
-            raise ValueError(f"the KL horizon must be a finite number > 0, not {horizon}")
+        check_number("the KL horizon", horizon)
         self.target = None if target is None else float(target)
         self.horizon = float(horizon)
-        self._coef = float(coef)
-
-    @property
-    def coef(self) -> float:
+        self.coef = float(coef)
         """The weight for the next step."""
-        return self._coef
 
     def observe(self, kl: float, rollouts: int) -> None:
-        """Adapt after a step; nothing happens where the weight is fixed.
+        """Adapt after a step of so many ``rollouts``; nothing happens where the weight is fixed.
 
         Args:
             kl: Token-mean KL of the policy to the reference in nats; an estimate may be negative.
-            rollouts: Responses in the step, >= 0.
 
         Raises:
             ValueError: The weight is adaptive and ``kl`` not finite, or the rollouts are below 0.
@@ -65,11 +60,11 @@ class KLController:
         if rollouts < 0:
             raise ValueError(f"a step has 0 or more rollouts, not {rollouts}")
         error = min(max(kl / self.target - 1, -_MAX_ERROR), _MAX_ERROR)
-        self._coef *= 1 + error * min(rollouts / self.horizon, 1.0)
+        self.coef *= 1 + error * min(rollouts / self.horizon, 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """The weight as it is now; target and horizon are settings and not in it."""
-        return {"version": _STATE_VERSION, "coef": self._coef}
+        return {"version": _STATE_VERSION, "coef": self.coef}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the saved weight; a fixed one stays as configured, because it is a setting too.
@@ -77,12 +72,8 @@ class KLController:
         Raises:
             ValueError: The state has another version, or its weight is not a finite number >= 0.
         """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"KL controller state has version {state.get('version')}, expected {_STATE_VERSION}"
-            )
+        check_version(state, _STATE_VERSION, "KL controller")
         coef = float(state["coef"])
-        if not (math.isfinite(coef) and coef >= 0):
-            raise ValueError(f"the saved KL coefficient must be a finite number >= 0, not {coef}")
+        check_number("the saved KL coefficient", coef, ">= 0")
         if self.target is not None:
-            self._coef = coef
+            self.coef = coef

@@ -7,7 +7,6 @@ too) on one device.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mssr.algorithms.checks import check_choice, check_number
 from mssr.algorithms.policy_losses import AGGREGATIONS, bind_loss
 from mssr.algorithms.sequences import check_lengths, check_same_shape, clamped_log_ratio, to_tokens
 
@@ -28,21 +28,15 @@ def policy_loss(
     name: str = "ppo",
     **options: Any,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The policy-gradient loss called ``name``; see `mssr.algorithms.policy_losses` for what there is.
+    """The policy-gradient loss called ``name``, a registered name or ``path/to/file.py:function``.
+
+    Arguments, results and names are those of `mssr.algorithms.policy_losses`.
 
     Args:
-        log_probs: (N,) nats, of the sampled tokens under the policy in training.
-        old_log_probs: (N,) nats, under the policy before the step. No gradient goes into it. For a
-            single on-policy update pass ``log_probs.detach()``.
-        advantages: (N,) A_t, shaped or not. No gradient goes into it.
-        lengths: (S,) int64 tokens of each sequence, adding up to N. Needed by losses that look at
-            whole sequences (gspo).
-        name: Registered name, or ``path/to/file.py:function``.
         options: Those of the loss, for example ``clip_low``; the others have their defaults.
 
     Returns:
-        The loss of every token, (N,), with gradient, and a dict of (N,) tensors without: ``ratio``,
-        and where the loss has such clips ``clip_fraction`` and ``dual_clip_fraction``.
+        (N,) loss of every token, with gradient, and a dict of (N,) tensors without.
 
     Raises:
         ValueError: No such loss or option, the shapes differ, a number is out of its range, or
@@ -57,7 +51,7 @@ def policy_loss(
 def kl_penalty(
     log_probs: torch.Tensor, ref_log_probs: torch.Tensor, kind: Literal["k1", "k2", "k3"] = "k3"
 ) -> torch.Tensor:
-    """Estimate of KL(pi || pi_ref) at each sampled token, with d = log pi_ref - log pi in +-20.
+    """Estimate of KL(pi || pi_ref) at each of (N,) sampled tokens in nats, d = log pi_ref - log pi in +-20.
 
     k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1 (http://joschu.net/blog/kl-approx.html). k1 and k3 are
     unbiased; k2 and k3 are never negative. As a loss, k1 is useless: the mean of its gradient is zero.
@@ -65,10 +59,6 @@ def kl_penalty(
     Args:
         log_probs: (N,) nats, of tokens sampled from the policy, with gradient.
         ref_log_probs: (N,) nats, of the same tokens under the reference. No gradient goes into it.
-        kind: Which estimator.
-
-    Returns:
-        (N,) nats.
 
     Raises:
         ValueError: Unknown kind, or the shapes differ.
@@ -101,14 +91,10 @@ def aggregate(
         denominator: > 0, the same on all ranks.
         weights: (N,) factors, without gradient, or None for 1.
 
-    Returns:
-        () scalar, of the dtype of ``per_token``.
-
     Raises:
         ValueError: The denominator is not a finite number > 0, or the shapes differ.
     """
-    if not (math.isfinite(denominator) and denominator > 0):
-        raise ValueError(f"the denominator of the loss must be a finite number > 0, not {denominator}")
+    check_number("the denominator of the loss", denominator)
     if weights is not None:
         check_same_shape(per_token=per_token, weights=weights)
         per_token = per_token * weights.detach().to(per_token.dtype)
@@ -118,7 +104,7 @@ def aggregate(
 def aggregation_weights(
     lengths: torch.Tensor, mode: str, constant_length: int | None = None
 ) -> torch.Tensor | None:
-    """The weights of `aggregate` for the sequences of one micro-batch.
+    """The (N,) float64 weights of `aggregate` for one micro-batch, without gradient; None for 1.
 
     - ``token_mean``: w = 1; every token of the mini-batch counts the same.
     - ``sequence_mean``: w = 1/length of the token's sequence; every sequence that is not empty counts
@@ -130,9 +116,6 @@ def aggregation_weights(
         lengths: (S,) int64, of whole sequences: one that is split over micro-batches has no 1/length.
         mode: One of `AGGREGATIONS`.
         constant_length: Only checked here; it belongs to the denominator.
-
-    Returns:
-        (N,) float64 without gradient, or None for 1.
 
     Raises:
         ValueError: Unknown mode, or a constant length that is not > 0.
@@ -153,16 +136,10 @@ def aggregation_denominator(
 ) -> float:
     """The denominator of `aggregate` for a whole mini-batch: all its micro-batches, on all ranks.
 
-    It depends on lengths alone, so every rank knows it before its first forward pass.
-
-    Args:
-        lengths: (S,) tokens of every sequence of the mini-batch.
-        mode: ``token_mean``: number of tokens. ``sequence_mean``: number of sequences that are not
-            empty. ``constant_length``: number of all sequences times ``constant_length``.
-        constant_length: Tokens, > 0; needed in the mode of that name.
-
-    Returns:
-        A number > 0: 1 where the mini-batch has no token (there is then nothing to divide).
+    It depends on the (S,) lengths in tokens alone, so every rank knows it before its first forward pass:
+    the number of tokens for ``token_mean``, of sequences that are not empty for ``sequence_mean``, and of
+    all sequences times ``constant_length``, a number of tokens, for that. Where the mini-batch has no token
+    it is 1: there is then nothing to divide.
 
     Raises:
         ValueError: Unknown mode, or ``constant_length`` is missing or not > 0.
@@ -184,7 +161,6 @@ def aggregation_denominator(
 
 
 def _check_mode(mode: str, constant_length: int | None) -> None:
-    if mode not in AGGREGATIONS:
-        raise ValueError(f"unknown aggregation {mode!r}: choose one of {', '.join(AGGREGATIONS)}")
+    check_choice("aggregation", mode, AGGREGATIONS)
     if constant_length is not None and not constant_length > 0:
         raise ValueError(f"constant_length must be > 0, not {constant_length}")

@@ -25,7 +25,7 @@ from mssr.data.rows import (
     read_row,
     truth,
 )
-from mssr.data.sources import ArrowTable, Source, open_table, split_name
+from mssr.data.sources import Source, open_table, split_name
 from mssr.errors import UserError
 
 USABLE, BAD, DUPLICATE = 0, 1, 2
@@ -96,7 +96,7 @@ class SourceRows:
         self.columns = resolve_columns(self.table, config, source.name)
         self.config = self.columns.config
         self.table.release()
-        if isinstance(self.table, ArrowTable) and not every_column:
+        if not every_column:
             self.table.narrow(self._columns)
 
     def __len__(self) -> int:
@@ -170,11 +170,7 @@ class SourceRows:
 
     def _key(self) -> str:
         table, c = self.table, self.config
-        if table.files:
-            content = self.cache.content_key(table.files)
-        else:
-            assert isinstance(table, ArrowTable)
-            content = table.fingerprint
+        content = self.cache.content_key(table.files) if table.files else table.fingerprint
         _, split = split_name(self.source.name)
         return digest_of(content, split, len(table), read_columns(c), c.id_column, c.image_dir)
 

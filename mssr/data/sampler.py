@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,19 +26,62 @@ class PromptSampler(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class EpochSampler:
-    """Walks through the ids, a new permutation every epoch; an epoch's tail joins the next one's head.
+class _IdSampler:
+    """A sampler whose state is integers: those named in ``counters``.
 
-    The order of an epoch is a function of (seed, epoch) alone, so the state is two integers.
+    Args:
+        ids: P prompt ids.
+
+    Raises:
+        ValueError: there are no ids.
     """
 
+    kind: ClassVar[str]
+    counters: ClassVar[tuple[str, ...]]
+
+    def __init__(self, ids: Sequence[str], seed: int) -> None:
+        if len(ids) == 0:
+            raise ValueError("there are no prompts to sample")
+        self._ids, self._seed = list(ids), seed
+        for name in self.counters:
+            setattr(self, f"_{name}", 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        counts = {name: getattr(self, f"_{name}") for name in self.counters}
+        return {"kind": self.kind, **counts, "prompts": len(self._ids)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken. A state without a kind is older than the second sampler.
+
+        Raises:
+            ValueError: the state is of another kind of sampler or another number of prompts.
+        """
+        kind = state.get("kind", EpochSampler.kind)
+        if kind != self.kind:
+            raise ValueError(f"the checkpoint's sampler.name is {kind}, this run's is {self.kind}")
+        if state["prompts"] != len(self._ids):
+            raise ValueError(
+                f"the checkpoint's data has {state['prompts']} prompts, this has {len(self._ids)}"
+            )
+        for name in self.counters:
+            setattr(self, f"_{name}", state[name])
+
+
+class EpochSampler(_IdSampler):
+    """Walks through the ids, a new permutation every epoch; an epoch's tail joins the next one's head.
+
+    The order of an epoch is a function of (seed, epoch) alone.
+    """
+
+    kind = "epochs"
+    counters = ("epoch", "position")
+    _epoch: int
+    _position: int
+
     def __init__(self, ids: Sequence[str], seed: int, shuffle: bool = True) -> None:
-        self._ids = _checked(ids)
-        self._seed = seed
+        super().__init__(ids, seed)
         self._shuffle = shuffle
-        self._epoch = 0
-        self._position = 0
-        self._order = self._permutation(0)
+        self._order = self._permutation()
 
     @property
     def epoch(self) -> float:
@@ -52,38 +95,23 @@ class EpochSampler:
             if self._position == len(self._ids):
                 self._epoch += 1
                 self._position = 0
-                self._order = self._permutation(self._epoch)
+                self._order = self._permutation()
             chunk = self._order[self._position : self._position + count - len(taken)]
             taken.extend(self._ids[i] for i in chunk)
             self._position += len(chunk)
         return taken
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "kind": "epochs",
-            "epoch": self._epoch,
-            "position": self._position,
-            "prompts": len(self._ids),
-        }
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. A state without a kind is older than the other sampler.
+        super().load_state_dict(state)
+        self._order = self._permutation()
 
-        Raises:
-            ValueError: the state is of another kind of sampler or another number of prompts.
-        """
-        _check_state({"kind": "epochs"} | state, "epochs", len(self._ids))
-        if state["epoch"] != self._epoch:
-            self._order = self._permutation(state["epoch"])
-        self._epoch, self._position = state["epoch"], state["position"]
-
-    def _permutation(self, epoch: int) -> np.ndarray:
+    def _permutation(self) -> npt.NDArray[np.int64]:
         if not self._shuffle:
             return np.arange(len(self._ids))
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self._ids))
+        return np.random.default_rng([self._seed, self._epoch]).permutation(len(self._ids))
 
 
-class UncertaintySampler:
+class UncertaintySampler(_IdSampler):
     """Draws prompts without replacement, with weight ``sqrt(v(1-v)) + eps`` for a value v.
 
     The weight is the standard deviation of the outcome, so prompts whose outcome is certain are seldom
@@ -91,7 +119,7 @@ class UncertaintySampler:
 
     Drawing without replacement is a race: with E exponential, the prompts of the smallest E/weight, in
     this order, are distributed like draws one after the other (the same as the largest log weight +
-    Gumbel noise). A draw is a function of (seed, number of the draw, values), so the state is integers.
+    Gumbel noise). A draw is a function of (seed, number of the draw, values).
 
     Args:
         ids: P prompt ids.
@@ -102,17 +130,18 @@ class UncertaintySampler:
         ValueError: There are no ids, or eps is out of its range.
     """
 
+    kind = "uncertainty"
+    counters = ("draws", "drawn")
+    _draws: int
+    _drawn: int
+
     def __init__(
         self, ids: Sequence[str], seed: int, values: Callable[[], npt.NDArray[Any]], eps: float = 0.05
     ) -> None:
         if not (np.isfinite(eps) and eps >= 0):
             raise ValueError(f"eps must be a finite number >= 0, not {eps}")
-        self._ids = _checked(ids)
-        self._seed = seed
-        self._values = values
-        self._eps = eps
-        self._draws = 0
-        self._drawn = 0
+        super().__init__(ids, seed)
+        self._values, self._eps = values, eps
 
     @property
     def epoch(self) -> float:
@@ -133,23 +162,6 @@ class UncertaintySampler:
         self._drawn += count
         return taken
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "kind": "uncertainty",
-            "draws": self._draws,
-            "drawn": self._drawn,
-            "prompts": len(self._ids),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, given the same values.
-
-        Raises:
-            ValueError: the state is of another kind of sampler or another number of prompts.
-        """
-        _check_state({"kind": "epochs"} | state, "uncertainty", len(self._ids))
-        self._draws, self._drawn = state["draws"], state["drawn"]
-
     def _weights(self) -> npt.NDArray[np.float64]:
         v = np.asarray(self._values(), np.float64)
         if v.shape != (len(self._ids),):
@@ -166,16 +178,3 @@ class UncertaintySampler:
         self._draws += 1
         first = np.argpartition(finish, count - 1)[:count]
         return first[np.argsort(finish[first])]
-
-
-def _checked(ids: Sequence[str]) -> list[str]:
-    if len(ids) == 0:
-        raise ValueError("there are no prompts to sample")
-    return list(ids)
-
-
-def _check_state(state: dict[str, Any], kind: str, prompts: int) -> None:
-    if state["kind"] != kind:
-        raise ValueError(f"the checkpoint's sampler.name is {state['kind']}, this run's is {kind}")
-    if state["prompts"] != prompts:
-        raise ValueError(f"the checkpoint's data has {state['prompts']} prompts, this has {prompts}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any, Protocol
 from mssr.config import Config, to_dict
 from mssr.config.secrets import redact
 from mssr.errors import UserError
-from mssr.runs.run_directory import MetricsFile
+from mssr.models.files import replace_text
+from mssr.runs.jsonl import append_record
 
 
 class Logger(Protocol):
@@ -39,25 +41,46 @@ class MetricsLog:
                 raise UserError(
                     f"trainer.loggers: {name} is not installed; pip install mssr[tracking]"
                 ) from error
-        self._file = MetricsFile(self.run_dir / "metrics.jsonl", resume_step)
+        self._path = self.run_dir / "metrics.jsonl"
         self.written = 0
+        self.rewind(resume_step)
 
     def rewind(self, resume_step: int | None) -> None:
-        """Go on after this step; see `MetricsFile`."""
-        self._file.close()
-        self._file = MetricsFile(self.run_dir / "metrics.jsonl", resume_step)
+        """Go on after this step, None at the beginning; see `discard_after`."""
+        discard_after(self._path, resume_step)
 
     def write(self, record: dict[str, Any]) -> None:
         """One step. NaN, which JSON does not know, becomes null in the file."""
         self.written += 1
-        self._file.write({k: v if _is_finite(v) else None for k, v in record.items()})
+        append_record(self._path, {k: v if _is_finite(v) else None for k, v in record.items()})
         for logger in self._loggers:
             logger.write(record["step"], {k: v for k, v in record.items() if k != "step"})
 
     def close(self) -> None:
-        self._file.close()
         for logger in self._loggers:
             logger.close()
+
+
+def discard_after(path: Path, step: int | None) -> None:
+    """Make metrics.jsonl, or make it end with a step, None with nothing.
+
+    On resume the steps after the checkpoint are computed again; their old lines move to
+    metrics.discarded.jsonl, so that the file has neither gap nor duplicate and nothing is lost.
+    """
+    path.touch()
+    lines = path.read_text().splitlines(keepends=True)
+    stands = [step is not None and _step_of(line) <= step for line in lines]
+    if not all(stands):
+        with path.with_suffix(".discarded.jsonl").open("a") as file:
+            file.writelines(line for line, keep in zip(lines, stands, strict=True) if not keep)
+        replace_text(path, "".join(line for line, keep in zip(lines, stands, strict=True) if keep))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut off by a crash
 
 
 def _is_finite(value: Any) -> bool:

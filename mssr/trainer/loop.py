@@ -19,7 +19,7 @@ from mssr.errors import StopRequestedError, TrainingError, UserError
 from mssr.rewards import Scorer
 from mssr.runs.checkpoint import read_state
 from mssr.runs.run import Run
-from mssr.runs.run_directory import write_samples
+from mssr.runs.samples import write_samples
 from mssr.trainer.collect import RolloutCollector
 from mssr.trainer.estimate import Estimator
 from mssr.trainer.initial_values import initialize_values

@@ -4,24 +4,18 @@
 
 An answer is drawn from templates (integers, decimals, fractions, roots, units, percent, choices, points,
 sets, equations, polynomials) with fresh numbers in every repetition, so that no cache helps; about one in two
-is right, in another spelling. Times are of the CPU of one process that has imported the rules. A second table
-has them by how `math` decides: texts that are equal, forms and numbers, and what math-verify parses.
+is right, in another spelling. Times are of the CPU of one process that has imported the rules.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import logging
-import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-import psutil
+from report import arguments, publish, table
 
 from mssr.rewards.rules import RULES, score
 
@@ -93,34 +87,6 @@ def run(rule: str, items: list[Item]) -> tuple[float, float, float]:
     return time.process_time() - started, slowest, total
 
 
-CLASSES: dict[str, Callable[[random.Random], Item]] = {
-    "equal by text": lambda rng: (f"{rng.random()} cm", rng.choice(["{} cm", r"{}\text{{ cm}}"])),
-    "by forms and numbers": lambda rng: (
-        str(rng.random()),
-        rng.choice(["x = {}0", "{}1", "{} or 2", r"{}\ \mathrm{{m}}"]),
-    ),
-    "by math-verify": lambda rng: (
-        rf"{rng.randrange(2, 99)}\sqrt{{{rng.randrange(2, 999)}}}",
-        rng.choice(["{}+0", "{}+1"]),
-    ),
-}
-"""A truth, and a template of the answer that gets it, of verdicts by how `math` comes to them."""
-
-
-def by_class(size: int) -> list[str]:
-    """Rows of the second table: the median and the slowest verdict in ms of CPU time, the first left out."""
-    rows = []
-    for name, make in CLASSES.items():
-        rng, times = random.Random(name), []
-        for _ in range(size):
-            truth, template = make(rng)
-            before = time.process_time()
-            RULES["math"](template.format(truth), truth)
-            times.append(1000 * (time.process_time() - before))
-        rows.append(f"| {name} | {size} | {statistics.median(times[1:]):.2f} | {max(times[1:]):.1f} |")
-    return rows
-
-
 def measure(rule: str, size: int, repeats: int) -> list[str]:
     run(rule, batch(64, seed=999))  # imports
     single, slowest, right = [], [], []
@@ -141,32 +107,12 @@ def measure(rule: str, size: int, repeats: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--size", type=int, default=2_048, help="answers in a batch")
     parser.add_argument("--repeats", type=int, default=5, help="batches; the table has the medians")
     parser.add_argument("--rules", nargs="+", default=[*RULES, "math-verify alone"])
-    parser.add_argument("--out", type=Path, help="also write the table to this file")
     args = parser.parse_args()
-    rows = [measure(rule, args.size, args.repeats) for rule in args.rules]
-    machine = f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
-    command = " ".join(["python", "scripts/bench/rewards.py", *sys.argv[1:]])
-    table = "\n".join(
-        [
-            f"`{command}`, {datetime.date.today()}, {machine}, medians of {args.repeats}",
-            "",
-            "| " + " | ".join(COLUMNS) + " |",
-            "| " + " | ".join(["---"] * len(COLUMNS)) + " |",
-            *("| " + " | ".join(row) + " |" for row in rows),
-            "",
-            "| how `math` decides | verdicts | median, ms | slowest, ms |",
-            "| --- | --- | --- | --- |",
-            *by_class(500),
-            "",
-        ]
-    )
-    print(table)
-    if args.out:
-        args.out.write_text(table)
+    publish(args, lambda: table(COLUMNS, [measure(rule, args.size, args.repeats) for rule in args.rules]))
 
 
 if __name__ == "__main__":
