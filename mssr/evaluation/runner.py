@@ -22,7 +22,6 @@ from mssr.errors import EXIT_OK, StopRequestedError, UserError
 from mssr.evaluation import local_judge, registry, results
 from mssr.evaluation.base import Benchmark
 from mssr.evaluation.model import EvaluatedModel, engine_config, open_model
-from mssr.evaluation.own import Own
 from mssr.evaluation.progress import EvaluationProgress
 from mssr.evaluation.prompts import Question, prompt_data, write_prompts
 from mssr.evaluation.report import write_results
@@ -283,13 +282,10 @@ class _Evaluation:
 def _benchmarks(request: EvaluationRequest, config: Config) -> list[Benchmark]:
     found: list[Benchmark] = []
     for name in request.benchmarks:
-        benchmark = registry.get(name)
-        if type(benchmark) is Own:  # and none of the registered ones that build on it
-            reward = config.reward if request.reward else None
-            benchmark = Own(name, reward=reward, config=config.data)
+        benchmark = registry.get(name, config.reward if request.reward else None, config.data)
         if benchmark.name in (b.name for b in found):
             raise UserError(f"--benchmarks: two are called {benchmark.name}; evaluate one after the other")
         found.append(benchmark)
-    if request.reward and not any(isinstance(b, Own) and b.rewarded for b in found):
+    if request.reward and not any(b.rewarded for b in found):
         raise UserError("--reward scores own data, and --benchmarks names none; leave it out")
     return found

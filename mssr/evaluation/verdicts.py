@@ -65,7 +65,7 @@ class VerdictBook:
                 rewarded.append((response, question.item, question.benchmark))
             else:
                 self.verdicts[response.key] = question.benchmark.verdict(
-                    question.item, self._prefix + response.text, response.truncated, response.tokens
+                    question.item, self._prefix + response.text, response.truncated
                 )
         if not rewarded:
             return

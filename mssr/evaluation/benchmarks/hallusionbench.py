@@ -58,10 +58,8 @@ class HallusionBench(Benchmark):
             metadata={**ids, "gt_answer_details": str(cells.get("gt_answer_details") or "")},
         )
 
-    def verdict(
-        self, item: Item, response: str, truncated: bool = False, tokens: int | None = None
-    ) -> Verdict:
-        verdict = super().verdict(item, response, truncated, tokens)
+    def verdict(self, item: Item, response: str, truncated: bool = False) -> Verdict:
+        verdict = super().verdict(item, response, truncated)
         if verdict.status in ("wrong", "extraction_failed") and _without_figure(item):
             boxed = scoring.lenient_answer(response, boxed_only=True)
             if _is_unknown(boxed or scoring.outside_thinking(response)):
