@@ -66,7 +66,7 @@ class Benchmark:
         seen: Counter[str] = Counter()
         for number in range(len(table) if limit is None else min(limit, len(table))):
             try:
-                item = item_of(table, number)
+                item = replace(item_of(table, number), benchmark=self.name)
                 seen[item.id] += 1
                 if seen[item.id] > 1:
                     if not self.numbers_repeats:

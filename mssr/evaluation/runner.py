@@ -24,7 +24,6 @@ from mssr.evaluation.base import Benchmark
 from mssr.evaluation.model import EvaluatedModel, engine_config, open_model
 from mssr.evaluation.progress import EvaluationProgress
 from mssr.evaluation.prompts import Question, prompt_data, write_prompts
-from mssr.evaluation.report import write_results
 from mssr.evaluation.responses import Response, ResponseFile
 from mssr.evaluation.verdicts import VerdictBook
 from mssr.models.loading import check_model_path, load_processor
@@ -162,7 +161,7 @@ class _Evaluation:
                 "generated_now": self._generated,
                 "tokens": sum(r.tokens for r in responses.found.values()),
             }
-            write_results(self.out, book, self.request.n, self._meta(), timing)
+            book.write(self.out, self.request.n, self._meta(), timing)
             for line in book.notes():
                 progress.announce(line)
         return EXIT_OK

@@ -215,6 +215,7 @@ def test_a_benchmark_of_a_users_file(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "mine.jsonl", [{"key": "k", "q": "2 + 2?", "a": "4"}])
     benchmark = registry.get(f"{file}:Mine")
     (item,) = benchmark.load(tmp_path)
+    assert item.benchmark == benchmark.name  # what its results go by
     assert benchmark.verdict(item, "\\boxed{4.0}").correct
     with pytest.raises(UserError, match="is no subclass"):
         registry.get(f"{file}:Other")
