@@ -17,6 +17,7 @@ from mssr.errors import UserError
 from mssr.models.files import sha256
 from mssr.runs import manifest as manifests
 from mssr.runs.checkpoint import resolve
+from mssr.runs.export import export
 
 UNREAD = (
     *("algorithm", "sampler", "actor", "watch", "experiment_name", "model.path"),
@@ -70,8 +71,6 @@ class EvaluatedModel:
         """
         if self.checkpoint is None:
             return self.config.model.path
-        from mssr.runs.export import export
-
         dtype = "float32" if _in_float32(self.config) else None
         return str(export(self.checkpoint, scratch / "model", dtype).absolute())
 

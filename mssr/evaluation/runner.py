@@ -177,7 +177,7 @@ class _Evaluation:
     def _decides(self, prompts: str) -> dict[str, str]:
         """Everything that a response depends on."""
         model, rollout, data = self.config.model, self.config.rollout, self.config.data
-        engine = [rollout.engine, rollout.engine_options, model.dtype, self.config.cluster.device]
+        engine: list[Any] = [rollout.engine, rollout.engine_options, model.dtype, self.config.cluster.device]
         engine += [data.min_pixels, data.max_pixels, data.max_prompt_length]
         return {
             "model": self.model.identity,
