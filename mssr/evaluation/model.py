@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from mssr.config import Config, ModelConfig, to_dict
+from mssr.config.data import DataConfig
 from mssr.config.loading import Layer, file_layers, from_dict
 from mssr.config.options import READ, UNREAD, describe, nearest
+from mssr.data.images import reason
 from mssr.errors import UserError
+from mssr.models.files import sha256
 from mssr.runs import manifest as manifests
 from mssr.runs.checkpoint import resolve
 from mssr.runs.config import merge_layers
+from mssr.runs.export import export
 
 DEFAULTS = {"data": {"train": "-", "max_prompt_length": 8192}}
 """Of a Hugging Face model; longer prompts than in training: an image of data.max_pixels has 5350 tokens."""
@@ -54,8 +58,6 @@ class EvaluatedModel:
         """
         if self.checkpoint is None:
             return self.config.model.path
-        from mssr.runs.export import export
-
         dtype = "float32" if _in_float32(self.config) else None
         return str(export(self.checkpoint, scratch / "model", dtype).absolute())
 
@@ -92,8 +94,7 @@ def open_model(
     path = resolve(Path(name))
     manifest = manifests.verify(path)
     config = merge_layers([(str(path), _of_checkpoint(manifest.config, reward)), fixed], overrides, note)
-    digest = hashlib.sha256((path / manifests.FILE).read_bytes()).hexdigest()
-    return EvaluatedModel(name, config, path, manifest.step, digest)
+    return EvaluatedModel(name, config, path, manifest.step, sha256(path / manifests.FILE))
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -136,9 +137,13 @@ def _check_overrides(overrides: Sequence[str], reward: bool) -> None:
 
 def _model_identity(config: ModelConfig) -> str:
     path = Path(config.path)
+    known: list[list[str]] = []
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.is_file())
-        known = [[p.name, _file_identity(p)] for p in files if p.suffix in (*HASHED, ".safetensors")]
+        for file in sorted(p for p in path.iterdir() if p.is_file()):
+            if file.suffix in HASHED:
+                known.append([file.name, sha256(file)])
+            elif file.suffix == ".safetensors":
+                known.append([file.name, f"{file.stat().st_size}/{file.stat().st_mtime_ns}"])
     else:
         import transformers
 
@@ -147,17 +152,9 @@ def _model_identity(config: ModelConfig) -> str:
                 config.path, trust_remote_code=config.trust_remote_code
             )
         except Exception as error:  # transformers raises many types for what it cannot find
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"--model: {config.path} cannot be had ({line})") from error
-        known = [[config.path, str(getattr(loaded, "_commit_hash", None))]]
+            raise UserError(f"--model: {config.path} cannot be had ({reason(error)})") from error
+        known.append([config.path, str(getattr(loaded, "_commit_hash", None))])
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
-
-
-def _file_identity(path: Path) -> str:
-    if path.suffix in HASHED:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    stat = path.stat()
-    return f"{stat.st_size}/{stat.st_mtime_ns}"
 
 
 def _in_float32(config: Config) -> bool:
@@ -168,9 +165,8 @@ def _in_float32(config: Config) -> bool:
     return resolve_device(config.cluster.device) == "cpu"
 
 
-def engine_config(model: EvaluatedModel, path: str, data: Any, out: Path) -> Config:
+def engine_config(config: Config, path: str, data: DataConfig, out: Path) -> Config:
     """The config of a cluster of engines alone: this model, these prompts, logs in the output directory."""
-    config = model.config
     return replace(
         config,
         model=replace(config.model, path=path),

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from mssr.data import encoder as encoder_module
-from mssr.data.dataset import ImageSource, Row
 from mssr.data.encoder import PromptEncoder
+from mssr.data.images import ImageSource
+from mssr.data.rows import Row
 from mssr.errors import UserError
 from mssr.models.encoded import EncodedPrompt
 from mssr.models.loading import load_processor

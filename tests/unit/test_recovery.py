@@ -250,6 +250,23 @@ def test_a_stop_during_generation_gives_it_up_and_resumes_alike(
     assert drive(world, tmp_path / "run", never) == straight
 
 
+@pytest.mark.parametrize("count", range(1, CALLS["sync_weights"] + 1))
+def test_a_stop_while_weights_are_sent_resumes_alike(
+    world: Any, straight: list[dict[str, Any]], tmp_path: Path, count: int
+) -> None:
+    """As where an engine has to be replaced for it: the step's update is done, its record is not written."""
+    stop = Signal()
+
+    def fail(v: str, k: int) -> None:
+        if (v, k) == ("sync_weights", count):
+            stop.requested = True
+            raise StopRequestedError
+
+    before = drive(world, tmp_path / "run", fail, stop)
+    assert before == straight[: len(before)] and len(before) < len(straight)
+    assert drive(world, tmp_path / "run", never) == straight
+
+
 @pytest.mark.parametrize("verb", ["begin_save", "finish_save"])
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     world: Any, straight: list[dict[str, Any]], tmp_path: Path, verb: str

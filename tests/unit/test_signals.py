@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,7 +147,7 @@ def test_what_is_not_finite_dilutes_no_mean(process_group: None) -> None:
     means.max("largest", torch.empty(0))
     means.max("largest", torch.tensor([3.0, float("nan")]))
     means.total("loss", torch.tensor(2.5))
-    before = means.copy()
+    before = copy.deepcopy(means)
     means.add("x", torch.tensor([99.0]))
     means.total("loss", torch.tensor(1.0))
     found = before.reduce()
