@@ -82,17 +82,19 @@ def describe(kind: type, prefix: str = "", above: Option | None = None) -> dict[
     outer = above or Option(resume=LISTED, evaluation=READ, first_values=False)
     found: dict[str, Option] = {}
     for f in fields(kind):
-        own: Option = f.metadata["option"]
+        key, own = prefix + f.name, f.metadata["option"]
+        conditions = [*outer.read_if.split(" and "), *own.read_if.split(" and ")]
         full = replace(
             own,
-            read_if=" and ".join(filter(None, (outer.read_if, own.read_if))),
+            # What decides about a whole section may be an option in it.
+            read_if=" and ".join(c for c in conditions if c and not c.startswith(f"{key} ")),
             resume=own.resume or outer.resume,
             evaluation=own.evaluation or outer.evaluation,
             first_values=outer.first_values if own.first_values is None else own.first_values,
         )
-        found[prefix + f.name] = full
+        found[key] = full
         if own.section:
-            found |= describe(own.section, f"{prefix}{f.name}.", full)
+            found |= describe(own.section, f"{key}.", full)
     return found
 
 
@@ -188,9 +190,7 @@ def _unmet(condition: str, key: str, effective: Mapping[str, Any]) -> list[str]:
         setting, relation, wanted = alternative.split(" ", 2)
         setting = neighbour if (neighbour := f"{section}.{setting}") in effective else setting
         value = effective[setting]
-        if setting == key:  # what decides about a whole section is in it
-            holds = True
-        elif relation == "takes":
+        if relation == "takes":
             holds = name in _parameters(setting, value)
         elif relation == "names":
             holds = not is_spec(value)

@@ -187,9 +187,9 @@ def test_the_reference_is_what_the_fields_say() -> None:
     assert len(rows) == sum(not option.section for option in describe(Config).values())
     [window] = [row for row in rows if "`algorithm.discount.window`" in row]
     assert window == (
-        "| `algorithm.discount.window` | `20` | Steps over which the KL is averaged. Range: `> 0`. | "
-        "`algorithm.name takes it` and `algorithm.discount.eta = null` and `kl_source != last_visit` | "
-        "refused | unread |"
+        "| `algorithm.discount.window` | `20` | `> 0` | Steps over which the KL is averaged. | "
+        "`algorithm.name takes it and algorithm.discount.eta = null and kl_source != last_visit` | refused | "
+        "unread |"
     )
 
 
