@@ -177,12 +177,10 @@ def group_indices(prompt_ids: Sequence[str]) -> Ints:
 def signal_metrics(
     advantages: FloatVector, degenerate: bool | npt.NDArray[np.bool_], lengths: Ints
 ) -> dict[str, float]:
-    """The metrics that every method reports.
+    """The metrics that every method reports, of (B,) advantages, or (N,) of the tokens.
 
-    Args:
-        advantages: (B,) float32, or (N,) of the tokens.
-        degenerate: (B,) True for a rollout without signal, or whether that is so for all.
-        lengths: (B,) response lengths; an empty response has no token that could learn.
+    ``degenerate`` is (B,) True for a rollout without signal, or whether that is so for all; an empty
+    response, of which ``lengths`` tells, has no token that could learn.
     """
     return {
         "advantage/std": float(np.std(advantages, dtype=np.float64)) if len(advantages) else 0.0,
