@@ -250,7 +250,7 @@ def balance_rows(ranks: int, count: int) -> list[tuple[str, ...]]:
         lengths = np.repeat(prompt, n) + response
         images = cost.images(4 * np.maximum(prompt - 100, 0))
         index = np.repeat(np.arange(count // n), n)
-        work = SequenceWork(lengths, response, cost.text(lengths, response), images[index], index, index)
+        work = SequenceWork(lengths, cost.text(lengths, response), images[index], index, index)
         planner = Planner(work, ranks=ranks, token_budget=BUDGET)
         started = time.perf_counter()
         after = [[list(m.sequences) for m in p] for p in planner.everything()]

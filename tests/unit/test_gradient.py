@@ -251,7 +251,7 @@ def test_the_model_has_one_gradient_whichever_way_it_is_taken(
     monkeypatch.setattr(lab.policy, "head_chunk", 4)
     denominator = EVERYTHING.denominator(lab.lengths)
     parts = LossInParts(EVERYTHING, lab.known(True), denominator, KL_COEF)
-    loss, *_ = lab.policy(lab.packed, objective=parts)
+    loss, *_ = lab.policy(lab.packed, loss=parts)
     actual, expected = torch.autograd.grad(loss, lab.parameters), lab.gradient(EVERYTHING)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-10 * float(e.abs().max()))
