@@ -7,6 +7,7 @@ number of rollouts in a batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +65,61 @@ class Rollout:
     """The response without special tokens."""
 
 
+@dataclass(frozen=True)
+class PackedRollouts:
+    """K rollouts as few arrays, for the way to the driver and for checkpoints; see `Rollout`.
+
+    To restore an array costs about as much as the rest of a rollout, and a step has thousands.
+    """
+
+    prompt_ids: list[str]
+    texts: list[str]
+    finish_reasons: list[str]
+    sample_indices: list[int]
+    policy_versions: list[int]
+    prompt_lengths: npt.NDArray[np.int64]
+    """(K,) P of each."""
+    prompt_tokens: npt.NDArray[np.int32]
+    """(sum of P,)"""
+    lengths: npt.NDArray[np.int64]
+    """(K,) T of each."""
+    tokens: npt.NDArray[np.int32]
+    """(sum of T,) of the responses."""
+    log_probs: npt.NDArray[np.float32]
+    """(sum of T,)"""
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Rollout]) -> PackedRollouts:
+        """At least one rollout."""
+        return cls(
+            prompt_ids=[r.prompt_id for r in rollouts],
+            texts=[r.text for r in rollouts],
+            finish_reasons=[r.finish_reason for r in rollouts],
+            sample_indices=[r.sample_index for r in rollouts],
+            policy_versions=[r.policy_version for r in rollouts],
+            prompt_lengths=np.array([len(r.prompt_token_ids) for r in rollouts], np.int64),
+            prompt_tokens=np.concatenate([r.prompt_token_ids for r in rollouts]),
+            lengths=np.array([len(r.response_token_ids) for r in rollouts], np.int64),
+            tokens=np.concatenate([r.response_token_ids for r in rollouts]),
+            log_probs=np.concatenate([r.log_probs for r in rollouts]),
+        )
+
+    def unpack(self) -> list[Rollout]:
+        """The rollouts, whose arrays are parts of the packed ones: who keeps one keeps all of them."""
+        ends = np.cumsum(self.lengths)[:-1]
+        columns = (
+            self.prompt_ids,
+            self.sample_indices,
+            np.split(self.prompt_tokens, np.cumsum(self.prompt_lengths)[:-1]),
+            np.split(self.tokens, ends),
+            np.split(self.log_probs, ends),
+            self.finish_reasons,
+            self.policy_versions,
+            self.texts,
+        )
+        return [Rollout(*values) for values in zip(*columns, strict=True)]
+
+
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
     """The rollouts of one step with their learning signal, ragged.
@@ -93,6 +149,21 @@ class TrainBatch:
     kl_coef: float = 0.0
     """Weight of the KL to the reference in this step's loss."""
 
+    @classmethod
+    def of(cls, rollouts: Sequence[Rollout]) -> TrainBatch:
+        """At least one rollout, laid end to end; their advantages are 0 as long as nobody knows them."""
+        tokens = [part for r in rollouts for part in (r.prompt_token_ids, r.response_token_ids)]
+        prompt_lengths = np.array([len(r.prompt_token_ids) for r in rollouts], np.int64)
+        lengths = prompt_lengths + [len(r.response_token_ids) for r in rollouts]
+        return cls(
+            prompt_ids=tuple(r.prompt_id for r in rollouts),
+            tokens=np.concatenate(tokens),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            prompt_lengths=prompt_lengths,
+            advantages=np.zeros(len(rollouts), np.float32),
+            engine_log_probs=np.concatenate([r.log_probs for r in rollouts]),
+        )
+
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
@@ -114,17 +185,34 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogProbs:
-    """Log-probs of all response tokens of a batch under the actor's models."""
+    """Log-probs (nats) of response tokens under the actor's models: of a whole batch, or of one response."""
 
     policy: npt.NDArray[np.float32]
     """(sum of T,) of the policy as it is."""
     reference: npt.NDArray[np.float32] | None
     """(sum of T,) of the frozen base model, where asked for."""
 
+    def split(self, rollouts: Sequence[Rollout]) -> list[TokenLogProbs]:
+        """Those of a batch by its rollouts."""
+        ends = np.cumsum([len(r.response_token_ids) for r in rollouts])[:-1]
+        policy = np.split(self.policy, ends)
+        if self.reference is None:
+            return [TokenLogProbs(p, None) for p in policy]
+        return [TokenLogProbs(p, r) for p, r in zip(policy, np.split(self.reference, ends), strict=True)]
+
+    @classmethod
+    def join(cls, parts: Sequence[TokenLogProbs]) -> TokenLogProbs:
+        """Those of a batch from those of its rollouts, at least one; the inverse of `split`."""
+        references = [part.reference for part in parts if part.reference is not None]
+        return cls(
+            np.concatenate([part.policy for part in parts]),
+            np.concatenate(references) if references else None,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class RankLogProbs:
-    """What one rank has scored of a batch."""
+    """What one rank has computed of a batch's log-probs."""
 
     sequences: npt.NDArray[np.int64]
     """(K,) the rollouts, by their index in the batch, in the order of the values."""

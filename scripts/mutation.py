@@ -40,23 +40,20 @@ TESTS = {
     "mssr/algorithms/advantages.py": "advantages token_advantages algorithms oracles ranges",
     "mssr/algorithms/base.py": f"algorithms token_advantages single_rollout plugins {NUMBERS}",
     "mssr/algorithms/baseline.py": "baseline single_rollout driver_by_hand defaults_and_states ranges",
+    "mssr/algorithms/checks.py": "ranges discount kl_control losses",
     "mssr/algorithms/correction.py": "correction defaults_and_states ranges",
     "mssr/algorithms/discount.py": "discount single_rollout driver_by_hand defaults_and_states ranges",
-    "mssr/algorithms/dr_grpo.py": "algorithms token_advantages oracles defaults_and_states",
-    "mssr/algorithms/grpo.py": "algorithms token_advantages oracles defaults_and_states",
+    "mssr/algorithms/group.py": "algorithms token_advantages oracles defaults_and_states",
     "mssr/algorithms/id_table.py": "id_table baseline",
     "mssr/algorithms/kl_control.py": "kl_control defaults_and_states ranges",
-    "mssr/algorithms/lite_ppo.py": "algorithms token_advantages defaults_and_states",
     "mssr/algorithms/losses.py": "losses oracles policy_losses ranges",
     "mssr/algorithms/objective.py": "gradient step_oracle update_by_value defaults_and_states",
     "mssr/algorithms/policy_losses.py": "policy_losses losses plugins defaults_and_states ranges",
     "mssr/algorithms/registry.py": "algorithms plugins",
     "mssr/algorithms/reinforce_pp.py": "algorithms token_advantages oracles defaults_and_states",
-    "mssr/algorithms/rloo.py": "algorithms token_advantages oracles defaults_and_states",
     "mssr/algorithms/sequences.py": "losses correction policy_losses gradient",
     "mssr/algorithms/shaping.py": "losses algorithms gradient defaults_and_states ranges",
     "mssr/algorithms/single_rollout.py": f"single_rollout algorithms driver_by_hand {NUMBERS}",
-    "mssr/algorithms/spo.py": "single_rollout algorithms defaults_and_states",
     "mssr/models/head.py": "head policy_model gradient",
     "mssr/actor/update.py": f"update_passes {STEP} nonfinite fused_update signals",
     "mssr/actor/step.py": f"signals update_passes {STEP} nonfinite",
@@ -69,7 +66,7 @@ IMPORTED = "torch transformers numpy pytest hypothesis datasets pyarrow.parquet 
 
 @dataclass(frozen=True)
 class Mutant:
-    """Example: ``Mutant("mssr/algorithms/rloo.py", "core/NumberReplacer", occurrence=3, place=(25, 14))``"""
+    """Example: ``Mutant("mssr/algorithms/group.py", "core/NumberReplacer", occurrence=3, place=(25, 14))``"""
 
     path: str
     operator: str

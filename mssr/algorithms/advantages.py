@@ -1,13 +1,20 @@
-"""Scores to advantages: (B,) in, (B,) float32 out; and their token-level forms, (N,) over all tokens.
+"""Rewards to advantages: (B,) in, (B,) float32 out; and their token-level forms, (N,) over all tokens.
 
 B is the number of rollouts of one step, over all ranks, and N the sum of their lengths. Everything is
-computed in float64: a group of equal scores must give zeros, not the rounding error of its mean divided
-by a tiny standard deviation. Every function raises ValueError on an empty batch, on lengths that
-differ, and on values that are not finite.
+computed in float64: a group of equal rewards must give zeros, not the rounding error of its mean divided
+by a tiny standard deviation. The arguments mean the same everywhere:
 
-Statistics over the batch take a weight for each response: its length in tokens, so that each token
-counts the same, or the same for all, so that each response does. A response of weight 0 does not
-enter them and has advantage 0.
+- ``rewards``: (B,);
+- ``groups``: (B,) whole numbers, equal for the responses of one prompt, in any order. A group whose
+  rewards are all equal has advantage 0, unless its function says otherwise;
+- ``lengths``: (B,) of the responses in tokens, >= 0;
+- ``weights``: (B,) how much a response counts in statistics over the batch: its length, so that each
+  token counts the same, or 1, so that each response does. One of weight 0 does not enter them and has
+  advantage 0. Where nothing that has a weight differs, all advantages are 0;
+- ``eps``: keeps a division finite, > 0.
+
+Every function raises ValueError on an empty batch, on lengths that differ, on values that are not finite
+or out of their range, and on a group of one response.
 """
 
 from __future__ import annotations
@@ -15,26 +22,16 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from mssr.algorithms.checks import check_number
+
 FloatVector = npt.NDArray[np.float32]
-_Float64s = npt.NDArray[np.float64]
-_Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 
 def grpo(rewards: npt.ArrayLike, groups: npt.ArrayLike, eps: float = 1e-6) -> FloatVector:
-    """A_i = (r_i - mean_g) / (std_g + eps), std unbiased. GRPO, arXiv 2402.03300.
-
-    Args:
-        rewards: (B,) scores.
-        groups: (B,) whole numbers, equal for the responses of one prompt, in any order.
-        eps: Added to the standard deviation, > 0.
-
-    Returns:
-        (B,) float32; zeros for a group whose rewards are all equal.
-
-    Raises:
-        ValueError: A group has one response only.
-    """
-    check_eps(eps)
+    """A_i = (r_i - mean_g) / (std_g + eps), std unbiased. GRPO, arXiv 2402.03300."""
+    check_number("eps", eps)
     r, group, size = _grouped(rewards, groups, "GRPO")
     difference = _centred(r, group, size)
     std = np.sqrt(np.bincount(group, difference * difference) / (size - 1))
@@ -45,33 +42,12 @@ def dr_grpo(rewards: npt.ArrayLike, groups: npt.ArrayLike) -> FloatVector:
     """A_i = r_i - mean_g: a prompt that is nearly solved, or nearly hopeless, is not scaled up.
 
     Dr. GRPO, arXiv 2503.20783; its other half is the loss over a constant length.
-
-    Args:
-        rewards: (B,) scores.
-        groups: (B,) whole numbers, equal for the responses of one prompt, in any order.
-
-    Returns:
-        (B,) float32; zeros for a group whose rewards are all equal.
-
-    Raises:
-        ValueError: A group has one response only.
     """
     return centred(rewards, groups, "Dr. GRPO").astype(np.float32)
 
 
 def rloo(rewards: npt.ArrayLike, groups: npt.ArrayLike) -> FloatVector:
-    """A_i = r_i - mean of the others of its group = n/(n-1) * (r_i - mean_g). RLOO, arXiv 2402.14740.
-
-    Args:
-        rewards: (B,) scores.
-        groups: (B,) whole numbers, equal for the responses of one prompt, in any order.
-
-    Returns:
-        (B,) float32; zeros for a group whose rewards are all equal.
-
-    Raises:
-        ValueError: A group has one response only.
-    """
+    """A_i = r_i - mean of the others of its group = n/(n-1) * (r_i - mean_g). RLOO, arXiv 2402.14740."""
     r, group, size = _grouped(rewards, groups, "RLOO")
     return ((size / (size - 1))[group] * _centred(r, group, size)).astype(np.float32)
 
@@ -84,27 +60,16 @@ def lite_ppo(
 ) -> FloatVector:
     """A_i = (r_i - mean_g) / (std r + eps), std unbiased and over the batch. Lite PPO, arXiv 2508.08221.
 
-    Args:
-        rewards: (B,) scores.
-        groups: (B,) whole numbers, equal for the responses of one prompt, in any order.
-        eps: Added to the standard deviation, > 0.
-        weights: (B,) response lengths for a standard deviation over tokens; None for one over
-            responses. The means of the groups are over responses in any case.
-
-    Returns:
-        (B,) float32; zeros for a group whose rewards are all equal, and everywhere if the batch has no
-        standard deviation: its responses with a weight score the same, or the weights add up to 1.
-
-    Raises:
-        ValueError: A group has one response only, or a weight is negative.
+    ``weights`` are those of the standard deviation, None for 1; the means of the groups are over
+    responses in any case.
     """
-    check_eps(eps)
+    check_number("eps", eps)
     r, group, size = _grouped(rewards, groups, "Lite PPO")
     counts = _weights(weights, len(r))
-    if _constant_over(r, counts):
+    moments = _moments(r, counts, counts.sum(), unbiased=True)
+    if moments is None:
         return np.zeros(len(r), np.float32)
-    _, variance = _moments(r, counts, counts.sum(), unbiased=True)
-    scaled = _centred(r, group, size) / (np.sqrt(variance) + eps)
+    scaled = _centred(r, group, size) / (np.sqrt(moments[1]) + eps)
     return np.where(counts > 0, scaled, 0.0).astype(np.float32)
 
 
@@ -112,29 +77,17 @@ def reinforce_pp(rewards: npt.ArrayLike, lengths: npt.ArrayLike, eps: float = 1e
     """A_i = (r_i - mu) / sqrt(var + eps), mu and var over tokens. REINFORCE++, arXiv 2501.03262.
 
     Without KL in the reward and without discounting, the return is r_i at each of the L_i tokens of a
-    response, so whitening over all valid tokens needs the scores and lengths only::
+    response, so whitening over all valid tokens needs the rewards and lengths only::
 
         N = sum L_i,  mu = sum L_i*r_i / N,  var = sum L_i*(r_i - mu)^2 / (N - 1)
 
-    The variance is unbiased and eps is inside the root, as in verl's masked whitening. With KL in the
-    reward, see `returns_to_go` and `whiten`.
-
-    Args:
-        rewards: (B,) scores.
-        lengths: (B,) response lengths in tokens, >= 0; or ones for statistics over responses.
-        eps: Added to the variance, > 0.
-
-    Returns:
-        (B,) float32, the same for every token of the response. Zero for an empty response, which has
-        no token to carry it; all zeros if the non-empty responses score the same, or if there is
-        only one token.
-
-    Raises:
-        ValueError: A length is negative.
+    The variance is unbiased and eps is inside the root, as in verl's masked whitening. The ``lengths``
+    are weights: ones give statistics over responses. With KL in the reward, see `returns_to_go`, `whiten`.
     """
-    check_eps(eps)
+    check_number("eps", eps)
     r = _vector(rewards, "rewards")
-    return _whiten(r, _lengths(lengths, len(r)), eps)
+    counts = _lengths(lengths, len(r))
+    return _whiten(r, counts, counts.sum(), eps)
 
 
 def reinforce_pp_baseline(
@@ -144,23 +97,8 @@ def reinforce_pp_baseline(
 
     A group whose rewards are all equal has d = 0, which whitening moves to -mu/sd: not 0 unless
     lengths and d are uncorrelated.
-
-    Args:
-        rewards: (B,) scores.
-        groups: (B,) whole numbers, equal for the responses of one prompt, in any order.
-        lengths: (B,) response lengths in tokens, >= 0; or ones for statistics over responses.
-        eps: Added to the variance, > 0.
-
-    Returns:
-        (B,) float32, the same for every token of the response. Zero for an empty response; all zeros
-        if d is the same for all non-empty responses, or if there is only one token.
-
-    Raises:
-        ValueError: A group has one response only, or a length is negative.
     """
-    check_eps(eps)
-    r, group, size = _grouped(rewards, groups, "REINFORCE++-baseline")
-    return _whiten(_centred(r, group, size), _lengths(lengths, len(r)), eps)
+    return reinforce_pp(centred(rewards, groups, "REINFORCE++-baseline"), lengths, eps)
 
 
 def single_rollout(
@@ -172,48 +110,30 @@ def single_rollout(
     """D = r - v;  A = (D - mean D) / (std D + eps), std of the population. MSSR, arXiv 2512.18215.
 
     Args:
-        rewards: (B,) scores.
         values: (B,) baseline of each prompt before this step's update.
-        eps: Added to the standard deviation, > 0.
-        weights: (B,) response lengths for statistics over tokens, mean D = sum L*D / sum L (SPO++);
-            None for statistics over responses, in which a long one counts as much as a short one.
-
-    Returns:
-        (B,) float32; all zeros if r - v is the same wherever there is a weight, so also for a batch of
-        one.
-
-    Raises:
-        ValueError: A weight is negative.
+        weights: Lengths for statistics over tokens, mean D = sum L*D / sum L (SPO++); None for
+            statistics over responses, in which a long one counts as much as a short one.
     """
-    check_eps(eps)
+    check_number("eps", eps)
     r = _vector(rewards, "rewards")
     v = _vector(values, "values")
     if r.shape != v.shape:
         raise ValueError(f"{len(r)} rewards need as many values, not {len(v)}")
     counts = _weights(weights, len(r))
     difference = r - v
-    if not _varies(difference, counts):
+    moments = _moments(difference, counts, counts.sum(), unbiased=False)
+    if moments is None:
         return np.zeros(len(r), np.float32)
-    mean, variance = _moments(difference, counts, counts.sum(), unbiased=False)
+    mean, variance = moments
     return np.where(counts > 0, (difference - mean) / (np.sqrt(variance) + eps), 0.0).astype(np.float32)
 
 
-def returns_to_go(rewards: npt.ArrayLike, lengths: npt.ArrayLike, penalties: npt.ArrayLike) -> _Float64s:
-    """G_t = r - sum of the penalties from token t on, of the response that t belongs to.
+def returns_to_go(rewards: npt.ArrayLike, lengths: npt.ArrayLike, penalties: npt.ArrayLike) -> Floats:
+    """G_t = r - sum of the penalties from token t on, of the response that t belongs to; (N,) float64.
 
     The return without discount of a reward r at the last token and -penalty_t at each: how KL enters
-    the reward in REINFORCE++, arXiv 2501.03262.
-
-    Args:
-        rewards: (B,) scores.
-        lengths: (B,) response lengths in tokens, >= 0.
-        penalties: (N,) of the tokens, responses end to end, multiplied by their coefficient.
-
-    Returns:
-        (N,) float64.
-
-    Raises:
-        ValueError: A length is negative, or there are not as many penalties as tokens.
+    the reward in REINFORCE++, arXiv 2501.03262. The (N,) penalties are those of the tokens, responses
+    end to end, multiplied by their coefficient.
     """
     r = _vector(rewards, "rewards")
     counts = _lengths(lengths, len(r)).astype(np.int64)
@@ -228,35 +148,23 @@ def whiten(values: npt.ArrayLike, lengths: npt.ArrayLike, eps: float, weighting:
 
     Args:
         values: (N,) of the tokens, responses end to end.
-        lengths: (B,) response lengths in tokens, >= 0, adding up to N.
-        eps: Added to the variance, > 0.
         weighting: "token" for mu and var over tokens; "sequence" for those in which each response that
             has a token counts the same, its tokens sharing its weight.
-
-    Returns:
-        (N,) float32; zeros if the values are all equal, or if there is only one to count.
-
-    Raises:
-        ValueError: The values are not as many as tokens, or there is no such weighting.
     """
-    check_eps(eps)
+    check_number("eps", eps)
     check_weighting(weighting)
     counts = _lengths(lengths, len(np.asarray(lengths)))
     x = np.asarray(values, np.float64)
     if x.shape != (int(counts.sum()),):
         raise ValueError(f"lengths that add up to {counts.sum():g} need as many values, not {x.shape}")
     if weighting == "token":
-        return _whiten(x, np.ones(len(x)), eps, total=len(x))
+        return _whiten(x, np.ones(len(x)), len(x), eps)
     live = counts[counts > 0]
-    return _whiten(x, np.repeat(1 / live, live.astype(np.int64)), eps, total=len(live))
+    return _whiten(x, np.repeat(1 / live, live.astype(np.int64)), len(live), eps)
 
 
-def centred(rewards: npt.ArrayLike, groups: npt.ArrayLike, method: str) -> _Float64s:
-    """(B,) float64 r - mean_g, exactly 0 in a group whose rewards are all equal.
-
-    Raises:
-        ValueError: A group has one response only; ``method`` is named as what needs more.
-    """
+def centred(rewards: npt.ArrayLike, groups: npt.ArrayLike, method: str) -> Floats:
+    """(B,) float64 r - mean_g; ``method`` is named as what needs more than one response."""
     return _centred(*_grouped(rewards, groups, method))
 
 
@@ -266,19 +174,13 @@ def constant_groups(rewards: npt.ArrayLike, groups: npt.ArrayLike) -> npt.NDArra
     return _constant(r, group)
 
 
-def check_eps(eps: float) -> None:
-    """Raise ValueError unless ``eps`` is a finite number > 0."""
-    if not (np.isfinite(eps) and eps > 0):
-        raise ValueError(f"eps must be a finite number > 0, not {eps}")
-
-
 def check_weighting(weighting: str) -> None:
     """Raise ValueError unless ``weighting`` is "sequence" or "token"."""
     if weighting not in ("sequence", "token"):
         raise ValueError(f"weighting must be 'sequence' or 'token', not {weighting!r}")
 
 
-def check_penalties(penalties: npt.ArrayLike, lengths: _Ints) -> _Float64s:
+def check_penalties(penalties: npt.ArrayLike, lengths: Ints) -> Floats:
     """(N,) float64 token penalties; ValueError unless they are finite and one for each token."""
     array = np.asarray(penalties, np.float64)
     if array.shape != (int(lengths.sum()),):
@@ -286,7 +188,7 @@ def check_penalties(penalties: npt.ArrayLike, lengths: _Ints) -> _Float64s:
     return _vector(array, "token penalties") if len(array) else array
 
 
-def _vector(values: npt.ArrayLike, name: str) -> _Float64s:
+def _vector(values: npt.ArrayLike, name: str) -> Floats:
     """``values`` as a finite, non-empty (B,) float64 array."""
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or not len(array):
@@ -298,7 +200,7 @@ def _vector(values: npt.ArrayLike, name: str) -> _Float64s:
     return array
 
 
-def _lengths(lengths: npt.ArrayLike, size: int) -> _Float64s:
+def _lengths(lengths: npt.ArrayLike, size: int) -> Floats:
     """``lengths`` as a non-negative (size,) float64 array (exact up to 2^53 tokens)."""
     tokens = _vector(lengths, "lengths")
     if len(tokens) != size:
@@ -308,66 +210,50 @@ def _lengths(lengths: npt.ArrayLike, size: int) -> _Float64s:
     return tokens
 
 
-def _weights(weights: npt.ArrayLike | None, size: int) -> _Float64s:
+def _weights(weights: npt.ArrayLike | None, size: int) -> Floats:
     return np.ones(size) if weights is None else _lengths(weights, size)
 
 
-def _grouped(rewards: npt.ArrayLike, groups: npt.ArrayLike, method: str) -> tuple[_Float64s, _Ints, _Ints]:
+def _grouped(rewards: npt.ArrayLike, groups: npt.ArrayLike, method: str) -> tuple[Floats, Ints, Ints]:
     """(B,) rewards, (B,) group of each as 0 .. G-1, (G,) group sizes; with a method, sizes are > 1."""
     r = _vector(rewards, "rewards")
     labels = np.asarray(groups)
     if labels.shape != r.shape:
         raise ValueError(f"{len(r)} rewards need as many groups, not shape {labels.shape}")
-    names: npt.NDArray | None = None
-    if labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < len(labels):
-        size = np.bincount(labels)
-    else:
-        size = np.zeros(1, np.int64)
-    if size.all():  # the labels are 0 .. G-1 already, as `group_indices` numbers them
-        group = labels
-    else:
-        names, group, size = np.unique(labels, return_inverse=True, return_counts=True)
+    names, group, size = np.unique(labels, return_inverse=True, return_counts=True)
     if method and size.min() < 2:
-        lone = int(size.argmin())
         raise ValueError(
-            f"{method} compares the responses of a prompt, but group {lone if names is None else names[lone]}"
-            " has only one: sample n >= 2 responses for each prompt"
+            f"{method} compares the responses of a prompt, but group {names[size.argmin()]} has only one:"
+            " sample n >= 2 responses for each prompt"
         )
-    return r, group.astype(np.int64, copy=False), size
+    return r, group, size
 
 
-def _centred(r: _Float64s, group: _Ints, size: _Ints) -> _Float64s:
+def _centred(r: Floats, group: Ints, size: Ints) -> Floats:
     """(B,) r - mean_g, exactly 0 in a group whose rewards are all equal."""
     return np.where(_constant(r, group), 0.0, r - (np.bincount(group, r) / size)[group])
 
 
-def _constant(rewards: _Float64s, group: _Ints) -> npt.NDArray[np.bool_]:
+def _constant(rewards: Floats, group: Ints) -> npt.NDArray[np.bool_]:
     """(B,) True where every reward of the group equals one of them, bit for bit."""
     member = np.empty(group.max() + 1)
     member[group] = rewards
     return (np.bincount(group, rewards != member[group]) == 0)[group]
 
 
-def _varies(x: _Float64s, counts: _Float64s) -> bool:
-    """Whether two values of x that have a weight differ."""
+def _moments(x: Floats, counts: Floats, total: float, unbiased: bool) -> tuple[float, float] | None:
+    """Mean and variance of x, of which the i-th occurs ``counts[i]`` times; None where none differ."""
     live = x if counts.all() else x[counts > 0]
-    return bool(len(live) and np.ptp(live) > 0)
-
-
-def _constant_over(x: _Float64s, counts: _Float64s) -> bool:
-    return bool(counts.sum() < 2 or not _varies(x, counts))
-
-
-def _moments(x: _Float64s, counts: _Float64s, total: float, unbiased: bool) -> tuple[float, float]:
-    """Mean and variance of x, of which the i-th occurs ``counts[i]`` times."""
+    if not len(live) or np.ptp(live) == 0 or (unbiased and total < 2):
+        return None
     mean = (counts * x).sum() / total
     return mean, (counts * (x - mean) ** 2).sum() / (total - unbiased)
 
 
-def _whiten(x: _Float64s, counts: _Float64s, eps: float, total: float | None = None) -> FloatVector:
+def _whiten(x: Floats, counts: Floats, total: float, eps: float) -> FloatVector:
     """(x - mu) / sqrt(var + eps), var unbiased; zeros where nothing differs, or nothing counts."""
-    total = counts.sum() if total is None else total
-    if total < 2 or not _varies(x, counts):
+    moments = _moments(x, counts, total, unbiased=True)
+    if moments is None:
         return np.zeros(len(x), np.float32)
-    mean, variance = _moments(x, counts, total, unbiased=True)
+    mean, variance = moments
     return np.where(counts > 0, (x - mean) / np.sqrt(variance + eps), 0.0).astype(np.float32)

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mssr.algorithms.advantages import FloatVector, check_penalties
+from mssr.algorithms.advantages import Floats, FloatVector, Ints, check_penalties
+from mssr.errors import check_version
 
 if TYPE_CHECKING:
     from mssr.algorithms.baseline import BetaBaseline
 
+Signal = tuple[FloatVector, dict[str, float]]
+"""Advantages, and the metrics of the step."""
 _STATE_VERSION = 1
 
 
@@ -60,14 +63,12 @@ class Algorithm(ABC):
     """The estimate of each prompt's chance of success, where the method keeps one."""
 
     @abstractmethod
-    def advantages(
-        self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike
-    ) -> tuple[FloatVector, dict[str, float]]:
+    def advantages(self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike) -> Signal:
         """The learning signal of one step; changes no state.
 
         Args:
             prompt_ids: B prompt ids; equal ids are responses to one prompt.
-            rewards: (B,) scores.
+            rewards: (B,) of the responses.
             lengths: (B,) response lengths in tokens.
 
         Returns:
@@ -86,20 +87,18 @@ class Algorithm(ABC):
         rewards: npt.ArrayLike,
         lengths: npt.ArrayLike,
         token_penalties: npt.ArrayLike,
-    ) -> tuple[FloatVector, dict[str, float]]:
-        """`advantages` with a penalty for each token in the reward; changes no state.
+    ) -> Signal:
+        """`advantages` of the tokens, with a penalty for each in the reward; changes no state.
 
         A method without a form of its own subtracts a response's penalties from its reward and gives
         each of its tokens the same advantage.
 
         Args:
-            prompt_ids, rewards, lengths: As for `advantages`.
             token_penalties: (N,) of the tokens, responses end to end, N the sum of ``lengths``;
                 multiplied by their coefficient already.
 
         Returns:
-            (N,) float32 advantages of the tokens, and the metrics of `advantages`. Without penalties
-            that is `advantages`, each repeated as often as its response has tokens.
+            (N,) float32 advantages, and the metrics of `advantages`.
 
         Raises:
             ValueError: As `advantages`; or there are not as many penalties as tokens, or one is not
@@ -108,11 +107,9 @@ class Algorithm(ABC):
         if self.bounded_rewards:
             raise ValueError(f"{self.name} takes rewards in [0, 1] only, so KL cannot be in the reward")
         r, tokens = check_batch(prompt_ids, rewards, lengths)
-        penalties = check_penalties(token_penalties, tokens)
         response = np.repeat(np.arange(len(r)), tokens)
-        advantages, metrics = self.advantages(
-            prompt_ids, r - np.bincount(response, penalties, minlength=len(r)), tokens
-        )
+        penalties = np.bincount(response, check_penalties(token_penalties, tokens), minlength=len(r))
+        advantages, metrics = self.advantages(prompt_ids, r - penalties, tokens)
         return np.repeat(advantages, tokens), metrics
 
     def observe(  # noqa: B027 (not abstract: doing nothing is right for a method without state)
@@ -121,8 +118,7 @@ class Algorithm(ABC):
         """Learn from the step, after the actor's update. Methods without state do nothing.
 
         Args:
-            prompt_ids: B prompt ids, as given to `advantages`.
-            rewards: (B,) scores.
+            prompt_ids, rewards: As given to `advantages`.
             kl: Token-mean KL in nats, of the kind `kl_source`. With "last_visit" (B,), measured as
                 `divergence` says: NaN where the prompt has no earlier visit, 0 where it has one in this
                 batch.
@@ -160,8 +156,7 @@ class Algorithm(ABC):
         Raises:
             ValueError: The state has another version, or is of a method that keeps other things.
         """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"{self.name} state has version {state.get('version')}, not {_STATE_VERSION}")
+        check_version(state, _STATE_VERSION, self.name)
         parts = self._parts()
         # Both ways: a missing part would be silently fresh, a surplus one silently lost.
         if set(state) - {"version"} != set(parts):
@@ -173,14 +168,14 @@ class Algorithm(ABC):
             part.load_state_dict(state[key])
 
 
-def group_indices(prompt_ids: Sequence[str]) -> npt.NDArray[np.int64]:
+def group_indices(prompt_ids: Sequence[str]) -> Ints:
     """(B,) 0 .. G-1, equal for equal ids, numbered by first occurrence."""
     index = {key: i for i, key in enumerate(dict.fromkeys(prompt_ids))}
     return np.fromiter(map(index.__getitem__, prompt_ids), np.int64, len(prompt_ids))
 
 
 def signal_metrics(
-    advantages: FloatVector, degenerate: bool | npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64]
+    advantages: FloatVector, degenerate: bool | npt.NDArray[np.bool_], lengths: Ints
 ) -> dict[str, float]:
     """The metrics that every method reports.
 
@@ -197,7 +192,7 @@ def signal_metrics(
 
 def check_batch(
     prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+) -> tuple[Floats, Ints]:
     """(B,) rewards and (B,) lengths as arrays.
 
     Raises:

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -96,9 +95,7 @@ class Objective:
 
     def denominator(self, lengths: npt.ArrayLike) -> float:
         """Of a whole mini-batch, over all ranks, from the (S,) lengths of its responses."""
-        return aggregation_denominator(
-            torch.from_numpy(np.asarray(lengths, np.int64)), self.aggregation, self.constant_length
-        )
+        return aggregation_denominator(lengths, self.aggregation, self.constant_length)
 
     def __call__(
         self,

@@ -1,21 +1,132 @@
-"""A user's own code by name: ``path/to/file.py:attribute`` for rewards, algorithms, losses, data."""
+"""What a user may name: registered things, and their own code as ``path/to/file.py:attribute``."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
+import functools
 import hashlib
-import importlib.util
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from mssr.errors import UserError
+from mssr.errors import UserError, did_you_mean
 
 _PREFIX = "mssr_plugin_"
 """Of the names of modules that are made here."""
+
+T = TypeVar("T")
+_Registered = TypeVar("_Registered")
+
+
+class Registry(Generic[T]):
+    """Things of one kind by name. A class among them finds its name in its attribute ``name``.
+
+    Args:
+        kind: What they are, for every error: "algorithm", "policy loss".
+        noun: What a file holds of them, "class" or "function".
+        check: Raises ValueError for what is no such thing; it gets the thing and what it is called.
+        reserved: Characters that no name may have, beside the colon of ``path/to/file.py:attribute``.
+    """
+
+    def __init__(self, kind: str, noun: str, check: Callable[[Any, str], None], reserved: str = "") -> None:
+        self.known: dict[str, T] = {}
+        self._kind = kind
+        self._noun = noun
+        self._check = check
+        self._reserved = reserved
+
+    def register(self, name: str) -> Callable[[_Registered], _Registered]:
+        """Decorator: make a thing available as ``name``.
+
+        Raises:
+            ValueError: The name is taken or has a reserved character, or the thing is not of the kind.
+        """
+        if any(character in name for character in ":" + self._reserved):
+            others = f" or any of {self._reserved}" if self._reserved else ""
+            raise ValueError(f"the {self._kind} name {name!r} must not contain a colon{others}")
+
+        def add(thing: Any) -> Any:
+            taken = self.known.get(name)
+            # The same again is a notebook cell that was run twice, or a module reload.
+            if taken is not None and _origin(taken) != _origin(thing):
+                raise ValueError(f"the {self._kind} name {name!r} is taken by {_origin(taken)[1]}")
+            self._checked(name, thing, getattr(thing, "__name__", repr(thing)))
+            if isinstance(thing, type):
+                thing.name = name  # type: ignore[attr-defined]
+            self.known[name] = thing
+            return thing
+
+        return add
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        return sorted(self.known)
+
+    def get(self, name: str) -> T:
+        """What is called ``name``, or what stands in ``path/to/file.py:attribute``, see `load`.
+
+        What is in a file need not be registered. A class that is not then has this path as its name.
+
+        Raises:
+            ValueError: No such name; the nearest and all names are given.
+            UserError: The file or the attribute cannot be had, or is not of the kind.
+        """
+        if name in self.known:
+            return self.known[name]
+        if not (is_spec(name) or name.endswith(".py")):
+            raise ValueError(self.unknown(name))
+        thing = load(name, self._kind, self._noun)
+        try:
+            self._checked(name, thing, name.rpartition(":")[2])
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if isinstance(thing, type) and thing not in self.known.values():
+            thing.name = name  # type: ignore[attr-defined]
+        return thing
+
+    def unknown(self, name: str) -> str:
+        """The sentence that there is no such name, with the nearest and all names."""
+        hint = did_you_mean(name, self.known)
+        form = f"path/to/file.py:{'Class' if self._noun == 'class' else self._noun}"
+        return f"unknown {self._kind} {name!r}{hint}: one of {self.names()} or {form}"
+
+    def _checked(self, name: str, thing: object, called: str) -> None:
+        try:
+            self._check(thing, called)
+        except ValueError as error:
+            raise ValueError(f"{self._kind} {name!r}: {error}") from error
+
+
+def _origin(thing: object) -> tuple[str, str]:
+    """The file that defines a class or a function, or else the module, and its name there."""
+    module = getattr(thing, "__module__", "")
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return file or module, getattr(thing, "__qualname__", repr(thing))
+
+
+def default_options(function: Callable[..., Any], inputs: int = 0) -> dict[str, Any]:
+    """The options of a function or class after ``inputs`` other parameters, with their defaults, in order."""
+    parameters = list(inspect.signature(function).parameters.values())
+    return {option.name: option.default for option in parameters[inputs:]}
+
+
+def bind(
+    what: str, function: Callable[..., T], options: Mapping[str, Any], inputs: int = 0
+) -> Callable[..., T]:
+    """A function or class, ``what`` in an error, with options filled in, see `default_options`.
+
+    Raises:
+        ValueError: There is no such option; the nearest and all are given.
+    """
+    known = default_options(function, inputs)
+    for option in options:
+        if option not in known:
+            hint = did_you_mean(option, known)
+            raise ValueError(f"{what} has no option {option!r}{hint}: it takes {list(known) or 'none'}")
+    return functools.partial(function, **options)
 
 
 def is_spec(name: str) -> bool:
@@ -26,14 +137,12 @@ def is_spec(name: str) -> bool:
 def load(spec: str, kind: str, noun: str = "attribute") -> Any:
     """What ``path/to/file.py:attribute`` stands for.
 
-    The file runs once for each of its contents: loading it again gives the same object, and after an
-    edit the new one. It runs as a module of its own, so two files of one name do not shadow each other.
-    It may import the files beside it.
+    The path is relative to the working directory or absolute. The file runs once for each of its
+    contents: loading it again gives the same object, and after an edit the new one. It runs as a module of
+    its own, so two files of one name do not shadow each other. It may import the files beside it.
 
     Args:
-        spec: A path, relative to the working directory or absolute, a colon, and a top-level name.
-        kind: What the user asked for, the first word of every error: "reward", "algorithm".
-        noun: What the name should be, for the error that it is not there: "function", "class".
+        kind, noun: As of `Registry`.
 
     Raises:
         UserError: There is no such file, it is no Python file, it does not run, or it lacks the name.
@@ -43,21 +152,18 @@ def load(spec: str, kind: str, noun: str = "attribute") -> Any:
         raise UserError(f"{kind} {spec!r} is not of the form path/to/file.py:{noun}")
     module = _run(Path(path), f"{kind} {spec!r}")
     if attribute not in vars(module):
-        public = [name for name, value in vars(module).items() if not _foreign(name, value)]
-        close = difflib.get_close_matches(attribute, public, n=1, cutoff=0.5)
-        hint = f", did you mean {close[0]!r}?" if close else ""
+        own = [n for n, v in vars(module).items() if not (n.startswith("_") or isinstance(v, ModuleType))]
+        hint = did_you_mean(attribute, own)
         raise UserError(f"{kind} {spec!r}: {path} has no {noun} {attribute!r}{hint}")
     return vars(module)[attribute]
-
-
-def _foreign(name: str, value: object) -> bool:
-    return name.startswith("_") or isinstance(value, ModuleType)
 
 
 def _run(path: Path, what: str) -> ModuleType:
     """The module of the file at ``path``, run now unless this content of it already was."""
     if not path.is_file():
         raise UserError(f"{what}: there is no file {str(path)!r}")
+    if path.suffix != ".py":
+        raise UserError(f"{what}: {path} is not a Python file (.py)")
     path = path.resolve()
     try:
         source = path.read_bytes()
@@ -67,13 +173,10 @@ def _run(path: Path, what: str) -> ModuleType:
     name = f"{_PREFIX}{path.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{what}: {path} is not a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look their module up there
+    # Not by an import, whose bytecode cache takes an edit of the same second and size for none.
+    module = sys.modules[name] = ModuleType(name)  # dataclasses and pickle look their module up there
+    module.__file__ = str(path)
     try:
-        # Not by the loader, whose bytecode cache takes an edit of the same second and size for none.
         with _neighbours(path.parent):
             exec(compile(source, str(path), "exec"), vars(module))
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""REINFORCE++: scores whitened over all tokens of the batch; and its form with a group baseline.
+"""REINFORCE++: rewards whitened over all tokens of the batch; and its form with a group baseline.
 
 Source: arXiv 2501.03262.
 """
@@ -6,41 +6,43 @@ Source: arXiv 2501.03262.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from mssr.algorithms import advantages as estimators
-from mssr.algorithms.advantages import FloatVector
-from mssr.algorithms.base import Algorithm, check_batch, group_indices, signal_metrics
+from mssr.algorithms.advantages import Floats, check_weighting
+from mssr.algorithms.base import Algorithm, Signal, check_batch, group_indices, signal_metrics
+from mssr.algorithms.checks import check_number
 from mssr.algorithms.registry import register
 
 
 @register("reinforce_pp")
+@dataclass(kw_only=True, eq=False)
 class ReinforcePP(Algorithm):
     """A = (G - mu)/sqrt(var + eps), mu and var over all tokens; G = r with KL in the loss.
 
     With KL in the reward, G_t is r less the penalties from token t on, as in the method's first form.
-
-    Args:
-        weighting: Each "token" counts the same in mu and var, or each "sequence" that has a token.
-        eps: Added to the variance. verl has 1e-8.
     """
 
     token_level = True
 
-    def __init__(self, *, weighting: str = "token", eps: float = 1e-8) -> None:
-        estimators.check_weighting(weighting)
-        estimators.check_eps(eps)
-        self.weighting = weighting
-        self.eps = eps
+    weighting: str = "token"
+    """Each "token" counts the same in mu and var, or each "sequence" that has a token."""
+    eps: float = 1e-8
+    """Added to the variance. verl has 1e-8."""
 
-    def advantages(
-        self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike
-    ) -> tuple[FloatVector, dict[str, float]]:
+    def __post_init__(self) -> None:
+        check_weighting(self.weighting)
+        check_number("eps", self.eps)
+
+    def advantages(self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike) -> Signal:
         r, tokens = check_batch(prompt_ids, rewards, lengths)
-        advantages = estimators.reinforce_pp(r, self._weights(tokens), self.eps)
-        return advantages, signal_metrics(advantages, not advantages.any(), tokens)
+        returns, constant = self._returns(prompt_ids, r)
+        weights = tokens if self.weighting == "token" else np.sign(tokens)
+        advantages = estimators.reinforce_pp(returns, weights, self.eps)
+        return advantages, signal_metrics(advantages, constant | (not advantages.any()), tokens)
 
     def token_advantages(
         self,
@@ -48,54 +50,30 @@ class ReinforcePP(Algorithm):
         rewards: npt.ArrayLike,
         lengths: npt.ArrayLike,
         token_penalties: npt.ArrayLike,
-    ) -> tuple[FloatVector, dict[str, float]]:
+    ) -> Signal:
         r, tokens = check_batch(prompt_ids, rewards, lengths)
-        returns = estimators.returns_to_go(r, tokens, token_penalties)
-        advantages = estimators.whiten(returns, tokens, self.eps, self.weighting)
-        return advantages, signal_metrics(advantages, not advantages.any(), tokens)
+        returns, constant = self._returns(prompt_ids, r)
+        to_go = estimators.returns_to_go(returns, tokens, token_penalties)
+        advantages = estimators.whiten(to_go, tokens, self.eps, self.weighting)
+        return advantages, signal_metrics(advantages, constant | (not advantages.any()), tokens)
 
-    def _weights(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return lengths if self.weighting == "token" else np.sign(lengths)
+    def _returns(self, prompt_ids: Sequence[str], rewards: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """(B,) returns before any penalty, and (B,) True for those that say nothing about their answer."""
+        return rewards, np.zeros(len(rewards), bool)
 
 
 @register("reinforce_pp_baseline")
 class ReinforcePPBaseline(ReinforcePP):
-    """`ReinforcePP` of r - mean_g, the response's score against the mean of its prompt's.
+    """`ReinforcePP` of r - mean_g, the response's reward against the mean of its prompt's.
 
-    A rollout counts as degenerate where its prompt's scores are all equal: the little that whitening
+    A rollout counts as degenerate where its prompt's rewards are all equal: the little that whitening
     or a penalty gives it says nothing about its answer.
-
-    Args: as of `ReinforcePP`.
     """
 
     default_n = 8
     min_n = 2
 
-    def advantages(
-        self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike
-    ) -> tuple[FloatVector, dict[str, float]]:
-        r, tokens = check_batch(prompt_ids, rewards, lengths)
+    def _returns(self, prompt_ids: Sequence[str], rewards: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
         groups = group_indices(prompt_ids)
-        advantages = estimators.reinforce_pp_baseline(r, groups, self._weights(tokens), self.eps)
-        return advantages, signal_metrics(advantages, self._degenerate(r, groups, advantages), tokens)
-
-    def token_advantages(
-        self,
-        prompt_ids: Sequence[str],
-        rewards: npt.ArrayLike,
-        lengths: npt.ArrayLike,
-        token_penalties: npt.ArrayLike,
-    ) -> tuple[FloatVector, dict[str, float]]:
-        r, tokens = check_batch(prompt_ids, rewards, lengths)
-        groups = group_indices(prompt_ids)
-        returns = estimators.returns_to_go(
-            estimators.centred(r, groups, "REINFORCE++-baseline"), tokens, token_penalties
-        )
-        advantages = estimators.whiten(returns, tokens, self.eps, self.weighting)
-        return advantages, signal_metrics(advantages, self._degenerate(r, groups, advantages), tokens)
-
-    @staticmethod
-    def _degenerate(
-        rewards: npt.NDArray[np.float64], groups: npt.NDArray[np.int64], advantages: FloatVector
-    ) -> npt.NDArray[np.bool_]:
-        return estimators.constant_groups(rewards, groups) | (not advantages.any())
+        centred = estimators.centred(rewards, groups, "REINFORCE++-baseline")
+        return centred, estimators.constant_groups(rewards, groups)

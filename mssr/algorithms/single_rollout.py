@@ -1,107 +1,101 @@
-"""MVSR and MSSR: one response for each prompt against its own Beta baseline.
+"""The single-rollout methods: one response for each prompt against its own Beta baseline.
 
-Source: arXiv 2512.18215. They differ only in entropy shaping, which the actor does because only it has
-the entropies.
+Sources: MVSR and MSSR, arXiv 2512.18215, which differ only in entropy shaping, done by the actor because
+only it has the entropies; SPO, arXiv 2509.13232, whose memory fades with each prompt's own drift.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mssr.algorithms import advantages as estimators
-from mssr.algorithms.advantages import FloatVector
-from mssr.algorithms.base import Algorithm, check_batch, signal_metrics
+from mssr.algorithms.advantages import check_weighting
+from mssr.algorithms.base import Algorithm, Signal, check_batch, signal_metrics
 from mssr.algorithms.baseline import BetaBaseline
+from mssr.algorithms.checks import check_choice, check_number, check_whole
 from mssr.algorithms.discount import AdaptiveDiscount
 from mssr.algorithms.registry import register
 
-_KL_SOURCES = ("update", "reference", "last_visit")
+KL_SOURCES = ("update", "reference", "last_visit")
+_STRENGTH_NEEDED = "with a discount of 1 evidence never fades, so init_strength must be given"
 
 
+@dataclass(kw_only=True, eq=False)
 class SingleRollout(Algorithm):
     """D = r - v with v from before the step; A = (D - mean D)/(std D + eps) over the batch.
 
     After the step: eta from the KL between policies, then a <- eta*a + r, b <- eta*b + (1 - r).
     Rewards must be in [0, 1]. More than one response for each prompt works: each is a visit.
-
-    Args:
-        prior_strength, prior_mean: Of `BetaBaseline`.
-        init_rollouts: Responses for each prompt before training, from which its baseline starts; 0 for
-            no such pass.
-        init_strength: Pseudo-counts that they weigh; None for what a long-trained prompt has,
-            1/(1 - eta_min), or 1/(1 - eta) where eta is fixed.
-        init_smoothing: c in the value (s + c)/(n + 2c) that s successes of n give.
-        eta: A fixed discount; None adapts it.
-        eta_min, eta_max, kl_target, window, half_life: Of `AdaptiveDiscount`.
-        eta_rule: Its rule. "half_life" is for the drift of each prompt, so with "last_visit" only.
-        kl_source: Which KL `observe` is given. With "last_visit" eta is each response's own, without a
-            window, and eta_max at a prompt's first visit.
-        weighting: Mean and std over each "sequence" alike, or over each "token" (SPO++).
-        eps: Added to the standard deviation of the advantages.
-
-    Raises:
-        ValueError: An option is out of its range, or two do not go together.
     """
 
     bounded_rewards = True
-    baseline: BetaBaseline
 
-    def __init__(
-        self,
-        *,
-        prior_strength: float = 1.0,
-        prior_mean: float | None = None,
-        init_rollouts: int = 0,
-        init_strength: float | None = None,
-        init_smoothing: float = 0.5,
-        eta: float | None = None,
-        eta_min: float = 0.875,
-        eta_max: float = 0.96,
-        kl_target: float = 0.01,
-        window: int = 20,
-        eta_rule: str = "monotone",
-        kl_source: str = "update",
-        half_life: float = 0.06,
-        weighting: str = "sequence",
-        eps: float = 1e-6,
-    ) -> None:
-        estimators.check_eps(eps)
-        estimators.check_weighting(weighting)
-        if kl_source not in _KL_SOURCES:
-            raise ValueError(f"kl_source must be one of {', '.join(_KL_SOURCES)}, not {kl_source!r}")
+    prior_strength: float = 1.0
+    prior_mean: float | None = None
+    """These two are of `BetaBaseline`."""
+    init_rollouts: int = 0
+    """Responses for each prompt before training, from which its baseline starts; 0 for no such pass."""
+    init_strength: float | None = None
+    """Pseudo-counts that they weigh; None for what a long-trained prompt has, 1/(1 - eta_min), or
+    1/(1 - eta) where eta is fixed."""
+    init_smoothing: float = 0.5
+    """c in the value (s + c)/(n + 2c) that s successes of n give."""
+    eta: float | None = None
+    """A fixed discount; None adapts it."""
+    eta_min: float = 0.875
+    eta_max: float = 0.96
+    kl_target: float = 0.01
+    window: int = 20
+    """These four are of `AdaptiveDiscount`."""
+    eta_rule: str = "monotone"
+    """Its rule. "half_life" is for the drift of each prompt, so with "last_visit" only."""
+    kl_source: str = "update"
+    """Which KL `observe` is given. With "last_visit" eta is each response's own, without a window, and
+    eta_max at a prompt's first visit."""
+    half_life: float = 0.06
+    """Of `AdaptiveDiscount`."""
+    weighting: str = "sequence"
+    """Mean and std over each "sequence" alike, or over each "token" (SPO++)."""
+    eps: float = 1e-6
+    """Added to the standard deviation of the advantages."""
+    baseline: BetaBaseline = field(init=False, repr=False)
+    discount: AdaptiveDiscount = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_number("eps", self.eps)
+        check_weighting(self.weighting)
+        check_choice("kl_source", self.kl_source, KL_SOURCES)
         self.discount = AdaptiveDiscount(
-            eta_min, eta_max, kl_target, window, rule=eta_rule, half_life=half_life, eta=eta
+            self.eta_min,
+            self.eta_max,
+            self.kl_target,
+            self.window,
+            rule=self.eta_rule,
+            half_life=self.half_life,
+            eta=self.eta,
         )
-        if eta_rule == "half_life" and kl_source != "last_visit":
+        if self.eta_rule == "half_life" and self.kl_source != "last_visit":
             raise ValueError(
                 "eta_rule 'half_life' follows the drift of each prompt:"
-                f" it needs kl_source 'last_visit', not {kl_source!r}"
+                f" it needs kl_source 'last_visit', not {self.kl_source!r}"
             )
-        if isinstance(init_rollouts, bool) or not isinstance(init_rollouts, int) or init_rollouts < 0:
-            raise ValueError(f"init_rollouts must be a whole number >= 0, not {init_rollouts!r}")
-        if init_strength is not None and not (np.isfinite(init_strength) and init_strength > 0):
-            raise ValueError(f"init_strength must be a finite number > 0 or None, not {init_strength}")
-        if not (np.isfinite(init_smoothing) and init_smoothing >= 0):
-            raise ValueError(f"init_smoothing must be a finite number >= 0, not {init_smoothing}")
-        slowest = eta_min if eta is None else eta
-        if init_strength is None and init_rollouts and slowest == 1:
-            raise ValueError("with a discount of 1 evidence never fades, so init_strength must be given")
-        self.baseline = BetaBaseline(prior_strength, prior_mean)
-        self.init_rollouts = init_rollouts
-        self.init_strength = 1 / (1 - slowest) if init_strength is None and slowest < 1 else init_strength
-        self.init_smoothing = init_smoothing
-        self.kl_source = kl_source
-        self.divergence = "abs" if eta_rule == "half_life" else "k3"
-        self.weighting = weighting
-        self.eps = eps
+        check_whole("init_rollouts", self.init_rollouts, 0)
+        check_number("init_strength", self.init_strength, optional=True)
+        check_number("init_smoothing", self.init_smoothing, ">= 0")
+        slowest = self.eta_min if self.eta is None else self.eta
+        if self.init_strength is None and slowest < 1:
+            self.init_strength = 1 / (1 - slowest)
+        if self.init_strength is None and self.init_rollouts:
+            raise ValueError(_STRENGTH_NEEDED)
+        self.baseline = BetaBaseline(self.prior_strength, self.prior_mean)
+        self.divergence = "abs" if self.eta_rule == "half_life" else "k3"
 
-    def advantages(
-        self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike
-    ) -> tuple[FloatVector, dict[str, float]]:
+    def advantages(self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike) -> Signal:
         r, tokens = check_batch(prompt_ids, rewards, lengths)
         self.baseline.check_rewards(prompt_ids, r)  # now, not after the actor's update
         keys = self.baseline.keys(prompt_ids)
@@ -131,7 +125,7 @@ class SingleRollout(Algorithm):
 
     def initialize(self, prompt_ids: Sequence[str], successes: npt.ArrayLike, trials: npt.ArrayLike) -> None:
         if self.init_strength is None:
-            raise ValueError("with a discount of 1 evidence never fades, so init_strength must be given")
+            raise ValueError(_STRENGTH_NEEDED)
         self.baseline.initialize(prompt_ids, successes, trials, self.init_strength, self.init_smoothing)
 
     def metrics(self) -> dict[str, float]:
@@ -151,3 +145,20 @@ class MSSR(SingleRollout):
     """Single-rollout training with entropy-shaped advantages."""
 
     shapes_entropy = True
+
+
+@register("spo")
+@dataclass(kw_only=True, eq=False)
+class SPO(SingleRollout):
+    """Single-rollout training with a memory of each prompt's own, and prompts drawn by their uncertainty.
+
+    eta = 2^(-D/half_life) clamped to [eta_min, eta_max], where D is the mean change of a log-prob in the
+    prompt's previous response since it was given. Eight responses for each prompt start its baseline:
+    a = 8(s + 1/2)/9 and b = 8(8 - s + 1/2)/9 for s successes.
+    """
+
+    default_sampler = "uncertainty"
+
+    init_rollouts: int = 8
+    eta_rule: str = "half_life"
+    kl_source: str = "last_visit"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import psutil
 
 from mssr.types import RankLogProbs, Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 
@@ -17,21 +19,15 @@ OnFinished = Callable[[int, Rollout], None]
 """Called with a rollout and the index of its request, in the thread that generates."""
 
 
-class SaveHandle(Protocol):
+@dataclass(frozen=True, slots=True)
+class SaveHandle:
     """A checkpoint of the ranks that is being written."""
 
-    def done(self) -> bool:
-        """Whether `result` returns at once."""
-        ...
-
-    def result(self) -> dict[str, str]:
-        """Wait until it is written; returns the SHA-256 of its files by name.
-
-        Raises:
-            OSError: it could not be written.
-            WorkersLostError: a rank died or hung.
-        """
-        ...
+    done: Callable[[], bool]
+    """Whether `result` returns at once."""
+    result: Callable[[], dict[str, str]]
+    """Waits until it is written; returns the SHA-256 of its files by name. Raises `OSError` if it could not
+    be written, `WorkersLostError` if a rank died or hung."""
 
 
 class Cluster(Protocol):
@@ -39,6 +35,8 @@ class Cluster(Protocol):
 
     An engine that dies or hangs is replaced unnoticed. Where a rank does, the verb raises
     `WorkersLostError`; then `restart`, `load` and `sync_weights` make the cluster usable again.
+
+    With ``actor.num_ranks=0``, as an evaluation has it, there are no ranks, and `generate` is all it does.
     """
 
     def generate(
@@ -60,52 +58,43 @@ class Cluster(Protocol):
         Raises:
             StopRequestedError: the user wants the run to end; what was generated is lost.
         """
-        ...
 
     def prepare(self, prompt_ids: Sequence[str]) -> None:
-        """Have engines that are idle now encode prompts that they are likely to get next; returns at once."""
-        ...
+        """Have engines that are idle now encode prompts that they are likely to get next; returns at once.
+        Where none is idle, nothing."""
+        return
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         """One policy update on all ranks; returns its metrics."""
-        ...
 
     @property
     def ranks_idle_in_rollout(self) -> bool:
         """Whether the ranks have devices of their own, which do nothing while engines generate."""
-        ...
 
     def log_probs(self, batch: TrainBatch, reference: bool = False) -> TokenLogProbs:
         """Score the responses of a batch under the policy as it is, and under the reference."""
-        ...
 
     def sync_weights(self, version: int) -> None:
         """Give the actor's weights to every engine; later rollouts carry ``version``."""
-        ...
 
     def begin_save(self, directory: str) -> SaveHandle:
         """Write parameters and optimizer as they are now; training may go on at once."""
-        ...
 
     def load(self, directory: str) -> None:
         """Read what `begin_save` wrote."""
-        ...
 
     def restart(self) -> None:
         """Ranks anew, with the base model's weights."""
-        ...
 
     def write_timeline(self, path: str) -> None:
-        """What every worker did when, as a Chrome trace, where the launcher knows."""
-        ...
+        """What every worker did when, as a Chrome trace; nothing where there is one process only."""
+        return
 
     def memory(self) -> dict[str, float]:
         """Resident memory by role, the largest process of each, and the total, GiB."""
-        ...
 
     def shutdown(self) -> None:
         """End all workers."""
-        ...
 
 
 def join_log_probs(shares: Sequence[RankLogProbs], batch: TrainBatch) -> TokenLogProbs:
@@ -127,3 +116,8 @@ def join_log_probs(shares: Sequence[RankLogProbs], batch: TrainBatch) -> TokenLo
         policy=joined([share.policy for share in shares]),
         reference=joined(references) if references else None,
     )
+
+
+def rss_gib() -> float:
+    """Resident set of this process in GiB, pages that it shares with others included."""
+    return float(psutil.Process().memory_info().rss) / 2**30

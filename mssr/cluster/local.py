@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from mssr.actor.worker import PolicyWorker, resolve_device
-from mssr.cluster.base import OnFinished, SaveHandle, join_log_probs
-from mssr.cluster.memory import rss_gib
+from mssr.cluster.base import Cluster, OnFinished, SaveHandle, join_log_probs, rss_gib
 from mssr.config import Config
 from mssr.errors import StopRequestedError
 from mssr.models.bounded_cache import BoundedCache
 from mssr.models.encoded import EncodedPrompt
+from mssr.rollout.engine import make_engine
 from mssr.rollout.queue import RequestQueue
-from mssr.rollout.weights import pack_weights
-from mssr.rollout.worker import RolloutWorker
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 
 
-class LocalCluster:
-    """One engine and one actor rank, called directly. See `mssr.cluster.base.Cluster`.
+class LocalCluster(Cluster):
+    """One engine and at most one actor rank, called directly."""
 
-    With ``actor.num_ranks=0``, which only an evaluation has, there is no rank, and `generate` is all it does.
-    """
+    ranks_idle_in_rollout = False
 
     def __init__(self, config: Config, stop: Callable[[], bool]) -> None:
         import torch
@@ -34,13 +29,11 @@ class LocalCluster:
         self._scratch = tempfile.TemporaryDirectory(prefix="mssr-")
         # vLLM replaces torch.set_num_threads; the count of the whole process is set before.
         torch.set_num_threads(max(config.cluster.threads_per_actor, config.cluster.threads_per_rollout))
-        rendezvous = Path(self._scratch.name) / "rendezvous"
-        if config.actor.num_ranks:
-            self._actor = PolicyWorker(
-                config, rank=0, init_method=f"file://{rendezvous}", device=device, set_threads=False
-            )
+        rendezvous = f"file://{self._scratch.name}/rendezvous"
         self._has_actor = config.actor.num_ranks > 0
-        self._rollout = RolloutWorker(config, device)
+        if self._has_actor:
+            self._actor = PolicyWorker(config, 0, rendezvous, device, set_threads=False)
+        self._engine = make_engine(config, device)
         self._prompts: BoundedCache[str, EncodedPrompt] = BoundedCache(config.data.image_cache_bytes)
         """Those that the engine has encoded and the rank may need."""
 
@@ -52,23 +45,16 @@ class LocalCluster:
         stoppable: bool = True,
     ) -> list[Rollout]:
         found: dict[int, Rollout] = {}
-        for part in self._rollout.generate(RequestQueue(enumerate(requests)), params):
+        for part in self._engine.generate(RequestQueue(enumerate(requests)), params):
             if stoppable and self._stop():
                 raise StopRequestedError
-            for prompt_id, prompt in self._rollout.new_prompts(r.prompt_id for _, r in part).items():
+            for prompt_id, prompt in self._engine.prompts.take_new(r.prompt_id for _, r in part).items():
                 self._prompts.put(prompt_id, prompt, prompt.nbytes)
             for index, rollout in part:
                 found[index] = rollout
                 if on_finished is not None:
                     on_finished(index, rollout)
         return [found[i] for i in range(len(requests))]
-
-    def prepare(self, prompt_ids: Sequence[str]) -> None:
-        """Nothing of this process is idle."""
-
-    @property
-    def ranks_idle_in_rollout(self) -> bool:
-        return False
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         metrics = self._actor.update(batch, step, self._prepared)
@@ -86,11 +72,12 @@ class LocalCluster:
     def sync_weights(self, version: int) -> None:
         weights = self._actor.export_weights()
         assert weights is not None
-        self._rollout.load_weights(pack_weights(weights), version)
+        self._engine.load_weights(weights.items(), version)
 
     def begin_save(self, directory: str) -> SaveHandle:
-        self._actor.checkpoint.begin(directory)
-        return self._actor.checkpoint
+        saving = self._actor.checkpoint
+        saving.begin(directory)
+        return SaveHandle(saving.done, saving.result)
 
     def load(self, directory: str) -> None:
         self._actor.checkpoint.load(directory)
@@ -98,15 +85,11 @@ class LocalCluster:
     def restart(self) -> None:
         raise AssertionError("nothing of this process is lost without the process")
 
-    def write_timeline(self, path: str) -> None:
-        """One process has no timeline of several; the profile of its update shows it all."""
-
     def memory(self) -> dict[str, float]:
-        rss = rss_gib(os.getpid())
-        return {"memory/driver_rss_gib": rss, "memory/total_rss_gib": rss}
+        return dict.fromkeys(("memory/driver_rss_gib", "memory/total_rss_gib"), rss_gib())
 
     def shutdown(self) -> None:
-        self._rollout.close()
+        self._engine.close()
         if self._has_actor:
             self._actor.close()
         self._scratch.cleanup()

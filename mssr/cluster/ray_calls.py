@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +43,7 @@ class Failure:
     """A call that gave no result."""
 
     worker: Worker
-    error: BaseException | None
-    """None: it was not waited for any longer, because another one failed."""
+    error: BaseException
 
     def __str__(self) -> str:
         error = self.error
@@ -71,45 +70,44 @@ class Calls:
         *,
         together: bool = False,
         stop: Callable[[], bool] | None = None,
-        limit_s: float | None = None,
+        hang_timeout_s: float | None = None,
     ) -> list[Any]:
         """The result of every call, or its `Failure`, in their order.
 
         Args:
             refs: pairs (worker, object ref of the call).
-            together: the calls are a collective: after one failure the others are given up.
+            together: the calls are a collective: after one failure the others are given up, with None.
             stop: asked now and then whether to give up everything.
-            limit_s: a limit on the whole, for workers that cannot show signs of life yet.
+            hang_timeout_s: in place of the usual one, for workers that cannot show signs of life yet.
 
         Raises:
             StopRequestedError: ``stop`` said so.
         """
         outcomes: dict[Any, Any] = {}
         pending = {ref: worker for worker, ref in refs}
-        watch = _Watch(self._limit if limit_s is None else None)
-        deadline = time.monotonic() + limit_s if limit_s is not None else float("inf")
+        watch = _Watch(hang_timeout_s or self._limit)
         given_up = float("inf")
         while pending:
-            if stop is not None and stop():
-                raise StopRequestedError
-            ready, _ = ray.wait(list(pending), timeout=self._poll_s, fetch_local=False)
-            for ref in ready:
+            for ref in self._ready(pending, stop):
                 outcomes[ref] = _outcome(pending.pop(ref), ref)
             now = time.monotonic()
             if together and any(isinstance(x, Failure) for x in outcomes.values()):
                 given_up = min(given_up, now + GRACE_S)
             for ref, worker in list(pending.items()):
-                silent = watch.silent_s(worker)
-                if silent is not None:
-                    outcomes[ref] = Failure(worker, WorkerHungError(f"no sign of life for {silent:.0f} s"))
-                elif now >= deadline:
-                    outcomes[ref] = Failure(worker, WorkerHungError(f"not ready after {limit_s:.0f} s"))
-                elif now >= given_up:
-                    outcomes[ref] = Failure(worker, None)
-                else:
-                    continue
-                del pending[ref]
+                hung = watch.hung(worker)
+                if hung is not None or now >= given_up:
+                    outcomes[ref] = hung
+                    del pending[ref]
         return [outcomes[ref] for _, ref in refs]
+
+    def _ready(self, pending: Iterable[Any], stop: Callable[[], bool] | None) -> list[Any]:
+        """Those of some calls that have something to say, after a short wait."""
+        if not ray.is_initialized():  # ray.wait would start it again
+            raise RuntimeError("Ray was shut down by another thread")
+        if stop is not None and stop():
+            raise StopRequestedError
+        ready, _ = ray.wait(list(pending), timeout=self._poll_s, fetch_local=False)
+        return ready
 
     def parts(
         self, streams: Mapping[Worker, Any], stop: Callable[[], bool] | None = None
@@ -125,11 +123,7 @@ class Calls:
         began = watched = time.monotonic()
         watch = _Watch(self._limit)
         while pending:
-            if not ray.is_initialized():  # ray.wait would start it again
-                raise RuntimeError("Ray was shut down by another thread")
-            if stop is not None and stop():
-                raise StopRequestedError
-            ready, _ = ray.wait(list(pending), timeout=self._poll_s, fetch_local=False)
+            ready = self._ready(pending, stop)
             if len(pending) > 1 and ready:  # it returns one only, though others may have something too
                 time.sleep(min(GATHER_S, GATHER_SHARE * (time.monotonic() - began)))
                 ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0, fetch_local=False)
@@ -139,35 +133,28 @@ class Calls:
                     refs[stream] = next(stream)
                 except StopIteration:
                     del pending[stream]
-            for stream, part in zip(
-                refs, _outcomes([(pending[s], ref) for s, ref in refs.items()]), strict=True
-            ):
-                worker = pending[stream]
-                if isinstance(part, Failure):
-                    del pending[stream]
+            parts = _outcomes([(pending[stream], ref) for stream, ref in refs.items()])
+            for stream, part in zip(refs, parts, strict=True):
+                worker = pending.pop(stream) if isinstance(part, Failure) else pending[stream]
                 yield worker, part
-            if time.monotonic() - watched < self._look_after_s:
-                continue  # to look after all workers for every message would take longer than the messages
-            watched = time.monotonic()
-            for stream, worker in list(pending.items()):
-                silent = watch.silent_s(worker)
-                if silent is not None:
-                    del pending[stream]
-                    yield worker, Failure(worker, WorkerHungError(f"no sign of life for {silent:.0f} s"))
+            # To look after all workers for every message would take longer than the messages.
+            if time.monotonic() - watched >= self._look_after_s:
+                watched = time.monotonic()
+                for stream, worker in list(pending.items()):
+                    if hung := watch.hung(worker):
+                        del pending[stream]
+                        yield worker, hung
 
 
 def stacks(workers: Sequence[Worker], timeout_s: float = 5.0) -> str:
     """Where all threads of some workers are, as far as they answer."""
-    calls = [(w, w.handle.stacks.options(concurrency_group=HEALTH).remote()) for w in workers]
-    ray.wait([ref for _, ref in calls], num_returns=len(calls), timeout=timeout_s)
+    refs = [w.handle.stacks.options(concurrency_group=HEALTH).remote() for w in workers]
+    answered, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
     parts = []
-    for worker, ref in calls:
-        try:
-            text = ray.get(ref, timeout=0)
-        except ray.exceptions.GetTimeoutError:
-            text = "does not answer; it is stopped, or its interpreter is stuck\n"
-        except ray.exceptions.RayError as error:
-            text = f"{type(error).__name__}\n"
+    for worker, ref in zip(workers, refs, strict=True):
+        text = "does not answer; it is stopped, or its interpreter is stuck\n"
+        if ref in answered:
+            text = _outcome(worker, ref)
         parts.append(f"== {worker.name}\n{text}")
     return "\n".join(parts)
 
@@ -175,34 +162,32 @@ def stacks(workers: Sequence[Worker], timeout_s: float = 5.0) -> str:
 class _Watch:
     """Asks workers for signs of life, without waiting for answers."""
 
-    def __init__(self, limit_s: float | None) -> None:
+    def __init__(self, limit_s: float) -> None:
         self._limit = limit_s
         self._asked: dict[Worker, tuple[float, Any]] = {}
+        """When each was asked last, and the reference to its answer."""
 
-    def silent_s(self, worker: Worker) -> float | None:
-        """For how long the worker has been silent, if that is beyond the limit."""
-        if self._limit is None:
-            return None
+    def hung(self, worker: Worker) -> Failure | None:
+        """The failure of a worker that has been silent beyond the limit."""
         now = time.monotonic()
-        since, ref = self._asked.get(worker, (now, None))
-        if ref is None:
-            self._asked[worker] = now, _ask(worker)
+        if worker not in self._asked:
+            self._ask(worker, now)
             return None
-        if not ray.wait([ref], timeout=0)[0]:
-            return now - since if now - since > self._limit else None
-        try:
-            silent: float = ray.get(ref)
-        except ray.exceptions.RayError:
-            return None  # it is dead, as its call will tell
-        if silent > self._limit:
-            return silent
-        if now - since > self._limit / 10:
-            self._asked[worker] = now, _ask(worker)
-        return None
+        since, ref = self._asked[worker]
+        silent = now - since
+        if ray.wait([ref], timeout=0)[0]:
+            try:
+                silent = ray.get(ref)
+            except ray.exceptions.RayError:
+                return None  # it is dead, as its call will tell
+            if silent <= self._limit and now - since > self._limit / 10:
+                self._ask(worker, now)
+        if silent <= self._limit:
+            return None
+        return Failure(worker, WorkerHungError(f"no sign of life for {silent:.0f} s"))
 
-
-def _ask(worker: Worker) -> Any:
-    return worker.handle.silent_s.options(concurrency_group=HEALTH).remote()
+    def _ask(self, worker: Worker, now: float) -> None:
+        self._asked[worker] = now, worker.handle.silent_s.options(concurrency_group=HEALTH).remote()
 
 
 def _outcomes(calls: Sequence[tuple[Worker, Any]]) -> list[Any]:

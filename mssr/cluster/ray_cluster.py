@@ -16,8 +16,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from mssr.cluster.base import OnFinished, Report, SaveHandle, join_log_probs
-from mssr.cluster.memory import rss_gib
+from mssr.cluster.base import Cluster, OnFinished, Report, SaveHandle, join_log_probs, rss_gib
 from mssr.cluster.ray_calls import HEALTH, Calls, Failure, Worker, WorkerDiedError, WorkerHungError, stacks
 from mssr.cluster.ray_generation import FEEDING, Generation
 from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
@@ -29,19 +28,18 @@ from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, T
 
 PLACEMENT_TIMEOUT_S = 60
 START_TIMEOUT_S = 1800.0
-"""From the creation of a worker until its model is loaded; long, for a node may have to come back."""
+"""Longest silence of a worker that is to start and load its model; long, for a node may have to come back."""
 PREPARING = "preparing"
 """Concurrency group of the method that encodes prompts beside whatever else an engine does."""
 SAVING = "saving"
 """Concurrency group of the method that waits for a checkpoint."""
 
 
-class RayCluster:
+class RayCluster(Cluster):
     """Actor ranks and engines, each a Ray actor with a bundle of one placement group.
 
     Prompts travel as ids and responses as tokens. Weights go from the actor's object store to the
-    engines without passing through the driver. See `mssr.cluster.base.Cluster`. With
-    ``actor.num_ranks=0``, which only an evaluation has, there are no ranks, and `generate` is all it does.
+    engines without passing through the driver.
 
     Raises:
         UserError: the cluster has not the resources that the config asks for.
@@ -83,7 +81,7 @@ class RayCluster:
         generation = Generation(self._calls, requests, params, slots, on_finished, stop, self._shelf.add)
         while not generation.done:
             for failure in generation.run(self._engines):
-                self._after_failure(self._engines.index(failure.worker), failure)
+                self._replace_engine(failure)
         return generation.result()
 
     def prepare(self, prompt_ids: Sequence[str]) -> None:
@@ -106,8 +104,8 @@ class RayCluster:
         return join_log_probs(self._call_ranks("log_probs", self._work(batch), reference), batch)
 
     def _work(self, batch: TrainBatch) -> Any:
-        """A batch and what is encoded of its prompts, stored once for all ranks."""
-        return ray.put((batch, self._shelf.shares(batch.prompt_ids)))
+        """A batch, and what gets those of its prompts that are encoded; stored once for all ranks."""
+        return ray.put((batch, self._shelf.fetcher(batch.prompt_ids)))
 
     def sync_weights(self, version: int) -> None:
         weights = self._call_ranks("export_weights")[0]
@@ -115,12 +113,15 @@ class RayCluster:
         # Where engines generate while the ranks train, one that is replaced needs what the others have.
         self._weights = weights if self._config.rollout.lag else None
         # An engine that fails here is replaced by one that has the weights.
-        self._call_engines([e.handle.load_weights.remote(weights, version) for e in self._engines])
+        self._call_engines("load_weights", weights, version)
 
     def begin_save(self, directory: str) -> SaveHandle:
         self._call_ranks("begin_save", directory)
         refs = [r.handle.finish_save.options(concurrency_group=SAVING).remote() for r in self._ranks]
-        return _RaySave(refs, lambda: self._of_ranks(refs))
+        return SaveHandle(
+            done=lambda: not ray.wait(refs, num_returns=len(refs), timeout=0)[1],
+            result=lambda: {k: v for checksums in self._of_ranks(refs) for k, v in checksums.items()},
+        )
 
     def load(self, directory: str) -> None:
         self._call_ranks("load", directory)
@@ -135,8 +136,8 @@ class RayCluster:
 
     def memory(self) -> dict[str, float]:
         actors = self._call_ranks("rss_gib")
-        rollouts = [x for x in self._call_engines([e.handle.rss_gib.remote() for e in self._engines]) if x]
-        driver = rss_gib(os.getpid())
+        rollouts = [x for x in self._call_engines("rss_gib") if x]
+        driver = rss_gib()
         return {
             "memory/driver_rss_gib": driver,
             "memory/actor_rss_gib": max(actors),
@@ -167,26 +168,25 @@ class RayCluster:
 
     def _start(self, engines: Sequence[int], ranks: Sequence[int]) -> None:
         """Make workers, and wait until they have loaded the base model."""
-        config, started = self._config, []
+        started = []
         for k in engines:
-            engine = self._remote(RayRolloutWorker, f"engine {k}", config.actor.num_ranks + k, f"rollout-{k}")
+            index = self._config.actor.num_ranks + k
+            engine = self._remote(RayRolloutWorker, f"engine {k}", index, f"rollout-{k}")
             self._engines[k : k + 1] = [engine]
-            threads = config.cluster.threads_per_rollout
-            started.append((engine, engine.handle.start.remote(config, self._device, threads)))
+            started.append((engine, engine.handle.start.remote(self._device)))
         if ranks:
             self._ranks = [self._remote(RayPolicyWorker, f"actor rank {k}", k, f"actor-{k}") for k in ranks]
             first = self._ranks[0]
             [address] = self._started([(first, first.handle.rendezvous.remote())])
             for k, rank in enumerate(self._ranks):
-                started.append((rank, rank.handle.start.remote(config, k, address, self._device)))
+                started.append((rank, rank.handle.start.remote(k, address, self._device)))
         self._started(started)
 
     def _started(self, refs: list[tuple[Worker, Any]]) -> list[Any]:
-        outcomes = self._calls.gather(refs, together=True, stop=self._stop, limit_s=START_TIMEOUT_S)
-        failures = [x for x in outcomes if isinstance(x, Failure) and x.error is not None]
+        outcomes = self._calls.gather(refs, together=True, stop=self._stop, hang_timeout_s=START_TIMEOUT_S)
+        failures = [x for x in outcomes if isinstance(x, Failure)]
         for failure in failures:
             if not _is_lost(failure):
-                assert failure.error is not None
                 raise failure.error
         if failures:
             self._report("start_failed", str(failures[0]))
@@ -194,8 +194,7 @@ class RayCluster:
         return outcomes
 
     def _remote(self, cls: type, name: str, index: int, log: str) -> Worker:
-        cluster, logs = self._config.cluster, os.path.abspath(self._config.run_dir / "logs")
-        threads = cluster.threads_per_actor if cls is RayPolicyWorker else cluster.threads_per_rollout
+        log_file = os.path.abspath(self._config.run_dir / "logs" / f"{log}.log")
         actor = ray.remote(concurrency_groups={HEALTH: 1, SAVING: 1, FEEDING: 1, PREPARING: 1})(cls).options(
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self._group, placement_group_bundle_index=index
@@ -203,39 +202,33 @@ class RayCluster:
             num_cpus=self._bundle["CPU"],
             num_gpus=self._bundle.get("GPU", 0.0),
         )
-        worker = Worker(name, actor.remote(f"{logs}/{log}.log", threads))
+        worker = Worker(name, actor.remote(self._config, log_file))
         self._processes[worker] = worker.handle.process.options(concurrency_group=HEALTH).remote()
         return worker
 
-    def _call_engines(self, refs: list[Any]) -> list[Any]:
-        """A call of every engine. One that failed is replaced, has the weights, and its result is None."""
-        results = self._calls.gather(list(zip(self._engines, refs, strict=True)))
-        for k, result in enumerate(results):
+    def _call_engines(self, method: str, *args: Any, only: Sequence[int] | None = None) -> list[Any]:
+        """The results of a call of all engines, or of some. One that fails is replaced, and has None."""
+        engines = self._engines if only is None else [self._engines[k] for k in only]
+        results = self._calls.gather([(e, getattr(e.handle, method).remote(*args)) for e in engines])
+        for position, result in enumerate(results):
             if isinstance(result, Failure):
-                self._after_failure(k, result)
-                results[k] = None
+                self._replace_engine(result)
+                results[position] = None
         return results
 
-    def _after_failure(self, k: int, failure: Failure) -> None:
-        """Replace an engine, if that helps."""
+    def _replace_engine(self, failure: Failure) -> None:
+        """A new engine, with the weights that the others have, if that helps; else raises the error."""
         if not (_is_lost(failure) or isinstance(failure.error, EngineError)):
-            assert failure.error is not None
             raise failure.error
-        self._replace_engine(k, failure)
-
-    def _replace_engine(self, k: int, failure: Failure) -> None:
         hung = isinstance(failure.error, WorkerHungError)
         where = self._write_stacks([failure.worker]) if hung else ""
         self._kill([failure.worker])
         self._report("engine_hung" if hung else "engine_died", f"{failure}{where}; it is replaced")
+        k = self._engines.index(failure.worker)
         self._start([k], [])
         if self._version:
             weights = self._weights or self._call_ranks("export_weights")[0]
-            engine = self._engines[k]
-            call = engine.handle.load_weights.remote(weights, self._version)
-            [loaded] = self._calls.gather([(engine, call)])
-            if isinstance(loaded, Failure):
-                self._replace_engine(k, loaded)
+            self._call_engines("load_weights", weights, self._version, only=[k])
 
     def _call_ranks(self, method: str, *args: Any) -> list[Any]:
         return self._of_ranks([getattr(r.handle, method).remote(*args) for r in self._ranks])
@@ -247,17 +240,15 @@ class RayCluster:
             WorkersLostError: a rank died or hung, or they lost touch with one another.
         """
         results = self._calls.gather(list(zip(self._ranks, refs, strict=True)), together=True)
-        failures = [x for x in results if isinstance(x, Failure) and x.error is not None]
+        failures = [x for x in results if isinstance(x, Failure)]
         if not failures:
             return results
         lost = [f for f in failures if _is_lost(f)]
         if not lost:
-            assert failures[0].error is not None
             raise failures[0].error
         # Those that died or hang are the cause of what the others say.
-        died, hung = (
-            [f for f in lost if isinstance(f.error, kind)] for kind in (WorkerDiedError, WorkerHungError)
-        )
+        died = [f for f in lost if isinstance(f.error, WorkerDiedError)]
+        hung = [f for f in lost if isinstance(f.error, WorkerHungError)]
         detail = "; ".join(map(str, died or hung or lost)) + ("" if died else self._write_stacks(self._ranks))
         self._kill(self._ranks)
         self._report("actor_rank_died" if died else "collective_failed", f"{detail}; all ranks are restarted")
@@ -273,31 +264,13 @@ class RayCluster:
     def _kill(self, workers: Sequence[Worker]) -> None:
         for worker in workers:
             ray.kill(worker.handle)
-            process = self._processes.pop(worker, None)
-            if process is None:
+            if worker not in self._processes:
                 continue  # killed before
             # Ray asks a process to end, which one that is stopped does not hear.
-            with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError, OSError):
-                host, pid = ray.get(process, timeout=0)
+            with contextlib.suppress(ray.exceptions.RayError, OSError):
+                host, pid = ray.get(self._processes.pop(worker), timeout=0)
                 if host == socket.gethostname():
                     os.kill(pid, signal.SIGKILL)
-
-
-class _RaySave:
-    """See `mssr.cluster.base.SaveHandle`."""
-
-    def __init__(self, refs: list[Any], wait: Callable[[], list[dict[str, str]]]) -> None:
-        self._refs = refs
-        self._wait = wait
-
-    def done(self) -> bool:
-        return len(ray.wait(self._refs, num_returns=len(self._refs), timeout=0)[0]) == len(self._refs)
-
-    def result(self) -> dict[str, str]:
-        checksums: dict[str, str] = {}
-        for part in self._wait():
-            checksums |= part
-        return checksums
 
 
 def _is_lost(failure: Failure) -> bool:

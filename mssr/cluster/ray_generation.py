@@ -13,8 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 from mssr.cluster.base import OnFinished
 from mssr.cluster.ray_calls import Calls, Failure, Worker
@@ -51,13 +50,10 @@ class Generation:
         stop: Callable[[], bool] | None = None,
         on_prompts: Callable[[SharedPrompts], None] | None = None,
     ) -> None:
-        self._calls = calls
-        self._requests = requests
-        self._params = params
+        self._calls, self._stop = calls, stop
+        self._requests, self._params = requests, params
         self._most = slots + max(1, slots // SPARE)
-        self._on_finished = on_finished
-        self._stop = stop
-        self._on_prompts = on_prompts
+        self._on_finished, self._on_prompts = on_finished, on_prompts
         self._rollouts: dict[int, Rollout] = {}
         self._waiting: dict[Worker, deque[int]] = {}
         """The requests that no engine has, by the engine where they go first."""
@@ -119,7 +115,7 @@ class Generation:
             self._held.clear()
         return failures
 
-    def _feed(self, engines: Sequence[Worker] | dict[Worker, Any]) -> None:
+    def _feed(self, engines: Iterable[Worker]) -> None:
         """Give engines what they have room for."""
         for engine in engines:
             held = self._held[engine]
@@ -132,12 +128,10 @@ class Generation:
         taken: list[int] = []
         queue = self._waiting[engine]
         while len(taken) < room:
-            if not queue:
-                if not others:
-                    break
+            if not queue and others:
                 queue = max(self._waiting.values(), key=len)
-                if not queue:
-                    break
+            if not queue:
+                break
             taken.append(queue.popleft())
         return taken
 

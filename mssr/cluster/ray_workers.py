@@ -15,8 +15,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mssr.cluster.shared_prompts import PromptFetcher, PromptOutbox, Shares
-from mssr.cluster.transport import PackedRollouts, pack_rollouts
+from mssr.cluster.base import rss_gib
+from mssr.cluster.shared_prompts import PromptFetcher, PromptOutbox
+from mssr.cluster.transport import FinishedPart, pack_rollouts
 from mssr.config import Config
 from mssr.rollout import heartbeat
 from mssr.rollout.queue import Finished, Numbered, RequestQueue
@@ -24,6 +25,7 @@ from mssr.types import RankLogProbs, SamplingParams, TrainBatch
 
 if TYPE_CHECKING:
     from mssr.actor.worker import PolicyWorker
+    from mssr.rollout.engine import RolloutEngine
 
 logger = logging.getLogger(__name__)
 
@@ -31,21 +33,30 @@ HANDFUL = 16
 """One in so many of an engine's slots: the rollouts that it returns together."""
 MAX_DELAY_S = 5.0
 """Longest that a rollout waits for others to be returned with."""
+PIECE = 8
+"""Prompts that are prepared in one go; so long may an engine wait that gets requests meanwhile."""
 
 
 class RayWorker:
-    """What both kinds of workers share: a log file of their own and thread counts."""
+    """What both kinds of workers share: a log file of their own, thread counts, signs of life."""
 
-    def __init__(self, log_file: str, threads: int) -> None:
+    threads_option: str
+    """Of ``config.cluster``."""
+
+    def __init__(self, config: Config, log_file: str) -> None:
+        self._config = config
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-            os.environ[name] = str(threads)
+            os.environ[name] = str(getattr(config.cluster, self.threads_option))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        _redirect_output(log_file)
+        # Everything that this process and its libraries print goes to the file.
+        os.makedirs(os.path.dirname(log_file), exist_ok=True)
+        file = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.close(file)
 
     def rss_gib(self) -> float:
-        from mssr.cluster.memory import rss_gib
-
-        return rss_gib(os.getpid())
+        return rss_gib()
 
     def process(self) -> tuple[str, int]:
         """Host and pid."""
@@ -62,6 +73,7 @@ class RayWorker:
 class RayPolicyWorker(RayWorker):
     """An actor rank. `rendezvous` on rank 0, then `start` on all, then the methods of `PolicyWorker`."""
 
+    threads_option = "threads_per_actor"
     _worker: PolicyWorker
 
     def rendezvous(self) -> str:
@@ -73,21 +85,19 @@ class RayPolicyWorker(RayWorker):
             s.bind(("", 0))
             return f"tcp://{host}:{s.getsockname()[1]}"
 
-    def start(self, config: Config, rank: int, init_method: str, device: str) -> None:
+    def start(self, rank: int, init_method: str, device: str) -> None:
         from mssr.actor.worker import PolicyWorker
 
-        self._worker = PolicyWorker(config, rank, init_method, device)
+        self._worker = PolicyWorker(self._config, rank, init_method, device)
 
-    def update(self, work: tuple[TrainBatch, Shares], step: int) -> dict[str, float]:
-        """``work``: a batch and where prompts of it are encoded already."""
+    def update(self, work: tuple[TrainBatch, PromptFetcher], step: int) -> dict[str, float]:
+        """``work``: a batch, and what gets those of its prompts that are encoded already."""
         heartbeat.beat()
-        batch, shares = work
-        return self._worker.update(batch, step, PromptFetcher(shares))
+        return self._worker.update(work[0], step, work[1])
 
-    def log_probs(self, work: tuple[TrainBatch, Shares], reference: bool) -> RankLogProbs:
+    def log_probs(self, work: tuple[TrainBatch, PromptFetcher], reference: bool) -> RankLogProbs:
         heartbeat.beat()
-        batch, shares = work
-        return self._worker.log_probs(batch, reference, PromptFetcher(shares))
+        return self._worker.log_probs(work[0], reference, work[1])
 
     def export_weights(self) -> list[Any]:
         """On rank 0 a reference to the packed weights, in a list, so that the driver does not fetch them."""
@@ -113,43 +123,44 @@ class RayPolicyWorker(RayWorker):
 
 
 class RayRolloutWorker(RayWorker):
-    """An engine. `start`, then the methods of `RolloutWorker`."""
+    """An engine. `start`, then the methods of `RolloutEngine`."""
 
-    def __init__(self, log_file: str, threads: int) -> None:
-        super().__init__(log_file, threads)
+    threads_option = "threads_per_rollout"
+    _engine: RolloutEngine
+
+    def __init__(self, config: Config, log_file: str) -> None:
+        super().__init__(config, log_file)
         self._lock = threading.Lock()
         self._queues: dict[int, RequestQueue] = {}
 
-    def start(self, config: Config, device: str, threads: int) -> None:
+    def start(self, device: str) -> None:
         import torch
 
-        torch.set_num_threads(threads)
-        from mssr.rollout.worker import RolloutWorker
+        torch.set_num_threads(self._config.cluster.threads_per_rollout)
+        from mssr.rollout.engine import make_engine
 
-        self._slots = config.rollout.max_num_seqs
-        self._ranks = config.actor.num_ranks
-        self._worker = RolloutWorker(config, device)
+        self._engine = make_engine(self._config, device)
 
     def generate(
         self, call: int, requests: Sequence[Numbered], params: SamplingParams
-    ) -> Iterator[PackedRollouts]:
+    ) -> Iterator[FinishedPart]:
         """Answer these requests, and those that `feed` brings until it ends the call.
 
         Rollouts that end are handed over by the handful, which costs the driver less than one by one.
         """
         queue = self._queue(call)
         queue.put(requests)
-        handful = max(1, self._slots // HANDFUL)
-        outbox = PromptOutbox(self._ranks)
+        handful = max(1, self._config.rollout.max_num_seqs // HANDFUL)
+        outbox = PromptOutbox(self._config.actor.num_ranks)
         ended: Finished = []
         returned, since = 0, time.monotonic()
-        for part in self._worker.generate(queue, params):
+        for part in self._engine.generate(queue, params):
             heartbeat.beat()
             ended += part
             idle = queue.taken == returned + len(ended)
             late = time.monotonic() - since > MAX_DELAY_S
             if ended and (idle or late or len(ended) >= handful):
-                prompts = self._worker.new_prompts(rollout.prompt_id for _, rollout in ended)
+                prompts = self._engine.prompts.take_new(rollout.prompt_id for _, rollout in ended)
                 yield pack_rollouts(ended, outbox.share(prompts, everything=idle))
                 returned, since = returned + len(ended), time.monotonic()
                 ended = []
@@ -165,32 +176,26 @@ class RayRolloutWorker(RayWorker):
         else:
             queue.put(requests)
 
-    def prepare(self, prompt_ids: Sequence[str]) -> None:
-        """See `RolloutWorker.prepare`. Called in a thread of its own, and nobody asks for the result: what
-        fails here fails again, and is told, when the engine generates."""
-        if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        try:
-            self._worker.prepare(prompt_ids)
-        except Exception:
-            logger.warning("prompts could not be prepared", exc_info=True)
-
     def _queue(self, call: int) -> RequestQueue:
         with self._lock:
             return self._queues.setdefault(call, RequestQueue(open=True))
+
+    def prepare(self, prompt_ids: Sequence[str]) -> None:
+        """Encode prompts that `generate` is likely to get next. Called in a thread of its own, and nobody
+        asks for the result: what fails here fails again, and is told, when the engine generates."""
+        if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        try:
+            for start in range(0, len(prompt_ids), PIECE):
+                self._engine.prompts.get(prompt_ids[start : start + PIECE])
+        except Exception:
+            logger.warning("prompts could not be prepared", exc_info=True)
 
     def load_weights(self, weights: list[Any], version: int) -> None:
         """``weights``: what `RayPolicyWorker.export_weights` gave on rank 0."""
         import ray
 
+        from mssr.rollout.weights import unpack_weights
+
         heartbeat.beat()
-        self._worker.load_weights(ray.get(weights[0]), version)
-
-
-def _redirect_output(log_file: str) -> None:
-    """Send everything that this process and its libraries print to a file."""
-    os.makedirs(os.path.dirname(log_file), exist_ok=True)
-    file = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
+        self._engine.load_weights(unpack_weights(ray.get(weights[0])), version)

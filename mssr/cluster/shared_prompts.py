@@ -27,9 +27,6 @@ NEIGHBOURS = 8
 TOGETHER = 64
 """Prompts that are shared as one object."""
 
-Shares = list[tuple[Any, list[str]]]
-"""References, and which prompts are wanted of what each leads to."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -87,13 +84,10 @@ class PromptShelf:
         for prompt_id, nbytes in prompts.sizes.items():
             self._references.put(prompt_id, prompts.reference, nbytes)
 
-    def shares(self, prompt_ids: Iterable[str]) -> Shares:
-        """Where these prompts are, those that are shared."""
-        found: dict[Any, list[str]] = {}
-        for prompt_id in dict.fromkeys(prompt_ids):
-            if (reference := self._references.get(prompt_id)) is not None:
-                found.setdefault(reference, []).append(prompt_id)
-        return list(found.items())
+    def fetcher(self, prompt_ids: Iterable[str]) -> PromptFetcher:
+        """Gets those of some prompts that are shared."""
+        found = ((i, self._references.get(i)) for i in prompt_ids)
+        return PromptFetcher({i: reference for i, reference in found if reference is not None})
 
     def drop(self, prompt_ids: Iterable[str]) -> None:
         for prompt_id in prompt_ids:
@@ -101,31 +95,39 @@ class PromptShelf:
 
 
 class PromptFetcher:
-    """Gets shared prompts for a rank, see `mssr.actor.prompts.Prepared`."""
+    """Gets shared prompts for a rank, see `mssr.actor.prompts.Prepared`. Travels there with a batch.
 
-    def __init__(self, shares: Shares) -> None:
-        self._reference_of = {i: reference for reference, prompt_ids in shares for i in prompt_ids}
+    Args:
+        references: by prompt, to the `PromptArrays` of it and others.
+    """
+
+    def __init__(self, references: Mapping[str, Any]) -> None:
+        self._references = references
         self._fetched: dict[Any, dict[str, PromptArrays]] = {}
 
     def __call__(self, prompt_ids: Sequence[str]) -> dict[str, EncodedPrompt]:
         from mssr.models.encoded import EncodedPrompt
 
-        wanted = {i: self._reference_of[i] for i in prompt_ids if i in self._reference_of}
-        self._fetch([r for r in dict.fromkeys(wanted.values()) if r not in self._fetched])
+        wanted = {i: self._references[i] for i in prompt_ids if i in self._references}
+        for reference in dict.fromkeys(wanted.values()):
+            if reference not in self._fetched:
+                self._fetched[reference] = _fetch(reference)
         return {
             i: EncodedPrompt.from_arrays(self._fetched[reference][i])
             for i, reference in wanted.items()
             if i in self._fetched[reference]
         }
 
-    def _fetch(self, references: list[Any]) -> None:
-        import ray
 
-        for reference in references:
-            heartbeat.beat()
-            try:
-                self._fetched[reference] = ray.get(reference, timeout=FETCH_TIMEOUT_S)
-            except ray.exceptions.RayError as error:
-                # Its engine died, or the network is slow: the prompts are encoded here.
-                logger.warning("prompts of an engine are encoded again: %s", str(error).splitlines()[0])
-                self._fetched[reference] = {}
+def _fetch(reference: Any) -> dict[str, PromptArrays]:
+    """What a reference leads to; nothing where it is lost."""
+    import ray
+
+    heartbeat.beat()
+    try:
+        prompts: dict[str, PromptArrays] = ray.get(reference, timeout=FETCH_TIMEOUT_S)
+        return prompts
+    except ray.exceptions.RayError as error:
+        # Its engine died, or the network is slow: the prompts are encoded here.
+        logger.warning("prompts of an engine are encoded again: %s", str(error).splitlines()[0])
+        return {}

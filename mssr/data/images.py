@@ -17,19 +17,18 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
+import contextlib
 import functools
-import importlib.util
 import io
 import json
 import struct
 import urllib.parse
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "HEIF")
 """What is opened; not EPS and the like, which run other programs. HEIF with the package pillow-heif only."""
@@ -62,10 +61,8 @@ IMAGE_SUFFIXES = (
     *(".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2"),
 )
 
-TURNED = {5, 6, 7, 8}
+TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
-
-EXIF_ORIENTATION = 0x0112
 
 
 class MissingFile(ValueError):
@@ -105,10 +102,8 @@ class ImageSource:
         data = self.read()
         try:
             with _open(data) as image:
-                if _is_complete(data, image.format):
-                    width, height = image.size
-                    return (height, width) if _orientation(image, data) in TURNED else (width, height)
-            return self.decode().size
+                width, height = image.size[::-1] if _is_turned(image, data) else image.size
+                return (width, height) if _is_complete(image, data) else self.decode().size
         except Exception as error:  # PIL raises many types for a broken file
             raise ValueError(reason(error)) from error
 
@@ -116,22 +111,12 @@ class ImageSource:
         """The upright image in RGB: transparency on white, 16 bits scaled to 8, of an animation frame 0."""
         data = self.read()
         with _open(data) as image:
-            orientation = _orientation(image, data)
-            png = data if image.format == "PNG" else b""
             image.load()
-            turn = _TRANSPOSE.get(orientation)
-            return _rgb(image if turn is None else image.transpose(turn), png)
-
-
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+            image.getexif()
+            for key in ("exif", "Raw profile type exif"):
+                image.info.pop(key, None)  # of damaged EXIF, exif_transpose could not write the rest again
+            ImageOps.exif_transpose(image, in_place=True)
+            return _rgb(image, data if image.format == "PNG" else b"")
 
 
 def image_sources(cell: Any, image_dir: str | None = None) -> tuple[ImageSource, ...]:
@@ -148,25 +133,15 @@ def image_sources(cell: Any, image_dir: str | None = None) -> tuple[ImageSource,
 
 def image_cells(cell: Any) -> list[Any]:
     """A cell as a flat list; the text of a list, as CSV files have it, is read."""
-    if isinstance(cell, str):
-        text = cell.strip()
-        if text.startswith("[") and text.endswith("]"):
-            try:
-                value = json.loads(text)
-            except ValueError:
-                try:
-                    value = ast.literal_eval(text)
-                except (ValueError, SyntaxError, MemoryError, RecursionError):
-                    value = cell
-            return image_cells(value) if isinstance(value, list) else [cell]
-        return [cell] if text else []
-    if cell is None:
-        return []
+    if isinstance(cell, str) and cell.strip()[:1] == "[" and cell.strip()[-1:] == "]":
+        for read in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                return image_cells(read(cell.strip()))
     if isinstance(cell, (list, tuple)):
         return [
             p for part in cell for p in (image_cells(part) if isinstance(part, (list, tuple)) else [part])
         ]
-    return [cell]
+    return [] if cell is None or (isinstance(cell, str) and not cell.strip()) else [cell]
 
 
 def inner_image(cell: Any) -> Any:
@@ -184,22 +159,19 @@ def image_key(cell: Any) -> bytes:
 
 def looks_like_image(cell: Any) -> bool:
     """Whether a cell holds images, by the header of its bytes or the name of its path."""
-    for part in image_cells(cell)[:1]:
-        image = inner_image(part)
-        if isinstance(image, str):
-            head = image.strip()[:LONGEST_PATH]
-            if head.lower().endswith(IMAGE_SUFFIXES) or head.startswith("data:image"):
-                return True
-            try:
-                image = _base64(head[: len(head) // 4 * 4])
-            except ValueError:
-                return False
-            return image.startswith(MAGIC[:4])  # what is cut off cannot be opened
-        try:
-            return isinstance(image, bytes) and bool(_open(image).size)
-        except ValueError as error:
-            return "HEIC" in str(error)
-    return False
+    image = next(map(inner_image, image_cells(cell)), None)
+    if isinstance(image, str):
+        head = image.strip()[:LONGEST_PATH]
+        if head.lower().endswith(IMAGE_SUFFIXES) or head.startswith("data:image"):
+            return True
+        with contextlib.suppress(ValueError):
+            return _base64(head[: len(head) // 4 * 4]).startswith(MAGIC[:4])  # cut off, it cannot be opened
+    if not isinstance(image, bytes):
+        return False
+    try:
+        return bool(_open(image).size)
+    except ValueError as error:
+        return "HEIC" in str(error)
 
 
 def reason(error: Exception) -> str:
@@ -230,13 +202,10 @@ def _from_text(text: str, image_dir: str | None) -> ImageSource:
     try:
         return ImageSource(None, _existing(text, image_dir))
     except MissingFile:
-        try:
-            data = _base64(text)
-        except ValueError:
-            data = b""
-        if not data.startswith(MAGIC):
-            raise
-        return ImageSource(data, None)
+        with contextlib.suppress(ValueError):
+            if (data := _base64(text)).startswith(MAGIC):
+                return ImageSource(data, None)
+        raise
 
 
 def local_path(address: str) -> str:
@@ -266,7 +235,7 @@ def _base64(text: str) -> bytes:
 @functools.cache
 def _formats() -> tuple[str, ...]:
     Image.init()
-    if importlib.util.find_spec("pillow_heif"):
+    with contextlib.suppress(ImportError):
         import pillow_heif
 
         pillow_heif.register_heif_opener()
@@ -294,7 +263,7 @@ def _unidentified(data: bytes) -> str:
     if data.startswith(b"\x89PNG") and 0 in (size := struct.unpack(">II", data[16:24].ljust(8, b"\1"))):
         return f"its size is {size[0]}x{size[1]}"
     if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
-        if importlib.util.find_spec("pillow_heif"):
+        if "HEIF" in _formats():
             return "its HEIC data are damaged"
         return "it is HEIC, which needs the package pillow-heif: pip install pillow-heif"
     head = data[:64].lstrip().lower()
@@ -304,27 +273,26 @@ def _unidentified(data: bytes) -> str:
     return "its header is damaged" if data.startswith(MAGIC) else "no image in a known format"
 
 
-def _orientation(image: Image.Image, data: bytes) -> int:
-    """EXIF orientation, 1 to 8. PIL would decode a PNG to look for it behind the pixels."""
-    if image.format == "TIFF":
-        return 1  # PIL turns these itself, size included
+def _is_turned(image: Image.Image, data: bytes) -> bool:
+    """By EXIF. PIL would decode a PNG to look for it behind the pixels."""
     plain = image.format == "PNG" and "exif" not in image.info and b"eXIf" not in data
     exif = Image.Image.getexif(image) if plain else image.getexif()
-    value = exif.get(EXIF_ORIENTATION, 1)
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    return exif.get(ExifTags.Base.Orientation) in TURNED
 
 
-def _is_complete(data: bytes, form: str | None) -> bool:
+def _is_complete(image: Image.Image, data: bytes) -> bool:
     """Whether the cheap checks of the module's docstring pass."""
-    if form in ("JPEG", "MPO"):
+    if image.format in ("JPEG", "MPO"):
         scan = _jpeg_scan(data)
         return scan > 0 and data.rfind(b"\xff\xd9", scan) > 0
-    if form == "PNG":
-        return _png_chunks_are_whole(data)
-    if form == "GIF":
+    if image.format == "GIF":
         return data.rstrip(b"\0").endswith(b";")
-    if form == "WEBP":
+    if image.format == "WEBP":
         return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    if image.format == "PNG":
+        with contextlib.suppress(Exception):  # PIL raises many types for a broken file
+            image.verify()  # the checksums of all chunks
+            return True
     return False
 
 
@@ -344,31 +312,11 @@ def _jpeg_scan(data: bytes) -> int:
     return 0
 
 
-def _png_chunks_are_whole(data: bytes) -> bool:
-    position = 8
-    view = memoryview(data)
-    while position + 12 <= len(data):
-        end = position + 8 + int.from_bytes(view[position : position + 4], "big")
-        if end + 4 > len(data):
-            return False
-        if zlib.crc32(view[position + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            return False
-        if view[position + 4 : position + 8] == b"IEND":
-            return True
-        position = end + 4
-    return False
-
-
-def _significant_bits(png: bytes) -> int | None:
-    """Of a PNG's samples, from its chunk sBIT, which stands before the pixels; None without."""
-    start = png.find(b"sBIT", 33, png.find(b"IDAT"))
-    return png[start + 4] if start > 0 else None
-
-
 def _rgb(image: Image.Image, png: bytes) -> Image.Image:
     """Args: png: the file, if it is one, which says more of depths than PIL does."""
     if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image, _significant_bits(png))
+        start = png.find(b"sBIT", 33, png.find(b"IDAT"))  # a chunk before the pixels
+        image = _eight_bits(image, png[start + 4] if start > 0 else None)
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")
         ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))

@@ -14,24 +14,22 @@ several.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from mssr.data.images import local_path, reason
-from mssr.data.pages import release_pages
-from mssr.data.text_tables import TEXT_SUFFIXES, JoinedTable, TextTable
+from mssr.data.tables import Table, TextTable
+from mssr.data.text_rows import TEXT_SUFFIXES
 from mssr.errors import UserError
 
 ARROW_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -61,33 +59,6 @@ class Source:
         return f"{Path(path).stem or 'data'}-{hashlib.blake2b(self.name.encode(), digest_size=3).hexdigest()}"
 
 
-class Table(Protocol):
-    """Rows of a source, numbered from 0."""
-
-    column_names: list[str]
-    files: list[Path]
-    """The local files that decide the content, in a fixed order."""
-
-    def __len__(self) -> int: ...
-    def where(self, number: int) -> str:
-        """File and row, for messages."""
-        ...
-
-    def cells(self, number: int) -> dict[str, Any]:
-        """Column names to cells. Raises ValueError for a row that cannot be parsed."""
-        ...
-
-    def column(self, name: str, numbers: Sequence[int]) -> list[Any]: ...
-    @property
-    def mapped_bytes(self) -> int:
-        """Most memory that reading can take until `release`."""
-        ...
-
-    def release(self) -> None:
-        """Give back the memory of the pages that were read."""
-        ...
-
-
 def parse_sources(value: Any, key: str) -> list[Source]:
     """The sources that a config value names.
 
@@ -101,32 +72,34 @@ def parse_sources(value: Any, key: str) -> list[Source]:
     items = [value] if isinstance(value, (str, Mapping)) else value
     if not isinstance(items, Sequence) or not items:
         raise UserError(f"{key}: expected a source or a list of sources, not {value!r}")
-    named: list[Source] = []
-    for item in items:
-        weight = None
-        if isinstance(item, Mapping):
-            unknown = sorted(str(k) for k in item if k not in ("path", "weight"))
-            if unknown or "path" not in item:
-                problem = f"unknown key {unknown[0]!r}" if unknown else "no path"
-                raise UserError(f"{key}: {problem} in {dict(item)}; an entry is {{path: ..., weight: 2.0}}")
-            item, weight = item["path"], item.get("weight")
-        if not isinstance(item, str) or not item.strip():
-            raise UserError(f"{key}: {item!r} is not the name of a source")
-        if weight is not None:
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-                raise UserError(f"{key}: weight {weight!r} of {item} is not a number")
-            if not (math.isfinite(weight) and weight > 0):
-                raise UserError(f"{key}: weight {weight} of {item} must be above 0")
-            if key != "data.train":
-                raise UserError(f"{key}: {item} has a weight, but only data.train is drawn by weights")
-        named.append(Source(item.strip(), None if weight is None else float(weight)))
-    names = [source.name for source in named]
+    sources = [_parse_source(item, key) for item in items]
+    names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{key}: {name} is listed twice; {{path: ..., weight: 2.0}} draws it more often")
-    if any(s.weight is not None for s in named):
-        named = [Source(s.name, 1.0 if s.weight is None else s.weight) for s in named]
-    return named
+    if all(source.weight is None for source in sources):
+        return sources
+    return [Source(source.name, 1.0 if source.weight is None else source.weight) for source in sources]
+
+
+def _parse_source(item: Any, key: str) -> Source:
+    entry = item if isinstance(item, Mapping) else {"path": item}
+    unknown = sorted(str(k) for k in entry if k not in ("path", "weight"))
+    if unknown or "path" not in entry:
+        problem = f"unknown key {unknown[0]!r}" if unknown else "no path"
+        raise UserError(f"{key}: {problem} in {dict(entry)}; an entry is {{path: ..., weight: 2.0}}")
+    path, weight = entry["path"], entry.get("weight")
+    if not isinstance(path, str) or not path.strip():
+        raise UserError(f"{key}: {path!r} is not the name of a source")
+    if weight is None:
+        return Source(path.strip())
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise UserError(f"{key}: weight {weight!r} of {path} is not a number")
+    if not (math.isfinite(weight) and weight > 0):
+        raise UserError(f"{key}: weight {weight} of {path} must be above 0")
+    if key != "data.train":
+        raise UserError(f"{key}: {path} has a weight, but only data.train is drawn by weights")
+    return Source(path.strip(), float(weight))
 
 
 def open_table(name: str) -> Table:
@@ -142,6 +115,10 @@ def open_table(name: str) -> Table:
             f"data {name} is an address; download it and name the file, or name a data set of the hub as "
             "owner/name@split"
         )
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors become our lines
     path, split = split_name(name)
     try:
         if path.is_file():
@@ -153,81 +130,12 @@ def open_table(name: str) -> Table:
         if not split:
             raise UserError(f"data {name} is neither a file, a directory nor hub/name@split")
         hub_name, _, config = str(path).partition(":")
-        return _load(hub_name, config or None, split, name)
-    except UserError:
-        raise
+        return _load({"path": hub_name, "name": config or None}, split, name)
     except Exception as error:  # datasets raises many types; the user needs the source and the reason
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        if isinstance(cause, UserError):
+            raise cause from None
         raise UserError(f"data {name} cannot be opened: {reason(cause)}") from error
-
-
-class ArrowTable:
-    """A `datasets.Dataset`, whose rows stay in memory-mapped files; read as Arrow has them, so that images,
-    in whatever structure, are dicts of bytes and path.
-
-    Args:
-        name: as the user wrote it, for messages.
-        files: see `Table`; without local files, ``fingerprint`` tells the content.
-    """
-
-    def __init__(self, dataset: Any, name: str, files: Sequence[Path]) -> None:
-        self.name = name
-        self.files = list(files)
-        self._dataset = dataset.with_format("arrow")
-        self.column_names: list[str] = dataset.column_names
-        self.fingerprint: str = dataset._fingerprint
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def where(self, number: int) -> str:
-        return f"{self.name} row {number}"
-
-    def cells(self, number: int) -> dict[str, Any]:
-        cells: dict[str, Any] = self._dataset[number].to_pylist()[0]
-        return cells
-
-    def column(self, name: str, numbers: Sequence[int]) -> list[Any]:
-        cells: list[Any] = self._dataset.select_columns([name])[list(numbers)][name].to_pylist()
-        return cells
-
-    def narrow(self, columns: Sequence[str]) -> None:
-        """Read no other columns from now on."""
-        self._dataset = self._dataset.select_columns([c for c in self.column_names if c in columns])
-
-    @functools.cached_property
-    def mapped_bytes(self) -> int:
-        return sum(os.path.getsize(file["filename"]) for file in self._dataset.cache_files)
-
-    def release(self) -> None:
-        release_pages(file["filename"] for file in self._dataset.cache_files)
-
-
-class SlicedTable:
-    """Some rows of a table, which keep the numbers that they have there in messages."""
-
-    def __init__(self, table: TextTable | JoinedTable, numbers: np.ndarray) -> None:
-        self._table, self._numbers = table, numbers
-        self.column_names, self.files = table.column_names, table.files
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def where(self, number: int) -> str:
-        return self._table.where(int(self._numbers[number]))
-
-    def cells(self, number: int) -> dict[str, Any]:
-        return self._table.cells(int(self._numbers[number]))
-
-    def column(self, name: str, numbers: Sequence[int]) -> list[Any]:
-        return self._table.column(name, [int(self._numbers[n]) for n in numbers])
-
-    @property
-    def mapped_bytes(self) -> int:
-        return self._table.mapped_bytes
-
-    def release(self) -> None:
-        self._table.release()
 
 
 def split_name(name: str) -> tuple[Path, str]:
@@ -238,90 +146,74 @@ def split_name(name: str) -> tuple[Path, str]:
     return Path(name), ""
 
 
-def _quiet_datasets() -> Any:
-    """The library, whose errors become our lines."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    return datasets
-
-
 def _open_file(path: Path, split: str, name: str) -> Table:
     suffix = path.suffix.lower()
     if suffix not in FILE_SUFFIXES:
         raise UserError(f"data file {path}: expected one of {', '.join(FILE_SUFFIXES)}")
     if split and _base(split) not in ("train", path.stem):
         raise UserError(f"data {name}: a file is one split, so leave @{split} out or call it train")
-    if suffix in ARROW_SUFFIXES:
-        datasets = _quiet_datasets()
-        split = split or "train"
-        arguments = {"path": ARROW_SUFFIXES[suffix], "data_files": {_base(split): str(path)}}
-        _convert_apart(arguments, [path])
-        dataset = datasets.load_dataset(**arguments, split=split)
-        return ArrowTable(dataset, name, [path])
-    return _sliced(TextTable(path), split)
+    if suffix in TEXT_SUFFIXES:
+        return _sliced(TextTable(name, [path]), split)
+    split = split or "train"
+    return _load({"path": ARROW_SUFFIXES[suffix], "data_files": {_base(split): str(path)}}, split, name)
 
 
 def _open_directory(path: Path, split: str, name: str) -> Table:
-    datasets = _quiet_datasets()
+    import datasets
+
     if (path / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(path))
         base = _base(split) or _default_split(list(saved), name)
-        if base not in saved:
-            raise UserError(f"data {name} has no split {base!r}, it has {', '.join(saved)}")
-        return ArrowTable(_select(saved[base], split), name, _files(path / base))
+        _check_split(base, saved, name)
+        return _sliced(Table(saved[base], name, _files(path / base)), split)
     if (path / "state.json").is_file():
         dataset = datasets.load_from_disk(str(path))
         if split and _base(split) not in ("train", path.name, str(dataset.split)):
             raise UserError(f"data {name}: {path} is a single saved split, so leave @{split} out")
-        return ArrowTable(_select(dataset, split), name, _files(path))
-    return _load(str(path), None, split, name)
+        return _sliced(Table(dataset, name, _files(path)), split)
+    return _load({"path": str(path)}, split, name)
 
 
-def _load(source: str, config: str | None, split: str, name: str) -> Table:
-    """A folder or a hub name: splits and files are found by the rules of the hub for both."""
-    datasets = _quiet_datasets()
-    builder = datasets.load_dataset_builder(source, config)
-    listed = {str(k): [str(f) for f in v] for k, v in (builder.config.data_files or {}).items()}
-    split = split or _default_split(list(listed), name)
-    bases = [_base(part) for part in split.split("+")]
-    for base in bases:
-        if listed and base not in listed:
-            raise UserError(f"data {name} has no split {base!r}, it has {', '.join(listed)}")
-    paths = [Path(file) for base in bases for file in listed.get(base, [])]
-    local = bool(paths) and all(path.is_file() for path in paths)
-    if local and len(bases) == 1 and all(path.suffix.lower() in TEXT_SUFFIXES for path in paths):
-        tables = [TextTable(path) for path in paths]
-        return _sliced(tables[0] if len(tables) == 1 else JoinedTable(tables), split)
-    if local:
-        _convert_apart({"path": source, "name": config}, paths)
-    dataset = datasets.load_dataset(source, config, split=split)
-    return ArrowTable(dataset, name, paths if local else [])
+def _load(arguments: dict[str, Any], split: str, name: str) -> Table:
+    """A file, a folder or a hub name: splits and files are found by the rules of the hub.
 
-
-def _convert_apart(arguments: dict[str, Any], files: Sequence[Path]) -> None:
-    """Have `datasets` convert large files to Arrow in another process, which may take their size in memory.
-
-    A failure is left to the caller, who opens the data in any case.
+    Args:
+        arguments: of `datasets.load_dataset`.
     """
     import datasets
 
-    if sum(file.stat().st_size for file in files) < APART_BYTES:
-        return
-    if Path(datasets.load_dataset_builder(**arguments).cache_dir).is_dir():
-        return  # converted before
+    builder = datasets.load_dataset_builder(**arguments)
+    listed = {str(k): [str(f) for f in v] for k, v in (builder.config.data_files or {}).items()}
+    split = split or _default_split(list(listed), name)
+    bases = [_base(part) for part in split.split("+")]
+    for base in bases if listed else []:
+        _check_split(base, listed, name)
+    paths = [Path(file) for base in bases for file in listed.get(base, [])]
+    local = bool(paths) and all(path.is_file() for path in paths)
+    if local and len(bases) == 1 and all(path.suffix.lower() in TEXT_SUFFIXES for path in paths):
+        return _sliced(TextTable(name, paths), split)
+    size = sum(path.stat().st_size for path in paths) if local else 0
+    if size >= APART_BYTES and not Path(builder.cache_dir).is_dir():
+        _convert_apart(arguments)
+    return Table(datasets.load_dataset(**arguments, split=split), name, paths if local else [])
+
+
+def _convert_apart(arguments: dict[str, Any]) -> None:
+    """Have `datasets` convert files to Arrow in another process, which may take their size in memory.
+
+    A failure is left to the caller, who opens the data in any case.
+    """
     program = (
         "import datasets, json, sys; datasets.disable_progress_bars(); "
         "datasets.load_dataset_builder(**json.load(sys.stdin)).download_and_prepare()"
     )
-    subprocess.run(
-        [sys.executable, "-c", program],
-        input=json.dumps(arguments),
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, input=json.dumps(arguments), text=True, capture_output=True, check=False)
+
+
+def _check_split(base: str, splits: Iterable[str], name: str) -> None:
+    if base not in splits:
+        raise UserError(f"data {name} has no split {base!r}, it has {', '.join(splits)}")
 
 
 def _default_split(splits: Sequence[str], name: str) -> str:
@@ -336,19 +228,14 @@ def _base(split: str) -> str:
     return split.partition("[")[0]
 
 
-def _numbers(split: str, rows: int) -> np.ndarray:
-    import datasets
+def _sliced(table: Table, split: str) -> Table:
+    if "[" in split:
+        import datasets
 
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute({_base(split): rows})
-    return np.concatenate([np.arange(part.from_, part.to) for part in parts])
-
-
-def _select(dataset: Any, split: str) -> Any:
-    return dataset.select(_numbers(split, len(dataset))) if "[" in split else dataset
-
-
-def _sliced(table: TextTable | JoinedTable, split: str) -> Table:
-    return SlicedTable(table, _numbers(split, len(table))) if "[" in split else table
+        instruction = datasets.ReadInstruction.from_spec(split)
+        parts = instruction.to_absolute({_base(split): len(table)})
+        table.select(np.concatenate([np.arange(part.from_, part.to) for part in parts]))
+    return table
 
 
 def _files(directory: Path) -> list[Path]:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from mssr.data.images import ImageSource
 from mssr.data.rows import IMAGE_MARK, Row
+from mssr.data.sources import Table
 from mssr.errors import UserError
 from mssr.evaluation import scoring
-from mssr.evaluation.items import STATUSES, Item, Verdict
+from mssr.evaluation.cells import optional_cell, question_text, text_cell
+from mssr.evaluation.items import STATUSES, Item, Status, Verdict
 from mssr.evaluation.local_data import Location, open_benchmark, stored_images
+from mssr.evaluation.statistics import count_right
 
 Counts = dict[str, dict[str, tuple[int, int]]]
 """Breakdown -> group -> (right, all)."""
 
 
 class Benchmark:
-    """A benchmark. A subclass gives the class attributes and `item`, and what of the rest differs.
+    """A benchmark: a location and columns, and what of the methods differs.
 
     Items hold a reference to their table, so they do not travel between processes: every worker loads
     the benchmark itself and takes items by id.
@@ -29,10 +32,17 @@ class Benchmark:
     name: str = ""
     """In the registry, which sets it."""
     location: ClassVar[Location]
+    id_column: ClassVar[str] = "id"
+    question_column: ClassVar[str] = "question"
+    answer_column: ClassVar[str] = "answer"
     image_columns: ClassVar[tuple[str, ...]] = ("image",)
     """The images of a row are those of the first of these columns that it has."""
     breakdowns: ClassVar[tuple[str, ...]] = ()
     """The tags that `breakdown` groups by."""
+    numbers_repeats: bool = True
+    """Whether a row with the id of an earlier one is an item of its own; else it is an error."""
+    rewarded: bool = False
+    """Whether training's reward scores it, and not `verdict`."""
 
     def load(self, data_dir: Path | None = None, limit: int | None = None) -> list[Item]:
         """The items, in the order of the data.
@@ -45,9 +55,9 @@ class Benchmark:
             UserError: there are no data, or a row is none of this benchmark.
         """
         table = open_benchmark(self.name, self.location, data_dir)
-        return self.read(table, limit)
+        return self.read(table, limit, self._item_of_row)
 
-    def read(self, table: Any, limit: int | None = None) -> list[Item]:
+    def read(self, table: Table, limit: int | None, item_of: Callable[[Table, int], Item]) -> list[Item]:
         """The items of a table; every row is one, or an error that names it.
 
         An id that an earlier row has gets ``-2``, ``-3`` ... behind it: no row is left out.
@@ -55,47 +65,58 @@ class Benchmark:
         items: list[Item] = []
         seen: Counter[str] = Counter()
         for number in range(len(table) if limit is None else min(limit, len(table))):
-            where = table.where(number)
             try:
-                cells = table.cells(number)
-                item = self.item(cells, stored_images(table, number, cells, self.image_columns), where)
+                item = replace(item_of(table, number), benchmark=self.name)
+                seen[item.id] += 1
+                if seen[item.id] > 1:
+                    if not self.numbers_repeats:
+                        raise ValueError(f"the id {item.id} is also that of an earlier row")
+                    item = replace(item, id=f"{item.id}-{seen[item.id]}")
             except ValueError as error:
-                raise UserError(f"{self.name}: {where}: {error}") from error
-            seen[item.id] += 1
-            if seen[item.id] > 1:
-                item = dataclasses.replace(item, id=f"{item.id}-{seen[item.id]}")
+                raise UserError(f"{self.name}: {table.where(number)}: {error}") from error
             items.append(item)
         table.release()
         return items
 
+    def _item_of_row(self, table: Table, number: int) -> Item:
+        cells = table.cells(number)
+        images = stored_images(table, number, cells, self.image_columns)
+        return self.item(cells, images, table.where(number))
+
     def item(self, cells: dict[str, Any], images: tuple[ImageSource, ...], where: str) -> Item:
-        """The item of a row.
+        """The item of a row; this one has its columns as they are, and those of `breakdowns` as tags.
 
         Raises:
             ValueError: the reason why it is none.
         """
-        raise NotImplementedError
+        return Item(
+            benchmark=self.name,
+            id=text_cell(cells, self.id_column),
+            question=question_text(text_cell(cells, self.question_column), images),
+            images=images,
+            answer=text_cell(cells, self.answer_column).strip(),
+            tags={tag: optional_cell(cells, tag) or "unknown" for tag in self.breakdowns},
+            where=where,
+        )
 
     def prompt_row(self, item: Item) -> Row:
         """What `mssr.data.encoder.PromptEncoder` encodes: template and instruction are added there, as in
         training."""
         return Row(item.id, item.question, item.answer, item.images, item.where, item.history)
 
-    def verdict(
-        self, item: Item, response: str, truncated: bool = False, tokens: int | None = None
-    ) -> Verdict:
-        """The score of a response.
+    def verdict(self, item: Item, response: str, truncated: bool = False) -> Verdict:
+        """What the rules say of a response.
 
         Args:
             response: the model's text, without special tokens.
             truncated: whether the length limit ended it.
-            tokens: its length, for user's reward functions that read it; None if not known.
         """
+        assert not self.rewarded
         answer = self.extract(item, response, truncated)
-        if answer is None:
-            return Verdict(False, None, "truncated" if truncated else "extraction_failed", self.rule(item))
-        right = self.is_right(item, answer)
-        return Verdict(right, answer, "right" if right else "wrong", self.rule(item))
+        status: Status = "truncated" if truncated else "extraction_failed"
+        if answer is not None:
+            status = "right" if self.is_right(item, answer) else "wrong"
+        return Verdict(status == "right", answer, status, self.rule(item))
 
     def rule(self, item: Item) -> str:
         """Name of what decides about an item."""
@@ -146,24 +167,19 @@ class Benchmark:
 
     def breakdown(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> Counts:
         """Right and all answers by the groups of every tag in `breakdowns`, groups sorted by name."""
-        result: Counts = {}
-        for tag in self.breakdowns:
-            groups: dict[str, tuple[int, int]] = {}
-            for item, verdict in zip(items, verdicts, strict=True):
-                if tag in item.tags:
-                    right, count = groups.get(item.tags[tag], (0, 0))
-                    groups[item.tags[tag]] = (right + verdict.correct, count + 1)
-            result[tag] = dict(sorted(groups.items()))
-        return result
+        pairs = list(zip(items, verdicts, strict=True))
+        return {
+            tag: count_right((i.tags[tag], v.correct) for i, v in pairs if tag in i.tags)
+            for tag in self.breakdowns
+        }
 
     def metrics(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, float]:
         """``accuracy`` over all items, and the fraction of each status other than right and wrong."""
         assert len(items) == len(verdicts)
-        count = len(verdicts)
-        result = {"accuracy": sum(v.correct for v in verdicts) / count if count else 0.0}
+        shares = {"accuracy": sum(v.correct for v in verdicts)}
         for status in STATUSES[2:]:
-            result[status] = sum(v.status == status for v in verdicts) / count if count else 0.0
-        return result
+            shares[status] = sum(v.status == status for v in verdicts)
+        return {name: number / max(len(verdicts), 1) for name, number in shares.items()}
 
 
 def _plain(text: str) -> float | None:

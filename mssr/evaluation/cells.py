@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,31 +47,24 @@ def question_text(text: str, images: Sequence[ImageSource]) -> str:
 
 def list_cell(cell: object) -> tuple[str, ...]:
     """A cell with a list of texts, as a list or as the text of one (TSV files); () for none."""
-    value = _literal(cell)
-    if value is None or value == "":
-        return ()
-    if isinstance(value, (list, tuple)):
-        return tuple(str(v) for v in value)
-    raise ValueError(f"{str(value)[:60]!r} is no list")
+    return tuple(str(value) for value in _literal(cell, (list, tuple), "list"))
 
 
 def dict_cell(cell: object) -> dict[str, object]:
     """A cell with a mapping, or the text of one; {} for none."""
-    value = _literal(cell)
+    return {str(key): value for key, value in _literal(cell, (dict,), "mapping").items()}
+
+
+def _literal(cell: object, types: tuple[type, ...], what: str) -> Any:
+    value = cell
+    if isinstance(cell, str):
+        value = cell.strip()
+        for read_text in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                value = read_text(cell.strip())
+                break
     if value is None or value == "":
-        return {}
-    if isinstance(value, dict):
-        return {str(k): v for k, v in value.items()}
-    raise ValueError(f"{str(value)[:60]!r} is no mapping")
-
-
-def _literal(cell: object) -> object:
-    if not isinstance(cell, str):
-        return cell
-    text = cell.strip()
-    for read_text in (json.loads, ast.literal_eval):
-        try:
-            return read_text(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-    return text
+        return types[0]()
+    if not isinstance(value, types):
+        raise ValueError(f"{str(value)[:60]!r} is no {what}")
+    return value

@@ -6,17 +6,17 @@ stays in the denominator and is not right. True and False are kept on disk and n
 - `HttpJudge` asks any server with OpenAI's chat completions: the public one, or a local one such as
   ``vllm serve MODEL`` with ``http://localhost:8000/v1``. The key is only read from the environment,
   ``MSSR_JUDGE_API_KEY`` or else ``OPENAI_API_KEY``.
-- `CallableJudge` asks a function from prompts to replies, which the caller makes of an engine of its own.
+- `Judge` asks any function from prompts to replies, which `local_judge` makes of an engine of our own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import re
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -24,21 +24,24 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mssr.errors import UserError
 from mssr.evaluation.base import Benchmark
-from mssr.evaluation.items import Item, Verdict
+from mssr.evaluation.items import Item, Status, Verdict
 from mssr.rewards.extraction import outside_thinking
 
 PROMPT_VERSION = "1"
-"""Part of the cache's key: raise it with every change of `judge_prompt`."""
+"""Part of the cache's key: raise it with every change of what a model is asked."""
 
 KEY_VARIABLES = ("MSSR_JUDGE_API_KEY", "OPENAI_API_KEY")
 OPENAI_URL = "https://api.openai.com/v1"
 TAIL = 3_000
 """Characters at the end of a response that the judge sees; thinking is left out where it ends."""
+MAX_REPLY = 512
+"""Tokens."""
 LARGEST_REPLY = 2**20
+"""Bytes."""
 
 _PROMPT = """\
 You compare the final answer of a student with the reference answer to a question. The picture that the \
@@ -72,19 +75,15 @@ class JudgeInput:
     response: str
     """The model's text."""
 
+    def prompt(self) -> str:
+        """What a language model is asked."""
+        visible = outside_thinking(self.response).strip() or self.response.strip()
+        return _PROMPT.format(question=self.question, answer=self.answer, response=visible[-TAIL:])
 
-class Judge(Protocol):
-    """Whatever decides whether responses are right."""
-
-    def verdicts(self, inputs: Sequence[JudgeInput]) -> list[bool | None]:
-        """One for each input, in order; None where there is none. Raises nothing."""
-        ...
-
-
-def judge_prompt(question: JudgeInput) -> str:
-    """What a language model is asked."""
-    visible = outside_thinking(question.response).strip() or question.response.strip()
-    return _PROMPT.format(question=question.question, answer=question.answer, response=visible[-TAIL:])
+    def key(self, model: str) -> str:
+        """A hash of all that a verdict depends on."""
+        parts = [model, PROMPT_VERSION, self.question, self.answer, self.response]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def parse_reply(reply: str) -> bool | None:
@@ -95,59 +94,45 @@ def parse_reply(reply: str) -> bool | None:
     return found[-1].lower() == "correct" if found else None
 
 
-class VerdictCache:
-    """Verdicts on disk, one JSON object a line, appended as they come; None keeps them in memory alone.
+class VerdictCache(dict[str, bool]):
+    """Verdicts by `JudgeInput.key`; on disk one JSON object a line, appended as they come.
 
-    A line that a crash cut off is passed over, and a disk that is full only means asking again. The key is a
-    hash of model, version of the prompt, question, answer and response.
+    A line that a crash cut off is passed over, and a disk that is full only means asking again.
+
+    Args:
+        path: None keeps them in memory alone.
     """
 
     def __init__(self, path: Path | None) -> None:
+        super().__init__()
         self.path = path
-        self._lock = threading.Lock()
-        self._known: dict[str, bool] = {}
-        self._whole = True
-        if path is not None and path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
-            self._whole = not text or text.endswith("\n")
-            for line in text.splitlines():
-                try:
-                    record = json.loads(line)
-                    if isinstance(record["correct"], bool):
-                        self._known[str(record["key"])] = record["correct"]
-                except (ValueError, KeyError, TypeError):
-                    continue
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    @staticmethod
-    def key(model: str, question: JudgeInput) -> str:
-        parts = [model, PROMPT_VERSION, question.question, question.answer, question.response]
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-
-    def get(self, key: str) -> bool | None:
-        return self._known.get(key)
+        text = path.read_text("utf-8", "replace") if path is not None and path.is_file() else ""
+        self._whole = not text or text.endswith("\n")
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                if isinstance(record["correct"], bool):
+                    self[str(record["key"])] = record["correct"]
 
     def put(self, key: str, correct: bool, model: str) -> None:
-        with self._lock:
-            self._known[key] = correct
-            if self.path is None:
-                return
-            record = json.dumps({"key": key, "model": model, "correct": correct}) + "\n"
-            with contextlib.suppress(OSError):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(record if self._whole else "\n" + record)
-            self._whole = True
+        self[key] = correct
+        if self.path is None:
+            return
+        record = json.dumps({"key": key, "model": model, "correct": correct}) + "\n"
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(record if self._whole else "\n" + record)
+        self._whole = True
 
 
-class CallableJudge:
-    """A judge of a function from prompts to replies, one for each.
+class Judge:
+    """Decides by the replies of a language model, True, False or None for each input.
 
     Args:
         model: what the replies come from, for the cache's key.
-        ask: may raise or return too few; the verdicts are then None.
+        ask: prompts -> replies, one for each; may raise or return too few, which are no verdicts.
+        cache: file of earlier verdicts.
     """
 
     def __init__(
@@ -160,32 +145,31 @@ class CallableJudge:
         self._ask = ask
 
     def verdicts(self, inputs: Sequence[JudgeInput]) -> list[bool | None]:
-        """See `Judge`. Equal inputs are asked once."""
-        keys = [VerdictCache.key(self.model, question) for question in inputs]
-        fresh = {k: q for k, q in zip(keys, inputs, strict=True) if self.cache.get(k) is None}
-        if fresh:
-            prompts = [judge_prompt(question) for question in fresh.values()]
-            for key, reply in zip(fresh, self._replies(prompts), strict=True):
-                verdict = None if reply is None else parse_reply(reply)
-                if verdict is not None:
-                    self.cache.put(key, verdict, self.model)
-                elif reply is not None:
-                    self.problem = f"the reply {reply[:60]!r} is no verdict"
+        """One for each input, in order; equal inputs are asked once. Raises nothing."""
+        keys = [question.key(self.model) for question in inputs]
+        fresh = {k: q for k, q in zip(keys, inputs, strict=True) if k not in self.cache}
+        prompts = [question.prompt() for question in fresh.values()]
+        for key, reply in zip(fresh, self._replies(prompts), strict=True):
+            verdict = parse_reply(reply) if isinstance(reply, str) else None
+            if verdict is not None:
+                self.cache.put(key, verdict, self.model)
+            elif isinstance(reply, str):
+                self.problem = f"the reply {reply[:60]!r} is no verdict"
         return [self.cache.get(key) for key in keys]
 
-    def _replies(self, prompts: list[str]) -> list[str | None]:
+    def _replies(self, prompts: list[str]) -> Sequence[str | None]:
         try:
-            replies = list(self._ask(prompts))
+            replies = self._ask(prompts) if prompts else []
         except Exception as error:  # whatever an engine may raise: no verdict
             self.problem = f"{type(error).__name__}: {error}".splitlines()[0]
             return [None] * len(prompts)
         if len(replies) != len(prompts):
             self.problem = f"{len(replies)} replies to {len(prompts)} prompts"
             return [None] * len(prompts)
-        return [reply if isinstance(reply, str) else None for reply in replies]
+        return replies
 
 
-class HttpJudge(CallableJudge):
+class HttpJudge(Judge):
     """A judge behind OpenAI's ``POST /chat/completions``.
 
     What may pass (no connection, a time-out, status 408, 409, 429 or 5xx) is tried again, up to ``attempts``
@@ -210,14 +194,13 @@ class HttpJudge(CallableJudge):
         attempts: int = 3,
         concurrency: int = 16,
         pause_s: float = 1.0,
-        max_tokens: int = 512,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"the judge's address {url!r} does not begin with http:// or https://")
         super().__init__(model, self._ask_all, cache)
         self.url = url.rstrip("/")
         self._time_limit_s, self._attempts, self._concurrency = time_limit_s, attempts, concurrency
-        self._pause_s, self._max_tokens = pause_s, max_tokens
+        self._pause_s = pause_s
         self._key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
         self._opener = urllib.request.build_opener(_NoRedirects())
         self._refused = False
@@ -241,21 +224,22 @@ class HttpJudge(CallableJudge):
                 self._refused = self._refused or error.code in (401, 403)
                 if error.code not in (408, 409, 429) and error.code < 500:
                     return None
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-                # OSError: no connection, time-out; the others: a reply that is no completion.
-                self.problem = f"{self.url}: {type(error).__name__}: {error}".splitlines()[0]
-                if not isinstance(error, OSError):
-                    return None
-            except Exception as error:  # of http.client: a broken reply
-                self.problem = f"{self.url}: {type(error).__name__}"
+            except (OSError, http.client.HTTPException) as error:  # no connection, a time-out, a broken reply
+                self._problem_is(error)
+            except (ValueError, KeyError, IndexError, TypeError) as error:  # a reply that is no completion
+                self._problem_is(error)
+                return None
         return None
+
+    def _problem_is(self, error: Exception) -> None:
+        self.problem = f"{self.url}: {type(error).__name__}: {error}".splitlines()[0]
 
     def _request(self, prompt: str) -> str:
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": 0,
-            "max_tokens": self._max_tokens,
+            "max_tokens": MAX_REPLY,
         }
         headers = {"Content-Type": "application/json"}
         if self._key:
@@ -285,7 +269,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def from_spec(spec: str, cache: Path | None = None, **options: Any) -> HttpJudge:
+def from_spec(spec: str, cache: Path | None = None) -> HttpJudge:
     """``--judge MODEL`` at OpenAI's address, or ``--judge MODEL@http://host:8000/v1``.
 
     Raises:
@@ -296,43 +280,27 @@ def from_spec(spec: str, cache: Path | None = None, **options: Any) -> HttpJudge
         raise UserError(f"--judge {spec!r} is not of the form MODEL or MODEL@http://host:8000/v1")
     if not at and not any(os.environ.get(name) for name in KEY_VARIABLES):
         raise UserError(f"--judge {spec}: {OPENAI_URL} needs a key in {' or '.join(KEY_VARIABLES)}")
-    return HttpJudge(model, url or OPENAI_URL, cache=cache, **options)
+    return HttpJudge(model, url or OPENAI_URL, cache=cache)
 
 
-def apply(
-    judge: Judge,
-    benchmark: Benchmark,
-    items: Sequence[Item],
-    responses: Sequence[str],
-    verdicts: Sequence[Verdict],
-) -> list[Verdict]:
+def apply(judge: Judge, benchmark: Benchmark, answers: Sequence[tuple[Item, str, Verdict]]) -> list[Verdict]:
     """The verdicts with the judge's in place of those that the rules leave open; as many, in the same order.
 
     "correct" makes one right, by the rule ``judge``; "incorrect" leaves its status; without a verdict it is
     ``judge_failed``.
+
+    Args:
+        answers: items, responses to them, and what the rules say of those.
     """
-    result = list(verdicts)
-    open_ones = [
-        k for k, (item, v) in enumerate(zip(items, verdicts, strict=True)) if benchmark.undecided(item, v)
-    ]
-    if not open_ones:
-        return result
-    inputs = [
-        JudgeInput(benchmark.judged_question(items[k]), benchmark.judged_answer(items[k]), responses[k])
-        for k in open_ones
-    ]
-    try:
-        judged = judge.verdicts(inputs)
-    except Exception:  # a user's judge
-        judged = [None] * len(inputs)
-    if len(judged) != len(inputs):
-        judged = [None] * len(inputs)
-    for k, correct in zip(open_ones, judged, strict=True):
-        old = verdicts[k]
-        if correct is True:
-            result[k] = Verdict(True, old.extracted, "right", "judge")
-        elif correct is False:
-            result[k] = Verdict(False, old.extracted, old.status, "judge")
-        else:
-            result[k] = Verdict(False, old.extracted, "judge_failed", "judge")
+    result = [verdict for _, _, verdict in answers]
+    left = [k for k, (item, _, verdict) in enumerate(answers) if benchmark.undecided(item, verdict)]
+    judged = judge.verdicts(
+        [
+            JudgeInput(benchmark.judged_question(item), benchmark.judged_answer(item), response)
+            for item, response, _ in (answers[k] for k in left)
+        ]
+    )
+    for k, correct in zip(left, judged, strict=True):
+        status: Status = "judge_failed" if correct is None else "right" if correct else result[k].status
+        result[k] = Verdict(bool(correct), result[k].extracted, status, "judge")
     return result

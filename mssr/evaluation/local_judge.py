@@ -6,36 +6,30 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mssr.config import Config
 from mssr.data.encoder import PromptEncoder
 from mssr.data.rows import IMAGE_MARK, Row
 from mssr.errors import UserError
 from mssr.evaluation import judge as judges
+from mssr.evaluation.model import engine_config
 from mssr.evaluation.prompts import NO_ANSWER, prompt_data, save_rows
 from mssr.models.loading import check_model_path, load_processor
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
 CACHE = "judge.jsonl"
 LOCAL = "local:"
-MAX_PROMPT, MAX_REPLY = 4096, 512
+MAX_PROMPT = 4096
 """Tokens. A longer prompt gets no verdict."""
 
-
-class Engines(Protocol):
-    """Engines that are running."""
-
-    def generate(self, requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
-        """See `mssr.cluster.base.Cluster.generate`."""
-        ...
-
-
-Launch = Callable[[Config], AbstractContextManager[Engines]]
+Generate = Callable[[Sequence[RolloutRequest], SamplingParams], list[Rollout]]
+"""See `mssr.cluster.base.Cluster.generate`."""
+Launch = Callable[[Config], AbstractContextManager[Generate]]
 """Starts the engines of a config; they end with the context."""
 
 
-def make(spec: str, config: Config, out: Path, scratch: Path, launch: Launch) -> judges.CallableJudge:
+def make(spec: str, config: Config, out: Path, scratch: Path, launch: Launch) -> judges.Judge:
     """The judge that ``--judge`` means; its verdicts are kept in the output directory.
 
     Args:
@@ -50,53 +44,42 @@ def make(spec: str, config: Config, out: Path, scratch: Path, launch: Launch) ->
         return judges.from_spec(spec, out / CACHE)
     path = spec.removeprefix(LOCAL)
     model = replace(config.model, path=path, dtype="auto")
-    try:
-        check_model_path(model)
-        encoder = PromptEncoder(load_processor(model), _plain(config, scratch))
-    except UserError as error:
-        raise UserError(f"--judge {spec}: {error}") from error
-    judge_config = replace(
-        config,
-        model=model,
-        data=encoder.config,
-        rollout=replace(config.rollout, max_response_length=MAX_REPLY),
-        actor=replace(config.actor, num_ranks=0),
-        trainer=replace(config.trainer, run_dir=str(out)),
-    )
-
-    def ask(prompts: list[str]) -> list[str | None]:
-        rows = {f"{k}": row for k, prompt in enumerate(prompts) if (row := _row(k, prompt, encoder))}
-        replies: list[str | None] = [None] * len(prompts)
-        if rows:
-            save_rows(iter(rows.values()), scratch / "judge")
-            with launch(judge_config) as engines:
-                requests = [RolloutRequest(key, 0, 0) for key in rows]
-                for rollout in engines.generate(requests, SamplingParams(1.0, MAX_REPLY, greedy=True)):
-                    replies[int(rollout.prompt_id)] = rollout.text
-        return replies
-
-    return judges.CallableJudge(path, ask, out / CACHE)
-
-
-def _plain(config: Config, scratch: Path) -> Any:
-    """The data section of prompts that are asked as they are."""
-    data = prompt_data(config.data, scratch / "judge")
-    return replace(
-        data,
+    data = replace(  # prompts are asked as they are
+        prompt_data(config.data, scratch / "judge"),
         system_prompt=None,
         instruction="",
         prompt_template=None,
         chat_template=None,
         max_prompt_length=MAX_PROMPT,
     )
+    try:
+        check_model_path(model)
+        encoder = PromptEncoder(load_processor(model), data)
+    except UserError as error:
+        raise UserError(f"--judge {spec}: {error}") from error
+    rollout = replace(config.rollout, max_response_length=judges.MAX_REPLY)
+    judge_config = engine_config(replace(config, model=model, rollout=rollout), path, data, out)
+
+    def ask(prompts: list[str]) -> list[str | None]:
+        rows = [row for k, prompt in enumerate(prompts) if (row := _row(str(k), prompt, encoder))]
+        replies: list[str | None] = [None] * len(prompts)
+        if rows:
+            save_rows(iter(rows), scratch / "judge")
+            requests = [RolloutRequest(row["id"], 0, 0) for row in rows]
+            with launch(judge_config) as generate:
+                for rollout in generate(requests, SamplingParams(1.0, judges.MAX_REPLY, greedy=True)):
+                    replies[int(rollout.prompt_id)] = rollout.text
+        return replies
+
+    return judges.Judge(path, ask, out / CACHE)
 
 
-def _row(number: int, prompt: str, encoder: PromptEncoder) -> dict[str, Any] | None:
+def _row(key: str, prompt: str, encoder: PromptEncoder) -> dict[str, Any] | None:
     """The row of a prompt; None for one that cannot be asked, which is then no verdict."""
     text = prompt.replace(IMAGE_MARK, "[image]")
     try:
-        length = encoder.length(Row(str(number), text, NO_ANSWER, (), ""), [])
+        length = encoder.length(Row(key, text, NO_ANSWER, (), ""), [])
     except ValueError:  # a response with a token that stands for pixels
         return None
-    row = {"id": str(number), "images": [], "problem": text, "answer": NO_ANSWER}
+    row = {"id": key, "images": [], "problem": text, "answer": NO_ANSWER}
     return row if length <= MAX_PROMPT else None

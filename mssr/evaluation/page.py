@@ -1,21 +1,22 @@
 """items.html: a page to read items: image, question, responses, what was extracted, truth, verdict.
 
-One file without any outside resource. Responses are text of a model and may hold anything, ``<script>``
-included: all of them are escaped, and the page's policy lets no script run but its own.
+One file without any outside resource; its form is the template page.html. Responses are text of a model and
+may hold anything, ``<script>`` included: all of them are escaped, and the page's policy lets no script run
+but its own.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
+import jinja2
 import numpy as np
 from PIL import Image
 
@@ -25,100 +26,56 @@ from mssr.runs.html import BASE_STYLE, data_uri
 
 ImageOf = Callable[[str, str], bytes | Sequence[bytes] | None]
 """(benchmark, item id) -> the item's encoded image, or several, or None where there is none."""
-
-
-@dataclass(frozen=True, slots=True)
-class PageOptions:
-    """What bounds the size of the page; items.jsonl has everything."""
-
-    max_items: int = 300
-    """Items on the page; of more, a choice that is spread over benchmarks and verdicts."""
-    max_samples: int = 4
-    """Responses shown of an item."""
-    max_characters: int = 12_000
-    """Of a question or response; from a longer one the middle is left out."""
-    image_side: int = 448
-    """Longest side of an image in pixels; larger ones are made smaller."""
-    max_images: int = 4
-    """Images shown of an item."""
-
-
-_STYLE = """
-article { border-top: 2px solid #ccc; padding: .6rem 0; display: grid; grid-template-columns: 320px 1fr;
-gap: 0 1.2rem } article > header { grid-column: 1 / -1 } img { max-width: 100%; border: 1px solid #ddd }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: .6rem; margin: .3rem 0;
-max-height: 28rem; overflow-y: auto } nav { position: sticky; top: 0; background: #fff; padding: .6rem 0;
-border-bottom: 1px solid #ccc; display: flex; gap: 1rem; flex-wrap: wrap; align-items: center }
-.status { font-weight: 600; color: #b3261e } .right .status { color: #187a33 }
-.tags { color: #666 } [hidden] { display: none !important }
-@media (max-width: 800px) { article { display: block } }
-"""
-_SCRIPT = """
-const find = (id) => document.getElementById(id);
-const cards = [...document.querySelectorAll("article")].map((card) => ({
-  card,
-  text: card.querySelector(".fixed").textContent.toLowerCase() + card.dataset.search,
-  samples: [...card.querySelectorAll("section")].map((s) => [s, s.textContent.toLowerCase()]),
-}));
-function filter() {
-  const status = find("status").value, benchmark = find("benchmark").value;
-  const words = find("text").value.toLowerCase().split(/\\s+/).filter(Boolean);
-  let shown = 0;
-  for (const { card, text, samples } of cards) {
-    let some = false;
-    for (const [sample, own] of samples) {
-      const fits = (!status || sample.dataset.status === status)
-        && words.every((word) => text.includes(word) || own.includes(word));
-      sample.hidden = !fits;
-      some ||= fits;
-    }
-    card.hidden = !some || (benchmark !== "" && card.dataset.benchmark !== benchmark);
-    shown += card.hidden ? 0 : 1;
-  }
-  find("shown").textContent = shown + " of " + cards.length + " items";
-}
-for (const id of ["status", "benchmark", "text"]) find(id).addEventListener("input", filter);
-filter();
-"""
+MAX_IMAGES = 4
+"""Shown of an item."""
 
 
 def items_page(
     records: Sequence[Mapping[str, Any]],
     title: str,
     image_of: ImageOf | None,
-    options: PageOptions,
+    *,
+    max_items: int = 300,
+    max_samples: int = 4,
+    max_characters: int = 12_000,
+    image_side: int = 448,
 ) -> str:
-    """The page of an evaluation.
+    """The page of an evaluation, of bounded size; items.jsonl has everything.
 
     Args:
         records: of items.jsonl, sorted by benchmark, id and sample.
         title: the model.
         image_of: asked for the items on the page only.
+        max_items: of more, a choice that is spread over benchmarks and verdicts.
+        max_samples: responses shown of an item.
+        max_characters: of a question or response; from a longer one the middle is left out.
+        image_side: longest side of an image in pixels; larger ones are made smaller.
     """
     items = [list(rows) for _, rows in groupby(records, key=lambda row: (row["benchmark"], row["id"]))]
-    chosen = _choose(items, options.max_items)
     counts = Counter(row["status"] for row in records)
-    benchmarks = sorted({rows[0]["benchmark"] for rows in items})
-    note = f"{len(records)} responses to {len(items)} items."
-    if len(chosen) < len(items):
-        note += (
-            f" This page has {len(chosen)} of the items, spread over benchmarks and verdicts; items.jsonl "
-            "has all."
-        )
-    statuses = [(s, f"{s.replace('_', ' ')} ({counts[s]})") for s in STATUSES]
-    articles = "\n".join(_article(rows, image_of, options) for rows in chosen)
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{html.escape(title)}</title><style>
-{BASE_STYLE}{_STYLE}</style></head><body><h1>Evaluation of {html.escape(title)}</h1><p>{note}</p>
-<nav><label>verdict {_select("status", statuses)}</label>
-<label>benchmark {_select("benchmark", [(b, b) for b in benchmarks])}</label>
-<label>text <input id="text" type="search"></label><span id="shown"></span></nav>
-{articles}
-<script>{_SCRIPT}</script></body></html>
-"""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mssr", "evaluation"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["sha256"] = _sha256
+    environment.filters["cut"] = partial(_cut, most=max_characters)
+    return environment.get_template("page.html").render(
+        title=title,
+        base_style=BASE_STYLE,
+        responses=len(records),
+        items=len(items),
+        chosen=[(rows, _pictures(rows[0], image_of, image_side)) for rows in _choose(items, max_items)],
+        most_samples=max_samples,
+        statuses={status: counts[status] for status in STATUSES},
+        benchmarks=sorted({rows[0]["benchmark"] for rows in items}),
+    )
+
+
+def _sha256(text: str) -> str:
+    """As a policy for the content of a page names it."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _choose(items: Sequence[list[Mapping[str, Any]]], most: int) -> list[list[Mapping[str, Any]]]:
@@ -143,68 +100,27 @@ def _choose(items: Sequence[list[Mapping[str, Any]]], most: int) -> list[list[Ma
     return [items[index] for index in sorted(chosen)]
 
 
-def _article(rows: Sequence[Mapping[str, Any]], image_of: ImageOf | None, options: PageOptions) -> str:
-    """An item with its responses."""
-    first = rows[0]
-    tags = ", ".join(f"{key}: {value}" for key, value in sorted(first["tags"].items()))
-    shown = rows[: options.max_samples]
-    more = (
-        f"<p>{len(rows) - len(shown)} more samples are in items.jsonl.</p>" if len(rows) > len(shown) else ""
-    )
-    name = f"{first['benchmark']} {first['id']}"
-    samples = "".join(_sample(row, len(rows), options) for row in shown)
-    return (
-        f'<article data-benchmark="{html.escape(first["benchmark"])}" '
-        f'data-search="{html.escape(f" {name} {tags}".lower())}">'
-        f'<header><b>{html.escape(name)}</b> <span class="tags">{html.escape(tags)}</span></header>'
-        f"<div>{_pictures(first, image_of, options)}</div>"
-        f'<div><div class="fixed"><pre>{_text(first["question"], options)}</pre>'
-        f"<p>truth: <code>{_text(first['answer'], options)}</code></p></div>{samples}{more}</div></article>"
-    )
+def _cut(text: str, most: int) -> str:
+    """A long text without its middle: the answer stands at the end."""
+    left_out = len(text) - most
+    if left_out <= 0:
+        return text
+    return f"{text[: most // 2]}\n[... {left_out} characters left out ...]\n{text[most // 2 + left_out :]}"
 
 
-def _sample(row: Mapping[str, Any], samples: int, options: PageOptions) -> str:
-    """A response and its verdict."""
-    number = f"sample {row['sample']}: " if samples > 1 else ""
-    extracted = row["extracted"]
-    found = (
-        "nothing extracted" if extracted is None else f"extracted: <code>{_text(extracted, options)}</code>"
-    )
-    status = row["status"].replace("_", " ")
-    return (
-        f'<section class="{row["status"]}" data-status="{row["status"]}"><p>{number}'
-        f'<span class="status">{status}</span> by {html.escape(row["rule"])}, {found}, '
-        f"{row['response_tokens']} tokens, finish reason {html.escape(row['finish_reason'])}</p>"
-        f"<pre>{_text(row['response'], options)}</pre></section>"
-    )
-
-
-def _text(text: str, options: PageOptions) -> str:
-    """Escaped, and cut in the middle if it is long: the answer stands at the end."""
-    cut = len(text) - options.max_characters
-    if cut > 0:
-        half = options.max_characters // 2
-        end = text[len(text) - (options.max_characters - half) :]
-        text = f"{text[:half]}\n[... {cut} characters left out ...]\n{end}"
-    return html.escape(text)
-
-
-def _pictures(row: Mapping[str, Any], image_of: ImageOf | None, options: PageOptions) -> str:
-    """The images of an item; one that cannot be read is named and does not stop the page."""
+def _pictures(row: Mapping[str, Any], image_of: ImageOf | None, side: int) -> dict[str, list[str]]:
+    """Addresses of an item's images, and notes on those that are not shown or cannot be read."""
     data = image_of(row["benchmark"], row["id"]) if image_of else None
     images = [data] if isinstance(data, bytes) else list(data or [])
-    if not images:
-        return '<p class="tags">no image</p>'
-    parts = []
-    for image in images[: options.max_images]:
+    addresses, notes = [], [] if images else ["no image"]
+    for image in images[:MAX_IMAGES]:
         try:
-            address = data_uri(_jpeg(image, options.image_side), "jpeg")
-            parts.append(f'<img alt="image of the item" src="{address}">')
+            addresses.append(data_uri(_jpeg(image, side), "jpeg"))
         except Exception as error:  # PIL raises many types for a broken file
-            parts.append(f'<p class="tags">image cannot be shown: {html.escape(reason(error))}</p>')
-    if len(images) > options.max_images:
-        parts.append(f'<p class="tags">{len(images) - options.max_images} more images</p>')
-    return "".join(parts)
+            notes.append(f"image cannot be shown: {reason(error)}")
+    if len(images) > MAX_IMAGES:
+        notes.append(f"{len(images) - MAX_IMAGES} more images")
+    return {"addresses": addresses, "notes": notes}
 
 
 def _jpeg(data: bytes, side: int) -> bytes:
@@ -213,8 +129,3 @@ def _jpeg(data: bytes, side: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=75)
     return buffer.getvalue()
-
-
-def _select(name: str, choices: Sequence[tuple[str, str]]) -> str:
-    options = "".join(f'<option value="{html.escape(v)}">{html.escape(text)}</option>' for v, text in choices)
-    return f'<select id="{name}"><option value="">all</option>{options}</select>'

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mssr.errors import UserError
 from mssr.models.files import replace_text
@@ -39,6 +40,10 @@ class Response:
     def key(self) -> Key:
         return self.benchmark, self.id, self.sample
 
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
 
 class ResponseFile:
     """The responses of an evaluation directory, those of earlier calls included.
@@ -60,17 +65,7 @@ class ResponseFile:
 
     def append(self, part: Sequence[Response]) -> None:
         """Keep a part."""
-        lines = [
-            {
-                "benchmark": r.benchmark,
-                "id": r.id,
-                "sample": r.sample,
-                "text": r.text,
-                "tokens": r.tokens,
-                "finish_reason": r.finish_reason,
-            }
-            for r in part
-        ]
+        lines: list[dict[str, Any]] = [asdict(response) for response in part]
         lines[-1]["ends_part"] = True
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
@@ -80,13 +75,11 @@ class ResponseFile:
         header, *lines = self.path.read_bytes().splitlines(keepends=True)
         try:
             old = json.loads(header)
-            if old["format"] != FORMAT:
-                raise UserError(f"{self.path} has format {old['format']}, and this version reads {FORMAT}")
-            before = dict(old["decides"])
+            version, before = old["format"], dict(old["decides"])
         except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(f"{self.path} is damaged; remove it, or choose another --out") from error
+        if version != FORMAT:
+            raise UserError(f"{self.path} has format {version}, and this version reads {FORMAT}")
         changed = [
             key for key in sorted(before.keys() | decides.keys()) if before.get(key) != decides.get(key)
         ]
@@ -95,19 +88,17 @@ class ResponseFile:
                 f"--out: {self.path.parent} holds responses with other {', '.join(changed)} than now; choose "
                 "another --out"
             )
-        whole = len(header)
-        position = whole
+        whole = position = len(header)
         part: list[Response] = []
         for line in lines:
             position += len(line)
             try:
                 record = json.loads(line)
-                ends = bool(record.pop("ends_part", False))
+                ends = record.pop("ends_part", False)
                 part.append(Response(**record))
             except (ValueError, TypeError, AttributeError):
                 break
             if ends and line.endswith(b"\n"):
                 self.found |= {r.key: r for r in part}
                 part, whole = [], position
-        if whole < self.path.stat().st_size:
-            os.truncate(self.path, whole)
+        os.truncate(self.path, whole)

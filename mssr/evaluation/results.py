@@ -17,13 +17,13 @@ the records came in.
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -31,9 +31,10 @@ import numpy as np
 from mssr.errors import UserError
 from mssr.evaluation import statistics
 from mssr.evaluation.items import STATUSES, Item, Verdict
-from mssr.evaluation.page import ImageOf, PageOptions, items_page
-from mssr.evaluation.statistics import Bootstrap
+from mssr.evaluation.page import ImageOf, items_page
+from mssr.evaluation.statistics import Bootstrap, count_right
 from mssr.evaluation.tables import paper_name, results_table
+from mssr.models.files import replace_text
 
 SCHEMA = 1
 ITEMS, RESULTS, TABLE, PAGE, TIMING = "items.jsonl", "results.json", "table.md", "items.html", "timing.json"
@@ -43,28 +44,20 @@ Records = Sequence[Mapping[str, Any]]
 Breakdowns = Mapping[str, Mapping[str, Mapping[str, tuple[int, int]]]]
 """Benchmark -> breakdown -> group -> (right, samples): ``{"mmk12": {"subject": {"physics": (3, 5)}}}``."""
 
-_FIELDS: Mapping[str, tuple[type, ...]] = {
-    "benchmark": (str,),
-    "id": (str,),
-    "sample": (int,),
-    "question": (str,),
-    "answer": (str,),
-    "response": (str,),
-    "response_tokens": (int,),
-    "finish_reason": (str,),
-    "extracted": (str, type(None)),
-    "status": (str,),
-    "correct": (bool,),
-    "rule": (str,),
-    "tags": (dict,),
+_TYPES: Mapping[str, Any] = {
+    **dict.fromkeys("benchmark id question answer response finish_reason status rule".split(), str),
+    **dict.fromkeys(("sample", "response_tokens"), int),
+    "extracted": str | None,
+    "correct": bool,
+    "tags": dict,
 }
+"""Of the values of a record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """An evaluation read back."""
 
-    directory: Path
     summary: dict[str, Any]
     """results.json."""
     records: list[dict[str, Any]]
@@ -86,14 +79,11 @@ def record(
         "sample": sample,
         "question": item.question,
         "answer": item.answer,
+        "tags": dict(item.tags),
         "response": response,
         "response_tokens": response_tokens,
         "finish_reason": finish_reason,
-        "extracted": verdict.extracted,
-        "status": verdict.status,
-        "correct": verdict.correct,
-        "rule": verdict.rule,
-        "tags": dict(item.tags),
+        **asdict(verdict),
     }
 
 
@@ -106,7 +96,6 @@ def write(
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     image_of: ImageOf | None = None,
     timing: Mapping[str, Any] | None = None,
-    page: PageOptions | None = None,
 ) -> dict[str, Any]:
     """Write an evaluation; a file that is there is replaced as a whole. Returns the content of results.json.
 
@@ -118,25 +107,27 @@ def write(
         metrics: further shares of 1 of a benchmark, ``{"hallusionbench": {"qAcc": 0.31}}``.
         image_of: (benchmark, id) -> the item's encoded image or images, None without one.
         timing: for timing.json.
-        page: bounds of items.html.
 
     Raises:
         UserError: a record is incomplete or there twice, items differ in their number of samples, or
             the directory cannot be written.
     """
     summary = summarize(records, meta, breakdowns, metrics)
-    ordered = _ordered(records)
+    ordered = sorted(records, key=_key)
+    texts = {
+        ITEMS: "".join(_json(row) + "\n" for row in ordered),
+        TABLE: results_table(summary),
+        PAGE: items_page(ordered, str(summary["model"]), image_of),
+        RESULTS: _json(summary, indent=1) + "\n",
+    }
+    if timing is not None:
+        texts = {TIMING: _json(timing, indent=1) + "\n"} | texts
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _replace(directory / ITEMS, "".join(_line(r) for r in ordered))
-        _replace(directory / TABLE, results_table(summary))
-        _replace(
-            directory / PAGE, items_page(ordered, str(summary["model"]), image_of, page or PageOptions())
-        )
-        if timing is not None:
-            _replace(directory / TIMING, _pretty(timing))
-        _replace(directory / RESULTS, _pretty(summary))
+        for name, text in texts.items():
+            # Half a surrogate pair becomes its escape, which JSON reads back.
+            replace_text(directory / name, text.encode("utf-8", "backslashreplace").decode())
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error.strerror or error})") from error
     return summary
@@ -161,18 +152,27 @@ def summarize(
     if not records:
         raise UserError("an evaluation without items has no results")
     for number, row in enumerate(records, 1):
-        check_record(row, f"record {number}")
-    ordered = _ordered(records)
+        _check_record(row, f"record {number}")
+    ordered = sorted(records, key=_key)
     for before, row in pairwise(ordered):
         if _key(before) == _key(row):
-            raise UserError(f"{row['benchmark']} item {row['id']} has two records of sample {row['sample']}")
+            raise UserError("{} item {} has two records of sample {}".format(*_key(row)))
     benchmarks: dict[str, Any] = {}
     accuracies: dict[str, Bootstrap] = {}
-    for name, group in groupby(ordered, key=lambda row: row["benchmark"]):
-        rows = list(group)
-        accuracies[name] = accuracy(rows)
-        benchmarks[name] = _benchmark(rows, accuracies[name]) | {
-            "breakdowns": _breakdowns((breakdowns or {}).get(name, {})),
+    for name, part in groupby(ordered, key=lambda row: row["benchmark"]):
+        rows = list(part)
+        means = np.array(list(item_means(rows).values()))
+        accuracies[name] = statistics.bootstrap(means, seed_of(name))
+        benchmarks[name] = {
+            **_share(accuracies[name]),
+            **_counts(rows),
+            "breakdowns": {
+                breakdown: {
+                    group: {"correct": right, "total": total, "accuracy": right / total if total else None}
+                    for group, (right, total) in groups.items()
+                }
+                for breakdown, groups in (breakdowns or {}).get(name, {}).items()
+            },
             "metrics": dict((metrics or {}).get(name, {})),
         }
     of_paper = [name for name in accuracies if paper_name(name)]
@@ -184,13 +184,9 @@ def summarize(
     own = {"schema": SCHEMA, "benchmarks": benchmarks, "averages": averages}
     if "model" not in meta or own.keys() & meta.keys():
         raise ValueError(f"meta has to have model, and none of {', '.join(own)}")
-    return _rounded(dict(meta) | own)
-
-
-def accuracy(rows: Records) -> Bootstrap:
-    """Bootstrap of a benchmark's accuracy over its items; seeded by the benchmark's name."""
-    means = item_means(rows)
-    return statistics.bootstrap(np.array(list(means.values())), seed_of(rows[0]["benchmark"]))
+    rounded = json.loads(_json({**meta, **own}), parse_float=lambda text: round(float(text), DECIMALS))
+    assert isinstance(rounded, dict)
+    return rounded
 
 
 def item_means(rows: Records) -> dict[str, float]:
@@ -226,88 +222,83 @@ def read(directory: str | Path) -> Evaluation:
     path = directory / RESULTS
     if not path.is_file():
         raise UserError(f"{directory} is no finished evaluation: it has no {RESULTS}")
+    summary = _parsed(path.read_bytes(), str(path))
+    if summary.get("schema") != SCHEMA:
+        raise UserError(f"{path} has schema {summary.get('schema')}, this version of mssr reads {SCHEMA}")
+    records = _read_records(directory / ITEMS)
+    counted = count_right((row["benchmark"], row["correct"]) for row in records)
     try:
-        summary = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(summary, dict) or summary.get("schema") != SCHEMA:
-        found = summary.get("schema") if isinstance(summary, dict) else None
-        raise UserError(f"{path} has schema {found}, this version of mssr reads {SCHEMA}")
-    records = read_records(directory / ITEMS)
-    totals = Counter(row["benchmark"] for row in records)
-    right = Counter(row["benchmark"] for row in records if row["correct"])
-    counted = {name: [totals[name], right[name]] for name in totals}
-    try:
-        stated = {name: [b["total"], b["correct"]] for name, b in summary["benchmarks"].items()}
+        stated = {name: (b["correct"], b["total"]) for name, b in summary["benchmarks"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: a benchmark lacks its counts ({error})") from error
     if counted != stated:
         raise UserError(f"{path} does not have the counts of {ITEMS} beside it; write the evaluation again")
-    return Evaluation(directory, summary, records)
+    return Evaluation(summary, records)
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The records of an items.jsonl.
-
-    Raises:
-        UserError: the file is missing or empty, or a line is damaged or incomplete.
-    """
-    path = Path(path)
+def _read_records(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     records = []
     # Split at \n alone: a response may hold other characters that end a line for Python.
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line:
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path} line {number} is damaged: {error}") from error
-            check_record(row, f"{path} line {number}")
-            records.append(row)
+            where = f"{path} line {number}"
+            records.append(_parsed(line, where))
+            _check_record(records[-1], where)
     if not records:
         raise UserError(f"{path} is empty")
     return records
 
 
-def check_record(row: Any, where: str) -> None:
-    """Raise a UserError that begins with ``where`` unless this is a whole record."""
-    if not isinstance(row, Mapping):
+def _parsed(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is damaged: {error}") from error
+    if not isinstance(value, dict):
         raise UserError(f"{where} is no JSON object")
-    for key, types in _FIELDS.items():
+    return value
+
+
+def _check_record(row: Mapping[str, Any], where: str) -> None:
+    """Raise a UserError that begins with ``where`` unless this is a whole record."""
+    for key, kind in _TYPES.items():
         if key not in row:
             raise UserError(f"{where} has no key {key}")
         # A bool is an int for Python.
-        if not isinstance(row[key], types) or (isinstance(row[key], bool) and bool not in types):
-            raise UserError(f"{where}: {key} is {row[key]!r:.60}, not of type {types[0].__name__}")
+        if not isinstance(row[key], kind) or (isinstance(row[key], bool) and kind is not bool):
+            name = getattr(kind, "__name__", kind)
+            raise UserError(f"{where}: {key} is {row[key]!r:.60}, not of type {name}")
     if row["status"] not in STATUSES:
         raise UserError(f"{where}: status is {row['status']!r:.60}, not one of {', '.join(STATUSES)}")
     if row["correct"] != (row["status"] == "right"):
         raise UserError(f"{where}: correct is {row['correct']}, but status is {row['status']}")
 
 
-def _benchmark(rows: Records, score: Bootstrap) -> dict[str, Any]:
-    """The numbers of a benchmark that follow from its sorted records."""
+def _counts(rows: Records) -> dict[str, Any]:
+    """The numbers of a benchmark that are counted from its sorted records."""
     items = [list(group) for _, group in groupby(rows, key=lambda row: row["id"])]
     samples = len(items[0])
     counts = Counter(row["status"] for row in rows)
-    numbers: dict[str, Any] = _share(score) | {
+    responses = [row["response"] for row in rows]
+    numbers: dict[str, Any] = {
         "items": len(items),
         "samples": samples,
         "correct": counts["right"],
         "total": len(rows),
         "status": {status: counts[status] for status in STATUSES},
         "response": {
-            "tokens": float(np.mean([row["response_tokens"] for row in rows])),
-            "truncated": float(np.mean([row["finish_reason"] == "length" for row in rows])),
-            "format": float(np.mean([statistics.keeps_format(row["response"]) for row in rows])),
-            "bolded_steps": float(np.mean([statistics.bolded_steps(row["response"]) for row in rows])),
+            "tokens": fmean(row["response_tokens"] for row in rows),
+            "truncated": fmean(row["finish_reason"] == "length" for row in rows),
+            "format": fmean(map(statistics.keeps_format, responses)),
+            "bolded_steps": fmean(map(statistics.bolded_steps, responses)),
         },
     }
     if samples > 1:
-        right = [sum(row["correct"] for row in item) for item in items]
         answers = [[row["extracted"] for row in item] for item in items]
         correct = [[row["correct"] for row in item] for item in items]
+        right = [sum(item) for item in correct]
         ks = statistics.ks(samples)
         numbers["pass_at_k"] = {str(k): statistics.pass_at_k(right, samples, k) for k in ks}
         numbers["maj_at_k"] = {str(k): statistics.maj_at_k(answers, correct, k) for k in ks}
@@ -318,43 +309,9 @@ def _share(score: Bootstrap) -> dict[str, Any]:
     return {"accuracy": score.value, "interval": list(score.interval())}
 
 
-def _breakdowns(groups: Mapping[str, Mapping[str, tuple[int, int]]]) -> dict[str, Any]:
-    return {
-        name: {
-            group: {"correct": right, "total": total, "accuracy": right / total if total else None}
-            for group, (right, total) in parts.items()
-        }
-        for name, parts in groups.items()
-    }
-
-
 def _key(row: Mapping[str, Any]) -> tuple[str, str, int]:
     return row["benchmark"], row["id"], row["sample"]
 
 
-def _ordered(records: Records) -> list[Mapping[str, Any]]:
-    return sorted(records, key=_key)
-
-
-def _rounded(value: Any) -> Any:
-    """The same JSON value with floats rounded."""
-    if isinstance(value, Mapping):
-        return {str(k): _rounded(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(v) for v in value]
-    return round(value, DECIMALS) if isinstance(value, float) else value
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _pretty(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside, then rename. Half a surrogate pair becomes its escape, which JSON reads back."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(text.encode("utf-8", "backslashreplace"))
-    os.replace(partial, path)
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=indent)

@@ -28,10 +28,8 @@ from collections.abc import Sequence
 
 from mssr.evaluation.items import Kind
 from mssr.rewards import choice as choice_rule
-from mssr.rewards import latex, math_rule
-from mssr.rewards.exact_match import grade as exact_grade
+from mssr.rewards import latex, math_rule, rules
 from mssr.rewards.extraction import lenient_answer, outside_thinking, unwrap
-from mssr.rewards.number import stated
 
 LETTERS = choice_rule.LETTERS
 LONGEST_ANSWER = 1_000
@@ -127,23 +125,17 @@ def final_yes_no(response: str, *, truncated: bool = False) -> str | None:
 
 def options(text: str) -> tuple[str, ...]:
     """The options that a question lists, as in ``"... (A) 3 (B) 4"`` or one a line; the last such list."""
-    marks = list(_OPTION_MARK.finditer(text))
-    starts = [i for i, mark in enumerate(marks) if mark[1] == "A"]
-    for start in reversed(starts):
-        run = [marks[start]]
-        for k in range(start + 1, len(marks)):
-            mark = marks[k]
-            if mark[1] == "A":
-                break  # another list
-            if ord(mark[1]) == ord(run[-1][1]) + 1:
-                run.append(mark)
-        if len(run) < 2:
-            continue
-        ends = [mark.start() for mark in run[1:]] + [len(text)]
-        texts = [text[mark.end() : end].strip() for mark, end in zip(run, ends, strict=True)]
-        texts[-1] = texts[-1].partition("\n")[0].strip()
-        return tuple(texts)
-    return ()
+    run: list[re.Match[str]] = []
+    listed: list[re.Match[str]] = []
+    for mark in _OPTION_MARK.finditer(text):
+        if mark[1] == "A":  # another list
+            run = [mark]
+        elif run and ord(mark[1]) == ord(run[-1][1]) + 1:
+            run.append(mark)
+            listed = run
+    ends = [mark.start() for mark in listed[1:]] + [len(text)]
+    texts = [text[mark.end() : end].strip() for mark, end in zip(listed, ends, strict=False)]
+    return (*texts[:-1], texts[-1].partition("\n")[0].strip()) if texts else ()
 
 
 def choice_kind(choices: Sequence[str], answer: str) -> Kind:
@@ -174,7 +166,7 @@ def choice(answer: str, truth: str, choices: Sequence[str] = ()) -> bool:
     if chosen and right and (not choices or chosen <= set(LETTERS[: len(choices)])):
         return chosen == right
     if not right or not choices:
-        return choice_rule.grade(answer, truth)
+        return rules.grade_choice(answer, truth)
     position = by_text(answer, choices)
     return position is not None and right == frozenset(LETTERS[position])
 
@@ -182,7 +174,7 @@ def choice(answer: str, truth: str, choices: Sequence[str] = ()) -> bool:
 def by_text(answer: str, choices: Sequence[str]) -> int | None:
     """Position of the one option that an answer is the text of; None if there is none, or several."""
     answer = answer[:LONGEST_ANSWER].strip()
-    equal = [i for i, option in enumerate(choices) if exact_grade(answer, option)]
+    equal = [i for i, option in enumerate(choices) if rules.grade_exactly(answer, option)]
     if not equal:
         equal = [i for i, option in enumerate(choices) if option.strip() and math_rule.same(answer, option)]
     return equal[0] if len(equal) == 1 else None
@@ -197,21 +189,17 @@ def mathvista_choice(answer: str, choices: Sequence[str]) -> str:
     """
     answer = answer[:LONGEST_ANSWER].strip()
     letters = LETTERS[: len(choices)]
-    if len(answer) == 1 and answer in letters:
-        return choices[letters.index(answer)]
-    if answer in choices:
+    if answer in choices and answer not in list(letters):
         return answer
-    chosen = letters_of(answer)
-    if len(chosen) == 1 and (letter := next(iter(chosen))) in letters:
-        return choices[letters.index(letter)]
     marked = _PAREN_LETTER.search(answer)
-    if marked and marked[1].upper() in letters:
-        return choices[letters.index(marked[1].upper())]
+    for named in ([answer], letters_of(answer), [marked[1].upper()] if marked else []):
+        if len(named) == 1 and (letter := next(iter(named))) in list(letters):
+            return choices[letters.index(letter)]
     position = by_text(answer, choices)
-    if position is not None:
-        return choices[position]
-    distances = [edit_distance(answer, option) for option in choices]
-    return choices[distances.index(min(distances))]
+    if position is None:
+        distances = [edit_distance(answer, option) for option in choices]
+        position = distances.index(min(distances))
+    return choices[position]
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -229,8 +217,8 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def math(answer: str, truth: str) -> bool:
-    """Whether the two are equal after `exact_match.normalise`, or the same by the rule `math`."""
-    return exact_grade(answer, truth) or math_rule.grade(answer, truth)
+    """Whether the two are equal after `rules.normalise`, or the same by the rule `math`."""
+    return rules.grade_exactly(answer, truth) or rules.grade_math(answer, truth)
 
 
 def number(text: str) -> float | None:
@@ -241,7 +229,7 @@ def number(text: str) -> float | None:
     """
     if len(text) > latex.MAX_LENGTH:
         return None
-    value = stated(latex.clean(text))
+    value = math_rule.stated(latex.clean(text))
     exact = None if value is None else math_rule.number(value)
     if exact is not None:
         return float(exact) if abs(exact) < LARGEST else None
@@ -267,8 +255,8 @@ def mathvista_number(answer: str, truth: str, precision: int | None) -> bool:
 
 def same_list(answer: str, truth: str) -> bool:
     """Whether two lists hold the same numbers in the same order: ``[1, 2]``, ``1, 2``, ``1 and 2``."""
-    first, second = number_list(answer), number_list(truth)
-    return first is not None and first == second
+    found = number_list(answer)
+    return found is not None and found == number_list(truth)
 
 
 def number_list(text: str) -> list[float] | None:

@@ -1,17 +1,22 @@
-"""The verdicts of an evaluation, as its responses come."""
+"""The verdicts of an evaluation, as its responses come, and what is written of them."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from mssr.config import Config
 from mssr.evaluation import judge as judges
-from mssr.evaluation.base import Benchmark
-from mssr.evaluation.benchmarks.own import Own
-from mssr.evaluation.items import Item, Verdict
+from mssr.evaluation import results
+from mssr.evaluation.base import Benchmark, Counts
+from mssr.evaluation.items import STATUSES, Item, Verdict
+from mssr.evaluation.own import Own
 from mssr.evaluation.prompts import Question
 from mssr.evaluation.responses import Key, Response
+from mssr.evaluation.statistics import count_right
 from mssr.rewards import RowAccess, Scorer
 from mssr.rewards.rows import NO_ROWS
 
@@ -43,9 +48,8 @@ class VerdictBook:
 
     def _make_scorer(self, config: Config, tell: Callable[[str], None] | None) -> Scorer:
         own = [b for b, _ in self.by_benchmark() if isinstance(b, Own) and b.rewarded]
-        rows = (
-            RowAccess.of([b.rows() for b in own], config.model) if own and not config.reward.rule else NO_ROWS
-        )
+        asks_for_rows = own and not config.reward.rule
+        rows = RowAccess.of([b.rows() for b in own], config.model) if asks_for_rows else NO_ROWS
         length = config.rollout.max_response_length
         return Scorer(config.reward, length, rows=rows, on_restart=tell, on_failure=tell)
 
@@ -57,41 +61,34 @@ class VerdictBook:
             self._scorer.close()
 
     def add(self, responses: Sequence[Response]) -> None:
-        """Score responses by the rules."""
+        """Score responses by the rules, those to rewarded data by the reward."""
         rewarded: list[tuple[Response, Item, Own]] = []
         for response in responses:
             self.responses[response.key] = response
             question = self._by_key[response.benchmark, response.id]
-            truncated = response.finish_reason == "length"
             if isinstance(question.benchmark, Own) and question.benchmark.rewarded:
                 rewarded.append((response, question.item, question.benchmark))
             else:
                 self.verdicts[response.key] = question.benchmark.verdict(
-                    question.item, self._prefix + response.text, truncated, response.tokens
+                    question.item, self._prefix + response.text, response.truncated
                 )
-        if rewarded:
-            self._add_rewarded(rewarded)
-
-    def _add_rewarded(self, rewarded: Sequence[tuple[Response, Item, Own]]) -> None:
+        if not rewarded:
+            return
         assert self._scorer is not None
-        inputs = [own.reward_input(item, self._reward_prefix + r.text, r.tokens) for r, item, own in rewarded]
-        scored = self._scorer.score(inputs)
-        for (response, _, own), accuracy in zip(
-            rewarded, scored.parts.get("accuracy", scored.scores), strict=True
-        ):
-            truncated = response.finish_reason == "length"
-            self.verdicts[response.key] = own.scored(self._prefix + response.text, float(accuracy), truncated)
+        scored = self._scorer.score(
+            [own.reward_input(item, self._reward_prefix + r.text, r.tokens) for r, item, own in rewarded]
+        )
+        accuracies = scored.parts.get("accuracy", scored.scores)
+        for (r, _, own), accuracy in zip(rewarded, accuracies, strict=True):
+            self.verdicts[r.key] = own.rewarded_verdict(self._prefix + r.text, float(accuracy), r.truncated)
 
     def accuracies(self) -> tuple[dict[str, float], float | None]:
         """By benchmark and of all, of the responses so far."""
-        right: Counter[str] = Counter()
-        count: Counter[str] = Counter()
-        for (name, _, _), verdict in self.verdicts.items():
-            count[name] += 1
-            right[name] += verdict.correct
-        if not count:
+        counts = count_right((name, verdict.correct) for (name, _, _), verdict in self.verdicts.items())
+        if not counts:
             return {}, None
-        return {name: right[name] / count[name] for name in count}, right.total() / count.total()
+        overall = sum(right for right, _ in counts.values()) / len(self.verdicts)
+        return {name: right / count for name, (right, count) in counts.items()}, overall
 
     def of(self, question: Question, sample: int) -> tuple[Response, Verdict]:
         """The response to a question and its verdict, whether it was asked or not."""
@@ -109,40 +106,88 @@ class VerdictBook:
         for group in groups.values():
             yield group[0].benchmark, group
 
-    def judge(self, judge: judges.CallableJudge, n: int) -> str | None:
+    def judge(self, judge: judges.Judge, n: int) -> str | None:
         """Let a judge decide what the rules leave open; returns its last problem, if verdicts failed."""
         failed = 0
         for benchmark, questions in self.by_benchmark():
-            asked = [(q, k) for q in questions if q.asked for k in range(n)]
-            if not asked:
-                continue
-            pairs = [self.of(q, k) for q, k in asked]
-            judged = judges.apply(
-                judge,
-                benchmark,
-                [q.item for q, _ in asked],
-                [self._prefix + response.text for response, _ in pairs],
-                [verdict for _, verdict in pairs],
-            )
-            for (response, _), verdict in zip(pairs, judged, strict=True):
-                self.verdicts[response.key] = verdict
-                failed += verdict.status == "judge_failed"
+            asked = [(q.item, *self.of(q, k)) for q in questions if q.asked for k in range(n)]
+            answers = [(item, self._prefix + r.text, verdict) for item, r, verdict in asked]
+            judged = judges.apply(judge, benchmark, answers)
+            self.verdicts |= {r.key: verdict for (_, r, _), verdict in zip(asked, judged, strict=True)}
+            failed += sum(verdict.status == "judge_failed" for verdict in judged)
         return f"{failed} verdicts failed, the last because {judge.problem}" if failed else None
+
+    def write(self, out: Path, n: int, meta: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+        """Write everything that `mssr.evaluation.results.write` does.
+
+        Breakdowns and metrics are those of every sample apart, since pairs and figures are made of answers
+        of the same one; then the counts are added and the metrics averaged.
+
+        Args:
+            n: responses of an item.
+        """
+        records = []
+        breakdowns: dict[str, Counts] = {}
+        metrics: dict[str, dict[str, float]] = {}
+        for benchmark, questions in self.by_benchmark():
+            items = [q.item for q in questions]
+            counts = breakdowns[benchmark.name] = {}
+            shares = metrics[benchmark.name] = defaultdict(float)
+            for k in range(n):
+                answers = [self.of(q, k) for q in questions]
+                for q, (r, verdict) in zip(questions, answers, strict=True):
+                    row = results.record(q.item, k, r.text, r.tokens, r.finish_reason, verdict)
+                    records.append(row if q.note is None else row | {"note": q.note})
+                verdicts = [verdict for _, verdict in answers]
+                _add(counts, benchmark.breakdown(items, verdicts))
+                for name, value in benchmark.metrics(items, verdicts).items():
+                    if name not in ("accuracy", *STATUSES):  # which are counted anyway
+                        shares[name] += value / n
+        results.write(
+            out,
+            records,
+            {**meta, **self.flawed()},
+            breakdowns=breakdowns,
+            metrics=metrics,
+            image_of=self._image_of,
+            timing=timing,
+        )
+
+    def _image_of(self, benchmark: str, item: str) -> list[bytes]:
+        found = []
+        for image in self._by_key[benchmark, item].item.images:
+            with contextlib.suppress(OSError, ValueError):  # noted in its record
+                found.append(image.read())
+        return found
+
+    def flawed(self) -> dict[str, dict[str, int]]:
+        """Benchmark -> number of its items that could not be asked, or not with all of their images."""
+        return {
+            "not_asked": {b.name: sum(not q.asked for q in qs) for b, qs in self.by_benchmark()},
+            "damaged_images": {
+                b.name: sum(q.asked and q.note is not None for q in qs) for b, qs in self.by_benchmark()
+            },
+        }
 
     def notes(self) -> list[str]:
         """A line for every benchmark of which something could not be asked as it is."""
-        lines = []
-        for benchmark, questions in self.by_benchmark():
-            unasked = sum(not q.asked for q in questions)
-            changed = sum(q.asked and q.note is not None for q in questions)
-            if unasked:
-                lines.append(
-                    f"{benchmark.name}: {unasked} of {len(questions)} items could not be asked and count as "
-                    "wrong; items.jsonl notes why (of longer prompts: data.max_prompt_length)"
-                )
-            if changed:
-                lines.append(
-                    f"{benchmark.name}: {changed} of {len(questions)} items were asked without a damaged "
-                    "image; items.jsonl notes which"
-                )
-        return lines
+        endings = {
+            "not_asked": "could not be asked and count as wrong; items.jsonl notes why (of longer prompts: "
+            "data.max_prompt_length)",
+            "damaged_images": "were asked without a damaged image; items.jsonl notes which",
+        }
+        sizes = {benchmark.name: len(questions) for benchmark, questions in self.by_benchmark()}
+        return [
+            f"{name}: {count} of {sizes[name]} items {endings[flaw]}"
+            for flaw, counts in self.flawed().items()
+            for name, count in counts.items()
+            if count
+        ]
+
+
+def _add(total: Counts, counts: Counts) -> None:
+    for name, groups in counts.items():
+        part = total.setdefault(name, {})
+        for group, (right, count) in groups.items():
+            before = part.get(group, (0, 0))
+            part[group] = (before[0] + right, before[1] + count)

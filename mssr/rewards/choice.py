@@ -1,4 +1,4 @@
-r"""Multiple choice: the letters of the right options, or the text of the one that the truth shows."""
+r"""Which options of a multiple choice a text chooses, in all the ways in which models say it."""
 
 from __future__ import annotations
 
@@ -34,32 +34,6 @@ _FURTHER = re.compile(
 )
 _SEPARATOR = re.compile(r"[\s,;&.()\[\]]+|\band\b|和")
 _MAX_LENGTH = 500
-
-
-def grade(answer: str, truth: str, *, letters: str = LETTERS) -> bool:
-    r"""Whether the answer chooses the right option.
-
-    - A truth of one or several letters (``B``, ``(B)``, ``B. 12 cm``, ``ACD``, ``A, C``): the answer's
-      letters must be the same set, see `read`. Of ``B. 12 cm`` the letter counts and not the text.
-    - A truth that shows the option's text (``B. 12 cm``) is also met by the text alone, as `math` compares.
-    - A truth without a letter (``12 cm``) is met by the text, also behind a letter (``B. 12 cm``). A letter
-      alone does not match it: which text it stands for is not known here.
-
-    Args:
-        answer: The final answer.
-        truth: The ground truth.
-        letters: The letters that name an option.
-    """
-    from mssr.rewards import math_rule
-
-    chosen, chosen_text = read(answer, letters)
-    right, right_text = read(truth, letters)
-    if right and chosen:
-        return chosen == right
-    if right:
-        return bool(right_text) and math_rule.same(answer, right_text)
-    text = chosen_text if chosen else answer
-    return bool(text) and math_rule.same(text, truth)
 
 
 def read(text: str, letters: str = LETTERS) -> tuple[frozenset[str], str]:

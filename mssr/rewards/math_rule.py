@@ -8,7 +8,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from mssr.rewards import choice, latex, symbolic, units
+from mssr.rewards import latex, symbolic, units
 
 _APPROX, _RELATION = r"\\(?:approx|simeq)(?![a-z])", r"\\[lg]e(?![a-z])|[<>=]"
 _LIST = r"[,;]\s*(?:(?:and|or)(?![A-Za-z]))?|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\cup(?![a-z])"
@@ -20,21 +20,8 @@ _NAME = re.compile(
 _CLOCK = re.compile(r"(?i)0?((?:1?\d|2[0-4]):(?:[0-5]\d|0\d:[0-5]\d|[0-5]\d:0\d))(?:\s*([ap])\.?\s?m\.?)?")
 
 
-def grade(answer: str, truth: str, *, tolerance: float = 0.0) -> bool:
-    """Whether the answer is the same as the truth; ``tolerance`` is of numbers, relative to the truth's."""
-    answer, truth = answer.strip(), truth.strip()
-    if not answer or answer == truth or max(len(answer), len(truth)) > latex.MAX_LENGTH:
-        return answer == truth != ""
-    if choice.names_option(truth):
-        return choice.grade(answer, truth, letters="ABCDEFGH")
-    if re.fullmatch("[A-H]{2,6}", truth) and re.sub(r"[\s,;&()]+|and|和", "", latex.clean(answer)) == truth:
-        return True
-    texts = choice.unannounced(answer), choice.read(answer, "ABCDEFGH")[1]  # A. 12 cm
-    return any(same(text, truth, tolerance=tolerance) for text in texts)
-
-
 def same(answer: str, truth: str, *, tolerance: float = 0.0) -> bool:
-    """`grade` without the choices."""
+    """Whether the two are equal; ``tolerance`` is of numbers, relative to the truth's."""
     short = max(len(answer), len(truth)) <= latex.MAX_LENGTH
     return short and _same(latex.clean(answer), latex.clean(truth), tolerance)
 
@@ -105,6 +92,14 @@ def sides(text: str) -> tuple[str, ...]:
     exact, decimal = named(left)[1], re.match(r"-?\d*\.(\d+)", right[0])
     near = decimal and len(right) == 1 and same_values(right[0], exact, 0.0, 0.5 / 10 ** len(decimal[1]))
     return (exact, right[0]) if near and "." not in exact else ()
+
+
+def stated(text: str) -> str | None:
+    r"""The one value that a canonical text states: ``\sqrt{2} \approx 1.41`` gives ``1.41``; else None."""
+    text = next(iter(sides(text)[::-1]), "")
+    kind, parts = read(text)
+    value = named(text)[1] if kind == "eq" else ""
+    return stated(value) if value else parts[0] if kind == "value" and text else None
 
 
 def _collections(answer: str, truth: str, tolerance: float) -> bool:

@@ -34,7 +34,6 @@ class RolloutEngine(Protocol):
         Raises:
             EngineError: the engine is broken.
         """
-        ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Take over all weights, by their Hugging Face names, and forget everything cached.
@@ -43,11 +42,9 @@ class RolloutEngine(Protocol):
             weights: pairs (name, tensor), tied heads included.
             version: becomes the ``policy_version`` of later rollouts.
         """
-        ...
 
     def close(self) -> None:
         """Give back what the engine holds in this process."""
-        ...
 
 
 def make_engine(config: Config, device: str) -> RolloutEngine:

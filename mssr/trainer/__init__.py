@@ -1,2 +1,4 @@
-"""The driver: `train` is the command, `session` what it runs, `loop` the training step on one page;
-`checkpoint`, `run_directory`, `loggers`, `console` and `signals` are what it writes, shows and hears."""
+"""The driver. `train` is the command and `session` what it runs, with `recovery` around `loop`, the training
+step on one page. In the order of a step: `data`, `pipeline` and `collect` (with `early_log_probs` and
+`response_lengths`), `estimate` (with `last_visits`), `validation`, `watch`; `initial_values` come before the
+first one, and `timing` says how long each phase took."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,31 @@ from mssr.data.sampler import PromptSampler
 from mssr.errors import TrainingError
 from mssr.rewards import RewardInput, ScoredBatch, Scorer, ScoringStream
 from mssr.rollout.seeds import request_seed
-from mssr.trainer.early_scores import EarlyScores, ScoredTokens
+from mssr.trainer.early_log_probs import EarlyLogProbs
 from mssr.trainer.response_lengths import ResponseLengths
 from mssr.trainer.timing import PhaseTimer
-from mssr.types import Rollout, RolloutRequest, SamplingParams
+from mssr.types import PackedRollouts, Rollout, RolloutRequest, SamplingParams, TokenLogProbs
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """Responses with their rewards."""
+
+    rollouts: list[Rollout]
+    """B rollouts, in the order of their requests."""
+    rewards: ScoredBatch
+    log_probs: list[TokenLogProbs] | None
+    """B, where the ranks computed them while other responses were generated."""
+
+    @classmethod
+    def join(cls, draws: Sequence[Generated]) -> Generated:
+        """Draws one after the other."""
+        log_probs = [x for draw in draws for x in draw.log_probs or ()]
+        return cls(
+            [r for draw in draws for r in draw.rollouts],
+            join_scores([draw.rewards for draw in draws]),
+            log_probs or None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +58,8 @@ class Collected:
     """Over all rollouts that were generated, those that dynamic sampling left out included."""
     epoch: float
     """Passes over the data up to and with these rollouts, those left out included."""
-    scored: list[ScoredTokens] | None = None
-    """B, where the ranks scored the responses while others were generated."""
+    log_probs: list[TokenLogProbs] | None = None
+    """As of `Generated`."""
 
     @property
     def prompt_ids(self) -> list[str]:
@@ -48,6 +69,17 @@ class Collected:
     def lengths(self) -> np.ndarray:
         """(B,) response tokens."""
         return np.array([len(r.response_token_ids) for r in self.rollouts])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON values and arrays; without log-probs."""
+        rest = {"scores": self.scores, "metrics": self.metrics, "epoch": self.epoch}
+        return vars(PackedRollouts.of(self.rollouts)) | rest
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Collected:
+        """The inverse of `state_dict`."""
+        packed = PackedRollouts(**{f.name: state[f.name] for f in fields(PackedRollouts)})
+        return cls(packed.unpack(), state["scores"], dict(state["metrics"]), state["epoch"])
 
 
 class RolloutCollector:
@@ -64,14 +96,11 @@ class RolloutCollector:
         scorer: Scorer,
         cluster: Cluster,
     ) -> None:
-        self.config = config
-        self.dataset = dataset
-        self.sampler = sampler
-        self.scorer = scorer
-        self.cluster = cluster
+        self.config, self.dataset, self.sampler = config, dataset, sampler
+        self.scorer, self.cluster = scorer, cluster
         self.timer = PhaseTimer()
         self.lengths = ResponseLengths()
-        self._scores_early = scores_early(config, cluster)
+        self._early = computes_early(config, cluster)
 
     def draw(self) -> list[str]:
         """The prompts of the next step."""
@@ -96,107 +125,91 @@ class RolloutCollector:
             TrainingError: dynamic sampling found too few groups with a signal.
         """
         wanted, n = self.config.prompts_per_step, self.config.responses_per_prompt
-        dynamic = self.config.sampler.dynamic
-        rollouts: list[Rollout] = []
-        early: list[ScoredTokens] = []
-        draws: list[ScoredBatch] = []
-        kept: np.ndarray = np.empty(0, np.int64)
-        occurrences: Counter[str] = Counter()
-        for _ in range(self.config.sampler.max_draws if dynamic else 1):
-            if rollouts:
-                prompt_ids = self.sampler.next(wanted - len(kept) // n)
-            drawn, scored, scored_early = self.generate(
-                prompt_ids, step, n, occurrences, self._scores_early, stoppable
-            )
-            rollouts += drawn
-            early += scored_early
-            draws.append(scored)
-            kept = np.arange(len(rollouts))
-            if dynamic:
-                kept = with_signal(rollouts, join_scores(draws).scores, wanted * n)
-            if len(kept) == wanted * n:
+        sampling = self.config.sampler
+        draws: list[Generated] = []
+        while True:
+            earlier = [r for draw in draws for r in draw.rollouts]
+            requests = self.requests(prompt_ids, step, n, earlier)
+            draws.append(self.generate(requests, self._early, stoppable))
+            everything = Generated.join(draws)
+            rollouts, scores = everything.rollouts, everything.rewards.scores
+            kept = with_signal(rollouts, scores, wanted * n) if sampling.dynamic else np.arange(len(rollouts))
+            missing = wanted - len(kept) // n
+            if not missing:
                 break
-        else:
-            raise TrainingError(
-                f"step {step + 1}: after {len(draws)} draws (sampler.max_draws) only {len(kept) // n} of "
-                f"{wanted} prompts have responses with different rewards; the data is too easy or too hard "
-                "for this policy, or sampler.dynamic is to be off"
-            )
+            if len(draws) == sampling.max_draws:
+                raise TrainingError(
+                    f"step {step + 1}: after {len(draws)} draws (sampler.max_draws) only {wanted - missing} "
+                    f"of {wanted} prompts have responses with different rewards; the data is too easy or too "
+                    "hard for this policy, or sampler.dynamic is to be off"
+                )
+            prompt_ids = self.sampler.next(missing)
         self.lengths.observe(rollouts)
-        everything = join_scores(draws)
-        metrics = rollout_metrics(rollouts, everything)
+        metrics = rollout_metrics(rollouts, everything.rewards)
         metrics["rollout/policy_lag"] = float(np.mean([step - r.policy_version for r in rollouts]))
-        if dynamic:
+        if sampling.dynamic:
             metrics["sampler/draws"] = float(len(draws))
             metrics["sampler/kept_fraction"] = len(kept) / len(rollouts)
+        early = everything.log_probs
         return Collected(
             [rollouts[i] for i in kept],
-            everything.scores[kept],
+            scores[kept],
             metrics,
             self.sampler.epoch,
-            [early[i] for i in kept] if self._scores_early else None,
+            None if early is None else [early[i] for i in kept],
         )
 
+    def requests(
+        self, prompt_ids: Sequence[str], step: int, n: int, earlier: Iterable[Rollout] = ()
+    ) -> list[RolloutRequest]:
+        """``n`` requests for every prompt, next to one another.
+
+        The seed of a response is a hash of (run seed, step, prompt, sample index), so a prompt that comes
+        again, here or after ``earlier`` rollouts of the step, takes further sample indices and gets other
+        responses.
+        """
+        taken = Counter(r.prompt_id for r in earlier)
+        requests = []
+        for i in prompt_ids:
+            for k in range(taken[i], taken[i] + n):
+                requests.append(RolloutRequest(i, k, request_seed(self.config.seed, step, i, k)))
+            taken[i] += n
+        return requests
+
     def generate(
-        self,
-        prompt_ids: Sequence[str],
-        step: int,
-        n: int,
-        occurrences: Counter[str] | None = None,
-        scores_early: bool = False,
-        stoppable: bool = True,
-    ) -> tuple[list[Rollout], ScoredBatch, list[ScoredTokens]]:
-        """``n`` responses to every prompt, next to one another, with their scores.
+        self, requests: Sequence[RolloutRequest], early: bool = False, stoppable: bool = True
+    ) -> Generated:
+        """A response to every request, each scored as soon as it has ended.
 
         Args:
-            occurrences: how often the step drew each prompt before; counted on. The seed of a response
-                is a hash of (run seed, step, prompt, sample index), so a prompt that comes again takes
-                further sample indices and gets other responses.
-            scores_early: have the ranks score them too, see `mssr.trainer.early_scores`; else the last
-                result is empty.
+            early: have the ranks compute log-probs meanwhile, see `mssr.trainer.early_log_probs`.
             stoppable: as in `Cluster.generate`.
         """
-        requests = self._requests(prompt_ids, step, n, Counter() if occurrences is None else occurrences)
+        prompt_ids = [r.prompt_id for r in requests]
+        answers = self.dataset.answers(prompt_ids, self.scorer.takes_cells)
         # Engines begin with those that are likely to take longest.
-        expected = self.lengths.expected([r.prompt_id for r in requests])
-        order = np.argsort(-expected, kind="stable").tolist()
-        rollout = self.config.rollout
-        params = SamplingParams(rollout.temperature, rollout.max_response_length)
-        answers = self.dataset.answers([r.prompt_id for r in requests], self.scorer.takes_cells)
-        with contextlib.ExitStack() as stack:
-            rewards = stack.enter_context(ScoringStream(self.scorer))
-            early = None
-            if scores_early:
-                reference = self.config.needs_reference
-                early = stack.enter_context(EarlyScores(self.cluster, order, reference))
+        order = np.argsort(-self.lengths.expected(prompt_ids), kind="stable").tolist()
+        sampling = SamplingParams(self.config.rollout.temperature, self.config.rollout.max_response_length)
+        ahead: AbstractContextManager[EarlyLogProbs | None] = nullcontext()
+        if early:
+            ahead = EarlyLogProbs(self.cluster, order, self.config.needs_reference)
+        with ScoringStream(self.scorer) as rewards, ahead as log_probs:
 
-            def on_finished(place: int, response: Rollout) -> None:
+            def on_finished(place: int, rollout: Rollout) -> None:
                 index = order[place]
-                rewards.add(index, _reward_input(response, answers[index], self.dataset.response_prefix))
-                if early is not None:
-                    early.add(index, response)
+                rewards.add(index, _reward_input(rollout, answers[index], self.dataset.response_prefix))
+                if log_probs is not None:
+                    log_probs.add(index, rollout)
 
             with self.timer("rollout"):
-                ordered = self.cluster.generate([requests[i] for i in order], params, on_finished, stoppable)
+                ordered = self.cluster.generate(
+                    [requests[i] for i in order], sampling, on_finished, stoppable
+                )
             with self.timer("reward"):
                 scored = rewards.result()
             with self.timer("score"):
-                scored_early = early.result() if early is not None else []
-        rollouts = dict(zip(order, ordered, strict=True))
-        return [rollouts[i] for i in range(len(order))], scored, scored_early
-
-    def _requests(
-        self, prompt_ids: Sequence[str], step: int, n: int, occurrences: Counter[str]
-    ) -> list[RolloutRequest]:
-        requests = []
-        for i in prompt_ids:
-            first = occurrences[i] * n
-            occurrences[i] += 1
-            requests += [
-                RolloutRequest(i, k, request_seed(self.config.seed, step, i, k))
-                for k in range(first, first + n)
-            ]
-        return requests
+                known = None if log_probs is None else log_probs.result()
+        return Generated([ordered[place] for place in np.argsort(order)], scored, known)
 
 
 def with_signal(rollouts: Sequence[Rollout], scores: np.ndarray, at_most: int) -> np.ndarray:
@@ -218,8 +231,8 @@ def with_signal(rollouts: Sequence[Rollout], scores: np.ndarray, at_most: int) -
     return np.array(kept, np.int64)
 
 
-def scores_early(config: Config, cluster: Cluster) -> bool:
-    """Whether the ranks score responses while others are generated: where they may, and it is of use."""
+def computes_early(config: Config, cluster: Cluster) -> bool:
+    """Whether the ranks compute log-probs while others are generated: where they may, and it is of use."""
     wanted = config.actor.score_early
     of_use = config.needs_reference or config.actor.updates_per_step > 1
     if wanted == "auto":
@@ -254,17 +267,17 @@ def join_scores(batches: Sequence[ScoredBatch]) -> ScoredBatch:
     )
 
 
-def score_metrics(prefix: str, scored: ScoredBatch) -> dict[str, float]:
-    """Means: ``score`` is what is learned from; ``accuracy`` is the reward's part of that name, if any."""
+def mean_scores(scored: ScoredBatch) -> dict[str, float]:
+    """``score`` is what is learned from; ``accuracy`` is the reward's part of that name, if any."""
     parts = {"accuracy": scored.scores, "score": scored.scores} | scored.parts
-    return {f"{prefix}/{name}": float(values.mean()) for name, values in parts.items()}
+    return {name: float(values.mean()) for name, values in parts.items()}
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], scored: ScoredBatch) -> dict[str, float]:
     """What was generated and how it scored."""
     lengths = np.array([len(r.response_token_ids) for r in rollouts])
     return {
-        **score_metrics("reward", scored),
+        **{f"reward/{name}": value for name, value in mean_scores(scored).items()},
         "reward/errors": float(scored.errors),
         "reward/timeouts": float(scored.timeouts),
         "rollout/tokens": float(lengths.sum()),

@@ -5,41 +5,44 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mssr import rewards
-from mssr.config import Config, ModelConfig
+from mssr.config import Config
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import OVERLONG_FILE, LoadedPrompts, load_prompts
 from mssr.errors import UserError
 from mssr.models.loading import load_processor
 from mssr.rewards import RowAccess
-from mssr.trainer.validation import OwnPrompts, PromptsOf, load_validation
+from mssr.trainer.validation import ValidationPrompts, load_validation
 
 
 @dataclass(frozen=True, slots=True)
 class RunData:
     """What a run trains and validates on."""
 
+    config: Config
+    """With ``trainer.steps`` as a number, see `resolve_steps`."""
     encoder: PromptEncoder
     train: LoadedPrompts
-    val: list[PromptsOf]
+    val: list[ValidationPrompts]
 
     @property
-    def own(self) -> list[OwnPrompts]:
-        """The sets of validation in the form of the training's."""
-        return [one for one in self.val if isinstance(one, OwnPrompts)]
+    def rows(self) -> list[LoadedPrompts]:
+        """All sets in the form of the training's, that one first."""
+        return [self.train, *(one.rows for one in self.val if one.rows is not None)]
 
     @property
     def notes(self) -> list[str]:
-        """What the user should hear once of how data of the training's form are read."""
-        return list(dict.fromkeys([*self.train.notes, *(note for one in self.own for note in one.notes)]))
+        """What the user should hear once of how they are read."""
+        return list(dict.fromkeys(note for loaded in self.rows for note in loaded.notes))
 
     @property
     def item_notes(self) -> list[str]:
         """Items of benchmarks that cannot be asked as they are."""
-        return [note for one in self.val if not isinstance(one, OwnPrompts) for note in one.notes]
+        return [note for one in self.val if one.rows is None for note in one.notes]
 
-    def rows(self, model: ModelConfig) -> RowAccess:
+    @property
+    def access(self) -> RowAccess:
         """Where rewards find the rows behind the responses that they score."""
-        return RowAccess.of([self.train.dataset, *(one.dataset for one in self.own)], model)
+        return RowAccess.of([loaded.dataset for loaded in self.rows], self.config.model)
 
 
 def load_data(config: Config) -> RunData:
@@ -54,9 +57,9 @@ def load_data(config: Config) -> RunData:
     for stale in (bad_rows_file, config.run_dir / OVERLONG_FILE):
         stale.unlink(missing_ok=True)
     train = load_prompts(config.data.train, config.data, encoder, bad_rows_file, by_rule=config.reward.rule)
-    resolve_steps(config, train)
-    data = RunData(encoder, train, load_validation(config, encoder, bad_rows_file))
-    rewards.check(config.reward, data.rows(config.model))
+    config = resolve_steps(config, train)
+    data = RunData(config, encoder, train, load_validation(config, encoder, bad_rows_file))
+    rewards.check(config.reward, data.access)
     return data
 
 

@@ -6,7 +6,8 @@ and the last visits of the prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,10 @@ from mssr.algorithms.kl_control import KLController
 from mssr.cluster.base import Cluster
 from mssr.config import Config
 from mssr.errors import UserError
-from mssr.trainer.batch import make_batch
 from mssr.trainer.collect import Collected
-from mssr.trainer.early_scores import ScoredTokens, split_scores
 from mssr.trainer.last_visits import LastVisits
 from mssr.trainer.timing import PhaseTimer
-from mssr.types import Rollout, TrainBatch
+from mssr.types import TokenLogProbs, TrainBatch
 
 
 class Estimator:
@@ -47,18 +46,24 @@ class Estimator:
             UserError: the method cannot use such rewards.
         """
         ids, scores, lengths = collected.prompt_ids, collected.scores, collected.lengths
-        old, reference, penalties, metrics = self._before_update(collected)
-        token_advantages = None
+        known, metrics = self._log_probs(collected)
+        advantages, token_advantages = np.zeros(len(ids), np.float32), None
         try:
-            if penalties is None:
-                advantages, signal = self.algorithm.advantages(ids, scores, lengths)
-            else:
+            if self.config.kl_in_reward:
+                assert known is not None
+                penalties, metrics["policy/kl_ref"] = self._penalties(known)
                 token_advantages, signal = self.algorithm.token_advantages(ids, scores, lengths, penalties)
-                advantages = np.zeros(len(ids), np.float32)
+            else:
+                advantages, signal = self.algorithm.advantages(ids, scores, lengths)
         except ValueError as error:
             raise UserError(f"reward.name={self.config.reward.name}: {error}") from error
-        batch = make_batch(
-            collected.rollouts, advantages, token_advantages, old, reference, self._kl_coef_in_loss
+        batch = replace(
+            TrainBatch.of(collected.rollouts),
+            advantages=advantages,
+            token_advantages=token_advantages,
+            old_log_probs=None if known is None else known.policy,
+            reference_log_probs=None if known is None or self.config.kl_in_reward else known.reference,
+            kl_coef=self.kl.coef if self.config.kl_in_loss else 0.0,
         )
         return batch, metrics | signal
 
@@ -99,76 +104,42 @@ class Estimator:
         if self.last_visits is not None:
             self.last_visits.load_state_dict(state["last_visits"])
 
-    @property
-    def _kl_coef_in_loss(self) -> float:
-        return self.kl.coef if self.config.kl_in_loss else 0.0
+    def _log_probs(self, collected: Collected) -> tuple[TokenLogProbs | None, dict[str, float]]:
+        """Those of the step's rollouts before the update, where they are known or needed; metrics.
 
-    def _before_update(
-        self, collected: Collected
-    ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None, dict[str, float]]:
-        """What must be known before the step: (N,) log-probs of the policy and of the reference, (N,) KL
-        penalties of rewards, each where it is needed or known; metrics.
-
-        One scoring pass serves both the KL in the reward and the previous responses of the prompts.
+        One pass serves both the KL in the reward and the previous responses of the prompts.
         """
-        rollouts, early = collected.rollouts, collected.scored
-        in_reward = self.config.kl_in_reward
-        previous = self.last_visits.previous(rollouts) if self.last_visits is not None else {}
-        now: list[Rollout] = []
-        if early is None and (in_reward or self.last_visits is not None):
-            now = rollouts
-        to_score = [*now, *(_with_response(rollouts[i], tokens) for i, tokens in previous.items())]
-        scored = self._score(to_score, reference=in_reward and early is None) if to_score else []
-        early, again = (early or scored[: len(now)]), scored[len(now) :]
-        if not early:
-            return None, None, None, {}
-        old = np.concatenate([x.policy for x in early])
-        reference = None
-        if early[0].reference is not None:
-            reference = np.concatenate([x.reference for x in early if x.reference is not None])
+        rollouts, known, visits = collected.rollouts, collected.log_probs, self.last_visits
+        previous = {} if visits is None else visits.previous(rollouts)
+        needed = known is None and (self.config.kl_in_reward or visits is not None)
+        asked = [*(rollouts if needed else []), *previous.values()]
+        computed: list[TokenLogProbs] = []
+        if asked:
+            with self.timer("score"):
+                batch = TrainBatch.of(asked)
+                found = self.cluster.log_probs(batch, reference=needed and self.config.kl_in_reward)
+            computed = found.split(asked)
+        if needed:
+            known, computed = computed[: len(rollouts)], computed[len(rollouts) :]
+        if known is None:
+            return None, {}
         metrics: dict[str, float] = {}
-        if self.last_visits is not None:
-            visited = dict(zip(previous, (x.policy for x in again), strict=True))
-            self._drift = self.last_visits.drift(rollouts, visited, self.algorithm.divergence)
-            self.last_visits.remember(rollouts, [x.policy for x in early])
-            known = self._drift[np.isfinite(self._drift)]
-            metrics["baseline/drift"] = float(known.mean()) if len(known) else 0.0
-        penalties = None
-        if in_reward:
-            assert reference is not None
-            penalties, kl_ref = self._penalties(old, reference)
-            metrics["policy/kl_ref"] = kl_ref
-            reference = None  # the loss has no KL
-        return old, reference, penalties, metrics
+        if visits is not None:
+            now = {i: x.policy for i, x in zip(previous, computed, strict=True)}
+            self._drift = visits.drift(rollouts, now, self.algorithm.divergence)
+            visits.remember(rollouts, [x.policy for x in known])
+            finite = self._drift[np.isfinite(self._drift)]
+            metrics["baseline/drift"] = float(finite.mean()) if len(finite) else 0.0
+        return TokenLogProbs.join(known), metrics
 
-    def _score(self, rollouts: Sequence[Rollout], reference: bool) -> list[ScoredTokens]:
-        with self.timer("score"):
-            scored = self.cluster.log_probs(
-                make_batch(rollouts, np.zeros(len(rollouts), np.float32)), reference=reference
-            )
-        return split_scores(scored, rollouts)
-
-    def _penalties(self, old: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, float]:
+    def _penalties(self, known: TokenLogProbs) -> tuple[np.ndarray, float]:
         """(N,) penalty of each token's reward, and the mean k3."""
         import torch
 
         from mssr.algorithms.losses import kl_penalty
 
-        pair = torch.from_numpy(old), torch.from_numpy(reference)
+        assert known.reference is not None
+        pair = torch.from_numpy(known.policy), torch.from_numpy(known.reference)
         estimator: Any = self.config.algorithm.kl.estimator
         penalty = self.kl.coef * kl_penalty(*pair, kind=estimator)
         return penalty.numpy(), float(kl_penalty(*pair, kind="k3").mean())
-
-
-def _with_response(rollout: Rollout, tokens: np.ndarray) -> Rollout:
-    """The same prompt with an earlier response; what the engine thought of it is unknown and unread."""
-    return Rollout(
-        prompt_id=rollout.prompt_id,
-        sample_index=0,
-        prompt_token_ids=rollout.prompt_token_ids,
-        response_token_ids=tokens,
-        log_probs=np.zeros(len(tokens), np.float32),
-        finish_reason="stop",
-        policy_version=rollout.policy_version,
-        text="",
-    )

@@ -10,10 +10,12 @@ rounding of another implementation to every drift.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
+from mssr.errors import check_version
 from mssr.types import Rollout
 
 _STATE_VERSION = 1
@@ -25,20 +27,16 @@ class LastVisits:
     def __init__(self) -> None:
         self._visits: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-    def __len__(self) -> int:
-        return len(self._visits)
-
-    def previous(self, rollouts: Sequence[Rollout]) -> dict[int, np.ndarray]:
-        """Index of each rollout whose prompt was visited before -> (T,) tokens of the response then.
+    def previous(self, rollouts: Sequence[Rollout]) -> dict[int, Rollout]:
+        """Index of each rollout whose prompt was visited before -> the same prompt with the response then.
 
         Of several rollouts to one prompt only the first is listed: the others follow it at once.
         """
-        found: dict[int, np.ndarray] = {}
-        listed: set[str] = set()
-        for i, rollout in enumerate(rollouts):
-            if rollout.prompt_id in self._visits and rollout.prompt_id not in listed:
-                found[i] = self._visits[rollout.prompt_id][0]
-            listed.add(rollout.prompt_id)
+        found = {}
+        for prompt_id, i in _firsts(rollouts).items():
+            if prompt_id in self._visits:
+                tokens, log_probs = self._visits[prompt_id]
+                found[i] = replace(rollouts[i], response_token_ids=tokens, log_probs=log_probs)
         return found
 
     def drift(
@@ -56,17 +54,15 @@ class LastVisits:
         Returns:
             (B,) float64: NaN at a prompt's first visit, 0 at its second rollout within a step.
         """
-        result = np.full(len(rollouts), np.nan)
-        seen: set[str] = set()
-        for i, rollout in enumerate(rollouts):
-            if rollout.prompt_id in seen:
-                result[i] = 0.0
-            elif i in now:
-                then = self._visits[rollout.prompt_id][1]
+        result = np.zeros(len(rollouts))
+        for prompt_id, i in _firsts(rollouts).items():
+            if i not in now:
+                result[i] = np.nan
+            elif len(now[i]):
+                then = self._visits[prompt_id][1]
                 change = np.clip(now[i].astype(np.float64) - then, -20.0, 20.0)
                 per_token = np.expm1(change) - change if measure == "k3" else np.abs(change)
-                result[i] = per_token.mean() if len(per_token) else 0.0
-            seen.add(rollout.prompt_id)
+                result[i] = per_token.mean()
         return result
 
     def remember(self, rollouts: Sequence[Rollout], log_probs: Sequence[np.ndarray]) -> None:
@@ -76,13 +72,13 @@ class LastVisits:
             self._visits[rollout.prompt_id] = (rollout.response_token_ids.copy(), values.copy())
 
     def state_dict(self) -> dict[str, Any]:
-        tokens = [tokens for tokens, _ in self._visits.values()]
+        tokens, log_probs = zip(*self._visits.values(), strict=True) if self._visits else ((), ())
         return {
             "version": _STATE_VERSION,
             "ids": list(self._visits),
             "lengths": np.array([len(t) for t in tokens], np.int64),
             "tokens": np.concatenate([np.empty(0, np.int32), *tokens]),
-            "log_probs": np.concatenate([np.empty(0, np.float32), *(v for _, v in self._visits.values())]),
+            "log_probs": np.concatenate([np.empty(0, np.float32), *log_probs]),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -91,8 +87,15 @@ class LastVisits:
         Raises:
             ValueError: the state has another version.
         """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"last-visit state has version {state.get('version')}, not {_STATE_VERSION}")
+        check_version(state, _STATE_VERSION, "last-visit")
         ends = np.cumsum(state["lengths"])[:-1]
         tokens, log_probs = np.split(state["tokens"], ends), np.split(state["log_probs"], ends)
         self._visits = {i: (t, v) for i, t, v in zip(state["ids"], tokens, log_probs, strict=False)}
+
+
+def _firsts(rollouts: Sequence[Rollout]) -> dict[str, int]:
+    """Prompt -> index of the first rollout to it, in their order."""
+    firsts: dict[str, int] = {}
+    for i, rollout in enumerate(rollouts):
+        firsts.setdefault(rollout.prompt_id, i)
+    return firsts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,22 +13,18 @@ from mssr.cluster.base import Cluster
 from mssr.config import Config, to_dict
 from mssr.config.secrets import redact
 from mssr.data.dataset import PromptDataset
-from mssr.data.mixture import MixtureSampler
-from mssr.data.sampler import EpochSampler, PromptSampler, UncertaintySampler
+from mssr.data.sampler import EpochSampler, MixtureSampler, PromptSampler, UncertaintySampler
 from mssr.errors import StopRequestedError, TrainingError, UserError
 from mssr.rewards import Scorer
-from mssr.runs.checkpoint import CheckpointStore, read_state
-from mssr.runs.console import Console
-from mssr.runs.events import EventLog
-from mssr.runs.loggers import MetricsLog
-from mssr.runs.run_directory import write_samples
-from mssr.runs.signals import StopRequest
+from mssr.runs.checkpoint import read_state
+from mssr.runs.run import Run
+from mssr.runs.samples import write_samples
 from mssr.trainer.collect import RolloutCollector
 from mssr.trainer.estimate import Estimator
 from mssr.trainer.initial_values import initialize_values
 from mssr.trainer.pipeline import RolloutPipeline
 from mssr.trainer.timing import PhaseTimer
-from mssr.trainer.validation import PromptsOf, Validation
+from mssr.trainer.validation import Validation, ValidationPrompts
 from mssr.trainer.watch import CollapseWatch
 from mssr.types import Rollout
 
@@ -45,25 +42,22 @@ class Trainer:
         train: data set, narrowed to usable prompts.
         val: sets to validate on; none to train without.
         scorer: of ``config.reward``; the caller closes it.
-        cluster: running workers; `start` gives them their weights.
+        cluster: running workers; `run` gives them their weights.
     """
 
     def __init__(
         self,
-        config: Config,
+        run: Run,
         train: PromptDataset,
-        val: Sequence[PromptsOf],
+        val: Sequence[ValidationPrompts],
         scorer: Scorer,
         cluster: Cluster,
-        store: CheckpointStore,
-        log: MetricsLog,
-        events: EventLog,
-        console: Console,
     ) -> None:
-        self.config = config
+        config = self.config = run.config
+        self.store, self.log, self.events = run.store, run.log, run.events
+        self.console, self.stop = run.console, run.stop
         self.train = train
         self.cluster = cluster
-        self.store, self.log, self.events, self.console = store, log, events, console
         self.timer = PhaseTimer()
         self.estimator = Estimator(config, cluster, self.timer)
         self.sampler = make_sampler(config, train, self.estimator.algorithm)
@@ -73,7 +67,8 @@ class Trainer:
         self.watch = CollapseWatch(config.watch)
         self.step = 0
         self._unlogged: dict[str, float] | None = None
-        """Record of a step whose update is done and whose validation is not."""
+        """Metrics of the step that is done, from its update until they are in metrics.jsonl: a stop between
+        the two leaves them to the checkpoint, and the next start finishes the step."""
         self._saved_step = 0
         self._save_failed = False
 
@@ -93,38 +88,35 @@ class Trainer:
             raise UserError(f"trainer.resume: {checkpoint} does not fit this run: {error}") from error
         self.step = self._saved_step = self.events.step = state["step"]
         self._unlogged = state["unlogged"]
+        self.timer.add({k: v for k, v in (self._unlogged or {}).items() if k.startswith("timing/")})
         self.cluster.load(str((checkpoint / "actor").absolute()))
 
-    def run(self, stop: StopRequest) -> None:
+    def run(self) -> None:
         """Train until ``trainer.steps``, or until a stop is requested; then checkpoint.
 
         Raises:
             WorkersLostError: the policy is gone; a new trainer is to go on from the last checkpoint.
         """
-        try:
-            with self.pipeline:
-                self._run_steps(stop)
-        except StopRequestedError:
-            if self._unlogged is not None:
-                self._unlogged = _add(self._unlogged, self.timer.take())
-        if stop.requested:
+        with contextlib.suppress(StopRequestedError), self.pipeline:
+            self._run_steps()
+        if self.stop.requested:
             self._begin_save()
         self._finish_save()
         if self._save_failed:
             raise TrainingError("the last checkpoint could not be written; see events.jsonl")
 
-    def _run_steps(self, stop: StopRequest) -> None:
+    def _run_steps(self) -> None:
         self.cluster.sync_weights(version=self.step)
         if self.step == 0:
-            self._before_first_step(stop)
+            self._before_first_step()
         self.console.begin(self.step - (self._unlogged is not None))
         if self._unlogged is not None:
             self._finish_step()
-        while self.step < self.config.trainer.steps and not stop.requested:
+        while self.step < self.config.trainer.steps and not self.stop.requested:
             self._train_step()
             self._finish_step()
 
-    def _before_first_step(self, stop: StopRequest) -> None:
+    def _before_first_step(self) -> None:
         before = self.validate()
         if before or self._due(self.config.trainer.val_every):
             self.log.write({"step": 0, "epoch": 0.0} | before)
@@ -133,7 +125,7 @@ class Trainer:
             self.console.note(f"step 0: {', '.join(accuracies)}")
         algorithm, note = self.estimator.algorithm, self.console.note
         if algorithm.init_rollouts:
-            initialize_values(self.config, algorithm, self.collector, note, lambda: stop.requested)
+            initialize_values(self.config, algorithm, self.collector, note, lambda: self.stop.requested)
         self.timer.take()
         self.collector.timer.take()
 
@@ -160,8 +152,12 @@ class Trainer:
     def _finish_step(self) -> None:
         """Validate where it is due, log, checkpoint where it is due."""
         assert self._unlogged is not None
-        metrics = self._unlogged | self.validate()
-        metrics = self._rates(_add(metrics, self.timer.take())) | self.cluster.memory()
+        validated, memory = self.validate(), self.cluster.memory()
+        metrics = self._unlogged | validated | self.timer.take()
+        seconds = metrics["timing/step_s"]  # without validation and checkpoint
+        metrics["perf/rollouts_per_s"] = self.config.rollout.rollouts_per_step / seconds
+        metrics["perf/tokens_per_s"] = metrics["rollout/tokens"] / seconds
+        metrics |= memory
         warnings = self.watch.observe(self.step, metrics)
         metrics |= self.watch.metrics()
         # Logged first: a crash in between repeats the step, where the other way round its record
@@ -177,10 +173,10 @@ class Trainer:
         self.console.step(self.step, metrics)
         if self.store.written:
             self._finish_save()
-        if self._due(self.config.trainer.save_every, at_end=True):
+        collapsed = self.watch.collapsed and self.config.trainer.stop_on_collapse
+        if collapsed or self._due(self.config.trainer.save_every, at_end=True):
             self._begin_save(metrics.get("val/accuracy"))
-        if self.watch.collapsed and self.config.trainer.stop_on_collapse:
-            self._begin_save(metrics.get("val/accuracy"))
+        if collapsed:
             self._finish_save()
             raise TrainingError(
                 "the policy has collapsed, see events.jsonl, and trainer.stop_on_collapse=true; "
@@ -192,9 +188,9 @@ class Trainer:
         metrics: dict[str, float] = {}
         for prompts in self.validation.due(self.step):
             with self.timer("val"):
-                done = self.validation.ask(prompts)
-            self._write_samples(prompts.set.key, prompts.dataset, done.rollouts, done.scores)
-            metrics |= done.metrics
+                rollouts, scores, found = self.validation.ask(prompts)
+            self._write_samples(prompts.set.key, prompts.dataset, rollouts, scores)
+            metrics |= found
         return metrics
 
     def _begin_save(self, val_accuracy: float | None = None) -> None:
@@ -209,7 +205,7 @@ class Trainer:
                 "pipeline": self.pipeline.state_dict(),
                 "estimator": self.estimator.state_dict(),
                 "watch": self.watch.state_dict(),
-                "unlogged": self._unlogged,
+                "unlogged": None if self._unlogged is None else self._unlogged | self.timer.seconds,
             }
             config = redact(to_dict(self.config))
             try:
@@ -264,19 +260,6 @@ class Trainer:
                 }
             )
         write_samples(self.log.run_dir / "samples" / f"step-{self.step:06d}.jsonl", records, split)
-
-    def _rates(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The metrics with rates over the step without validation and checkpoint."""
-        seconds = metrics["timing/step_s"]
-        return metrics | {
-            "perf/rollouts_per_s": self.config.rollout.rollouts_per_step / seconds,
-            "perf/tokens_per_s": metrics["rollout/tokens"] / seconds,
-        }
-
-
-def _add(metrics: dict[str, float], seconds: dict[str, float]) -> dict[str, float]:
-    """Metrics with the time of phases that may have begun before."""
-    return metrics | {key: metrics.get(key, 0.0) + value for key, value in seconds.items()}
 
 
 def make_sampler(config: Config, dataset: PromptDataset, algorithm: Algorithm) -> PromptSampler:

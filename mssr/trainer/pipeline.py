@@ -7,17 +7,14 @@ checkpoints find the engines idle, and a checkpoint holds the batch that waits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-
 from mssr.config import Config
-from mssr.errors import StopRequestedError
+from mssr.errors import StopRequestedError, check_version
 from mssr.trainer.collect import Collected, RolloutCollector
 from mssr.trainer.timing import PhaseTimer
-from mssr.types import Rollout
 
 _STATE_VERSION = 2
 
@@ -94,11 +91,10 @@ class RolloutPipeline:
     def state_dict(self) -> dict[str, Any]:
         """The batch that waits, and what the collector knows. Nothing may be under way."""
         assert self._next is None
-        waiting = None if self._waiting is None else _to_state(self._waiting)
         return {
             "version": _STATE_VERSION,
             "lengths": self.collector.lengths.state_dict(),
-            "waiting": waiting,
+            "waiting": None if self._waiting is None else self._waiting.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -107,50 +103,6 @@ class RolloutPipeline:
         Raises:
             ValueError: the state is of another version.
         """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"pipeline state has version {state.get('version')}, not {_STATE_VERSION}")
+        check_version(state, _STATE_VERSION, "pipeline")
         self.collector.lengths.load_state_dict(state["lengths"])
-        self._waiting = None if state["waiting"] is None else _from_state(state["waiting"])
-
-
-def _to_state(collected: Collected) -> dict[str, Any]:
-    """As JSON values and arrays."""
-    rollouts = collected.rollouts
-    return {
-        "prompt_ids": collected.prompt_ids,
-        "texts": [r.text for r in rollouts],
-        "finish_reasons": [r.finish_reason for r in rollouts],
-        "sample_indices": [r.sample_index for r in rollouts],
-        "policy_versions": [r.policy_version for r in rollouts],
-        "prompt_lengths": np.array([len(r.prompt_token_ids) for r in rollouts], np.int64),
-        "prompt_tokens": np.concatenate([r.prompt_token_ids for r in rollouts]),
-        "lengths": collected.lengths.astype(np.int64),
-        "tokens": np.concatenate([r.response_token_ids for r in rollouts]),
-        "log_probs": np.concatenate([r.log_probs for r in rollouts]),
-        "scores": collected.scores,
-        "metrics": collected.metrics,
-        "epoch": collected.epoch,
-    }
-
-
-def _from_state(state: Mapping[str, Any]) -> Collected:
-    prompts = _split(state["prompt_tokens"], state["prompt_lengths"])
-    tokens, log_probs = (_split(state[key], state["lengths"]) for key in ("tokens", "log_probs"))
-    rollouts = [
-        Rollout(
-            prompt_id=prompt_id,
-            sample_index=state["sample_indices"][i],
-            prompt_token_ids=prompts[i],
-            response_token_ids=tokens[i],
-            log_probs=log_probs[i],
-            finish_reason=state["finish_reasons"][i],
-            policy_version=state["policy_versions"][i],
-            text=state["texts"][i],
-        )
-        for i, prompt_id in enumerate(state["prompt_ids"])
-    ]
-    return Collected(rollouts, state["scores"], dict(state["metrics"]), state["epoch"])
-
-
-def _split(values: np.ndarray, lengths: np.ndarray) -> Sequence[np.ndarray]:
-    return np.split(values, np.cumsum(lengths)[:-1])
+        self._waiting = None if state["waiting"] is None else Collected.from_state(state["waiting"])

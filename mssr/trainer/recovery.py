@@ -9,19 +9,15 @@ from mssr.cluster.base import Cluster
 from mssr.errors import StopRequestedError, WorkersLostError
 from mssr.runs.checkpoint import CheckpointStore, read_state
 from mssr.runs.events import EventLog
-from mssr.runs.loggers import MetricsLog
-from mssr.runs.signals import StopRequest
+from mssr.runs.run import Run
 from mssr.trainer.loop import Trainer
 
 
 def run_with_recovery(
+    run: Run,
+    checkpoint: Path | None,
     launch: Callable[[], Cluster],
     make_trainer: Callable[[Cluster], Trainer],
-    checkpoint: Path | None,
-    store: CheckpointStore,
-    log: MetricsLog,
-    events: EventLog,
-    stop: StopRequest,
 ) -> None:
     """Run to the end, or until a stop is requested.
 
@@ -39,27 +35,33 @@ def run_with_recovery(
             try:
                 if cluster is None:
                     cluster = launch()
-                    stop.install()  # Ray has signal handlers of its own
+                    run.stop.install()  # Ray has signal handlers of its own
                 elif lost:
                     cluster.restart()
                 lost = False
                 trainer = make_trainer(cluster)
                 if checkpoint is not None:
                     trainer.resume(checkpoint)
-                trainer.run(stop)
+                trainer.run()
                 return
             except WorkersLostError:
                 lost = True
-                store.clean()
-                if store.saved:
-                    checkpoint = store.find("auto", lambda line: events.record("damaged_checkpoint", line))
-                log.rewind(step_of(checkpoint))
-                events.step = step_of(checkpoint) or 0
+                run.store.clean()
+                if run.store.saved:
+                    checkpoint = find_checkpoint(run.store, "auto", run.events)
+                last = step_of(checkpoint)
+                run.log.rewind(last)
+                run.events.step = last or 0
             except StopRequestedError:
                 return  # while workers started: nothing has changed since the last checkpoint
     finally:
         if cluster is not None:
             cluster.shutdown()
+
+
+def find_checkpoint(store: CheckpointStore, resume: str, events: EventLog) -> Path | None:
+    """See `CheckpointStore.find`."""
+    return store.find(resume, lambda line: events.record("damaged_checkpoint", line))
 
 
 def step_of(checkpoint: Path | None) -> int | None:

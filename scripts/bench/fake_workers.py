@@ -14,7 +14,7 @@ import numpy as np
 
 from mssr.cluster import ray_cluster
 from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
-from mssr.cluster.shared_prompts import Shares
+from mssr.cluster.shared_prompts import PromptFetcher
 from mssr.config import Config
 from mssr.rollout.queue import Finished, RequestQueue
 from mssr.types import RankLogProbs, Rollout, RolloutRequest, SamplingParams, TrainBatch
@@ -43,8 +43,20 @@ class FakePrompt:
         return np.zeros(PROMPT_TOKENS, np.int64)
 
 
+class FakePrompts:
+    """In place of a `PromptSource`: all prompts are new, as in a first epoch."""
+
+    def get(self, prompt_ids: Iterable[str]) -> None:
+        """Nothing: they are ready."""
+
+    def take_new(self, prompt_ids: Iterable[str]) -> dict[str, FakePrompt]:
+        return {prompt_id: FakePrompt() for prompt_id in prompt_ids}
+
+
 class FakeEngine:
-    """A `RolloutWorker` whose responses all have the greatest length and end one after the other."""
+    """A `RolloutEngine` whose responses all have the greatest length and end one after the other."""
+
+    prompts: Any = FakePrompts()
 
     def __init__(self, config: Config) -> None:
         self._seconds = float(config.rollout.engine_options[OPTIONS]["generate_s"])
@@ -72,15 +84,11 @@ class FakeEngine:
             yield [(index, self._rollout(request)) for end, index, request in running if end <= now]
             running = [item for item in running if item[0] > now]
 
-    def new_prompts(self, prompt_ids: Iterable[str]) -> dict[str, FakePrompt]:
-        """All of them, as in an epoch where every prompt is new."""
-        return {prompt_id: FakePrompt() for prompt_id in prompt_ids}
-
-    def prepare(self, prompt_ids: Iterable[str]) -> None:
-        """Nothing: its prompts are ready."""
-
     def load_weights(self, weights: Any, version: int) -> None:
         self._version = version
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     def _rollout(self, request: RolloutRequest) -> Rollout:
         part = slice(start := request.seed % self._length, start + self._length)
@@ -99,25 +107,29 @@ class FakeEngine:
 class FakeRolloutWorker(RayRolloutWorker):
     """An engine that sleeps."""
 
-    def start(self, config: Config, device: str, threads: int) -> None:
-        self._slots = config.rollout.max_num_seqs
-        self._ranks = config.actor.num_ranks
-        self._worker: Any = FakeEngine(config)
+    def start(self, device: str) -> None:
+        self._engine = FakeEngine(self._config)
+
+    def load_weights(self, weights: list[Any], version: int) -> None:
+        import ray
+
+        ray.get(weights[0])
+        self._engine.load_weights([], version)
 
 
 class FakePolicyWorker(RayPolicyWorker):
     """An actor rank that sleeps."""
 
-    def start(self, config: Config, rank: int, init_method: str, device: str) -> None:
-        self._rank, self._ranks = rank, config.actor.num_ranks
-        self._seconds = float(config.rollout.engine_options[OPTIONS]["update_s"])
+    def start(self, rank: int, init_method: str, device: str) -> None:
+        self._rank, self._ranks = rank, self._config.actor.num_ranks
+        self._seconds = float(self._config.rollout.engine_options[OPTIONS]["update_s"])
 
-    def update(self, work: tuple[TrainBatch, Shares], step: int) -> dict[str, float]:
+    def update(self, work: tuple[TrainBatch, PromptFetcher], step: int) -> dict[str, float]:
         time.sleep(self._seconds)
         names = "kl_update kl_ref entropy grad_norm loss clip_fraction skipped_updates".split()
         return {f"policy/{name}": 0.01 * (name != "skipped_updates") for name in names}
 
-    def log_probs(self, work: tuple[TrainBatch, Shares], reference: bool) -> RankLogProbs:
+    def log_probs(self, work: tuple[TrainBatch, PromptFetcher], reference: bool) -> RankLogProbs:
         batch, _ = work
         lengths = batch.response_lengths
         own = np.arange(self._rank, len(batch), self._ranks)

@@ -17,8 +17,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
+from mssr.runs.config import load_config
 from mssr.types import TrainBatch
 from tests.conftest import Workspace
 

@@ -14,7 +14,7 @@ import pytest
 
 from mssr import algorithms
 from mssr.algorithms import Algorithm, advantages
-from mssr.algorithms import registry as registry_module
+from mssr.algorithms.registry import ALGORITHMS
 from mssr.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -215,7 +215,7 @@ def test_the_registry_names_what_is_wrong() -> None:
 
 
 def test_a_users_method_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry_module, "_registry", dict(registry_module._registry))
+    monkeypatch.setattr(ALGORITHMS, "known", dict(ALGORITHMS.known))
 
     @algorithms.register("mine")
     class Mine(Algorithm):

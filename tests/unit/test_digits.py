@@ -20,7 +20,14 @@ from mssr.data.digits.rows import (
     pair_image,
     write_parquet,
 )
-from mssr.data.digits.warmstart import Encoder, corpus, mixed_response, response_text, warm_start
+from mssr.data.digits.warmstart import (
+    Encoder,
+    corpus,
+    mixed_response,
+    response_text,
+    torch_threads,
+    warm_start,
+)
 from mssr.errors import UserError
 from mssr.models.tiny import SPECIAL_TOKENS, TinySize, build_tiny_qwen2_5_vl
 
@@ -230,7 +237,8 @@ def test_a_few_steps_lower_the_loss_and_repeat_bit_for_bit(tiny: Path) -> None:
     for _ in range(2):
         model = AutoModelForImageTextToText.from_pretrained(tiny, dtype="float32")
         encoder = Encoder(model, AutoProcessor.from_pretrained(tiny))
-        runs.append(warm_start(encoder, load_scans().train, settings, seed=1, threads=1))
+        with torch_threads(1):
+            runs.append(warm_start(encoder, load_scans().train, settings, seed=1))
     assert runs[0] == runs[1] and len(runs[0]) == 10
     assert runs[0][7] < 0.8 * runs[0][0]
     assert torch.get_num_threads() == threads

@@ -33,9 +33,9 @@ import numpy as np
 import pytest
 
 from mssr.cluster.base import OnFinished
-from mssr.config.loading import load_config
 from mssr.data.dataset import PromptDataset
 from mssr.rewards import Scorer
+from mssr.runs.config import load_config
 from mssr.trainer.loop import Trainer
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
 from tests.conftest import Workspace, make_rows, write_rows
@@ -129,9 +129,8 @@ def drive(workspace: Workspace, directory: Path, **options: Any) -> tuple[list[T
     cluster, log = ScriptedCluster(), MagicMock()
     train = PromptDataset(config.data.train, config.data)
     with Scorer(config.reward, config.rollout.max_response_length, clip=True) as scorer:
-        store, events, console = MagicMock(), MagicMock(), MagicMock()
-        trainer = Trainer(config, train, [], scorer, cluster, store, log, events, console)  # type: ignore[arg-type]
-        trainer.run(MagicMock(requested=False))
+        run = MagicMock(config=config, log=log, stop=MagicMock(requested=False))
+        Trainer(run, train, [], scorer, cluster).run()  # type: ignore[arg-type]
     return cluster.batches, [call.args[0] for call in log.write.call_args_list]
 
 

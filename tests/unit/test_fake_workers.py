@@ -6,16 +6,19 @@ import inspect
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
+import fake_workers
 import numpy as np
 import pytest
+from fake_workers import OPTIONS, FakeEngine, FakePolicyWorker, FakeRolloutWorker
 
 from mssr.cluster.base import join_log_probs
 from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
+from mssr.cluster.shared_prompts import PromptFetcher
 from mssr.config import Config
 from mssr.rollout.queue import RequestQueue
 from mssr.types import RolloutRequest, SamplingParams, TrainBatch
-from scripts.bench.fake_workers import OPTIONS, FakeEngine, FakePolicyWorker, FakeRolloutWorker
 
 pytestmark = pytest.mark.unit
 
@@ -54,8 +57,9 @@ def test_ranks_score_a_batch_between_them(config: Config) -> None:
     shares = []
     for rank in range(2):
         worker = FakePolicyWorker.__new__(FakePolicyWorker)
-        worker.start(config, rank, "", "cpu")
-        shares.append(worker.log_probs((batch, []), reference=True))
+        worker._config = config
+        worker.start(rank, "", "cpu")
+        shares.append(worker.log_probs((batch, PromptFetcher({})), reference=True))
     joined = join_log_probs(shares, batch)
     assert joined.policy.shape == joined.reference.shape == (9,)
 
@@ -69,6 +73,8 @@ def test_methods_have_the_arguments_of_the_real_ones() -> None:
 
 
 def test_they_import_no_torch() -> None:
-    program = "import sys, scripts.bench.fake_workers; print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = "import sys, fake_workers; print('torch' in sys.modules)"
+    where = Path(fake_workers.__file__).parent
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=where)
     assert result.stdout.strip() == "False"

@@ -17,7 +17,8 @@ from mssr.cluster.ray_calls import Failure, Worker, WorkerDiedError
 from mssr.cluster.ray_generation import Generation
 from mssr.cluster.ray_workers import RayRolloutWorker
 from mssr.cluster.shared_prompts import SharedPrompts
-from mssr.cluster.transport import PackedRollouts, pack_rollouts, unpack_rollouts
+from mssr.cluster.transport import FinishedPart, pack_rollouts, unpack_rollouts
+from mssr.config import Config
 from mssr.models.encoded import EncodedPrompt
 from mssr.rollout.queue import Finished, RequestQueue
 from mssr.types import Rollout, RolloutRequest, SamplingParams
@@ -63,7 +64,7 @@ class FakeEngine:
         self.ended = requests is None
         self.queue += requests or []
 
-    def tick(self, now: int) -> PackedRollouts | Failure | None:
+    def tick(self, now: int) -> FinishedPart | Failure | None:
         if self.dies_at == now:
             return Failure(self.worker, WorkerDiedError("died"))
         while self.queue and len(self.running) < self.slots:
@@ -182,17 +183,28 @@ class OneByOne:
             index, request = waiting.pop(0)
             yield [(index, rollout(request))]
 
-    def new_prompts(self, prompt_ids: Iterable[str]) -> dict[str, EncodedPrompt]:
+    @property
+    def prompts(self) -> OneByOne:
+        return self
+
+    def take_new(self, prompt_ids: Iterable[str]) -> dict[str, EncodedPrompt]:
         """Of the first prompts one that was new."""
         return {"p1": PROMPT} if "p1" in list(prompt_ids) else {}
+
+
+def worker_of(ranks: int) -> RayRolloutWorker:
+    worker = RayRolloutWorker.__new__(RayRolloutWorker)
+    worker._lock, worker._queues, worker._config = threading.Lock(), {}, Config()
+    worker._config.rollout.max_num_seqs = 64  # handfuls of 4
+    worker._config.actor.num_ranks = ranks
+    worker._engine = OneByOne()  # type: ignore[assignment]
+    return worker
 
 
 def test_a_worker_returns_rollouts_by_the_handful_and_keeps_none_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    worker = RayRolloutWorker.__new__(RayRolloutWorker)
-    worker._lock, worker._queues, worker._slots = threading.Lock(), {}, 64  # handfuls of 4
-    worker._worker, worker._ranks = OneByOne(), 1  # type: ignore[assignment]
+    worker = worker_of(ranks=1)
     stored: list[Any] = []
     monkeypatch.setattr(ray, "put", lambda value: stored.append(value) or "reference")  # type: ignore[func-returns-value]
     monkeypatch.setattr(ray_workers, "MAX_DELAY_S", float("inf"))
@@ -210,9 +222,7 @@ def test_a_worker_returns_rollouts_by_the_handful_and_keeps_none_back(
 
 def test_an_evaluation_shares_no_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no rank that could need them."""
-    worker = RayRolloutWorker.__new__(RayRolloutWorker)
-    worker._lock, worker._queues, worker._slots = threading.Lock(), {}, 64
-    worker._worker, worker._ranks = OneByOne(), 0  # type: ignore[assignment]
+    worker = worker_of(ranks=0)
     monkeypatch.setattr(ray, "put", lambda value: pytest.fail("shared"))
     parts = worker.generate(0, [(1, RolloutRequest("p1", 0, 0))], PARAMS)
     assert next(parts).prompts == []

@@ -9,12 +9,12 @@ import torch
 
 from mssr.algorithms.objective import LossInParts, Objective, TokenBatch
 from mssr.algorithms.shaping import entropy_bonus
-from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.head import token_log_probs_and_entropy, token_loss
 from mssr.models.loading import load_model
 from mssr.models.packing import PackedBatch, PackItem, pack
 from mssr.models.policy import PolicyModel
+from mssr.runs.config import load_config
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.unit

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from mssr.actor.prompts import PromptCache
-from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.loading import load_model
 from mssr.models.packing import pack
 from mssr.models.policy import PolicyModel
 from mssr.rollout.hf_engine import HfEngine
 from mssr.rollout.queue import RequestQueue
-from mssr.trainer.batch import make_batch
-from mssr.types import Rollout, RolloutRequest, SamplingParams
+from mssr.runs.config import load_config
+from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.unit
@@ -60,7 +59,7 @@ def test_log_probs_are_those_of_the_actor(
     engine: HfEngine, policy: PolicyModel, workspace: Workspace
 ) -> None:
     rollouts = answers(engine, requests(8), PARAMS)
-    batch = make_batch(rollouts, np.zeros(8, np.float32))
+    batch = TrainBatch.of(rollouts)
     cache = PromptCache(PromptSource(load_config(workspace.config)), policy)
     with torch.no_grad():
         log_probs, _ = policy(pack(cache.items(batch, range(8)), policy.merge_size))
@@ -101,7 +100,7 @@ def test_limits_greedy_and_new_weights(engine: HfEngine, policy: PolicyModel) ->
 def test_a_prompt_that_engine_and_actor_see_differently_is_named(
     engine: HfEngine, policy: PolicyModel, workspace: Workspace
 ) -> None:
-    batch = make_batch(answers(engine, requests(2), PARAMS), np.zeros(2, np.float32))
+    batch = TrainBatch.of(answers(engine, requests(2), PARAMS))
     batch.tokens[batch.offsets[1]] += 1
     cache = PromptCache(PromptSource(load_config(workspace.config)), policy)
     cache.items(batch, [0])

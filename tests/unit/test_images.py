@@ -56,6 +56,14 @@ def test_exif_rotation(form: str, orientation: int) -> None:
     assert np.array_equal(np.asarray(decoded), np.asarray(expected))
 
 
+def test_exif_that_cannot_be_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(exif=exif)
+    monkeypatch.delattr(Image.Exif, "tobytes")
+    assert source(data).size() == source(data).decode().size == (48, 64)
+
+
 def test_exif_behind_the_pixels_of_a_png() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -15,18 +15,18 @@ import pytest
 
 from mssr.config import Config
 from mssr.config.data import DataConfig
-from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.data.sampler import EpochSampler
 from mssr.errors import UserError
-from mssr.evaluation.benchmarks.own import Own
+from mssr.evaluation.own import Own
 from mssr.evaluation.prompts import Question
 from mssr.evaluation.responses import Response
 from mssr.evaluation.verdicts import VerdictBook
 from mssr.rewards import Scorer
+from mssr.runs.config import load_config
 from mssr.tools.cli import main
 from mssr.trainer.collect import RolloutCollector
-from mssr.trainer.data import load_data, resolve_steps
+from mssr.trainer.data import load_data
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 from tests.conftest import Workspace
 
@@ -269,10 +269,11 @@ def test_the_tag_of_the_prompt_counts_as_the_responses(
     sampler = EpochSampler(data.train.dataset.ids, 0)
     with Scorer(config.reward, 12) as scorer:
         collector = RolloutCollector(config, data.train.dataset, sampler, scorer, Told(text))  # type: ignore[arg-type]
-        rollouts, scored, _ = collector.generate(collector.draw(), 0, 1)
-        assert scored.scores.tolist() == [right] * 4 and {r.text for r in rollouts} == {text}
+        found = collector.generate(collector.requests(collector.draw(), 0, 1))
+        assert found.rewards.scores.tolist() == [right] * 4 and {r.text for r in found.rollouts} == {text}
         (prompts,) = data.val
-        asked = [replace(rollout, prompt_id=i) for rollout, i in zip(rollouts, prompts.ids(4), strict=True)]
+        pairs = zip(found.rollouts, prompts.ids[:4], strict=True)
+        asked = [replace(rollout, prompt_id=i) for rollout, i in pairs]
         assert prompts.score(asked, scorer)[0].tolist() == [right] * 4
     own = Own(str(good), reward=config.reward, config=config.data)
     (item, *_) = own.load()
@@ -297,7 +298,7 @@ def test_epochs_are_steps_once_prompts_are_counted(workspace: Workspace, tmp_pat
     config = load_config(workspace.config, overrides)
     data = load_data(config)
     assert len(data.train.dataset) == 8 and data.train.overlong == 0
-    trained = resolve_steps(config, data.train)
+    trained = data.config
     assert (trained.trainer.steps, trained.trainer.epochs, config.trainer.steps) == (3, 3, 0)
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from mssr.config import Config
 from mssr.config.checks import validate
-from mssr.config.loading import load_config
 from mssr.errors import StopRequestedError, UserError, WorkersLostError
+from mssr.runs.config import load_config
 from mssr.types import TrainBatch
 from tests.conftest import Workspace
 from tests.unit.test_recovery import STEPS, FakeCluster, Signal, drive, never, world  # noqa: F401
@@ -112,11 +112,11 @@ def test_a_stop_finishes_the_batch_that_is_under_way_and_resumes_alike(
 
 def test_the_batch_that_waits_is_in_the_checkpoint(world: Any, tmp_path: Path) -> None:  # noqa: F811
     from mssr.runs.checkpoint import read_state
-    from mssr.trainer.pipeline import _from_state
+    from mssr.trainer.collect import Collected
 
     drive(world, tmp_path / "run", never, lag=1)
     waiting = read_state(tmp_path / "run/checkpoints/step-000004")["pipeline"]["waiting"]
-    collected = _from_state(waiting)
+    collected = Collected.from_state(waiting)
     assert [r.policy_version for r in collected.rollouts] == [3] * 6
     assert collected.scores.shape == (6,) and collected.metrics["rollout/policy_lag"] == 1
     assert all(r.log_probs.dtype == np.float32 and len(r.response_token_ids) == 8 for r in collected.rollouts)

@@ -27,14 +27,13 @@ from mssr.actor.prompts import PromptCache
 from mssr.actor.update import PolicyUpdater
 from mssr.cluster.base import OnFinished, join_log_probs
 from mssr.config import Config, flatten, to_dict
-from mssr.config.loading import load_config
 from mssr.data.dataset import PromptDataset
 from mssr.data.prompt_source import PromptSource
 from mssr.errors import TrainingError
 from mssr.models.loading import load_model
 from mssr.models.policy import PolicyModel
 from mssr.rewards import Scorer
-from mssr.trainer.batch import make_batch
+from mssr.runs.config import load_config
 from mssr.trainer.loop import Trainer
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 from tests.conftest import Workspace
@@ -195,7 +194,7 @@ class FakeCluster:
                     text=chr(32 + int(tokens[0]) % 64),
                 )
             )
-        batch = make_batch(rollouts, np.zeros(len(rollouts), np.float32))
+        batch = TrainBatch.of(rollouts)
         exact = np.split(self.log_probs(batch).policy, batch.response_offsets[1:-1])
         for rollout, values in zip(rollouts, exact, strict=True):
             # An engine that disagrees with the actor by some tenths.
@@ -283,11 +282,11 @@ class Lab:
         config = load_config(self.workspace.config, [*arguments, f"trainer.run_dir={run_dir}"])
         cluster = FakeCluster(self, config)
         train = PromptDataset(config.data.train, config.data)
-        others = [MagicMock() for _ in range(4)]  # checkpoints, metrics, events, console
-        trainer = Trainer(config, train, [], self._scorer(config), cluster, *others)  # type: ignore[arg-type]
+        run = MagicMock(config=config, stop=MagicMock(requested=False))
+        trainer = Trainer(run, train, [], self._scorer(config), cluster)  # type: ignore[arg-type]
         outcome = ""
         try:
-            trainer.run(MagicMock(requested=False))
+            trainer.run()
         except TrainingError as error:
             outcome = str(error)
         batches = cluster.batches

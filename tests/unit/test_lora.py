@@ -16,13 +16,13 @@ from mssr.actor.checkpoint import SafeReader
 from mssr.actor.worker import PolicyWorker
 from mssr.cluster.base import join_log_probs
 from mssr.config import LoraConfig, to_dict
-from mssr.config.loading import load_config
 from mssr.errors import UserError
 from mssr.models.loading import load_model
 from mssr.models.lora import add_adapters, is_adapter
 from mssr.models.packing import pack
 from mssr.models.policy import PolicyModel
 from mssr.runs import export as export_tool
+from mssr.runs.config import load_config
 from tests.conftest import Workspace
 from tests.e2e.ranks import make_batch
 

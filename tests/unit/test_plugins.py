@@ -125,3 +125,46 @@ def test_an_interrupt_while_a_file_runs_is_no_error_of_the_user(tmp_path: Path) 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             plugins.load(f"{path}:f", "reward")
+
+
+def a_registry() -> plugins.Registry:
+    def check(thing: object, called: str) -> None:
+        if not isinstance(thing, type):
+            raise ValueError(f"{called} is no class")
+
+    return plugins.Registry("colour", "class", check, reserved="@/")
+
+
+def test_a_registry_gives_a_name_once(tmp_path: Path) -> None:
+    colours = a_registry()
+    path = write(tmp_path / "mine.py", "class Red: number = 1")
+    first = colours.register("red")(plugins.load(f"{path}:Red", "colour"))
+    assert first.name == "red" and colours.names() == ["red"] and colours.get("red") is first
+    write(path, "class Red: number = 2")  # an edit of the same file, as a notebook cell that is run again
+    second = colours.register("red")(plugins.load(f"{path}:Red", "colour"))
+    assert colours.get("red") is second is not first
+    other = write(tmp_path / "b" / "mine.py", "class Red: number = 3")
+    with pytest.raises(ValueError, match="the colour name 'red' is taken by Red"):
+        colours.register("red")(plugins.load(f"{other}:Red", "colour"))
+    for name in ("a:b", "a@b", "a/b"):
+        with pytest.raises(ValueError, match="must not contain a colon or any of @/"):
+            colours.register(name)
+    with pytest.raises(ValueError, match="colour 'blue': 3 is no class"):
+        colours.register("blue")(3)
+
+
+def test_a_registry_finds_names_and_files(tmp_path: Path) -> None:
+    colours = a_registry()
+    path = write(tmp_path / "mine.py", "class Red: pass\nnumber = 3")
+    red = colours.get(f"{path}:Red")
+    assert red.name == f"{path}:Red" and colours.names() == []
+    colours.register("red")(red)
+    assert colours.get(f"{path}:Red").name == "red"
+    with pytest.raises(
+        ValueError, match=r"unknown colour 'rad', did you mean 'red'\?: one of \['red'\] or path"
+    ):
+        colours.get("rad")
+    with pytest.raises(UserError, match=r"colour '.*mine.py:number': number is no class"):
+        colours.get(f"{path}:number")
+    with pytest.raises(UserError, match=r"is not of the form path/to/file\.py:class"):
+        colours.get(str(path))

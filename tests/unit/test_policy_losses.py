@@ -308,7 +308,7 @@ def test_names_options_and_aggregations() -> None:
 
 
 def test_a_loss_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy_losses, "_registry", dict(policy_losses._registry))
+    monkeypatch.setattr(policy_losses.LOSSES, "known", dict(policy_losses.LOSSES.known))
 
     @policy_losses.register_loss("reinforce", aggregation="constant_length")
     def reinforce(log_probs: Any, old: Any, advantages: Any, lengths: Any, *, scale: float = 1.0) -> Any:

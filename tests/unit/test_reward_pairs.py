@@ -154,7 +154,5 @@ def test_math_verify_says_what_is_recorded() -> None:
 
 
 def test_a_long_decimal_must_round_the_exact_value() -> None:
-    from mssr.rewards import math_rule
-
-    assert math_rule.grade("1.414214", r"\sqrt2") and math_rule.grade("0.333333", "1/3")
-    assert not math_rule.grade("1.41421399", r"\sqrt2") and not math_rule.grade("1.414215", r"\sqrt2")
+    assert RULES["math"]("1.414214", r"\sqrt2") and RULES["math"]("0.333333", "1/3")
+    assert not RULES["math"]("1.41421399", r"\sqrt2") and not RULES["math"]("1.414215", r"\sqrt2")

@@ -12,7 +12,6 @@ import pytest
 
 from mssr.rewards import latex, symbolic, units
 from mssr.rewards.base import RewardResult
-from mssr.rewards.exact_match import exact_match
 from mssr.rewards.extraction import last_boxed, lenient_answer, outside_thinking, unwrap
 from mssr.rewards.rules import RULES, score
 
@@ -120,16 +119,10 @@ def test_exact_match_wants_a_box_in_every_format() -> None:
         assert score("exact_match", UNFORMATTED, "8", format=form).parts["accuracy"] == 1.0
 
 
-def test_the_gate_of_exact_match_is_the_function_of_the_paper() -> None:
-    for response in (
-        GOOD,
-        WRONG,
-        UNFORMATTED,
-        UNBOXED,
-        r"<think></think>\boxed{}",
-        r" <think></think>\boxed{ 8 }",
-    ):
-        assert score("exact_match", response, "8") == exact_match(response, "8")
+def test_exact_match_compares_text_and_math_values() -> None:
+    blank = RewardResult(0.0, {"accuracy": 0.0, "format": 0.0})
+    assert score("exact_match", r"<think></think>\boxed{}", "8") == blank
+    assert score("exact_match", r" <think></think>\boxed{ 8 }", "8").score == 1.0
     assert score("exact_match", r"<think></think>\boxed{8.0}", "8").score == 0.0
     assert score("math", r"<think></think>\boxed{8.0}", "8") == RewardResult(
         1.0, {"accuracy": 1.0, "format": 1.0}

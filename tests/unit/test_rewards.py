@@ -8,13 +8,18 @@ import time
 import pytest
 
 from mssr.rewards import RewardResult
-from mssr.rewards.exact_match import exact_match, last_boxed, normalise
+from mssr.rewards.extraction import last_boxed
+from mssr.rewards.rules import normalise, score
 
 pytestmark = pytest.mark.unit
 
 
 def think(solution: str) -> str:
     return f"<think>some thoughts</think>{solution}"
+
+
+def exact_match(response: str, answer: str) -> RewardResult:
+    return score("exact_match", response, answer)
 
 
 @pytest.mark.parametrize(

@@ -18,17 +18,15 @@ from mssr.actor.prompts import PromptCache
 from mssr.cluster.ray_workers import RayRolloutWorker
 from mssr.cluster.shared_prompts import (
     TOGETHER,
-    PromptFetcher,
     PromptOutbox,
     PromptShelf,
     SharedPrompts,
     share,
 )
-from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.affinity import home
 from mssr.models.encoded import EncodedPrompt
-from mssr.rollout.worker import RolloutWorker
+from mssr.runs.config import load_config
 from mssr.types import TrainBatch
 from tests.conftest import Workspace
 from tests.unit.test_prompts import assert_equal
@@ -97,7 +95,7 @@ def test_a_rank_gets_each_object_once_and_only_those_that_it_needs(
     shelf = PromptShelf(2**30)
     for ids in (["t0", "t1"], ["t2", "t3"], ["t4"]):
         shelf.add(shared(source, ids))
-    fetch = PromptFetcher(shelf.shares(["t0", "t1", "t2", "t4", "t0", "t9"]))
+    fetch = shelf.fetcher(["t0", "t1", "t2", "t4", "t0", "t9"])
     assert store.fetched == []
     found = fetch(["t0", "t2", "t9"])
     assert list(found) == ["t0", "t2"]
@@ -114,9 +112,9 @@ def test_prompts_leave_the_shelf_after_their_update_or_for_newer_ones(
     shelf = PromptShelf(sizes["t1"] + sizes["t3"])
     for prompt_id in sizes:
         shelf.add(shared(source, [prompt_id]))
-    assert shelf.shares(sizes) == [(1, ["t1"]), (2, ["t3"])]
+    assert sorted(shelf.fetcher(sizes)(list(sizes))) == ["t1", "t3"]
     shelf.drop(["t1", "t9"])
-    assert shelf.shares(sizes) == [(2, ["t3"])]
+    assert sorted(shelf.fetcher(sizes)(list(sizes))) == ["t3"]
 
 
 def test_prompts_go_together_by_machine_and_none_is_kept_back(store: Store, source: PromptSource) -> None:
@@ -139,8 +137,7 @@ def test_an_engine_that_prepares_prompts_has_them_and_the_others_run_first(
 ) -> None:
     """And shares them with the ranks as those that it encodes when it needs them."""
     worker = RayRolloutWorker.__new__(RayRolloutWorker)
-    worker._worker = RolloutWorker.__new__(RolloutWorker)
-    worker._worker._engine = SimpleNamespace(prompts=source)  # type: ignore[assignment]
+    worker._engine = SimpleNamespace(prompts=source)  # type: ignore[assignment]
     ids = [f"t{k}" for k in range(8)] + ["t0"]
     priorities = []
 
@@ -154,7 +151,7 @@ def test_an_engine_that_prepares_prompts_has_them_and_the_others_run_first(
     thread.join()
     monkeypatch.setattr(source.encoder, "encode_all", lambda rows, _: pytest.fail("again") if rows else [])
     assert len(source.get(ids)) == 9
-    assert sorted(worker._worker.new_prompts(ids)) == sorted(set(ids))
+    assert sorted(source.take_new(ids)) == sorted(set(ids))
     if sys.platform == "linux":
         assert priorities == [19]
         assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
@@ -166,11 +163,11 @@ def test_prompts_that_cannot_be_prepared_are_told_in_the_log_and_not_raised(
     """Ray would print what nobody asks for over the console of the driver."""
 
     class Broken:
-        def prepare(self, prompt_ids: Sequence[str]) -> None:
+        def get(self, prompt_ids: Sequence[str]) -> None:
             raise OSError("the disk is gone")
 
     worker = RayRolloutWorker.__new__(RayRolloutWorker)
-    worker._worker = Broken()  # type: ignore[assignment]
+    worker._engine = SimpleNamespace(prompts=Broken())  # type: ignore[assignment]
     thread = threading.Thread(target=worker.prepare, args=(["t0"],))  # whose priority it takes
     thread.start()
     thread.join()
@@ -186,7 +183,7 @@ def test_ranks_encode_what_is_lost_or_was_never_shared(store: Store, source: Pro
     store.lost = {0}
     batch = batch_of(source, [*ids, "t0"])
     cache = PromptCache(source, NoModel())  # type: ignore[arg-type]
-    with cache.using(PromptFetcher(shelf.shares(batch.prompt_ids))):
+    with cache.using(shelf.fetcher(batch.prompt_ids)):
         items = cache.items(batch, range(5))
     for item, prompt_id in zip(items, batch.prompt_ids, strict=True):
         assert_equal(item.prompt, source.get([prompt_id])[0])

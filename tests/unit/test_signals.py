@@ -16,8 +16,8 @@ import torch.distributed as dist
 from mssr.actor.step import TokenMeans
 from mssr.cluster.base import join_log_probs
 from mssr.config.checks import validate
-from mssr.config.loading import load_config
 from mssr.errors import UserError
+from mssr.runs.config import load_config
 from mssr.trainer.collect import with_signal
 from mssr.types import Rollout, TrainBatch
 from tests.conftest import Workspace

@@ -12,7 +12,7 @@ from mssr.cluster.base import join_log_probs
 from mssr.config.data import RewardConfig
 from mssr.errors import StopRequestedError
 from mssr.rewards import RewardInput, Scorer, ScoringStream
-from mssr.trainer.early_scores import PARTS, EarlyScores
+from mssr.trainer.early_log_probs import PARTS, EarlyLogProbs
 from mssr.trainer.response_lengths import ResponseLengths
 from mssr.types import RankLogProbs, Rollout, TokenLogProbs, TrainBatch
 
@@ -64,7 +64,7 @@ def test_an_abandoned_batch_keeps_nobody_waiting(tmp_path: Path, error: type[Bas
     with Scorer(config, 100) as scorer:
         with pytest.raises(error), ScoringStream(scorer) as stream:
             stream.add(0, RewardInput("hang", "", 1))
-            future = scorer.submit(RewardInput("hang", "", 1))
+            future = scorer.pool.submit(RewardInput("hang", "", 1))
             raise error
         assert future.cancelled()
         assert scorer.score([RewardInput("", "", 1)]).scores.tolist() == [0.5]
@@ -100,7 +100,7 @@ def test_parts_are_scored_as_soon_as_they_are_complete_and_do_not_depend_on_time
     results = []
     for seed in (1, 2):
         ranks = Ranks()
-        with EarlyScores(ranks, order, reference) as early:  # type: ignore[arg-type]
+        with EarlyLogProbs(ranks, order, reference) as early:  # type: ignore[arg-type]
             arrival = np.random.default_rng(seed).permutation(50).tolist()
             for i in arrival[:-1]:
                 early.add(i, rollouts[i])

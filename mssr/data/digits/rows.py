@@ -57,6 +57,12 @@ class Scans:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def digits(self, example: Example) -> tuple[int, int]:
+        return int(self.labels[example.left]), int(self.labels[example.right])
+
+    def answer(self, example: Example) -> int:
+        return answer_to(example.kind, *self.digits(example))
+
 
 @dataclass(frozen=True, slots=True)
 class ScanSplit:
@@ -123,23 +129,14 @@ def write_parquet(scans: Scans, examples: list[Example], split: str, path: Path)
     import pyarrow.parquet as pq
     from datasets import Dataset, Features, Image, Sequence, Value
 
-    features = Features(
-        {
-            "id": Value("string"),
-            "images": Sequence(Image()),
-            "problem": Value("string"),
-            "answer": Value("string"),
-            "kind": Value("string"),
-        }
-    )
+    text = Value("string")
+    features = Features(id=text, images=Sequence(Image()), problem=text, answer=text, kind=text)
     rows = [
         {
             "id": f"{split}-{index:05d}",
             "images": [{"bytes": _png(pair_image(scans, example.left, example.right)), "path": None}],
             "problem": f"<image>{example.question}",
-            "answer": str(
-                answer_to(example.kind, int(scans.labels[example.left]), int(scans.labels[example.right]))
-            ),
+            "answer": str(scans.answer(example)),
             "kind": example.kind,
         }
         for index, example in enumerate(examples)

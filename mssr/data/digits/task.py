@@ -7,8 +7,6 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +16,14 @@ import numpy as np
 
 import mssr
 from mssr.data.digits.rows import draw_examples, load_scans, write_parquet
-from mssr.data.digits.warmstart import Encoder, WarmStartSettings, accuracy, corpus, warm_start
+from mssr.data.digits.warmstart import (
+    Encoder,
+    WarmStartSettings,
+    accuracy,
+    corpus,
+    torch_threads,
+    warm_start,
+)
 from mssr.errors import UserError
 from mssr.models.loading import import_transformers
 from mssr.models.tiny import TinySize, build_tiny_qwen2_5_vl, save_quietly
@@ -141,20 +146,19 @@ def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings) -> di
     model = build_tiny_qwen2_5_vl(folder / "model", corpus(), seed, settings.model)
     encoder = Encoder(model, transformers.AutoProcessor.from_pretrained(folder / "model"))
     steps = settings.warm_start.reading_steps + settings.warm_start.habit_steps
-    with _progress(steps, quiet) as on_step:
-        warm_start(encoder, scans.train, settings.warm_start, seed, settings.threads, on_step)
-    save_quietly(model, folder / "model")
 
-    def measure(greedy: bool, careful: bool) -> float:
-        return accuracy(
-            encoder, scans.val, val, greedy=greedy, careful=careful, seed=seed, threads=settings.threads
-        )
+    def on_step(step: int, loss: float) -> None:
+        if (step + 1) * 10 // steps > step * 10 // steps:
+            _say(quiet, f"digits: warm start, step {step + 1} of {steps}, loss {loss:.2f}")
 
-    share = {
-        "sampled": measure(greedy=False, careful=False),
-        "greedy": measure(greedy=True, careful=False),
-        "careful": measure(greedy=True, careful=True),
-    }
+    with torch_threads(settings.threads):
+        warm_start(encoder, scans.train, settings.warm_start, seed, on_step)
+        save_quietly(model, folder / "model")
+        share = {
+            "sampled": accuracy(encoder, scans.val, val, seed, greedy=False),
+            "greedy": accuracy(encoder, scans.val, val, seed),
+            "careful": accuracy(encoder, scans.val, val, seed, careful=True),
+        }
     parameters = sum(p.numel() for p in model.parameters())
     (folder / "README.md").write_text(
         README.format(seed=seed, train=len(train), val=len(val), millions=parameters / 1e6, **share)
@@ -198,31 +202,3 @@ def _refuse_foreign_files(out: Path) -> None:
 def _say(quiet: bool, line: str) -> None:
     if not quiet:
         print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _progress(steps: int, quiet: bool) -> Iterator[Callable[[int, float], None] | None]:
-    """A bar on a terminal, a line every tenth elsewhere, nothing if quiet. Yields ``on_step(step, loss)``."""
-    if quiet:
-        yield None
-        return
-    if not sys.stderr.isatty():
-
-        def line(step: int, loss: float) -> None:
-            if (step + 1) * 10 // steps > step * 10 // steps:
-                _say(False, f"digits: warm start, step {step + 1} of {steps}, loss {loss:.2f}")
-
-        yield line
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        "warm start",
-        BarColumn(),
-        "{task.completed}/{task.total}",
-        TextColumn("loss {task.fields[loss]:.2f}"),
-    )
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("warm start", total=steps, loss=float("nan"))
-        yield lambda step, loss: bar.update(task, completed=step + 1, loss=loss)

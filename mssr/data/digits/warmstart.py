@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from mssr.data.digits.rows import QUESTIONS, Example, Scans, answer_to, draw_examples, pair_image
 
@@ -143,14 +142,12 @@ def warm_start(
     scans: Scans,
     settings: WarmStartSettings,
     seed: int,
-    threads: int | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train the encoder's model in place on pairs of ``scans``; return the loss of every step.
 
-    ``threads`` is for torch, all cores (at most 8) by default, and restored afterwards. The result is the
-    same bit for bit for the same seed, settings, thread count and versions. ``on_step(step, loss)``
-    follows each step.
+    The result is the same bit for bit for the same seed, settings, number of torch's threads and versions.
+    ``on_step(step, loss)`` follows each step.
     """
     import torch
 
@@ -169,38 +166,25 @@ def warm_start(
     )
     losses: list[float] = []
     model.train()
-    with _torch_threads(threads):
-        for step in range(total):
-            examples = list(draw_examples(scans, settings.batch_size, rng))
-            responses = [
-                _demonstration(example, scans.labels, step < settings.reading_steps, settings, rng)
-                for example in examples
-            ]
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * _schedule(step, total)
-            loss = encoder.loss(scans, examples, responses)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.item())
-            if on_step:
-                on_step(step, losses[-1])
+    for step in range(total):
+        examples = list(draw_examples(scans, settings.batch_size, rng))
+        shown = [(example.kind, *scans.digits(example)) for example in examples]
+        if step < settings.reading_steps:
+            responses = [response_text(*one) for one in shown]
+        else:
+            responses = [mixed_response(*one, settings, rng) for one in shown]
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * _schedule(step, total)
+        loss = encoder.loss(scans, examples, responses)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if on_step:
+            on_step(step, losses[-1])
     model.eval()
     return losses
-
-
-def _demonstration(
-    example: Example,
-    labels: npt.NDArray[np.int64],
-    careful: bool,
-    settings: WarmStartSettings,
-    rng: np.random.Generator,
-) -> str:
-    left, right = int(labels[example.left]), int(labels[example.right])
-    if careful:
-        return response_text(example.kind, left, right)
-    return mixed_response(example.kind, left, right, settings, rng)
 
 
 def _schedule(step: int, total: int) -> float:
@@ -214,15 +198,13 @@ def accuracy(
     encoder: Encoder,
     scans: Scans,
     examples: Sequence[Example],
-    *,
-    greedy: bool,
+    seed: int,
+    greedy: bool = True,
     careful: bool = False,
-    seed: int = 0,
-    threads: int | None = None,
 ) -> float:
     """Share of the examples answered correctly.
 
-    Responses are sampled at temperature 1 or ``greedy``. ``careful`` forbids the word ``guess``, which
+    Responses are ``greedy`` or sampled at temperature 1. ``careful`` forbids the word ``guess``, which
     leaves the model no other way than to read the digits.
     """
     import torch
@@ -232,7 +214,7 @@ def accuracy(
     by_length: dict[int, list[Example]] = {}
     for example in examples:
         by_length.setdefault(len(encoder.prompts[example.question]), []).append(example)
-    with torch.random.fork_rng(devices=[]), _torch_threads(threads):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for length, batch in sorted(by_length.items()):
             ids = torch.tensor([encoder.prompts[example.question] for example in batch])
@@ -247,14 +229,13 @@ def accuracy(
             )
             texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
             for example, text in zip(batch, texts, strict=True):
-                digits = int(scans.labels[example.left]), int(scans.labels[example.right])
                 boxed = re.search(r"\\boxed\{(\d+)\}", text)
-                right += boxed is not None and int(boxed[1]) == answer_to(example.kind, *digits)
+                right += boxed is not None and int(boxed[1]) == scans.answer(example)
     return right / len(examples)
 
 
 @contextmanager
-def _torch_threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
     """Let torch use ``count`` threads; by default all cores, but no more than a model this small can feed."""
     import torch
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mssr.evaluation.benchmarks.own import Own
 from mssr.evaluation.items import Item
 from mssr.evaluation.local_data import Location, open_benchmark
+from mssr.evaluation.own import Own
 from mssr.evaluation.registry import register
 
 
@@ -20,7 +20,8 @@ class Geometry3K(Own):
     location = Location("hiyouga/geometry3k", "test")
 
     def __init__(self) -> None:
-        super().__init__(self.location.hub_source, name="geometry3k")
+        super().__init__(self.location.hub_source)
+        self.name = type(self).name
 
     def load(self, data_dir: Path | None = None, limit: int | None = None) -> list[Item]:
-        return self.read(open_benchmark(self.name, self.location, data_dir), limit)
+        return self.read_own(open_benchmark(self.name, self.location, data_dir), limit)

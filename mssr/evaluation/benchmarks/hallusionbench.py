@@ -13,16 +13,18 @@ and "Please answer yes or no."; the official score is a language model's, here t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mssr.data.images import ImageSource
 from mssr.evaluation import scoring
 from mssr.evaluation.base import Benchmark, Counts
-from mssr.evaluation.cells import question_text, text_cell
+from mssr.evaluation.cells import text_cell
 from mssr.evaluation.items import Item, Verdict
 from mssr.evaluation.local_data import Location
 from mssr.evaluation.registry import register
+from mssr.evaluation.statistics import count_right
 
 INSTRUCTION = "Please answer yes or no."
 _ANSWERS = {"0": "no", "1": "yes", "no": "no", "yes": "yes"}
@@ -34,34 +36,29 @@ class HallusionBench(Benchmark):
     gt_answer_details, gt_answer, filename, image."""
 
     location = Location("lmms-lab/HallusionBench", "image")
+    id_column = "question_id"
+    answer_column = "gt_answer"
     image_columns = ("image", "filename")
 
     def item(self, cells: dict[str, Any], images: tuple[ImageSource, ...], where: str) -> Item:
         keys = ("category", "subcategory", "set_id", "figure_id", "question_id")
         ids = {key: text_cell(cells, key) for key in keys}
-        truth = text_cell(cells, "gt_answer").strip().lower()
+        item = super().item(cells, images, where)
+        truth = item.answer.lower()
         if truth not in _ANSWERS:
             raise ValueError(f"gt_answer {truth!r} is neither 0 nor 1")
-        question = question_text(text_cell(cells, "question"), images)
-        return Item(
-            benchmark=self.name,
+        return replace(
+            item,
             id="_".join(ids.values()),
-            question=f"{question}\n{INSTRUCTION}",
-            images=images,
+            question=f"{item.question}\n{INSTRUCTION}",
             answer=_ANSWERS[truth],
             kind="yes_no",
-            tags={
-                "category": ids["category"],
-                "subcategory": f"{ids['category']}/{ids['subcategory']}",
-            },
+            tags={"category": ids["category"], "subcategory": f"{ids['category']}/{ids['subcategory']}"},
             metadata={**ids, "gt_answer_details": str(cells.get("gt_answer_details") or "")},
-            where=where,
         )
 
-    def verdict(
-        self, item: Item, response: str, truncated: bool = False, tokens: int | None = None
-    ) -> Verdict:
-        verdict = super().verdict(item, response, truncated, tokens)
+    def verdict(self, item: Item, response: str, truncated: bool = False) -> Verdict:
+        verdict = super().verdict(item, response, truncated)
         if verdict.status in ("wrong", "extraction_failed") and _without_figure(item):
             boxed = scoring.lenient_answer(response, boxed_only=True)
             if _is_unknown(boxed or scoring.outside_thinking(response)):
@@ -74,10 +71,12 @@ class HallusionBench(Benchmark):
 
     def breakdown(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> Counts:
         """aAcc, qAcc and fAcc, each for all, by category and by subcategory."""
+        answers = [(item, verdict.correct) for item, verdict in zip(items, verdicts, strict=True)]
+        of_figures = [(item, correct) for item, correct in answers if not _without_figure(item)]
         return {
-            "aAcc": _counts(items, verdicts, lambda item: item.id),
-            "qAcc": _counts(items, verdicts, _question_key),
-            "fAcc": _counts(items, verdicts, _figure_key),
+            "aAcc": _counts(answers, lambda item: item.id),
+            "qAcc": _counts(answers, lambda item: _of_set(item, "question_id")),
+            "fAcc": _counts(of_figures, lambda item: _of_set(item, "figure_id")),
         }
 
     def metrics(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -99,32 +98,19 @@ def _is_unknown(answer: str) -> bool:
     return scoring.is_uncertain(answer) and not first.startswith(("yes", "no,", "no."))
 
 
-def _question_key(item: Item) -> str:
-    m = item.metadata
-    return f"{m['category']}_{m['subcategory']}_{m['set_id']}_{m['question_id']}"
-
-
-def _figure_key(item: Item) -> str | None:
-    m = item.metadata
-    if _without_figure(item):
-        return None
-    return f"{m['category']}_{m['subcategory']}_{m['set_id']}_{m['figure_id']}"
+def _of_set(item: Item, key: str) -> tuple[str, ...]:
+    return tuple(item.metadata[k] for k in ("category", "subcategory", "set_id", key))
 
 
 def _counts(
-    items: Sequence[Item], verdicts: Sequence[Verdict], key: Callable[[Item], str | None]
+    answers: Sequence[tuple[Item, bool]], unit_of: Callable[[Item], Hashable]
 ) -> dict[str, tuple[int, int]]:
-    """Group -> (keys of which all items are right, keys)."""
-    whole: dict[str, tuple[bool, tuple[str, str, str]]] = {}
-    for item, verdict in zip(items, verdicts, strict=True):
-        name = key(item)
-        if name is not None:
-            before = name not in whole or whole[name][0]
-            groups = ("all", item.tags["category"], item.tags["subcategory"])
-            whole[name] = (before and verdict.correct, groups)
-    result: dict[str, tuple[int, int]] = {}
-    for right, groups in whole.values():
-        for group in groups:
-            total = result.get(group, (0, 0))
-            result[group] = (total[0] + right, total[1] + 1)
-    return dict(sorted(result.items(), key=lambda pair: (pair[0] != "all", pair[0])))
+    """Group -> (units of which all items are right, units)."""
+    units: dict[Hashable, tuple[Mapping[str, str], list[bool]]] = {}
+    for item, correct in answers:
+        units.setdefault(unit_of(item), (item.tags, []))[1].append(correct)
+    return count_right(
+        (group, all(correct))
+        for tags, correct in units.values()
+        for group in ("all", tags["category"], tags["subcategory"])
+    )

@@ -8,12 +8,13 @@ versions, "ALL" in the paper, is the accuracy, since they have as many items eac
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mssr.data.images import ImageSource
 from mssr.evaluation import scoring
 from mssr.evaluation.base import Benchmark
-from mssr.evaluation.cells import optional_cell, question_text, text_cell
+from mssr.evaluation.cells import optional_cell, text_cell
 from mssr.evaluation.items import Item
 from mssr.evaluation.local_data import Location
 from mssr.evaluation.registry import register
@@ -25,27 +26,20 @@ class MathVerse(Benchmark):
     metadata, query_wo, query_cot, question_for_eval."""
 
     location = Location("AI4Math/MathVerse", "testmini", config="testmini")
+    id_column = "sample_index"
+    question_column = "query_cot"
     breakdowns = ("problem_version", "question_type")
 
     def item(self, cells: dict[str, Any], images: tuple[ImageSource, ...], where: str) -> Item:
         question_for_eval = optional_cell(cells, "question_for_eval")
-        version = text_cell(cells, "problem_version")
-        question_type = text_cell(cells, "question_type")
-        multiple = question_type.startswith("multi")
-        return Item(
-            benchmark=self.name,
-            id=text_cell(cells, "sample_index"),
-            question=question_text(text_cell(cells, "query_cot"), images),
-            images=images,
-            answer=text_cell(cells, "answer").strip(),
+        tags = {tag: text_cell(cells, tag) for tag in self.breakdowns}
+        multiple = tags["question_type"].startswith("multi")
+        return replace(
+            super().item(cells, images, where),
             choices=scoring.options(question_for_eval) if multiple else (),
             kind="choice" if multiple else "math",
-            tags={"problem_version": version, "question_type": question_type},
-            metadata={
-                "problem_index": optional_cell(cells, "problem_index"),
-                "question_for_eval": question_for_eval,
-            },
-            where=where,
+            tags=tags,
+            metadata={"question_for_eval": question_for_eval},
         )
 
     def judged_question(self, item: Item) -> str:

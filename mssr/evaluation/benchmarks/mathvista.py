@@ -10,12 +10,13 @@ percent signs and thousands separators are taken off. Breakdown: task, question 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mssr.data.images import ImageSource
 from mssr.evaluation import scoring
 from mssr.evaluation.base import Benchmark
-from mssr.evaluation.cells import dict_cell, list_cell, optional_cell, question_text, text_cell
+from mssr.evaluation.cells import dict_cell, list_cell, optional_cell, text_cell
 from mssr.evaluation.items import Item, Kind, Verdict
 from mssr.evaluation.local_data import Location
 from mssr.evaluation.registry import register
@@ -29,38 +30,27 @@ class MathVista(Benchmark):
     answer_type, metadata (category, context, grade, language, skills, source, split, task), query."""
 
     location = Location("AI4Math/MathVista", "testmini")
+    id_column = "pid"
+    question_column = "query"
     image_columns = ("decoded_image", "image")
     breakdowns = ("task", "question_type", "answer_type")
 
     def item(self, cells: dict[str, Any], images: tuple[ImageSource, ...], where: str) -> Item:
-        metadata = dict_cell(cells.get("metadata"))
+        item = super().item(cells, images, where)
         choices = list_cell(cells.get("choices"))
-        answer = text_cell(cells, "answer").strip()
         question_type, answer_type = text_cell(cells, "question_type"), text_cell(cells, "answer_type")
         if answer_type not in _KINDS:
             raise ValueError(f"answer_type {answer_type!r} is none of {', '.join(_KINDS)}")
         multiple = question_type == "multi_choice"
-        if multiple and answer not in (choice.strip() for choice in choices):
-            raise ValueError(f"the answer {answer!r} is none of the choices")
-        return Item(
-            benchmark=self.name,
-            id=text_cell(cells, "pid"),
-            question=question_text(text_cell(cells, "query"), images),
-            images=images,
-            answer=answer,
+        if multiple and item.answer not in (choice.strip() for choice in choices):
+            raise ValueError(f"the answer {item.answer!r} is none of the choices")
+        task = dict_cell(cells.get("metadata")).get("task", "")
+        return replace(
+            item,
             choices=choices,
             kind="choice" if multiple else _KINDS[answer_type],
-            tags={
-                "task": str(metadata.get("task", "")),
-                "question_type": question_type,
-                "answer_type": answer_type,
-            },
-            metadata={
-                "answer_type": answer_type,
-                "precision": _precision(cells, answer) if answer_type == "float" else None,
-                "unit": optional_cell(cells, "unit"),
-            },
-            where=where,
+            tags={"task": str(task), "question_type": question_type, "answer_type": answer_type},
+            metadata={"precision": _precision(cells, item.answer) if answer_type == "float" else None},
         )
 
     def rule(self, item: Item) -> str:

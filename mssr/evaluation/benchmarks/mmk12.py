@@ -7,12 +7,12 @@ question's list can be read. Breakdown: subject.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mssr.data.images import ImageSource
 from mssr.evaluation import scoring
 from mssr.evaluation.base import Benchmark
-from mssr.evaluation.cells import optional_cell, question_text, text_cell
 from mssr.evaluation.items import Item
 from mssr.evaluation.local_data import Location
 from mssr.evaluation.registry import register
@@ -26,20 +26,8 @@ class MMK12(Benchmark):
     breakdowns = ("subject",)
 
     def item(self, cells: dict[str, Any], images: tuple[ImageSource, ...], where: str) -> Item:
-        question = question_text(text_cell(cells, "question"), images)
-        answer = text_cell(cells, "answer").strip()
-        choices = scoring.options(question)
-        kind = scoring.choice_kind(choices, answer)
-        if kind != "choice":  # the list of options was not read to its end
-            choices, kind = (), "choice"
-        return Item(
-            benchmark=self.name,
-            id=text_cell(cells, "id"),
-            question=question,
-            images=images,
-            answer=answer,
-            choices=choices,
-            kind=kind,
-            tags={"subject": optional_cell(cells, "subject") or "unknown"},
-            where=where,
-        )
+        item = super().item(cells, images, where)
+        choices = scoring.options(item.question)
+        if scoring.choice_kind(choices, item.answer) != "choice":  # the list was not read to its end
+            choices = ()
+        return replace(item, choices=choices, kind="choice")

@@ -9,12 +9,13 @@ Breakdown: category (subject) and level.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mssr.data.images import ImageSource
 from mssr.evaluation import scoring
 from mssr.evaluation.base import Benchmark
-from mssr.evaluation.cells import list_cell, optional_cell, question_text, text_cell
+from mssr.evaluation.cells import list_cell
 from mssr.evaluation.items import Item
 from mssr.evaluation.local_data import Location
 from mssr.evaluation.registry import register
@@ -25,36 +26,22 @@ class R1OnevisionBench(Benchmark):
     """Columns: index, question, answer, level, category, image, and in some copies choices."""
 
     location = Location("Fancy-MLLM/R1-Onevision-Bench", "train", names=("r1_onevision_bench",))
+    id_column = "index"
     image_columns = ("image", "image_path")
     breakdowns = ("category", "level")
 
     def item(self, cells: dict[str, Any], images: tuple[ImageSource, ...], where: str) -> Item:
-        question = question_text(text_cell(cells, "question"), images)
-        answer = text_cell(cells, "answer").strip()
+        item = super().item(cells, images, where)
+        question, answer = item.question, item.answer
         choices = scoring.options(question)
-        if not choices:
-            choices = _choices(cells)
-            if choices:
-                listed = "\n".join(f"({scoring.LETTERS[i]}) {text}" for i, text in enumerate(choices))
-                question = f"{question}\nChoices:\n{listed}"
+        if not choices and (choices := _choices(cells)):
+            listed = "\n".join(f"({scoring.LETTERS[i]}) {text}" for i, text in enumerate(choices))
+            question = f"{question}\nChoices:\n{listed}"
         kind = scoring.choice_kind(choices, answer)
         position = scoring.by_text(answer, choices) if kind == "math" else None
         if position is not None:  # the answer is an option's text
             kind, answer = "choice", scoring.LETTERS[position]
-        return Item(
-            benchmark=self.name,
-            id=text_cell(cells, "index"),
-            question=question,
-            images=images,
-            answer=answer,
-            choices=choices,
-            kind=kind,
-            tags={
-                "category": optional_cell(cells, "category") or "unknown",
-                "level": optional_cell(cells, "level") or "unknown",
-            },
-            where=where,
-        )
+        return replace(item, question=question, answer=answer, choices=choices, kind=kind)
 
 
 def _choices(cells: dict[str, Any]) -> tuple[str, ...]:

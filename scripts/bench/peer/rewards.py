@@ -10,6 +10,6 @@ def even_length(response: str, answer: str) -> float:
 
 def digits(response: str, answer: str) -> float:
     """The rule of configs/digits."""
-    from mssr.rewards.exact_match import exact_match
+    from mssr.rewards.rules import score
 
-    return exact_match(response, answer).score
+    return score("exact_match", response, answer).score

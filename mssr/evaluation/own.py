@@ -5,30 +5,27 @@ Three ways of scoring:
 - by default leniently: the final answer as in the benchmarks (`scoring.final_text`), right if it is equal to
   the answer (`exact_match`) or, failing that, the same mathematics (`math`);
 - ``rule="choice"`` or another name of `mssr.rewards.rules.RULES`: that rule on the same final answer;
-- ``reward=RewardConfig(...)``: exactly as training scores, format and user's functions included; right is an
-  ``accuracy`` of 1 (a score of 1 for a function without that part), and where a function raises the response
-  is wrong by the rule ``reward_error``. The extracted answer is as above.
+- ``reward=RewardConfig(...)``: exactly as training scores, format and user's functions included, in the
+  processes that `mssr.evaluation.verdicts` starts; right is an ``accuracy`` of 1 (a score of 1 for a function
+  without that part). The extracted answer is as above.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mssr.config.data import DataConfig, RewardConfig
 from mssr.data.columns import resolve_columns
 from mssr.data.dataset import PromptDataset
 from mssr.data.rows import cell, column_id, content_id, is_structured, read_row, truth
-from mssr.data.sources import open_table, split_name
+from mssr.data.sources import Table, open_table, split_name
 from mssr.errors import UserError
 from mssr.evaluation import scoring
 from mssr.evaluation.base import Benchmark
 from mssr.evaluation.cells import question_text
-from mssr.evaluation.items import Item, Verdict
+from mssr.evaluation.items import Item, Status, Verdict
 from mssr.evaluation.local_data import stored_images
-from mssr.rewards import functions
 from mssr.rewards.base import RewardInput
 from mssr.rewards.extraction import unwrap
 from mssr.rewards.rules import RULES
@@ -45,7 +42,6 @@ class Own(Benchmark):
         rule: None, or a name of `RULES`.
         reward: scores as in training, in place of a rule.
         config: names of the columns and the folder of images.
-        name: None makes one of the source.
     """
 
     def __init__(
@@ -54,86 +50,52 @@ class Own(Benchmark):
         rule: str | None = None,
         reward: RewardConfig | None = None,
         config: DataConfig | None = None,
-        name: str | None = None,
     ) -> None:
         if rule is not None and rule not in RULES:
             raise UserError(f"{source}: unknown rule {rule!r}: one of {', '.join(sorted(RULES))}")
         if rule is not None and reward is not None:
             raise UserError(f"{source}: a rule and a reward cannot both score it")
         self.source, self._rule, self.config = source, rule, config or DataConfig()
-        self._reward = None if reward is None else functions.load(reward, access=None)
+        self.numbers_repeats = self.config.id_column is None
+        self.rewarded = reward is not None
         self._compares_text = reward is None or bool(reward.rule)
         self._opened = source
         path, split = split_name(source)
-        self.name = name or (f"{path.stem}@{split}" if split else path.stem)
-
-    @property
-    def rewarded(self) -> bool:
-        """Whether training's reward scores it."""
-        return self._reward is not None
+        self.name = f"{path.stem}@{split}" if split else path.stem
 
     def load(self, data_dir: Path | None = None, limit: int | None = None) -> list[Item]:
-        source = self.source
-        path, split = split_name(source)
+        path, split = split_name(self.source)
         if data_dir is not None and not path.exists() and (data_dir / path).exists():
-            source = f"{data_dir / path}@{split}" if split else str(data_dir / path)
-        self._opened = source
-        return self.read(open_table(source), limit)
+            self._opened = f"{data_dir / path}@{split}" if split else str(data_dir / path)
+        return self.read_own(open_table(self._opened), limit)
+
+    def read_own(self, table: Table, limit: int | None) -> list[Item]:
+        """The items of a table in the own form, unless they would be asked without seeing their images."""
+        columns = resolve_columns(table, self.config, self.source)
+        items = self.read(table, limit, partial(self._own_item, columns.config))
+        if not any(item.images for item in items):
+            columns.refuse_blindness(self.source, f"no image in column {self.config.images_column!r}")
+        return items
 
     def rows(self) -> PromptDataset:
         """What was loaded, for rewards that ask for the row; ids have the benchmark's name before them."""
         return PromptDataset(self._opened, self.config, f"{self.name}/")
 
-    def read(self, table: Any, limit: int | None = None) -> list[Item]:
-        columns = resolve_columns(table, self.config, self.source)
-        items: list[Item] = []
-        seen: Counter[str] = Counter()
-        for number in range(len(table) if limit is None else min(limit, len(table))):
-            where = table.where(number)
-            try:
-                item = self._item(table, number, table.cells(number), where, columns.config)
-            except ValueError as error:
-                raise UserError(f"{where}: {error}") from error
-            seen[item.id] += 1
-            if seen[item.id] > 1:
-                if self.config.id_column:
-                    raise UserError(f"{where}: the id {item.id} is also that of an earlier row")
-                item = dataclasses.replace(item, id=f"{item.id}-{seen[item.id]}")
-            items.append(item)
-        if not any(item.images for item in items):
-            columns.refuse_blindness(self.source, f"no image in column {self.config.images_column!r}")
-        table.release()
-        return items
-
     def rule(self, item: Item) -> str:
-        return "reward" if self._reward is not None else self._rule or "math"
+        return "reward" if self.rewarded else self._rule or "math"
 
     def is_right(self, item: Item, answer: str) -> bool:
         if self._rule is not None:
             return float(RULES[self._rule](answer, unwrap(item.answer))) >= 1
         return scoring.math(answer, unwrap(item.answer))
 
-    def verdict(
-        self, item: Item, response: str, truncated: bool = False, tokens: int | None = None
-    ) -> Verdict:
-        if self._reward is None:
-            return super().verdict(item, response, truncated)
-        answer = scoring.final_text(response, truncated=truncated)
-        length = len(response) if tokens is None else tokens
-        try:
-            result = self._reward.call([self.reward_input(item, response, length)])[0]
-        except Exception:  # a user's function may raise anything; in training it scores 0
-            return Verdict(False, answer, "wrong", "reward_error")
-        return self.scored(response, result.parts.get("accuracy", result.score), truncated)
-
-    def scored(self, response: str, accuracy: float, truncated: bool) -> Verdict:
+    def rewarded_verdict(self, response: str, accuracy: float, truncated: bool) -> Verdict:
         """The verdict of a response that training's reward has scored."""
         answer = scoring.final_text(response, truncated=truncated)
-        if accuracy >= 1:
-            return Verdict(True, answer, "right", "reward")
-        if truncated:
-            return Verdict(False, answer, "truncated", "reward")
-        return Verdict(False, answer, "wrong" if answer else "extraction_failed", "reward")
+        status: Status = "right" if accuracy >= 1 else "wrong" if answer else "extraction_failed"
+        if truncated and status != "right":
+            status = "truncated"
+        return Verdict(status == "right", answer, status, "reward")
 
     def reward_input(self, item: Item, response: str, tokens: int) -> RewardInput:
         """What training's reward gets: functions of a user the answer as the data has it."""
@@ -142,27 +104,25 @@ class Own(Benchmark):
 
     def undecided(self, item: Item, verdict: Verdict) -> bool:
         """No judge where training's reward scores."""
-        return self._reward is None and super().undecided(item, verdict)
+        return not self.rewarded and super().undecided(item, verdict)
 
-    def _item(self, table: Any, number: int, cells: dict[str, Any], where: str, config: DataConfig) -> Item:
-        column = config.id_column
+    def _own_item(self, config: DataConfig, table: Table, number: int) -> Item:
+        cells, where, column = table.cells(number), table.where(number), config.id_column
         row_id = column_id(cell(cells, column), column) if column else content_id(cells, config)
-        if self._compares_text and is_structured(truth(cells, config)):
+        found = truth(cells, config)
+        if self._compares_text and is_structured(found):
             raise ValueError(f"column {config.answer_column} is a list or dict, not text")
         row = read_row(cells, row_id, where, config)
         images = row.images
         if config.image_dir is None and config.images_column in cells:
             images = stored_images(table, number, cells, (config.images_column,))
-        question = row.problem if row.history else question_text(row.problem, images)
-        found = truth(cells, config)
-        metadata = {"truth": row.answer if isinstance(found, str) else found}
         return Item(
-            self.name,
-            row.id,
-            question,
-            images,
-            row.answer,
-            metadata=metadata,
+            benchmark=self.name,
+            id=row.id,
+            question=row.problem if row.history else question_text(row.problem, images),
+            images=images,
+            answer=row.answer,
+            metadata={"truth": row.answer if isinstance(found, str) else found},
             where=where,
             history=row.history,
         )
