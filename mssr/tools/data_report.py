@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mssr.config.checks import advice
-from mssr.config.loading import load_config
 from mssr.config.secrets import redact
-from mssr.data.dataset import BadRow, Row
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import LoadedPrompts
+from mssr.data.rows import BadRow, Row
 from mssr.models.loading import check_model_path
 from mssr.rewards.extraction import unwrap
+from mssr.runs.config import advice, load_config
 from mssr.runs.html import data_uri, render
 from mssr.trainer.data import load_data
 

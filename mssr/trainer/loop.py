@@ -13,8 +13,7 @@ from mssr.cluster.base import Cluster
 from mssr.config import Config, to_dict
 from mssr.config.secrets import redact
 from mssr.data.dataset import PromptDataset
-from mssr.data.mixture import MixtureSampler
-from mssr.data.sampler import EpochSampler, PromptSampler, UncertaintySampler
+from mssr.data.sampler import EpochSampler, MixtureSampler, PromptSampler, UncertaintySampler
 from mssr.errors import StopRequestedError, TrainingError, UserError
 from mssr.rewards import Scorer
 from mssr.runs.checkpoint import read_state

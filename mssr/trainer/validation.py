@@ -108,9 +108,7 @@ def _by_benchmark(
     verdicts = []
     for r in rollouts:
         question, cut = questions[r.prompt_id], r.finish_reason == "length"
-        verdicts.append(
-            question.benchmark.verdict(question.item, prefix + r.text, cut, len(r.response_token_ids))
-        )
+        verdicts.append(question.benchmark.verdict(question.item, prefix + r.text, cut))
     scores = np.array([v.correct for v in verdicts], np.float32)
     metrics = {"accuracy": float(scores.sum()) / (len(scores) + unasked)}
     for status in ("extraction_failed", "truncated"):

@@ -20,7 +20,6 @@ import pytest
 
 from mssr.cluster.base import OnFinished
 from mssr.config import Config
-from mssr.config.loading import load_config
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import load_prompts
 from mssr.errors import StopRequestedError, TrainingError, UserError, WorkersLostError
@@ -28,6 +27,7 @@ from mssr.models.files import sha256
 from mssr.models.loading import load_processor
 from mssr.rewards import Scorer
 from mssr.runs.checkpoint import CheckpointStore
+from mssr.runs.config import load_config
 from mssr.runs.console import Console
 from mssr.runs.events import EventLog
 from mssr.runs.loggers import MetricsLog

@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from mssr.config import Config
-from mssr.config.loading import load_config
 from mssr.data.encoder import PromptEncoder
 from mssr.data.prompt_source import PromptSource
 from mssr.data.validation_sets import validation_sets
 from mssr.errors import UserError
 from mssr.models.loading import load_processor
 from mssr.rewards import Scorer
+from mssr.runs.config import load_config
 from mssr.trainer.validation import Validation, describe, load_validation
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 from tests.conftest import Workspace
