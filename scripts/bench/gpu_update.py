@@ -52,7 +52,7 @@ import yaml
 from phases import Operations, Phases
 from report import arguments, gpu_name, publish
 from report import table as markdown
-from workload import SHAPES, draw_lengths, write_model, write_rows
+from workload import SHAPES, VOCABULARY, draw_lengths, write_model, write_rows
 
 from mssr.config import Config
 from mssr.data.prompt_source import PromptSource
@@ -152,7 +152,7 @@ def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> 
     # One and the same where it is frozen.
     towers = {m for model in models for name, m in model.named_modules() if name.split(".")[-1] == "visual"}
     encoded = vision_operations(towers, worker.policy.model.config, phases)
-    batches = make_batches(config, args.per_update, SHAPES[args.size]["vocab"], responses)
+    batches = make_batches(config, args.per_update, VOCABULARY[args.size], responses)
     updates: list[Update] = []
     for number, batch in enumerate([batches[-1], *batches]):
         with phases("step"):
