@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import statistics
@@ -61,7 +60,6 @@ from mssr.types import TrainBatch
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """bfloat16 operations a second, dense, of the SXM boards, by what is in a device's name."""
-IMPORTS = "jinja2 PIL psutil pyarrow qwen_vl_utils safetensors torchvision yaml".split()
 SYNCS = 5
 """Exports of the weights that are measured."""
 
@@ -77,9 +75,7 @@ def make_config(args: argparse.Namespace, model: Path, rows: Path) -> Config:
     config.actor.updates_per_step, config.trainer.val_every, config.trainer.save_every = 1, 0, 0
     config.actor.activation_checkpointing = args.size != "tiny"
     if args.lora:
-        if not hasattr(config.actor, "lora"):
-            sys.exit("gpu_update: this version of mssr has no actor.lora, so --lora cannot be measured")
-        set_option(config, f"actor.lora.rank={args.lora}")
+        config.actor.lora.rank = args.lora
     for option in args.options:
         set_option(config, option)
     return config
@@ -306,9 +302,6 @@ def main(command_line: list[str] | None = None) -> None:
     args = parser.parse_args(command_line)
     if args.sequences % args.per_update:
         parser.error("--per-update does not divide --sequences")
-    needed = IMPORTS + ["peft"] * bool(args.lora)
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        sys.exit(f"gpu_update: not installed here: {', '.join(missing)}")
     publish(args, lambda: benchmark(args), "torch transformers", append=True)
 
 
