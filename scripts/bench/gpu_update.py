@@ -255,13 +255,9 @@ def benchmark(args: argparse.Namespace) -> list[str]:
         config, responses = write_workload(args, Path(scratch))
         lines = table(*measure(args, config, responses), peak)
     assert not {"ray", "vllm"} & (set(sys.modules) - loaded)
-    what, formula = "full training", "3 F"
-    if args.lora:
-        what, formula = f"LoRA, rank {args.lora}", "2 matrices + 3 attention + vision"
+    formula = "2 matrices + 3 attention + vision" if args.lora else "3 F"
     actor = config.actor
     return [
-        f"## {args.size}, {what}",
-        "",
         f"{args.sequences} sequences of Vision-R1's lengths (times {args.scale:g}), {args.per_update} an "
         f"update, {actor.micro_batch_tokens} tokens a micro-batch, activation checkpointing "
         f"{'on' if actor.activation_checkpointing else 'off'}. Tokens are those of prompts and responses.",
@@ -302,7 +298,8 @@ def main(command_line: list[str] | None = None) -> None:
     args = parser.parse_args(command_line)
     if args.sequences % args.per_update:
         parser.error("--per-update does not divide --sequences")
-    publish(args, lambda: benchmark(args), "torch transformers", append=True)
+    title = f"{args.size}, " + (f"LoRA, rank {args.lora}" if args.lora else "full training")
+    publish(args, lambda: benchmark(args), "torch transformers", append=True, title=title)
 
 
 if __name__ == "__main__":
