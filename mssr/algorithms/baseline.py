@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mssr.algorithms.advantages import Floats
-from mssr.algorithms.checks import check_number
+from mssr.algorithms.checks import check_number, per_prompt
 from mssr.algorithms.id_table import IdTable, Keys, Rows, grown, is_keys
 from mssr.errors import check_version
 
@@ -40,9 +40,6 @@ class BetaBaseline:
         prior_strength: Pseudo-counts of the prior, >= 0. 1 weighs as much as one response; with 0
             the first reward alone is the value.
         prior_mean: Value of an unseen prompt in [0, 1], or None for the running mean.
-
-    Raises:
-        ValueError: A number is out of its range.
     """
 
     def __init__(self, prior_strength: float = 1.0, prior_mean: float | None = None) -> None:
@@ -95,15 +92,11 @@ class BetaBaseline:
         return self._value_units / (_UNIT * len(self)) if len(self) else self.unseen_value
 
     def check_rewards(self, ids: Sequence[str], rewards: npt.ArrayLike) -> Floats:
-        """(B,) float64 rewards of B prompts if `update` takes them; to be asked before a step is spent.
+        """(B,) float64 rewards of B prompts; ValueError, naming the prompt, if one is not in [0, 1].
 
-        Raises:
-            ValueError: A reward is not finite or not in [0, 1] (its prompt is named), or there are not
-                as many as ids.
+        To be asked before a step is spent: `update` takes no others.
         """
-        r = np.asarray(rewards, np.float64)
-        if r.shape != (len(ids),):
-            raise ValueError(f"{len(ids)} prompt ids need rewards of shape ({len(ids)},), not {r.shape}")
+        r = per_prompt("rewards", rewards, len(ids))
         wrong = np.flatnonzero(~((r >= 0) & (r <= 1)))  # the negation also catches NaN
         if len(wrong):
             i = int(wrong[0])
@@ -111,16 +104,12 @@ class BetaBaseline:
         return r
 
     def update(self, ids: Sequence[str], rewards: npt.ArrayLike, eta: npt.ArrayLike) -> None:
-        """Discount and add one observation for each of B visits, in order.
+        """Discount and add one observation for each of B visits, in order; nothing if an argument is wrong.
 
         Args:
             ids: B prompt ids. A prompt named twice is visited twice, the discount included.
             rewards: (B,) in [0, 1].
             eta: Discount in [0, 1]; one for all visits, or (B,), one for each.
-
-        Raises:
-            ValueError: A reward is not finite or not in [0, 1] (its prompt is named), an eta is out
-                of range, or the lengths differ. Nothing is changed then.
         """
         keys = self._table.keys(ids)
         r = self.check_rewards(ids, rewards)
@@ -164,18 +153,12 @@ class BetaBaseline:
             smoothing: >= 0.
 
         Raises:
-            ValueError: A number is out of its range, or a prompt occurs twice or was visited before
-                (it is named). Nothing is changed then.
+            ValueError: A prompt occurs twice or was visited before (it is named). Nothing is changed then.
         """
         keys = self._table.keys(ids)
         check_number("strength", strength)
         check_number("smoothing", smoothing, ">= 0")
-        s, n = np.asarray(successes, np.float64), np.asarray(trials, np.float64)
-        for name, array in (("successes", s), ("trials", n)):
-            if array.shape != (len(keys),):
-                raise ValueError(
-                    f"{len(keys)} prompt ids need {name} of shape ({len(keys)},), not {array.shape}"
-                )
+        s, n = per_prompt("successes", successes, len(keys)), per_prompt("trials", trials, len(keys))
         _refuse(ids, ~((n >= 1) & (n == np.floor(n)) & np.isfinite(n)), "needs a whole number of trials >= 1")
         _refuse(ids, ~((s >= 0) & (s <= n)), "needs a sum of rewards in [0, its number of trials]")
         _refuse(ids, IdTable().insert(keys) != np.arange(len(keys)), "occurs twice")
@@ -201,10 +184,8 @@ class BetaBaseline:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace what was learnt; `values` and `update` then go on bit for bit.
 
-        A state of version 1, which has a list ``ids`` in place of ``keys``, is read too.
-
-        Raises:
-            ValueError: The state has another version, or its keys and counts do not fit together.
+        A state of version 1, which has a list ``ids`` in place of ``keys``, is read too. ValueError if
+        keys and counts do not fit together.
         """
         if state.get("version") == 1:
             keys = IdTable().keys(state["ids"])

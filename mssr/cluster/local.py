@@ -75,11 +75,12 @@ class LocalCluster(Cluster):
         self._engine.load_weights(weights.items(), version)
 
     def begin_save(self, directory: str) -> SaveHandle:
-        self._actor.begin_save(directory)
-        return SaveHandle(self._actor.save_done, self._actor.finish_save)
+        saving = self._actor.checkpoint
+        saving.begin(directory)
+        return SaveHandle(saving.done, saving.result)
 
     def load(self, directory: str) -> None:
-        self._actor.load(directory)
+        self._actor.checkpoint.load(directory)
 
     def restart(self) -> None:
         raise AssertionError("nothing of this process is lost without the process")

@@ -111,15 +111,15 @@ class RayPolicyWorker(RayWorker):
 
     def begin_save(self, directory: str) -> None:
         heartbeat.beat()
-        self._worker.begin_save(directory)
+        self._worker.checkpoint.begin(directory)
 
     def finish_save(self) -> dict[str, str]:
         """Called in a thread of its own."""
-        return self._worker.finish_save()
+        return self._worker.checkpoint.result()
 
     def load(self, directory: str) -> None:
         heartbeat.beat()
-        self._worker.load(directory)
+        self._worker.checkpoint.load(directory)
 
 
 class RayRolloutWorker(RayWorker):

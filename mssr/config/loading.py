@@ -1,87 +1,62 @@
-"""YAML file + key=value overrides -> a checked Config. Every complaint is one line with the key."""
+"""YAML files + key=value overrides -> a Config. Every complaint is one line with the key."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mssr.config import Config, easyr1_keys, flatten, to_dict
-from mssr.config.checks import responses_per_prompt, validate
+from mssr.config import easyr1_keys
+from mssr.config.checks import naming
+from mssr.config.options import describe, nearest
+from mssr.config.run import Config, flatten, to_dict
 from mssr.config.secrets import environment_variable, named_secrets, redact
-from mssr.errors import UserError
+from mssr.errors import UserError, did_you_mean
 
 BASE = "base"
 """A file may name another one that it changes: ``base: ../mssr.yaml``, relative to itself."""
-FREE = tuple(
-    f"{section}."
-    for section in (
-        "rollout.engine_options algorithm.options algorithm.loss.options reward.options data.train data.val"
-    ).split()
-)
-"""Sections whose keys are not ours."""
-
 Layer = tuple[str, dict[str, Any]]
 """Where keys are from, for messages, and the tree of them."""
 
 
-def load_config(
-    path: str | Path, overrides: Sequence[str] = (), note: Callable[[str], None] = lambda line: None
-) -> Config:
-    """Merge a YAML file (over its ``base``) and ``key=value`` overrides over the defaults; check the result.
+def file_layers(path: str | Path, above: Sequence[Path] = ()) -> list[Layer]:
+    """What a YAML file and those that it is based on say, the last counting most.
+
+    Args:
+        above: the files that led here, each based on the next.
+
+    Raises:
+        UserError: a file is missing or no YAML.
+    """
+    path, asked_by = Path(path), f" (base of {above[-1]})" if above else ""
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist{asked_by}")
+    if any(path.samefile(file) for file in above):
+        raise UserError(f"{path} is based on itself{asked_by}")
+    tree = _read(path)
+    base = tree.pop(BASE, None)
+    below = [] if base is None else file_layers(path.parent / str(base), [*above, path])
+    return [*below, (str(path), _plain(tree))]
+
+
+def merge(layers: Sequence[Layer], overrides: Sequence[str], note: Callable[[str], None]) -> Config:
+    """Merge trees of keys, the last counting most, then ``key=value`` overrides, over the defaults.
 
     Args:
         note: told in which sense EasyR1's keys were taken, a line a file.
 
     Raises:
-        UserError: a file is missing or no YAML, a key is unknown, a value has the wrong type or is a
-            secret, or values contradict each other.
+        UserError: a key is unknown, or a value has the wrong type or is a secret.
     """
-    return merge_layers(file_layers(path), overrides, note)
-
-
-def file_layers(path: str | Path) -> list[Layer]:
-    """What a YAML file and those that it is based on say, the last counting most.
-
-    Raises:
-        UserError: a file is missing or no YAML.
-    """
-    chain = reversed(_with_bases(Path(path)))
-    return [(str(file), cast(dict[str, Any], OmegaConf.to_container(tree))) for file, tree in chain]
-
-
-def merge_layers(
-    layers: Sequence[Layer], overrides: Sequence[str], note: Callable[[str], None] = lambda line: None
-) -> Config:
-    """Merge trees of keys, then ``key=value`` overrides, over the defaults; see `load_config`.
-
-    Args:
-        layers: the last counts most.
-    """
-    layers = list(layers)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"override {redact(override)!r} must look like key=value")
-        try:
-            parsed = OmegaConf.from_dotlist([f"{key}={value}"])
-        except Exception as error:
-            raise UserError(
-                f"override {redact(override)!r} cannot be read: {redact(_first_line(error))}"
-            ) from error
-        layers.append(
-            (f"override {redact(override)!r}", cast(dict[str, Any], OmegaConf.to_container(parsed)))
-        )
     if {"trainer.steps", "trainer.epochs"} <= {override.partition("=")[0] for override in overrides}:
         raise UserError("trainer.steps and trainer.epochs both say how long to train; set one of them")
     merged = OmegaConf.structured(Config)
     prompts_per_step = None
-    for source, plain in layers:
+    for source, plain in [*layers, *map(_override, overrides)]:
         _check_no_secrets(plain, source)
         tree, prompts, notes = easyr1_keys.translate(plain, source)
         for line in notes:
@@ -94,9 +69,21 @@ def merge_layers(
     if config.trainer.progress == "False":  # so YAML reads a bare off
         config.trainer.progress = "off"
     if prompts_per_step is not None:
-        config.rollout.rollouts_per_step = prompts_per_step * responses_per_prompt(config)
-    validate(config)
+        with naming(f"algorithm.name={config.algorithm.name}"):
+            config.rollout.rollouts_per_step = prompts_per_step * config.responses_per_prompt
     return config
+
+
+def _override(text: str) -> Layer:
+    source = f"override {redact(text)!r}"
+    key, equals, _ = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"{source} must look like key=value")
+    try:
+        parsed = OmegaConf.from_dotlist([text])
+    except Exception as error:
+        raise UserError(f"{source} cannot be read: {redact(_first_line(error))}") from error
+    return source, _plain(parsed)
 
 
 def _one_length(tree: dict[str, Any]) -> dict[str, Any]:
@@ -106,24 +93,6 @@ def _one_length(tree: dict[str, Any]) -> dict[str, Any]:
         return tree
     other = {"epochs": None} if "steps" in trainer else {"steps": 0}
     return tree | {"trainer": trainer | other}
-
-
-def _with_bases(path: Path) -> list[tuple[Path, DictConfig]]:
-    """The file and what it is based on, the nearest first."""
-    chain: list[tuple[Path, DictConfig]] = []
-    asked_by = ""
-    while True:
-        if not path.is_file():
-            raise UserError(f"config file {path} does not exist{asked_by}")
-        if any(path.samefile(file) for file, _ in chain):
-            raise UserError(f"{path} is based on itself{asked_by}")
-        tree = _read(path)
-        base = tree.pop(BASE, None)
-        chain.append((path, tree))
-        if base is None:
-            return chain
-        asked_by = f" (base of {path})"
-        path = path.parent / str(base)
 
 
 def _read(path: Path) -> DictConfig:
@@ -156,20 +125,26 @@ def _check_no_secrets(tree: dict[str, Any], source: str) -> None:
 
 
 def _merge(base: DictConfig, extra: DictConfig, source: str) -> DictConfig:
-    known = set(flatten(to_dict(Config())))
-    sections = {k.rsplit(".", i)[0] for k in known for i in range(1, k.count(".") + 1)}
-    for key in flatten(cast(dict[str, Any], OmegaConf.to_container(extra))):
-        if key not in known and key not in sections and not key.startswith(FREE):
-            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.4)
-            same_leaf = [k for k in sorted(known) if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-            hint = f"; did you mean {(same_leaf or near)[0]}?" if same_leaf or near else ""
-            raise UserError(f"{source}: unknown key {key}{hint}")
+    known = describe(Config)
+    for key in flatten(_plain(extra)):
+        holder = nearest(known, key)
+        if key not in known and not (holder and holder.own_keys):
+            raise UserError(f"{source}: unknown key {key}{_hint(key, known)}")
     try:
         return cast(DictConfig, OmegaConf.merge(base, extra))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", None) or "a value"
         reason = redact(re.sub(r"\s+", " ", _first_line(error)))
         raise UserError(f"{source}: {key} has the wrong type: {reason}") from error
+
+
+def _hint(key: str, known: Collection[str]) -> str:
+    same_leaf = [k for k in sorted(known) if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f", did you mean {same_leaf[0]}?" if same_leaf else did_you_mean(key, known).replace("'", "")
+
+
+def _plain(tree: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(tree))
 
 
 def _first_line(error: Exception) -> str:

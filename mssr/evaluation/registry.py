@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from mssr.algorithms import plugins
 from mssr.algorithms.plugins import Registry
+from mssr.config.data import DataConfig, RewardConfig
 from mssr.errors import UserError
 from mssr.evaluation.base import Benchmark
 from mssr.evaluation.own import Own
@@ -46,13 +47,14 @@ def names() -> list[str]:
     return sorted({*BUILTIN, *BENCHMARKS.known})
 
 
-def get(name: str) -> Benchmark:
+def get(name: str, reward: RewardConfig | None = None, config: DataConfig | None = None) -> Benchmark:
     """The benchmark called ``name``.
 
     Args:
         name: a registered name; ``path/to/file.py:Class`` (see `mssr.algorithms.plugins`); or a source of
             data in the project's own form (a file, a directory, ``hub/name@split``, see
             `mssr.data.sources`), which is scored by the default rule of `own.Own`.
+        reward, config: of such data, see `own.Own`.
 
     Raises:
         UserError: no such name, with the nearest; or the file or class cannot be had.
@@ -63,7 +65,7 @@ def get(name: str) -> Benchmark:
     if plugins.is_spec(name) and name.rpartition(":")[0].endswith(".py"):
         return _from_file(name)
     if any(c in name for c in DATA_MARKS) or Path(name).exists():
-        return Own(name)
+        return Own(name, reward=reward, config=config)
     for builtin in BUILTIN:
         _import(builtin)
     raise UserError(f"{BENCHMARKS.unknown(name)} or data such as my.parquet or hub/name@split")

@@ -31,7 +31,7 @@ import numpy as np
 from mssr.errors import UserError
 from mssr.evaluation import statistics
 from mssr.evaluation.items import STATUSES, Item, Verdict
-from mssr.evaluation.page import ImageOf, PageOptions, items_page
+from mssr.evaluation.page import ImageOf, items_page
 from mssr.evaluation.statistics import Bootstrap, count_right
 from mssr.evaluation.tables import paper_name, results_table
 from mssr.models.files import replace_text
@@ -117,7 +117,7 @@ def write(
     texts = {
         ITEMS: "".join(_json(row) + "\n" for row in ordered),
         TABLE: results_table(summary),
-        PAGE: items_page(ordered, str(summary["model"]), image_of, PageOptions()),
+        PAGE: items_page(ordered, str(summary["model"]), image_of),
         RESULTS: _json(summary, indent=1) + "\n",
     }
     if timing is not None:

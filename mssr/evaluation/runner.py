@@ -22,10 +22,8 @@ from mssr.errors import EXIT_OK, StopRequestedError, UserError
 from mssr.evaluation import local_judge, registry, results
 from mssr.evaluation.base import Benchmark
 from mssr.evaluation.model import EvaluatedModel, engine_config, open_model
-from mssr.evaluation.own import Own
 from mssr.evaluation.progress import EvaluationProgress
 from mssr.evaluation.prompts import Question, prompt_data, write_prompts
-from mssr.evaluation.report import write_results
 from mssr.evaluation.responses import Response, ResponseFile
 from mssr.evaluation.verdicts import VerdictBook
 from mssr.models.loading import check_model_path, load_processor
@@ -163,7 +161,7 @@ class _Evaluation:
                 "generated_now": self._generated,
                 "tokens": sum(r.tokens for r in responses.found.values()),
             }
-            write_results(self.out, book, self.request.n, self._meta(), timing)
+            book.write(self.out, self.request.n, self._meta(), timing)
             for line in book.notes():
                 progress.announce(line)
         return EXIT_OK
@@ -179,7 +177,7 @@ class _Evaluation:
     def _decides(self, prompts: str) -> dict[str, str]:
         """Everything that a response depends on."""
         model, rollout, data = self.config.model, self.config.rollout, self.config.data
-        engine = [rollout.engine, rollout.engine_options, model.dtype, self.config.cluster.device]
+        engine: list[Any] = [rollout.engine, rollout.engine_options, model.dtype, self.config.cluster.device]
         engine += [data.min_pixels, data.max_pixels, data.max_prompt_length]
         return {
             "model": self.model.identity,
@@ -234,7 +232,7 @@ class _Evaluation:
         data = prompt_data(self.config.data, self.scratch / "prompts")
         rollout = self.config.rollout
         size = self.request.part_size or PARTS_PER_ENGINE * rollout.max_num_seqs * rollout.workers
-        with engines(engine_config(self.model, path, data, self.out)) as generate:
+        with engines(engine_config(self.config, path, data, self.out)) as generate:
             for first in range(0, len(missing), size):
                 part = missing[first : first + size]
                 requests = [
@@ -283,13 +281,10 @@ class _Evaluation:
 def _benchmarks(request: EvaluationRequest, config: Config) -> list[Benchmark]:
     found: list[Benchmark] = []
     for name in request.benchmarks:
-        benchmark = registry.get(name)
-        if type(benchmark) is Own:  # and none of the registered ones that build on it
-            reward = config.reward if request.reward else None
-            benchmark = Own(name, reward=reward, config=config.data)
+        benchmark = registry.get(name, config.reward if request.reward else None, config.data)
         if benchmark.name in (b.name for b in found):
             raise UserError(f"--benchmarks: two are called {benchmark.name}; evaluate one after the other")
         found.append(benchmark)
-    if request.reward and not any(isinstance(b, Own) and b.rewarded for b in found):
+    if request.reward and not any(b.rewarded for b in found):
         raise UserError("--reward scores own data, and --benchmarks names none; leave it out")
     return found

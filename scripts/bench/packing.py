@@ -33,7 +33,6 @@ from report import arguments, in_turn, publish, table
 from workload import PROMPT, RESPONSE_LIMIT, SHAPES, VOCABULARY, draw_lengths, write_model, write_rows
 
 from mssr.actor.planning import MicroBatch, UpdatePlan
-from mssr.actor.step import StepState
 from mssr.actor.update import PolicyUpdater
 from mssr.actor.worker import PolicyWorker
 from mssr.models.packing import PackedBatch, pack
@@ -120,7 +119,7 @@ def throughput(args: argparse.Namespace, scratch: Path) -> list[tuple[str, ...]]
     def update(updater: PolicyUpdater, plan: UpdatePlan) -> Callable[[], None]:
         def run() -> None:
             worker.policy.zero_grad()
-            updater.backward(StepState(batch, worker.device), plan)
+            updater.backward(updater.begin(batch), plan)
 
         return run
 
