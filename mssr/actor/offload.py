@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -37,71 +36,61 @@ class OffloadedOptimizer:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, part_bytes: int = PART_BYTES) -> None:
-        assert len(optimizer.param_groups) == 1
-        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+        [self._group] = self.param_groups
+        self.zero_grad = optimizer.zero_grad
+        self._optimizer = optimizer
         self._part_bytes = part_bytes
         self._host: dict[tuple[torch.Tensor, str], torch.Tensor] = {}
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.optimizer.zero_grad(set_to_none)
-
     def step(self) -> None:
         """Like the optimizer's."""
-        [group] = self.optimizer.param_groups
-        everything = group["params"]
+        everything = self._group["params"]
         try:
             for part in self._parts(everything):
-                group["params"] = part
-                self._fetch(part)
-                self.optimizer.step()
-                self._put(part)
+                self._group["params"] = part
+                with self.on_device():
+                    self._optimizer.step()
         finally:
-            group["params"] = everything
+            self._group["params"] = everything
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
         """All states are on the device, to be saved, or loaded into."""
-        [group] = self.optimizer.param_groups
-        self._fetch(group["params"])
+        self._fetch()
         try:
             yield
         finally:
-            self._put(group["params"])
+            self._put()
 
     def _parts(self, parameters: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        # A state is at most two float32 an element.
         part: list[torch.Tensor] = []
         for parameter in parameters:
+            # A state is at most two float32 an element.
             if part and 8 * sum(local_tensor(p).numel() for p in [*part, parameter]) > self._part_bytes:
                 yield part
                 part = []
             part.append(parameter)
         yield part
 
-    def _states(
-        self, parameters: list[torch.Tensor]
-    ) -> Iterator[tuple[tuple[torch.Tensor, str], torch.Tensor]]:
-        """((parameter, name), what this rank holds of the state)."""
-        for parameter in parameters:
-            for name, value in self.optimizer.state.get(parameter, {}).items():
+    def _states(self) -> Iterator[tuple[tuple[torch.Tensor, str], torch.Tensor]]:
+        """((parameter, name), what this rank holds of the state) of the group."""
+        for parameter in self._group["params"]:
+            for name, value in self._optimizer.state.get(parameter, {}).items():
                 if name != "step":  # a number
                     yield (parameter, name), local_tensor(value)
 
     @torch.no_grad()
-    def _put(self, parameters: list[torch.Tensor]) -> None:
-        for key, state in self._states(parameters):
+    def _put(self) -> None:
+        for key, state in self._states():
             if key not in self._host:
                 self._host[key] = torch.empty(state.shape, dtype=state.dtype, pin_memory=state.is_cuda)
             self._host[key].copy_(state, non_blocking=True)
             state.untyped_storage().resize_(0)
 
     @torch.no_grad()
-    def _fetch(self, parameters: list[torch.Tensor]) -> None:
-        for key, state in self._states(parameters):
+    def _fetch(self) -> None:
+        for key, state in self._states():
             if state.nbytes and not state.untyped_storage().nbytes():
                 state.untyped_storage().resize_(state.nbytes)
                 state.copy_(self._host[key], non_blocking=True)

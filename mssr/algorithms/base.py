@@ -88,19 +88,17 @@ class Algorithm(ABC):
         lengths: npt.ArrayLike,
         token_penalties: npt.ArrayLike,
     ) -> Signal:
-        """`advantages` with a penalty for each token in the reward; changes no state.
+        """`advantages` of the tokens, with a penalty for each in the reward; changes no state.
 
         A method without a form of its own subtracts a response's penalties from its reward and gives
         each of its tokens the same advantage.
 
         Args:
-            prompt_ids, rewards, lengths: As for `advantages`.
             token_penalties: (N,) of the tokens, responses end to end, N the sum of ``lengths``;
                 multiplied by their coefficient already.
 
         Returns:
-            (N,) float32 advantages of the tokens, and the metrics of `advantages`. Without penalties
-            that is `advantages`, each repeated as often as its response has tokens.
+            (N,) float32 advantages, and the metrics of `advantages`.
 
         Raises:
             ValueError: As `advantages`; or there are not as many penalties as tokens, or one is not
@@ -109,11 +107,9 @@ class Algorithm(ABC):
         if self.bounded_rewards:
             raise ValueError(f"{self.name} takes rewards in [0, 1] only, so KL cannot be in the reward")
         r, tokens = check_batch(prompt_ids, rewards, lengths)
-        penalties = check_penalties(token_penalties, tokens)
         response = np.repeat(np.arange(len(r)), tokens)
-        advantages, metrics = self.advantages(
-            prompt_ids, r - np.bincount(response, penalties, minlength=len(r)), tokens
-        )
+        penalties = np.bincount(response, check_penalties(token_penalties, tokens), minlength=len(r))
+        advantages, metrics = self.advantages(prompt_ids, r - penalties, tokens)
         return np.repeat(advantages, tokens), metrics
 
     def observe(  # noqa: B027 (not abstract: doing nothing is right for a method without state)
@@ -122,8 +118,7 @@ class Algorithm(ABC):
         """Learn from the step, after the actor's update. Methods without state do nothing.
 
         Args:
-            prompt_ids: B prompt ids, as given to `advantages`.
-            rewards: (B,) of the responses.
+            prompt_ids, rewards: As given to `advantages`.
             kl: Token-mean KL in nats, of the kind `kl_source`. With "last_visit" (B,), measured as
                 `divergence` says: NaN where the prompt has no earlier visit, 0 where it has one in this
                 batch.

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mssr.algorithms.id_table import IdTable, Keys, Rows, is_keys
+from mssr.algorithms.advantages import Floats
+from mssr.algorithms.checks import check_number
+from mssr.algorithms.id_table import IdTable, Keys, Rows, grown, is_keys
+from mssr.errors import check_version
 
 _STATE_VERSION = 2
 _CHUNK = 1 << 16  # prompts worked on at once
 _UNIT = 1 << 36  # values are summed as whole multiples of 1/_UNIT
-
-Floats = npt.NDArray[np.float64]
 
 
 class BetaBaseline:
@@ -39,16 +40,11 @@ class BetaBaseline:
         prior_strength: Pseudo-counts of the prior, >= 0. 1 weighs as much as one response; with 0
             the first reward alone is the value.
         prior_mean: Value of an unseen prompt in [0, 1], or None for the running mean.
-
-    Raises:
-        ValueError: A number is out of its range.
     """
 
     def __init__(self, prior_strength: float = 1.0, prior_mean: float | None = None) -> None:
-        if not (np.isfinite(prior_strength) and prior_strength >= 0):
-            raise ValueError(f"prior_strength must be a finite number >= 0, not {prior_strength}")
-        if prior_mean is not None and not 0 <= prior_mean <= 1:
-            raise ValueError(f"prior_mean must be in [0, 1] or None, not {prior_mean}")
+        check_number("prior_strength", prior_strength, ">= 0")
+        check_number("prior_mean", prior_mean, "in [0, 1]", optional=True)
         self.prior_strength = float(prior_strength)
         self.prior_mean = None if prior_mean is None else float(prior_mean)
         self._table = IdTable()
@@ -96,11 +92,9 @@ class BetaBaseline:
         return self._value_units / (_UNIT * len(self)) if len(self) else self.unseen_value
 
     def check_rewards(self, ids: Sequence[str], rewards: npt.ArrayLike) -> Floats:
-        """(B,) float64 rewards of B prompts if `update` takes them; to be asked before a step is spent.
+        """(B,) float64 rewards of B prompts; ValueError, naming the prompt, if one is not in [0, 1].
 
-        Raises:
-            ValueError: A reward is not finite or not in [0, 1] (its prompt is named), or there are not
-                as many as ids.
+        To be asked before a step is spent: `update` takes no others.
         """
         r = np.asarray(rewards, np.float64)
         if r.shape != (len(ids),):
@@ -112,17 +106,12 @@ class BetaBaseline:
         return r
 
     def update(self, ids: Sequence[str], rewards: npt.ArrayLike, eta: npt.ArrayLike) -> None:
-        """Discount and add one observation for each of B visits, in order.
+        """Discount and add one observation for each of B visits, in order; nothing if an argument is wrong.
 
         Args:
             ids: B prompt ids. A prompt named twice is visited twice, the discount included.
             rewards: (B,) in [0, 1].
-            eta: Discount in [0, 1], the share of the old evidence that is kept; one for all visits, or
-                (B,), one for each.
-
-        Raises:
-            ValueError: A reward is not finite or not in [0, 1] (its prompt is named), an eta is out
-                of range, or the lengths differ. Nothing is changed then.
+            eta: Discount in [0, 1]; one for all visits, or (B,), one for each.
         """
         keys = self._table.keys(ids)
         r = self.check_rewards(ids, rewards)
@@ -131,18 +120,16 @@ class BetaBaseline:
         first_new = len(self)
         rows = self._insert(keys)
         visit = _occurrence(rows)
-        once = rows if visit is None else rows[visit == 0]
-        self._value_units -= self._units(once[once < first_new])
+        once = rows[visit == 0]
+        self._value_units -= _units(self._values_of(once[once < first_new]))
         observed = np.stack([r, 1 - r], axis=1)
-        if visit is None:
-            self._set(rows, keep * self._counts.take(rows, axis=0) + observed)
-        else:
-            for k in range(int(visit.max()) + 1):
-                # The k-th visits of all prompts at once: no row occurs twice among them.
-                now = np.flatnonzero(visit == k)
-                kept = keep[now] * self._counts.take(rows[now], axis=0)
-                self._set(rows[now], kept + observed[now])
-        self._value_units += self._units(once)
+        for k in range(visit.max(initial=-1) + 1):
+            # The k-th visits of all prompts at once: no row occurs twice among them.
+            now = np.flatnonzero(visit == k)
+            kept = keep[now] * self._counts.take(rows[now], axis=0)
+            for column in (0, 1):  # four times as fast as both at once
+                self._counts[rows[now], column] = kept[:, column] + observed[now, column]
+        self._value_units += _units(self._values_of(once))
         self._reward_sum += math.fsum(r)  # exact, so that the order of a batch changes nothing
         self._reward_count += len(r)
 
@@ -168,14 +155,11 @@ class BetaBaseline:
             smoothing: >= 0.
 
         Raises:
-            ValueError: A number is out of its range, or a prompt occurs twice or was visited before
-                (it is named). Nothing is changed then.
+            ValueError: A prompt occurs twice or was visited before (it is named). Nothing is changed then.
         """
         keys = self._table.keys(ids)
-        if not (np.isfinite(strength) and strength > 0):
-            raise ValueError(f"strength must be a finite number > 0, not {strength}")
-        if not (np.isfinite(smoothing) and smoothing >= 0):
-            raise ValueError(f"smoothing must be a finite number >= 0, not {smoothing}")
+        check_number("strength", strength)
+        check_number("smoothing", smoothing, ">= 0")
         s, n = np.asarray(successes, np.float64), np.asarray(trials, np.float64)
         for name, array in (("successes", s), ("trials", n)):
             if array.shape != (len(keys),):
@@ -189,17 +173,13 @@ class BetaBaseline:
 
         rows = self._insert(keys)
         share = (np.stack([s, n - s], axis=1) + smoothing) / (n + 2 * smoothing)[:, None]
-        self._set(rows, strength * share)
-        self._value_units += self._units(rows)
+        self._counts[rows] = strength * share
+        self._value_units += _units(self._values_of(rows))
         self._reward_sum += float(s.sum())
         self._reward_count += int(n.sum())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything learnt, as arrays and JSON scalars; the settings are not in it.
-
-        ``keys`` (n, 2) uint64, read-only, ``counts`` (n, 2) float64 of a and b, ``reward_sum`` and
-        ``reward_count`` of all rewards observed.
-        """
+        """What was learnt, without the settings: (n, 2) uint64 keys, (n, 2) float64 a and b, JSON scalars."""
         return {
             "version": _STATE_VERSION,
             "keys": self._table.all_keys,
@@ -211,15 +191,14 @@ class BetaBaseline:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace what was learnt; `values` and `update` then go on bit for bit.
 
-        A state of version 1, which has a list ``ids`` in place of ``keys``, is read too.
-
-        Raises:
-            ValueError: The state has another version, or its keys and counts do not fit together.
+        A state of version 1, which has a list ``ids`` in place of ``keys``, is read too. ValueError if
+        keys and counts do not fit together.
         """
-        version = state.get("version")
-        if version not in (1, _STATE_VERSION):
-            raise ValueError(f"baseline state has version {version}, expected {_STATE_VERSION} (or 1)")
-        keys = IdTable().keys(state["ids"]) if version == 1 else state["keys"]
+        if state.get("version") == 1:
+            keys = IdTable().keys(state["ids"])
+        else:
+            check_version(state, _STATE_VERSION, "baseline")
+            keys = state["keys"]
         try:
             table = IdTable.from_keys(keys)
         except ValueError as error:
@@ -249,22 +228,11 @@ class BetaBaseline:
         # `initialize`: no division by zero.
         return counts[:, 0] / (counts[:, 0] + counts[:, 1])
 
-    def _units(self, rows: Rows) -> int:
-        return _units(self._values_of(rows))
-
-    def _set(self, rows: Rows, counts: Floats) -> None:
-        for column in (0, 1):  # four times as fast as both at once
-            self._counts[rows, column] = counts[:, column]
-
     def _insert(self, keys: Keys) -> Rows:
         """Give unseen prompts a row that holds the prior; (B,) rows without -1."""
         first_new = len(self)
         rows = self._table.insert(keys)
-        if len(self) > len(self._counts):
-            # Growing by doubling keeps many insertions linear; spare pages stay untouched.
-            grown = np.empty((max(len(self), 2 * len(self._counts)), 2), np.float64)
-            grown[:first_new] = self._counts[:first_new]
-            self._counts = grown
+        self._counts = grown(self._counts, first_new, len(self))
         mean = self.unseen_value
         self._counts[first_new : len(self)] = self.prior_strength * mean, self.prior_strength * (1 - mean)
         return rows
@@ -291,11 +259,8 @@ def _refuse(ids: Sequence[str], wrong: npt.NDArray[np.bool_], why: str) -> None:
         raise ValueError(f"prompt {str(ids[int(wrong.argmax())])!r} {why}")
 
 
-def _occurrence(rows: Rows) -> Rows | None:
-    """How many times each entry occurred before: [5, 7, 5, 5] -> [0, 0, 1, 2]; None if all differ."""
-    in_order = np.sort(rows)
-    if (in_order[1:] != in_order[:-1]).all():
-        return None
+def _occurrence(rows: Rows) -> Rows:
+    """How many times each entry occurred before: [5, 7, 5, 5] -> [0, 0, 1, 2]."""
     order = np.argsort(rows, kind="stable")
     is_first = np.diff(rows[order], prepend=-1) != 0
     position = np.arange(len(rows))

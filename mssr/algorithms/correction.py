@@ -4,15 +4,21 @@ The engine that samples and the actor that trains give a token different log-pro
 another precision, or older weights. Training on the samples as if they were the actor's is then
 biased. Truncated importance weights: https://fengyao.notion.site/off-policy-rl; masks: IcePop
 (arXiv 2510.18855), and for whole sequences https://richardli.xyz/rl-collapse.
+
+The factor is for the policy-gradient term only; the KL and entropy terms, which look at every token alike,
+go without. The denominators stay those of all tokens, masked ones too: they are then known before any
+forward pass and equal on all ranks, and a batch with much disagreement takes a smaller step, where a mean
+over the tokens that are left would weigh those few all the more. (verl takes rejected tokens out of its
+response mask, and so out of the denominator.)
 """
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 
+from mssr.algorithms.checks import check_choice, check_number
 from mssr.algorithms.sequences import (
     MAX_LOG_RATIO,
     check_lengths,
@@ -47,61 +53,41 @@ def rollout_correction(
       (``geometric``). IcePop keeps rho itself inside the range: with its mask, weight="token" and a
       max_weight of mask_high.
 
-    The factor is for the policy-gradient term only; the KL and entropy terms, which look at every
-    token alike, go without. The denominators stay those of all tokens, masked ones too: they are then
-    known before any forward pass and equal on all ranks, and a batch with much disagreement takes a
-    smaller step, where a mean over the tokens that are left would weigh those few all the more. (verl
-    takes rejected tokens out of its response mask, and so out of the denominator.)
-
     Args:
         old_log_probs: (N,) nats, of the sampled tokens under the actor before the step.
         engine_log_probs: (N,) nats, under the engine, when it sampled them.
         lengths: (S,) int64 tokens of each whole sequence, adding up to N.
-        weight: Which weights.
-        max_weight: Where they are truncated, > 0.
-        mask: Which mask.
-        mask_low: Smallest rho that stays, in [0, 1].
-        mask_high: Largest rho that stays, >= 1. (Without disagreement rho is 1, which always stays.)
+        max_weight: Where weights are truncated, > 0.
+        mask_low: Smallest rho that a mask keeps, in [0, 1].
+        mask_high: Largest rho that it keeps, >= 1. (Without disagreement rho is 1, which always stays.)
 
     Returns:
         The factor, (N,), and a dict of (N,) tensors: ``weight`` (before the mask) and ``masked`` (1
         where the mask made the factor 0). Nothing has a gradient. Log-ratios are clamped to +-20, of a
         token and of a product.
-
-    Raises:
-        ValueError: The shapes differ, the lengths do not add up, or an option is out of its range.
     """
     check_same_shape(old_log_probs=old_log_probs, engine_log_probs=engine_log_probs)
     check_lengths(lengths, len(old_log_probs))
-    _check_options(weight, max_weight, mask, mask_low, mask_high)
+    check_choice("weight", weight, WEIGHTS)
+    check_choice("mask", mask, MASKS)
+    check_number("max_weight", max_weight)
+    if not 0 <= mask_low <= 1 <= mask_high:
+        raise ValueError(f"needed: 0 <= mask_low={mask_low} <= 1 <= mask_high={mask_high}")
     log_ratio = clamped_log_ratio(old_log_probs, engine_log_probs).detach()
 
     def ratio(level: str) -> torch.Tensor:
+        if level == "none":
+            return torch.ones_like(log_ratio)
         if level == "token":
             return torch.exp(log_ratio)
         reduce = sequence_sums if level == "sequence" else sequence_means
         total = reduce(log_ratio, lengths).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         return to_tokens(torch.exp(total), lengths, like=log_ratio)
 
-    weights = torch.ones_like(log_ratio)
+    weights = ratio(weight)
     if weight != "none":
-        weights = ratio(weight).clamp(max=max_weight)
-    keep = torch.ones_like(log_ratio, dtype=torch.bool)
-    if mask != "none":
-        rho = ratio(mask)
-        keep = (rho >= mask_low) & (rho <= mask_high)
+        weights = weights.clamp(max=max_weight)
+    rho = ratio(mask)  # 1 without a mask, which every mask keeps
+    keep = (rho >= mask_low) & (rho <= mask_high)
     info = {"weight": weights, "masked": (~keep).to(log_ratio.dtype)}
     return torch.where(keep, weights, torch.zeros_like(weights)), info
-
-
-def _check_options(weight: str, max_weight: float, mask: str, mask_low: float, mask_high: float) -> None:
-    if weight not in WEIGHTS:
-        raise ValueError(f"unknown weight {weight!r} of the rollout correction: one of {', '.join(WEIGHTS)}")
-    if mask not in MASKS:
-        raise ValueError(f"unknown mask {mask!r} of the rollout correction: one of {', '.join(MASKS)}")
-    if not (math.isfinite(max_weight) and max_weight > 0):
-        raise ValueError(f"max_weight must be a finite number > 0, not {max_weight}")
-    if not 0 <= mask_low <= 1 <= mask_high:
-        raise ValueError(
-            f"needed: 0 <= mask_low <= 1 <= mask_high, but mask_low={mask_low} and mask_high={mask_high}"
-        )

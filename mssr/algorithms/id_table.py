@@ -43,12 +43,10 @@ class IdTable:
         array = np.asarray(keys)
         if not is_keys(array):
             raise ValueError(f"keys must be (n, 2) uint64, not {array.dtype} of shape {array.shape}")
-        table = cls()
-        table._reserve(len(array))
-        table._keys[: len(array)] = array
-        if not table._index(len(array)):
+        if (_first_of_equals(array) != np.arange(len(array))).any():
             raise ValueError("the keys of ids must be distinct, but some occur twice")
-        table._size = len(array)
+        table = cls()
+        table._append(array, table._home(array))
         return table
 
     def __len__(self) -> int:
@@ -92,10 +90,12 @@ class IdTable:
     def insert(self, keys: Keys) -> Rows:
         """(B,) int64 row of each of the (B, 2) keys, new ones numbered by their first occurrence."""
         rows, slots = self._find(keys)
-        rows = rows.copy()
+        rows, size = rows.copy(), self._size
         unseen = np.flatnonzero(rows < 0)
-        if len(unseen):
-            rows[unseen] = self._append(keys[unseen], slots[unseen])
+        first = _first_of_equals(keys[unseen])
+        is_first = first == np.arange(len(unseen))
+        self._append(keys[unseen[is_first]], slots[unseen[is_first]])
+        rows[unseen] = (size - 1 + np.cumsum(is_first))[first]
         return rows
 
     def _find(self, keys: Keys) -> tuple[Rows, Slots]:
@@ -119,65 +119,28 @@ class IdTable:
             self._last_found = self._size, rows, slots
         return rows, slots
 
-    def _append(self, keys: Keys, slots: Slots) -> Rows:
-        """(m,) rows of m keys, some perhaps equal, whose searches ended at the free slots ``slots``."""
-        first, stop = self._size, self._size + len(keys)
-        if self._reserve(stop):
-            slots = self._home(keys)
-        # As if all were distinct: a row each. Then the rows of repeated keys are closed up.
-        self._keys[first:stop] = keys
-        rows, slots = self._claim(np.arange(first, stop), slots)
-        is_first = rows == np.arange(first, stop)
-        if not is_first.all():
-            final = first - 1 + np.cumsum(is_first)
-            self._slots[slots[is_first]] = final[is_first]
-            rows = final[rows - first]
-            keys = keys[is_first]
-            self._keys[first : first + len(keys)] = keys
-        self._size = first + len(keys)
-        return rows
-
-    def _claim(self, rows: Rows, slot: Slots) -> tuple[Rows, Slots]:
-        """Find a slot for the keys of m rows, from ``slot`` on: (m,) the row that got it, (m,) the slot.
-
-        Rows with equal keys meet at the same slot, and the first of them gets it for all.
-        """
-        owner, place = np.empty_like(rows), np.empty_like(rows)
-        left, keys = np.arange(len(rows)), self._keys.take(rows, axis=0)
-        while len(left):
-            free = self._slots[slot] < 0
-            # Of several values for one slot NumPy keeps the last, so the first row is written last.
-            self._slots[slot[free][::-1]] = rows[left[free]][::-1]
-            row = self._slots[slot]
-            same = self._equal(row, keys.take(left, axis=0))
-            owner[left[same]], place[left[same]] = row[same], slot[same]
-            left, slot = left[~same], self._next(slot[~same])
-        return owner, place
-
-    def _index(self, size: int) -> bool:
-        """Enter the first ``size`` rows into the empty slots; whether their keys are distinct."""
-        for start in range(0, size, _CHUNK):
-            rows = np.arange(start, min(start + _CHUNK, size))
-            owner, _ = self._claim(rows, self._home(self._keys[rows[0] : rows[-1] + 1]))
-            if not np.array_equal(owner, rows):
-                return False
-        return True
-
-    def _reserve(self, size: int) -> bool:
-        """Make room for ``size`` rows; whether rows have other slots now.
-
-        Doubling keeps the cost of growing linear; spare pages stay untouched.
-        """
-        if size > len(self._keys):
-            grown = np.empty((max(size, 2 * len(self._keys)), 2), np.uint64)
-            grown[: self._size] = self._keys[: self._size]
-            self._keys = grown
+    def _append(self, keys: Keys, slots: Slots) -> None:
+        """Give m distinct new keys, whose searches ended at the free slots ``slots``, the next rows."""
+        first, size = self._size, self._size + len(keys)
+        self._keys = grown(self._keys, first, size)
+        self._keys[first:size] = keys
+        self._size = size
         if 2 * size <= len(self._slots):
-            return False
+            self._enter(np.arange(first, size), slots)
+            return
         del self._slots  # before the new one is there: it is rebuilt from the keys
         self._slots = np.full(1 << (2 * size - 1).bit_length(), -1, np.int32)
-        self._index(self._size)
-        return True
+        for start in range(0, size, _CHUNK):
+            rows = np.arange(start, min(start + _CHUNK, size))
+            self._enter(rows, self._home(self._keys[start : start + len(rows)]))
+
+    def _enter(self, rows: Rows, slot: Slots) -> None:
+        """Put rows, whose keys are distinct, into the first free slots from ``slot`` on."""
+        while len(rows):
+            free = self._slots[slot] < 0
+            self._slots[slot[free]] = rows[free]  # of several rows for one slot, one gets it
+            lost = self._slots[slot] != rows
+            rows, slot = rows[lost], self._next(slot[lost])
 
     def _home(self, keys: Keys) -> Slots:
         return (keys[:, 0] >> np.uint64(65 - len(self._slots).bit_length())).astype(np.int64)
@@ -193,6 +156,31 @@ class IdTable:
 def is_keys(array: npt.NDArray[Any]) -> bool:
     """Whether this array holds keys, not ids."""
     return array.dtype == np.uint64 and array.ndim == 2 and array.shape[1] == 2
+
+
+def grown(array: npt.NDArray[Any], used: int, size: int) -> npt.NDArray[Any]:
+    """An array of at least ``size`` rows, the first ``used`` as they were; the same if it has them already.
+
+    Doubling keeps the cost of growing linear; spare pages stay untouched.
+    """
+    if size <= len(array):
+        return array
+    larger = np.empty((max(size, 2 * len(array)), *array.shape[1:]), array.dtype)
+    larger[:used] = array[:used]
+    return larger
+
+
+def _first_of_equals(keys: Keys) -> Rows:
+    """(m,) index of the first key that equals each of m keys."""
+    halves = np.sort(keys[:, 0])
+    if (halves[1:] != halves[:-1]).all():  # as good as always
+        return np.arange(len(keys))
+    order = np.lexsort((keys[:, 1], keys[:, 0]))  # equal keys stay in their order
+    in_order = keys[order]
+    starts = np.append(True, (in_order[1:] != in_order[:-1]).any(axis=1))
+    first = np.empty(len(keys), np.int64)
+    first[order] = order[starts][np.cumsum(starts) - 1]
+    return first
 
 
 def _digests(ids: Sequence[str]) -> Keys:

@@ -7,14 +7,13 @@ too) on one device.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from mssr.algorithms.checks import check_choice, check_number
 from mssr.algorithms.policy_losses import AGGREGATIONS, bind_loss
 from mssr.algorithms.sequences import check_lengths, check_same_shape, clamped_log_ratio, to_tokens
 
@@ -28,25 +27,15 @@ def policy_loss(
     name: str = "ppo",
     **options: Any,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The policy-gradient loss called ``name``; see `mssr.algorithms.policy_losses` for what there is.
+    """The policy-gradient loss called ``name``, a registered name or ``path/to/file.py:function``.
+
+    Arguments, results and names are those of `mssr.algorithms.policy_losses`.
 
     Args:
-        log_probs: (N,) nats, of the sampled tokens under the policy in training.
-        old_log_probs: (N,) nats, under the policy before the step. No gradient goes into it. For a
-            single on-policy update pass ``log_probs.detach()``.
-        advantages: (N,) A_t, shaped or not. No gradient goes into it.
-        lengths: (S,) int64 tokens of each sequence, adding up to N. Needed by losses that look at
-            whole sequences (gspo).
-        name: Registered name, or ``path/to/file.py:function``.
         options: Those of the loss, for example ``clip_low``; the others have their defaults.
 
     Returns:
-        The loss of every token, (N,), with gradient, and a dict of (N,) tensors without: ``ratio``,
-        and where the loss has such clips ``clip_fraction`` and ``dual_clip_fraction``.
-
-    Raises:
-        ValueError: No such loss or option, the shapes differ, a number is out of its range, or
-            lengths are missing or wrong.
+        (N,) loss of every token, with gradient, and a dict of (N,) tensors without.
     """
     per_token, info = bind_loss(name, options)(log_probs, old_log_probs, advantages, lengths)
     # A loss from a file may have reduced its result.
@@ -57,7 +46,7 @@ def policy_loss(
 def kl_penalty(
     log_probs: torch.Tensor, ref_log_probs: torch.Tensor, kind: Literal["k1", "k2", "k3"] = "k3"
 ) -> torch.Tensor:
-    """Estimate of KL(pi || pi_ref) at each sampled token, with d = log pi_ref - log pi in +-20.
+    """Estimate of KL(pi || pi_ref) at each of (N,) sampled tokens in nats, d = log pi_ref - log pi in +-20.
 
     k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1 (http://joschu.net/blog/kl-approx.html). k1 and k3 are
     unbiased; k2 and k3 are never negative. As a loss, k1 is useless: the mean of its gradient is zero.
@@ -65,13 +54,6 @@ def kl_penalty(
     Args:
         log_probs: (N,) nats, of tokens sampled from the policy, with gradient.
         ref_log_probs: (N,) nats, of the same tokens under the reference. No gradient goes into it.
-        kind: Which estimator.
-
-    Returns:
-        (N,) nats.
-
-    Raises:
-        ValueError: Unknown kind, or the shapes differ.
     """
     check_same_shape(log_probs=log_probs, ref_log_probs=ref_log_probs)
     d = clamped_log_ratio(ref_log_probs.detach(), log_probs)
@@ -100,15 +82,8 @@ def aggregate(
         per_token: (N,); N may be 0 (a rank without tokens), which gives 0 that still has a graph.
         denominator: > 0, the same on all ranks.
         weights: (N,) factors, without gradient, or None for 1.
-
-    Returns:
-        () scalar, of the dtype of ``per_token``.
-
-    Raises:
-        ValueError: The denominator is not a finite number > 0, or the shapes differ.
     """
-    if not (math.isfinite(denominator) and denominator > 0):
-        raise ValueError(f"the denominator of the loss must be a finite number > 0, not {denominator}")
+    check_number("the denominator of the loss", denominator)
     if weights is not None:
         check_same_shape(per_token=per_token, weights=weights)
         per_token = per_token * weights.detach().to(per_token.dtype)
@@ -118,7 +93,7 @@ def aggregate(
 def aggregation_weights(
     lengths: torch.Tensor, mode: str, constant_length: int | None = None
 ) -> torch.Tensor | None:
-    """The weights of `aggregate` for the sequences of one micro-batch.
+    """The (N,) float64 weights of `aggregate` for one micro-batch, without gradient; None for 1.
 
     - ``token_mean``: w = 1; every token of the mini-batch counts the same.
     - ``sequence_mean``: w = 1/length of the token's sequence; every sequence that is not empty counts
@@ -130,12 +105,6 @@ def aggregation_weights(
         lengths: (S,) int64, of whole sequences: one that is split over micro-batches has no 1/length.
         mode: One of `AGGREGATIONS`.
         constant_length: Only checked here; it belongs to the denominator.
-
-    Returns:
-        (N,) float64 without gradient, or None for 1.
-
-    Raises:
-        ValueError: Unknown mode, or a constant length that is not > 0.
     """
     _check_mode(mode, constant_length)
     if mode != "sequence_mean":
@@ -146,45 +115,31 @@ def aggregation_weights(
     return to_tokens(inverse, lengths, like=inverse.new_empty(tokens))
 
 
-def aggregation_denominator(
-    lengths: torch.Tensor | Sequence[int] | npt.NDArray[np.int64],
-    mode: str,
-    constant_length: int | None = None,
-) -> float:
+def aggregation_denominator(lengths: npt.ArrayLike, mode: str, constant_length: int | None = None) -> float:
     """The denominator of `aggregate` for a whole mini-batch: all its micro-batches, on all ranks.
 
-    It depends on lengths alone, so every rank knows it before its first forward pass.
-
-    Args:
-        lengths: (S,) tokens of every sequence of the mini-batch.
-        mode: ``token_mean``: number of tokens. ``sequence_mean``: number of sequences that are not
-            empty. ``constant_length``: number of all sequences times ``constant_length``.
-        constant_length: Tokens, > 0; needed in the mode of that name.
-
-    Returns:
-        A number > 0: 1 where the mini-batch has no token (there is then nothing to divide).
-
-    Raises:
-        ValueError: Unknown mode, or ``constant_length`` is missing or not > 0.
+    It depends on the (S,) lengths in tokens alone, so every rank knows it before its first forward pass:
+    the number of tokens for ``token_mean``, of sequences that are not empty for ``sequence_mean``, and of
+    all sequences times ``constant_length``, a number of tokens, for that. Where the mini-batch has no token
+    it is 1: there is then nothing to divide.
     """
     _check_mode(mode, constant_length)
     if mode == "constant_length" and constant_length is None:
         raise ValueError("aggregation constant_length needs the length, a number of tokens")
-    lengths = torch.as_tensor(lengths, dtype=torch.int64)
-    tokens = int(lengths.sum())
-    check_lengths(lengths, tokens)
-    if tokens == 0:
+    tokens = np.asarray(lengths, np.int64)
+    if (tokens < 0).any():
+        raise ValueError(f"lengths must be >= 0, not {tokens.min()}")
+    if not tokens.any():
         return 1.0
     if mode == "token_mean":
-        return float(tokens)
+        return float(tokens.sum())
     if mode == "sequence_mean":
-        return float((lengths > 0).sum())
+        return float(np.count_nonzero(tokens))
     assert constant_length is not None
-    return float(len(lengths) * constant_length)
+    return float(len(tokens) * constant_length)
 
 
 def _check_mode(mode: str, constant_length: int | None) -> None:
-    if mode not in AGGREGATIONS:
-        raise ValueError(f"unknown aggregation {mode!r}: choose one of {', '.join(AGGREGATIONS)}")
+    check_choice("aggregation", mode, AGGREGATIONS)
     if constant_length is not None and not constant_length > 0:
         raise ValueError(f"constant_length must be > 0, not {constant_length}")

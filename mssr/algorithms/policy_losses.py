@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from mssr.algorithms.checks import check_number
 from mssr.algorithms.plugins import Registry, bind, default_options
 from mssr.algorithms.sequences import (
     check_lengths,
@@ -42,14 +43,10 @@ AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length")
 _INPUTS = ("log_probs", "old_log_probs", "advantages", "lengths")
 
 
-# --- by name -------------------------------------------------------------------------------------
-
-
 def register_loss(name: str, aggregation: str | None = None, token_wise: bool = False) -> Callable[[_F], _F]:
     """Function decorator: make a policy loss available as ``algorithm.loss.name``.
 
     Args:
-        name: A name without a colon.
         aggregation: How its tokens are aggregated unless the user says otherwise, see
             `mssr.algorithms.losses.aggregation_weights`; None leaves it to the method.
         token_wise: Whether no token's loss depends on the log-probs of other tokens. Its gradient is then
@@ -93,31 +90,19 @@ file is read at each call: a training resolves its loss once, with `bind_loss`."
 
 
 def loss_options(name: str) -> dict[str, Any]:
-    """The options of a loss and their defaults, in the order of its signature.
-
-    Raises:
-        ValueError, UserError: As `get_loss`.
-    """
+    """The options of a loss and their defaults, in the order of its signature."""
     return default_options(get_loss(name), len(_INPUTS))
 
 
 def loss_aggregation(name: str) -> str | None:
-    """The aggregation that a loss asks for; None leaves it to the method.
-
-    Raises:
-        ValueError, UserError: As `get_loss`, or there is no such aggregation.
-    """
+    """The aggregation that a loss asks for; None leaves it to the method."""
     aggregation = getattr(get_loss(name), "aggregation", None)
     _check_aggregation(aggregation, name)
     return aggregation
 
 
 def bind_loss(name: str, options: Mapping[str, Any]) -> PolicyLoss:
-    """The loss with its options filled in, to be called with the four tensors.
-
-    Raises:
-        ValueError, UserError: As `get_loss`, or the loss has no such option.
-    """
+    """The loss with its options filled in, to be called with the four tensors."""
     return bind(f"policy loss {name!r}", get_loss(name), options, len(_INPUTS))
 
 
@@ -159,13 +144,11 @@ def ppo(
         clip_high: >= 0.
         dual_clip: > 1, or None for no dual clip.
     """
-    _check_inputs(log_probs, old_log_probs, advantages)
-    _check_option("clip_low", clip_low, 0, 1)
-    _check_option("clip_high", clip_high, 0)
+    _check_clips(clip_low, clip_high)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be > 1 or None, not {dual_clip}")
-    a = advantages.detach()
-    ratio = torch.exp(clamped_log_ratio(log_probs, old_log_probs.detach()))
+    log_ratio, a = _inputs(log_probs, old_log_probs, advantages)
+    ratio = torch.exp(log_ratio)
     loss, clipped = _pessimistic(ratio, a, clip_low, clip_high)
     dual = torch.zeros_like(a, dtype=torch.bool)
     if dual_clip is not None:
@@ -194,24 +177,18 @@ def gspo(
     response. arXiv 2507.18071: this is its GSPO-token form, which takes a different advantage for
     each token; where they are equal, the mean over the sequence has the value and the gradient of the
     sequence form, so aggregate it as ``sequence_mean``. Defaults: its section 5.1. Each log rho is
-    clamped before the mean, and a token beyond has no gradient.
+    clamped before the mean, and a token beyond has no gradient. ``ratio`` is s.
 
     Args:
         lengths: Needed here.
         clip_low: In [0, 1].
         clip_high: >= 0. Both are small because s hardly moves: it is a mean over many tokens.
-
-    Returns:
-        As all losses; ``ratio`` is s.
     """
-    _check_inputs(log_probs, old_log_probs, advantages)
+    _check_clips(clip_low, clip_high)
+    log_ratio, a = _inputs(log_probs, old_log_probs, advantages)
     if lengths is None:
         raise ValueError("gspo compares whole sequences: it needs lengths")
     check_lengths(lengths, len(log_probs))
-    _check_option("clip_low", clip_low, 0, 1)
-    _check_option("clip_high", clip_high, 0)
-    a = advantages.detach()
-    log_ratio = clamped_log_ratio(log_probs, old_log_probs.detach())
     mean = to_tokens(sequence_means(log_ratio, lengths), lengths, like=log_ratio)
     # In value exp(mean) and, because of the difference that is always 0, with gradient s at its own token.
     ratio = torch.exp(mean + (log_ratio - log_ratio.detach()))
@@ -232,25 +209,20 @@ def cispo(
     """L_t = -sg[clip(rho, 1 - clip_low, 1 + clip_high)] * A * log pi.
 
     arXiv 2506.13585 (MiniMax-M1): the importance weight is clipped, not the update, so that every token
-    keeps a gradient. The paper has no lower bound and does not state the upper
-    one. Ours is a largest weight of 5, which ScaleRL (arXiv 2510.13786) calls eps_max and TRL
-    recommends; verl's example has clip_low=10, clip_high=0.2.
+    keeps a gradient. The paper has no lower bound and does not state the upper one. Ours is a largest
+    weight of 5, which ScaleRL (arXiv 2510.13786) calls eps_max and TRL recommends; verl's example has
+    clip_low=10, clip_high=0.2. ``ratio`` is rho before the clip, and ``clip_fraction`` marks tokens whose
+    weight was clipped.
 
     Args:
         clip_low: >= 0; from 1 on there is no lower bound.
         clip_high: >= 0.
-
-    Returns:
-        As all losses; ``ratio`` is rho before the clip, and ``clip_fraction`` marks tokens whose
-        weight was clipped, which still have a gradient.
     """
-    _check_inputs(log_probs, old_log_probs, advantages)
-    _check_option("clip_low", clip_low, 0)
-    _check_option("clip_high", clip_high, 0)
-    ratio = torch.exp(clamped_log_ratio(log_probs, old_log_probs)).detach()
+    _check_clips(clip_low, clip_high, largest_low=math.inf)
+    log_ratio, a = _inputs(log_probs, old_log_probs, advantages)
+    ratio = torch.exp(log_ratio).detach()
     weight = torch.clamp(ratio, 1 - clip_low, 1 + clip_high)
-    loss = -weight * advantages.detach() * log_probs
-    return loss, {"ratio": ratio, "clip_fraction": (weight != ratio).to(ratio.dtype)}
+    return -weight * a * log_probs, {"ratio": ratio, "clip_fraction": (weight != ratio).to(ratio.dtype)}
 
 
 @register_loss("sapo", token_wise=True)
@@ -272,15 +244,21 @@ def sapo(
     Args:
         tau_positive, tau_negative: > 0.
     """
-    _check_inputs(log_probs, old_log_probs, advantages)
-    for name, value in (("tau_positive", tau_positive), ("tau_negative", tau_negative)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a finite number > 0, not {value}")
-    a = advantages.detach()
-    ratio = torch.exp(clamped_log_ratio(log_probs, old_log_probs.detach()))
+    check_number("tau_positive", tau_positive)
+    check_number("tau_negative", tau_negative)
+    log_ratio, a = _inputs(log_probs, old_log_probs, advantages)
+    ratio = torch.exp(log_ratio)
     tau = torch.full_like(a, tau_negative).masked_fill(a > 0, tau_positive)
     gate = torch.sigmoid(tau * (ratio - 1)) * (4 / tau)
     return -gate * a, {"ratio": ratio.detach()}
+
+
+def _inputs(
+    log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log rho with gradient into ``log_probs`` only, and A without; ValueError if the shapes differ."""
+    check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
+    return clamped_log_ratio(log_probs, old_log_probs.detach()), advantages.detach()
 
 
 def _pessimistic(
@@ -292,11 +270,8 @@ def _pessimistic(
     return torch.maximum(unclipped, clipped), clipped > unclipped
 
 
-def _check_inputs(log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor) -> None:
-    check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
-
-
-def _check_option(name: str, value: float, low: float, high: float = math.inf) -> None:
-    if not low <= value <= high:
-        bounds = f"in [{low}, {high}]" if math.isfinite(high) else f">= {low}"
-        raise ValueError(f"{name} must be {bounds}, not {value}")
+def _check_clips(clip_low: float, clip_high: float, largest_low: float = 1.0) -> None:
+    if not 0 <= clip_low <= largest_low:
+        raise ValueError(f"clip_low must be in [0, {largest_low:g}], not {clip_low}")
+    if not clip_high >= 0:
+        raise ValueError(f"clip_high must be >= 0, not {clip_high}")

@@ -5,9 +5,10 @@ Source: arXiv 2506.14758 (which fixes the constants), used by MSSR, arXiv 2512.1
 
 from __future__ import annotations
 
-import math
-
 import torch
+
+from mssr.algorithms.checks import check_number
+from mssr.algorithms.sequences import check_same_shape
 
 _LEAST_LOG_PROB = -1e4
 """exp of it is 0 in float32 and in float64."""
@@ -31,17 +32,9 @@ def entropy_bonus(
     Returns:
         psi, same shape as the inputs, without gradient: shaping changes how strongly a token is
         reinforced and is no entropy loss.
-
-    Raises:
-        ValueError: The shapes differ, or a number is out of its range.
     """
-    if advantages.shape != entropy.shape:
-        raise ValueError(
-            f"advantages {tuple(advantages.shape)} and entropy {tuple(entropy.shape)} must have one shape:"
-            " shaping is by token"
-        )
-    if not (math.isfinite(coef) and coef >= 0):
-        raise ValueError(f"coef must be a finite number >= 0, not {coef}")
+    check_same_shape(advantages=advantages, entropy=entropy)
+    check_number("coef", coef, ">= 0")
     if not divisor > 0:
         raise ValueError(f"divisor must be > 0, not {divisor}")
     return torch.minimum(coef * entropy.detach(), advantages.detach().abs() / divisor)

@@ -1,9 +1,11 @@
-"""Evaluation of responses on benchmarks. No model is loaded here.
+"""Evaluation of a model's responses on benchmarks, in the order of the data:
 
-`items` holds the records; `registry` finds a benchmark by name, `base` says what one is, `benchmarks` has one
-module each; `local_data` and `cells` read their data; `scoring` turns a response into a verdict, `judge` asks
-a language model where the rules do not decide; `results`, `statistics`, `tables` and `page` write what came
-out.
+`items` holds the records; `local_data` and `cells` read a benchmark's rows; `scoring` turns a response into a
+verdict; `base` says what a benchmark is, `own` makes one of any data, `benchmarks` has one module each and
+`registry` finds them by name. `model` is what is evaluated; `prompts` writes what it is asked, `responses`
+keeps what it answers, `judge` and `local_judge` ask a language model where the rules do not decide, and
+`verdicts` holds what came of each. `statistics`, `tables` and `page` make of it what `results` writes and
+reads. `runner` is the command, `progress` what the user sees of it.
 """
 
 from mssr.evaluation.items import STATUSES, Item, Kind, Status, Verdict

@@ -41,6 +41,8 @@ class Benchmark:
     """The tags that `breakdown` groups by."""
     numbers_repeats: bool = True
     """Whether a row with the id of an earlier one is an item of its own; else it is an error."""
+    rewarded: bool = False
+    """Whether training's reward scores it, and not `verdict`."""
 
     def load(self, data_dir: Path | None = None, limit: int | None = None) -> list[Item]:
         """The items, in the order of the data.
@@ -64,7 +66,7 @@ class Benchmark:
         seen: Counter[str] = Counter()
         for number in range(len(table) if limit is None else min(limit, len(table))):
             try:
-                item = item_of(table, number)
+                item = replace(item_of(table, number), benchmark=self.name)
                 seen[item.id] += 1
                 if seen[item.id] > 1:
                     if not self.numbers_repeats:
@@ -102,16 +104,14 @@ class Benchmark:
         training."""
         return Row(item.id, item.question, item.answer, item.images, item.where, item.history)
 
-    def verdict(
-        self, item: Item, response: str, truncated: bool = False, tokens: int | None = None
-    ) -> Verdict:
-        """What scoring says of a response.
+    def verdict(self, item: Item, response: str, truncated: bool = False) -> Verdict:
+        """What the rules say of a response.
 
         Args:
             response: the model's text, without special tokens.
             truncated: whether the length limit ended it.
-            tokens: its length, for user's reward functions that read it; None if not known.
         """
+        assert not self.rewarded
         answer = self.extract(item, response, truncated)
         status: Status = "truncated" if truncated else "extraction_failed"
         if answer is not None:

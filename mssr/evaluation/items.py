@@ -42,7 +42,7 @@ class Item:
     tags: Mapping[str, str] = field(default_factory=dict)
     """Breakdown -> this item's group: ``{"problem_version": "Vision Only"}``."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Other columns that scoring needs (precision, unit, set_id ...); JSON values."""
+    """Other columns that scoring needs (precision, set_id ...); JSON values."""
     where: str = ""
     """File and row, for messages."""
     history: tuple[tuple[str, str], ...] = ()
@@ -51,7 +51,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The score of one response. Example: ``Verdict(True, "B", "right", "choice")``"""
+    """What scoring says of one response. Example: ``Verdict(True, "B", "right", "choice")``"""
 
     correct: bool
     extracted: str | None

@@ -32,7 +32,7 @@ from mssr.evaluation.items import Item, Status, Verdict
 from mssr.rewards.extraction import outside_thinking
 
 PROMPT_VERSION = "1"
-"""Part of the cache's key: raise it with every change of `judge_prompt`."""
+"""Part of the cache's key: raise it with every change of what a model is asked."""
 
 KEY_VARIABLES = ("MSSR_JUDGE_API_KEY", "OPENAI_API_KEY")
 OPENAI_URL = "https://api.openai.com/v1"
@@ -75,16 +75,15 @@ class JudgeInput:
     response: str
     """The model's text."""
 
+    def prompt(self) -> str:
+        """What a language model is asked."""
+        visible = outside_thinking(self.response).strip() or self.response.strip()
+        return _PROMPT.format(question=self.question, answer=self.answer, response=visible[-TAIL:])
+
     def key(self, model: str) -> str:
         """A hash of all that a verdict depends on."""
         parts = [model, PROMPT_VERSION, self.question, self.answer, self.response]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-
-
-def judge_prompt(question: JudgeInput) -> str:
-    """What a language model is asked."""
-    visible = outside_thinking(question.response).strip() or question.response.strip()
-    return _PROMPT.format(question=question.question, answer=question.answer, response=visible[-TAIL:])
 
 
 def parse_reply(reply: str) -> bool | None:
@@ -149,7 +148,7 @@ class Judge:
         """One for each input, in order; equal inputs are asked once. Raises nothing."""
         keys = [question.key(self.model) for question in inputs]
         fresh = {k: q for k, q in zip(keys, inputs, strict=True) if k not in self.cache}
-        prompts = [judge_prompt(question) for question in fresh.values()]
+        prompts = [question.prompt() for question in fresh.values()]
         for key, reply in zip(fresh, self._replies(prompts), strict=True):
             verdict = parse_reply(reply) if isinstance(reply, str) else None
             if verdict is not None:
@@ -284,28 +283,24 @@ def from_spec(spec: str, cache: Path | None = None) -> HttpJudge:
     return HttpJudge(model, url or OPENAI_URL, cache=cache)
 
 
-def apply(
-    judge: Judge,
-    benchmark: Benchmark,
-    items: Sequence[Item],
-    responses: Sequence[str],
-    verdicts: Sequence[Verdict],
-) -> list[Verdict]:
+def apply(judge: Judge, benchmark: Benchmark, answers: Sequence[tuple[Item, str, Verdict]]) -> list[Verdict]:
     """The verdicts with the judge's in place of those that the rules leave open; as many, in the same order.
 
     "correct" makes one right, by the rule ``judge``; "incorrect" leaves its status; without a verdict it is
     ``judge_failed``.
+
+    Args:
+        answers: items, responses to them, and what the rules say of those.
     """
-    pairs = zip(items, verdicts, strict=True)
-    left = [k for k, (item, verdict) in enumerate(pairs) if benchmark.undecided(item, verdict)]
+    result = [verdict for _, _, verdict in answers]
+    left = [k for k, (item, _, verdict) in enumerate(answers) if benchmark.undecided(item, verdict)]
     judged = judge.verdicts(
         [
-            JudgeInput(benchmark.judged_question(items[k]), benchmark.judged_answer(items[k]), responses[k])
-            for k in left
+            JudgeInput(benchmark.judged_question(item), benchmark.judged_answer(item), response)
+            for item, response, _ in (answers[k] for k in left)
         ]
     )
-    result = list(verdicts)
     for k, correct in zip(left, judged, strict=True):
-        status: Status = "judge_failed" if correct is None else "right" if correct else verdicts[k].status
-        result[k] = Verdict(bool(correct), verdicts[k].extracted, status, "judge")
+        status: Status = "judge_failed" if correct is None else "right" if correct else result[k].status
+        result[k] = Verdict(bool(correct), result[k].extracted, status, "judge")
     return result

@@ -14,7 +14,7 @@ kinds, also in its folder ``data``; else whatever `datasets` finds there by the 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class StoredImage(ImageSource):
 
     def read(self) -> bytes:
         cell = self.table.cells(self.row)[self.column]
-        return resolve(cell, self.table)[self.position].read()
+        return _images(cell, self.table)[self.position].read()
 
 
 def open_benchmark(name: str, location: Location, data_dir: Path | None) -> Table:
@@ -67,14 +67,12 @@ def open_benchmark(name: str, location: Location, data_dir: Path | None) -> Tabl
         UserError: there is nothing, with the list of places; or what is there cannot be opened.
     """
     if data_dir is None:
-        try:
-            return open_table(location.hub_source)
-        except UserError as error:
-            raise UserError(f"{name}: {error} (a local copy is read with --data-dir)") from error
-    if not data_dir.is_dir():
+        source, hint = location.hub_source, " (a local copy is read with --data-dir)"
+    elif not data_dir.is_dir():
         raise UserError(f"{name}: --data-dir {data_dir} is no directory")
-    found = find(name, location, data_dir)
-    if found is None:
+    else:
+        source, hint = find(name, location, data_dir) or "", ""
+    if not source:
         owner, _, base = location.hub.partition("/")
         names = ", ".join(dict.fromkeys(f"{n}{{{','.join(SUFFIXES)}}} or {n}/" for n in (name, base)))
         raise UserError(
@@ -82,48 +80,43 @@ def open_benchmark(name: str, location: Location, data_dir: Path | None) -> Tabl
             f"(without --data-dir {location.hub} is taken from the hub)"
         )
     try:
-        return open_table(found)
+        return open_table(source)
     except UserError as error:
-        raise UserError(f"{name}: {error}") from error
+        raise UserError(f"{name}: {error}{hint}") from error
 
 
 def find(name: str, location: Location, data_dir: Path) -> str | None:
     """What `mssr.data.sources.open_table` opens for a benchmark, under a directory; None if nothing."""
     owner, _, base = location.hub.partition("/")
     names = {_key(n) for n in (name, base, *location.names)}
-    owners = [path for path in _entries(data_dir) if path.is_dir() and _key(path.name) == _key(owner)]
-    for folder in (data_dir, *owners):
-        file = _file(folder, names)
-        if file is not None:
-            return str(file)
-        for path in _entries(folder):
-            if path.is_dir() and _key(path.name) in names:
-                return _in_directory(path, names, location.split)
+    for folder in (data_dir, *_named(data_dir, {_key(owner)})):
+        if file := _file(folder, names):
+            return file
+        for path in _named(folder, names):
+            return _in_directory(path, names, location.split)
     return None
 
 
 def _in_directory(path: Path, names: set[str], split: str) -> str:
-    if (path / "dataset_dict.json").is_file():
-        return f"{path}@{split}"
     if (path / "state.json").is_file():
         return str(path)
-    for folder in (path, path / "data"):
-        for wanted in ({_key(split)}, names):
-            file = _file(folder, wanted)
-            if file is not None:
-                return str(file)
+    if not (path / "dataset_dict.json").is_file():
+        for folder in (path, path / "data"):
+            if file := _file(folder, {_key(split)}) or _file(folder, names):
+                return file
     return f"{path}@{split}"
 
 
-def _file(folder: Path, names: set[str]) -> Path | None:
+def _named(folder: Path, names: set[str]) -> list[Path]:
+    """The directories of these names."""
+    return [path for path in sorted(folder.iterdir()) if path.is_dir() and _key(path.name) in names]
+
+
+def _file(folder: Path, names: set[str]) -> str | None:
     """The file of one of the names whose kind comes first in `SUFFIXES`."""
-    files = [p for p in _entries(folder) if p.suffix.lower() in SUFFIXES and _key(p.stem) in names]
-    files = [p for p in files if p.is_file()]
-    return min(files, key=lambda p: SUFFIXES.index(p.suffix.lower()), default=None)
-
-
-def _entries(folder: Path) -> Iterable[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [p for p in folder.glob("*.*") if p.suffix.lower() in SUFFIXES and _key(p.stem) in names]
+    found = sorted((SUFFIXES.index(p.suffix.lower()), str(p)) for p in files if p.is_file())
+    return found[0][1] if found else None
 
 
 def _key(name: str) -> str:
@@ -135,43 +128,31 @@ def stored_images(
 ) -> tuple[ImageSource, ...]:
     """The images of a row, of the first of the columns that it has; none for an empty cell.
 
+    Relative paths start at the data file's folder, its ``images``, or its parent.
+
     Raises:
         ValueError: an image is of no known form, or its file is not there.
     """
     for column in columns:
         if column in cells:
-            count = len(resolve(cells[column], table))
+            count = len(_images(cells[column], table))
             return tuple(StoredImage(None, None, table, row, column, k) for k in range(count))
     return ()
 
 
-def resolve(cell: Any, table: Table) -> tuple[ImageSource, ...]:
-    """The images of a cell; relative paths start at the data file's folder, its ``images``, or its parent.
-
-    Raises:
-        ValueError: see `stored_images`.
-    """
-    cells = image_cells(cell)
-    if all(_is_nothing(part) for part in cells):
+def _images(cell: Any, table: Table) -> tuple[ImageSource, ...]:
+    parts = image_cells(cell)
+    # An image that is not null may still be none: {"bytes": None, "path": None}, NaN.
+    if all(image is None or image != image for image in map(inner_image, parts)):
         return ()
-    missing: MissingFile | None = None
-    for folder in _folders(table):
+    folders = [Path(".")]
+    if table.files:
+        parent = table.files[0].parent
+        folders = [parent, parent / "images", parent.parent, *folders]
+    missing = []
+    for folder in folders:
         try:
-            return image_sources(cells, str(folder))
+            return image_sources(parts, str(folder))
         except MissingFile as error:
-            missing = missing or error
-    assert missing is not None
-    raise missing
-
-
-def _is_nothing(cell: Any) -> bool:
-    """Whether a cell that is not null still holds no image: ``{"bytes": None, "path": None}``, ``"nan"``."""
-    image = inner_image(cell)
-    return image is None or (isinstance(image, float) and image != image)
-
-
-def _folders(table: Table) -> list[Path]:
-    if not table.files:
-        return [Path(".")]
-    parent = table.files[0].parent
-    return [parent, parent / "images", parent.parent, Path(".")]
+            missing.append(error)
+    raise missing[0]

@@ -13,6 +13,7 @@ from mssr.data.encoder import PromptEncoder
 from mssr.data.rows import IMAGE_MARK, Row
 from mssr.errors import UserError
 from mssr.evaluation import judge as judges
+from mssr.evaluation.model import engine_config
 from mssr.evaluation.prompts import NO_ANSWER, prompt_data, save_rows
 from mssr.models.loading import check_model_path, load_processor
 from mssr.types import Rollout, RolloutRequest, SamplingParams
@@ -56,14 +57,8 @@ def make(spec: str, config: Config, out: Path, scratch: Path, launch: Launch) ->
         encoder = PromptEncoder(load_processor(model), data)
     except UserError as error:
         raise UserError(f"--judge {spec}: {error}") from error
-    judge_config = replace(
-        config,
-        model=model,
-        data=data,
-        rollout=replace(config.rollout, max_response_length=judges.MAX_REPLY),
-        actor=replace(config.actor, num_ranks=0),
-        trainer=replace(config.trainer, run_dir=str(out)),
-    )
+    rollout = replace(config.rollout, max_response_length=judges.MAX_REPLY)
+    judge_config = engine_config(replace(config, model=model, rollout=rollout), path, data, out)
 
     def ask(prompts: list[str]) -> list[str | None]:
         rows = [row for k, prompt in enumerate(prompts) if (row := _row(str(k), prompt, encoder))]

@@ -10,26 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from mssr.config import Config, ModelConfig, to_dict
-from mssr.config.loading import Layer, file_layers, from_dict, merge_layers
+from mssr.config.data import DataConfig
+from mssr.config.loading import Layer, file_layers, from_dict
+from mssr.config.options import READ, UNREAD, describe, nearest
+from mssr.data.images import reason
 from mssr.errors import UserError
+from mssr.models.files import sha256
 from mssr.runs import manifest as manifests
 from mssr.runs.checkpoint import resolve
+from mssr.runs.config import merge_layers
+from mssr.runs.export import export
 
-UNREAD = (
-    *("algorithm", "sampler", "actor", "watch", "experiment_name", "model.path"),
-    *("data.train", "data.val", "data.shuffle", "data.max_bad_fraction"),
-    *("rollout.n", "rollout.temperature", "rollout.rollouts_per_step"),
-)
-"""Keys and sections that an evaluation does not read."""
-READ_OF_TRAINER = ("trainer.progress", "trainer.max_restarts")
-OPTIONS = {
-    "rollout.n": "--n",
-    "rollout.temperature": "--temperature",
-    "model.path": "--model",
-    "data.train": "--benchmarks",
-    "data.val": "--benchmarks",
-}
-"""What says the same in an evaluation."""
 DEFAULTS = {"data": {"train": "-", "max_prompt_length": 8192}}
 """Of a Hugging Face model; longer prompts than in training: an image of data.max_pixels has 5350 tokens."""
 NOT_OF_CHECKPOINT = {"rollout": ("n", "rollouts_per_step"), "model": (), "data": (), "cluster": ()}
@@ -67,8 +58,6 @@ class EvaluatedModel:
         """
         if self.checkpoint is None:
             return self.config.model.path
-        from mssr.runs.export import export
-
         dtype = "float32" if _in_float32(self.config) else None
         return str(export(self.checkpoint, scratch / "model", dtype).absolute())
 
@@ -105,8 +94,7 @@ def open_model(
     path = resolve(Path(name))
     manifest = manifests.verify(path)
     config = merge_layers([(str(path), _of_checkpoint(manifest.config, reward)), fixed], overrides, note)
-    digest = hashlib.sha256((path / manifests.FILE).read_bytes()).hexdigest()
-    return EvaluatedModel(name, config, path, manifest.step, digest)
+    return EvaluatedModel(name, config, path, manifest.step, sha256(path / manifests.FILE))
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -136,22 +124,26 @@ def _of_checkpoint(tree: dict[str, Any], reward: bool) -> dict[str, Any]:
 
 
 def _check_overrides(overrides: Sequence[str], reward: bool) -> None:
+    known = describe(Config)
     for override in overrides:
         key = override.partition("=")[0]
-        unread = any(key == u or key.startswith(f"{u}.") for u in UNREAD)
-        unread |= key.startswith("trainer.") and key not in READ_OF_TRAINER
         if key.startswith("reward.") and not reward:
             raise UserError(f"{key} is read by nothing without --reward")
-        if unread:
-            instead = f"; use {OPTIONS[key]}" if key in OPTIONS else ""
+        option = nearest(known, key)
+        if option and option.evaluation != READ:
+            instead = "" if option.evaluation == UNREAD else f"; use {option.evaluation}"
             raise UserError(f"{key} is read by nothing in an evaluation{instead}")
 
 
 def _model_identity(config: ModelConfig) -> str:
     path = Path(config.path)
+    known: list[list[str]] = []
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.is_file())
-        known = [[p.name, _file_identity(p)] for p in files if p.suffix in (*HASHED, ".safetensors")]
+        for file in sorted(p for p in path.iterdir() if p.is_file()):
+            if file.suffix in HASHED:
+                known.append([file.name, sha256(file)])
+            elif file.suffix == ".safetensors":
+                known.append([file.name, f"{file.stat().st_size}/{file.stat().st_mtime_ns}"])
     else:
         import transformers
 
@@ -160,17 +152,9 @@ def _model_identity(config: ModelConfig) -> str:
                 config.path, trust_remote_code=config.trust_remote_code
             )
         except Exception as error:  # transformers raises many types for what it cannot find
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"--model: {config.path} cannot be had ({line})") from error
-        known = [[config.path, str(getattr(loaded, "_commit_hash", None))]]
+            raise UserError(f"--model: {config.path} cannot be had ({reason(error)})") from error
+        known.append([config.path, str(getattr(loaded, "_commit_hash", None))])
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
-
-
-def _file_identity(path: Path) -> str:
-    if path.suffix in HASHED:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    stat = path.stat()
-    return f"{stat.st_size}/{stat.st_mtime_ns}"
 
 
 def _in_float32(config: Config) -> bool:
@@ -181,9 +165,8 @@ def _in_float32(config: Config) -> bool:
     return resolve_device(config.cluster.device) == "cpu"
 
 
-def engine_config(model: EvaluatedModel, path: str, data: Any, out: Path) -> Config:
+def engine_config(config: Config, path: str, data: DataConfig, out: Path) -> Config:
     """The config of a cluster of engines alone: this model, these prompts, logs in the output directory."""
-    config = model.config
     return replace(
         config,
         model=replace(config.model, path=path),

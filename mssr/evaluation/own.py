@@ -5,9 +5,9 @@ Three ways of scoring:
 - by default leniently: the final answer as in the benchmarks (`scoring.final_text`), right if it is equal to
   the answer (`exact_match`) or, failing that, the same mathematics (`math`);
 - ``rule="choice"`` or another name of `mssr.rewards.rules.RULES`: that rule on the same final answer;
-- ``reward=RewardConfig(...)``: exactly as training scores, format and user's functions included; right is an
-  ``accuracy`` of 1 (a score of 1 for a function without that part), and where a function raises the response
-  is wrong by the rule ``reward_error``. The extracted answer is as above.
+- ``reward=RewardConfig(...)``: exactly as training scores, format and user's functions included, in the
+  processes that `mssr.evaluation.verdicts` starts; right is an ``accuracy`` of 1 (a score of 1 for a function
+  without that part). The extracted answer is as above.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from mssr.evaluation.base import Benchmark
 from mssr.evaluation.cells import question_text
 from mssr.evaluation.items import Item, Status, Verdict
 from mssr.evaluation.local_data import stored_images
-from mssr.rewards import functions
 from mssr.rewards.base import RewardInput
 from mssr.rewards.extraction import unwrap
 from mssr.rewards.rules import RULES
@@ -58,16 +57,11 @@ class Own(Benchmark):
             raise UserError(f"{source}: a rule and a reward cannot both score it")
         self.source, self._rule, self.config = source, rule, config or DataConfig()
         self.numbers_repeats = self.config.id_column is None
-        self._reward = None if reward is None else functions.load(reward, access=None)
+        self.rewarded = reward is not None
         self._compares_text = reward is None or bool(reward.rule)
         self._opened = source
         path, split = split_name(source)
         self.name = f"{path.stem}@{split}" if split else path.stem
-
-    @property
-    def rewarded(self) -> bool:
-        """Whether training's reward scores it."""
-        return self._reward is not None
 
     def load(self, data_dir: Path | None = None, limit: int | None = None) -> list[Item]:
         path, split = split_name(self.source)
@@ -94,19 +88,6 @@ class Own(Benchmark):
         if self._rule is not None:
             return float(RULES[self._rule](answer, unwrap(item.answer))) >= 1
         return scoring.math(answer, unwrap(item.answer))
-
-    def verdict(
-        self, item: Item, response: str, truncated: bool = False, tokens: int | None = None
-    ) -> Verdict:
-        if self._reward is None:
-            return super().verdict(item, response, truncated)
-        length = len(response) if tokens is None else tokens
-        try:
-            result = self._reward.call([self.reward_input(item, response, length)])[0]
-        except Exception:  # a user's function may raise anything; in training it scores 0
-            answer = scoring.final_text(response, truncated=truncated)
-            return Verdict(False, answer, "wrong", "reward_error")
-        return self.rewarded_verdict(response, result.parts.get("accuracy", result.score), truncated)
 
     def rewarded_verdict(self, response: str, accuracy: float, truncated: bool) -> Verdict:
         """The verdict of a response that training's reward has scored."""

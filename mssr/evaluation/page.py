@@ -12,7 +12,6 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -27,36 +26,30 @@ from mssr.runs.html import BASE_STYLE, data_uri
 
 ImageOf = Callable[[str, str], bytes | Sequence[bytes] | None]
 """(benchmark, item id) -> the item's encoded image, or several, or None where there is none."""
-
-
-@dataclass(frozen=True, slots=True)
-class PageOptions:
-    """What bounds the size of the page; items.jsonl has everything."""
-
-    max_items: int = 300
-    """Items on the page; of more, a choice that is spread over benchmarks and verdicts."""
-    max_samples: int = 4
-    """Responses shown of an item."""
-    max_characters: int = 12_000
-    """Of a question or response; from a longer one the middle is left out."""
-    image_side: int = 448
-    """Longest side of an image in pixels; larger ones are made smaller."""
-    max_images: int = 4
-    """Images shown of an item."""
+MAX_IMAGES = 4
+"""Shown of an item."""
 
 
 def items_page(
     records: Sequence[Mapping[str, Any]],
     title: str,
     image_of: ImageOf | None,
-    options: PageOptions,
+    *,
+    max_items: int = 300,
+    max_samples: int = 4,
+    max_characters: int = 12_000,
+    image_side: int = 448,
 ) -> str:
-    """The page of an evaluation.
+    """The page of an evaluation, of bounded size; items.jsonl has everything.
 
     Args:
         records: of items.jsonl, sorted by benchmark, id and sample.
         title: the model.
         image_of: asked for the items on the page only.
+        max_items: of more, a choice that is spread over benchmarks and verdicts.
+        max_samples: responses shown of an item.
+        max_characters: of a question or response; from a longer one the middle is left out.
+        image_side: longest side of an image in pixels; larger ones are made smaller.
     """
     items = [list(rows) for _, rows in groupby(records, key=lambda row: (row["benchmark"], row["id"]))]
     counts = Counter(row["status"] for row in records)
@@ -67,14 +60,14 @@ def items_page(
         trim_blocks=True,
     )
     environment.filters["sha256"] = _sha256
-    environment.filters["cut"] = partial(_cut, most=options.max_characters)
+    environment.filters["cut"] = partial(_cut, most=max_characters)
     return environment.get_template("page.html").render(
         title=title,
         base_style=BASE_STYLE,
         responses=len(records),
         items=len(items),
-        chosen=[(rows, _pictures(rows[0], image_of, options)) for rows in _choose(items, options.max_items)],
-        most_samples=options.max_samples,
+        chosen=[(rows, _pictures(rows[0], image_of, image_side)) for rows in _choose(items, max_items)],
+        most_samples=max_samples,
         statuses={status: counts[status] for status in STATUSES},
         benchmarks=sorted({rows[0]["benchmark"] for rows in items}),
     )
@@ -115,18 +108,18 @@ def _cut(text: str, most: int) -> str:
     return f"{text[: most // 2]}\n[... {left_out} characters left out ...]\n{text[most // 2 + left_out :]}"
 
 
-def _pictures(row: Mapping[str, Any], image_of: ImageOf | None, options: PageOptions) -> dict[str, list[str]]:
+def _pictures(row: Mapping[str, Any], image_of: ImageOf | None, side: int) -> dict[str, list[str]]:
     """Addresses of an item's images, and notes on those that are not shown or cannot be read."""
     data = image_of(row["benchmark"], row["id"]) if image_of else None
     images = [data] if isinstance(data, bytes) else list(data or [])
     addresses, notes = [], [] if images else ["no image"]
-    for image in images[: options.max_images]:
+    for image in images[:MAX_IMAGES]:
         try:
-            addresses.append(data_uri(_jpeg(image, options.image_side), "jpeg"))
+            addresses.append(data_uri(_jpeg(image, side), "jpeg"))
         except Exception as error:  # PIL raises many types for a broken file
             notes.append(f"image cannot be shown: {reason(error)}")
-    if len(images) > options.max_images:
-        notes.append(f"{len(images) - options.max_images} more images")
+    if len(images) > MAX_IMAGES:
+        notes.append(f"{len(images) - MAX_IMAGES} more images")
     return {"addresses": addresses, "notes": notes}
 
 

@@ -42,11 +42,7 @@ class Question:
     @property
     def prompt_id(self) -> str:
         """Of its row in the data set that `write_prompts` made."""
-        return prompt_id(self.benchmark, self.item)
-
-
-def prompt_id(benchmark: Benchmark, item: Item) -> str:
-    return f"{benchmark.name}/{item.id}"
+        return f"{self.benchmark.name}/{self.item.id}"
 
 
 def prompt_data(config: DataConfig, directory: Path) -> DataConfig:
@@ -64,20 +60,20 @@ def write_prompts(
     """
     digest = hashlib.blake2b(digest_size=16)
     questions: list[Question] = []
-    reader = _ImageReader(encoder)
+    sizes: dict[str, tuple[int, int]] = {}
 
     def rows() -> Iterator[dict[str, Any]]:
         for benchmark, items in benchmarks:
             for item in items:
-                row, note = _row(benchmark, item, encoder, reader)
-                questions.append(Question(benchmark, item, row is not None, note))
-                if row is None:
-                    seen: list[str] = []
-                else:
-                    seen = [encoder.chat_text(row), *(_digest(i.read()) for i in row.images)]
+                question, row = _question(benchmark, item, encoder, sizes)
+                questions.append(question)
+                seen: list[str] = []
+                if row is not None:
+                    images = [image.read() for image in row.images]
+                    seen = [encoder.chat_text(row), *map(_digest, images)]
                     yield {
                         "id": row.id,
-                        "images": [{"bytes": image.read(), "path": None} for image in row.images],
+                        "images": [{"bytes": image, "path": None} for image in images],
                         "problem": problem_cell(row),
                         "answer": row.answer,
                     }
@@ -116,29 +112,42 @@ def save_rows(rows: Iterator[dict[str, Any]], directory: Path) -> None:
     file.unlink(missing_ok=True)
 
 
-def _row(
-    benchmark: Benchmark, item: Item, encoder: PromptEncoder, reader: _ImageReader
-) -> tuple[Row | None, str | None]:
-    """The row of an item, None if it cannot be asked; and what is wrong, if anything is."""
+def _question(
+    benchmark: Benchmark, item: Item, encoder: PromptEncoder, known: dict[str, tuple[int, int]]
+) -> tuple[Question, Row | None]:
+    """An item and its row, which is None if it cannot be asked.
+
+    Args:
+        known: sizes of images by content: each is decoded once, to see that engines can.
+    """
     images, sizes, notes = [], [], []
     for k, image in enumerate(item.images):
         try:
-            data, size = reader.read(image)
+            data = image.read()
+            key = _digest(data)
+            if key not in known:
+                size = ImageSource(data, None).decode().size
+                encoder.resized(*size)
+                known[key] = size
         except Exception as error:  # PIL raises many types for a broken file
             notes.append(f"image {k} is left out ({reason(error)})")
             continue
         images.append(ImageSource(data, None))
-        sizes.append(size)
+        sizes.append(known[key])
+    question = Question(benchmark, item, True, "; ".join(notes) or None)
+    asked = benchmark.prompt_row(item)
     row = replace(
-        benchmark.prompt_row(item), id=prompt_id(benchmark, item), images=tuple(images), where=item.where
+        asked,
+        id=question.prompt_id,
+        images=tuple(images),
+        where=item.where,
+        problem=question_text(asked.problem, images) if notes else asked.problem,
+        answer=asked.answer if asked.answer.strip() else NO_ANSWER,
     )
-    if notes:
-        row = replace(row, problem=question_text(row.problem, images))
-    row = replace(row, answer=row.answer if row.answer.strip() else NO_ANSWER)
     problem = _why_not(row, sizes, encoder)
     if problem is not None:
-        return None, f"not asked: {problem}"
-    return row, "; ".join(notes) or None
+        return replace(question, asked=False, note=f"not asked: {problem}"), None
+    return question, row
 
 
 def _why_not(row: Row, sizes: Sequence[tuple[int, int]], encoder: PromptEncoder) -> str | None:
@@ -155,24 +164,6 @@ def _why_not(row: Row, sizes: Sequence[tuple[int, int]], encoder: PromptEncoder)
         return reason(error)
     longest = encoder.config.max_prompt_length
     return f"{length} tokens, more than data.max_prompt_length={longest}" if length > longest else None
-
-
-class _ImageReader:
-    """Reads images one at a time, and decodes each content once to see that engines can."""
-
-    def __init__(self, encoder: PromptEncoder) -> None:
-        self._encoder = encoder
-        self._sizes: dict[str, tuple[int, int]] = {}
-
-    def read(self, image: ImageSource) -> tuple[bytes, tuple[int, int]]:
-        """Encoded bytes and (width, height). Raises whatever is wrong with the image."""
-        data = image.read()
-        key = _digest(data)
-        if key not in self._sizes:
-            size = ImageSource(data, None).decode().size
-            self._encoder.resized(*size)
-            self._sizes[key] = size
-        return data, self._sizes[key]
 
 
 def _digest(data: bytes) -> str:

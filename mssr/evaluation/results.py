@@ -20,7 +20,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import fmean
@@ -31,7 +31,7 @@ import numpy as np
 from mssr.errors import UserError
 from mssr.evaluation import statistics
 from mssr.evaluation.items import STATUSES, Item, Verdict
-from mssr.evaluation.page import ImageOf, PageOptions, items_page
+from mssr.evaluation.page import ImageOf, items_page
 from mssr.evaluation.statistics import Bootstrap, count_right
 from mssr.evaluation.tables import paper_name, results_table
 from mssr.models.files import replace_text
@@ -44,28 +44,20 @@ Records = Sequence[Mapping[str, Any]]
 Breakdowns = Mapping[str, Mapping[str, Mapping[str, tuple[int, int]]]]
 """Benchmark -> breakdown -> group -> (right, samples): ``{"mmk12": {"subject": {"physics": (3, 5)}}}``."""
 
-_FIELDS: Mapping[str, tuple[type, ...]] = {
-    "benchmark": (str,),
-    "id": (str,),
-    "sample": (int,),
-    "question": (str,),
-    "answer": (str,),
-    "response": (str,),
-    "response_tokens": (int,),
-    "finish_reason": (str,),
-    "extracted": (str, type(None)),
-    "status": (str,),
-    "correct": (bool,),
-    "rule": (str,),
-    "tags": (dict,),
+_TYPES: Mapping[str, Any] = {
+    **dict.fromkeys("benchmark id question answer response finish_reason status rule".split(), str),
+    **dict.fromkeys(("sample", "response_tokens"), int),
+    "extracted": str | None,
+    "correct": bool,
+    "tags": dict,
 }
+"""Of the values of a record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """An evaluation read back."""
 
-    directory: Path
     summary: dict[str, Any]
     """results.json."""
     records: list[dict[str, Any]]
@@ -87,14 +79,11 @@ def record(
         "sample": sample,
         "question": item.question,
         "answer": item.answer,
+        "tags": dict(item.tags),
         "response": response,
         "response_tokens": response_tokens,
         "finish_reason": finish_reason,
-        "extracted": verdict.extracted,
-        "status": verdict.status,
-        "correct": verdict.correct,
-        "rule": verdict.rule,
-        "tags": dict(item.tags),
+        **asdict(verdict),
     }
 
 
@@ -124,11 +113,11 @@ def write(
             the directory cannot be written.
     """
     summary = summarize(records, meta, breakdowns, metrics)
-    ordered = _ordered(records)
+    ordered = sorted(records, key=_key)
     texts = {
         ITEMS: "".join(_json(row) + "\n" for row in ordered),
         TABLE: results_table(summary),
-        PAGE: items_page(ordered, str(summary["model"]), image_of, PageOptions()),
+        PAGE: items_page(ordered, str(summary["model"]), image_of),
         RESULTS: _json(summary, indent=1) + "\n",
     }
     if timing is not None:
@@ -163,21 +152,27 @@ def summarize(
     if not records:
         raise UserError("an evaluation without items has no results")
     for number, row in enumerate(records, 1):
-        check_record(row, f"record {number}")
-    ordered = _ordered(records)
+        _check_record(row, f"record {number}")
+    ordered = sorted(records, key=_key)
     for before, row in pairwise(ordered):
         if _key(before) == _key(row):
-            raise UserError(f"{row['benchmark']} item {row['id']} has two records of sample {row['sample']}")
+            raise UserError("{} item {} has two records of sample {}".format(*_key(row)))
     benchmarks: dict[str, Any] = {}
     accuracies: dict[str, Bootstrap] = {}
-    for name, group in groupby(ordered, key=lambda row: row["benchmark"]):
-        rows = list(group)
+    for name, part in groupby(ordered, key=lambda row: row["benchmark"]):
+        rows = list(part)
         means = np.array(list(item_means(rows).values()))
         accuracies[name] = statistics.bootstrap(means, seed_of(name))
         benchmarks[name] = {
             **_share(accuracies[name]),
             **_counts(rows),
-            "breakdowns": _breakdowns((breakdowns or {}).get(name, {})),
+            "breakdowns": {
+                breakdown: {
+                    group: {"correct": right, "total": total, "accuracy": right / total if total else None}
+                    for group, (right, total) in groups.items()
+                }
+                for breakdown, groups in (breakdowns or {}).get(name, {}).items()
+            },
             "metrics": dict((metrics or {}).get(name, {})),
         }
     of_paper = [name for name in accuracies if paper_name(name)]
@@ -227,14 +222,10 @@ def read(directory: str | Path) -> Evaluation:
     path = directory / RESULTS
     if not path.is_file():
         raise UserError(f"{directory} is no finished evaluation: it has no {RESULTS}")
-    try:
-        summary = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(summary, dict) or summary.get("schema") != SCHEMA:
-        found = summary.get("schema") if isinstance(summary, dict) else None
-        raise UserError(f"{path} has schema {found}, this version of mssr reads {SCHEMA}")
-    records = read_records(directory / ITEMS)
+    summary = _parsed(path.read_bytes(), str(path))
+    if summary.get("schema") != SCHEMA:
+        raise UserError(f"{path} has schema {summary.get('schema')}, this version of mssr reads {SCHEMA}")
+    records = _read_records(directory / ITEMS)
     counted = count_right((row["benchmark"], row["correct"]) for row in records)
     try:
         stated = {name: (b["correct"], b["total"]) for name, b in summary["benchmarks"].items()}
@@ -242,43 +233,43 @@ def read(directory: str | Path) -> Evaluation:
         raise UserError(f"{path} is damaged: a benchmark lacks its counts ({error})") from error
     if counted != stated:
         raise UserError(f"{path} does not have the counts of {ITEMS} beside it; write the evaluation again")
-    return Evaluation(directory, summary, records)
+    return Evaluation(summary, records)
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The records of an items.jsonl.
-
-    Raises:
-        UserError: the file is missing or empty, or a line is damaged or incomplete.
-    """
-    path = Path(path)
+def _read_records(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     records = []
     # Split at \n alone: a response may hold other characters that end a line for Python.
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line:
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path} line {number} is damaged: {error}") from error
-            check_record(row, f"{path} line {number}")
-            records.append(row)
+            where = f"{path} line {number}"
+            records.append(_parsed(line, where))
+            _check_record(records[-1], where)
     if not records:
         raise UserError(f"{path} is empty")
     return records
 
 
-def check_record(row: Any, where: str) -> None:
-    """Raise a UserError that begins with ``where`` unless this is a whole record."""
-    if not isinstance(row, Mapping):
+def _parsed(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is damaged: {error}") from error
+    if not isinstance(value, dict):
         raise UserError(f"{where} is no JSON object")
-    for key, types in _FIELDS.items():
+    return value
+
+
+def _check_record(row: Mapping[str, Any], where: str) -> None:
+    """Raise a UserError that begins with ``where`` unless this is a whole record."""
+    for key, kind in _TYPES.items():
         if key not in row:
             raise UserError(f"{where} has no key {key}")
         # A bool is an int for Python.
-        if not isinstance(row[key], types) or (isinstance(row[key], bool) and bool not in types):
-            raise UserError(f"{where}: {key} is {row[key]!r:.60}, not of type {types[0].__name__}")
+        if not isinstance(row[key], kind) or (isinstance(row[key], bool) and kind is not bool):
+            name = getattr(kind, "__name__", kind)
+            raise UserError(f"{where}: {key} is {row[key]!r:.60}, not of type {name}")
     if row["status"] not in STATUSES:
         raise UserError(f"{where}: status is {row['status']!r:.60}, not one of {', '.join(STATUSES)}")
     if row["correct"] != (row["status"] == "right"):
@@ -318,22 +309,8 @@ def _share(score: Bootstrap) -> dict[str, Any]:
     return {"accuracy": score.value, "interval": list(score.interval())}
 
 
-def _breakdowns(groups: Mapping[str, Mapping[str, tuple[int, int]]]) -> dict[str, Any]:
-    return {
-        name: {
-            group: {"correct": right, "total": total, "accuracy": right / total if total else None}
-            for group, (right, total) in parts.items()
-        }
-        for name, parts in groups.items()
-    }
-
-
 def _key(row: Mapping[str, Any]) -> tuple[str, str, int]:
     return row["benchmark"], row["id"], row["sample"]
-
-
-def _ordered(records: Records) -> list[Mapping[str, Any]]:
-    return sorted(records, key=_key)
 
 
 def _json(value: Any, indent: int | None = None) -> str:

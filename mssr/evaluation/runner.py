@@ -22,18 +22,16 @@ from mssr.errors import EXIT_OK, StopRequestedError, UserError
 from mssr.evaluation import local_judge, registry, results
 from mssr.evaluation.base import Benchmark
 from mssr.evaluation.model import EvaluatedModel, engine_config, open_model
-from mssr.evaluation.own import Own
 from mssr.evaluation.progress import EvaluationProgress
 from mssr.evaluation.prompts import Question, prompt_data, write_prompts
-from mssr.evaluation.report import write_results
 from mssr.evaluation.responses import Response, ResponseFile
 from mssr.evaluation.verdicts import VerdictBook
 from mssr.models.loading import check_model_path, load_processor
 from mssr.rollout.seeds import request_seed
 from mssr.runs.console import captured_output
 from mssr.runs.events import EventLog
+from mssr.runs.lock import hold_directory
 from mssr.runs.manifest import package_versions
-from mssr.runs.run_directory import hold_directory
 from mssr.runs.signals import StopRequest
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
@@ -121,26 +119,27 @@ class _Evaluation:
         self.request, self.model, self.config, self.out = request, model, model.config, out
         self.params = request.sampling(model.config)
         self.scratch = out / SCRATCH
-        self._benchmarks = benchmarks
-        self._prefix = ""
-        self._terminal = terminal
-        self._seconds = {"generation_s": 0.0}
+        self._benchmarks, self._terminal = benchmarks, terminal
+        self._generation_s = 0.0
         self._generated = 0
 
     def run(self) -> int:
         start = time.monotonic()
         shutil.rmtree(self.scratch, ignore_errors=True)
-        questions, prompts = self._questions()
+        encoder = PromptEncoder(load_processor(self.config.model), self.config.data)
+        questions, prompts = self._questions(encoder)
         responses = ResponseFile(self.out, self._decides(prompts))
+        total = self.request.n * sum(q.asked for q in questions)
         with contextlib.ExitStack() as stack:
-            total = self.request.n * sum(q.asked for q in questions)
             progress = EvaluationProgress(self._terminal, self.config.trainer.progress, total)
             stack.callback(progress.close)
             stop = stack.enter_context(StopRequest(progress.note, "stopping; responses so far are kept"))
             book = stack.enter_context(
-                VerdictBook(self.config, questions, self.request.reward, self._prefix, tell=progress.announce)
+                VerdictBook(
+                    self.config, questions, self.request.reward, encoder.response_prefix, progress.announce
+                )
             )
-            engines = self._launch(progress, stop)
+            engines = self._engines(progress, stop)
             judge = None
             if self.request.judge is not None:
                 judge = local_judge.make(self.request.judge, self.config, self.out, self.scratch, engines)
@@ -155,31 +154,31 @@ class _Evaluation:
                 return stop.exit_code
             if problem:
                 progress.announce(f"judge: {problem}")
-            tokens = sum(r.tokens for r in responses.found.values())
-            self._seconds["wall_s"] = time.monotonic() - start
-            timing = self._seconds | {"responses": total, "generated_now": self._generated, "tokens": tokens}
-            write_results(self.out, book, self.request.n, self._meta(), timing)
+            timing = {
+                "generation_s": self._generation_s,
+                "wall_s": time.monotonic() - start,
+                "responses": total,
+                "generated_now": self._generated,
+                "tokens": sum(r.tokens for r in responses.found.values()),
+            }
+            book.write(self.out, self.request.n, self._meta(), timing)
             for line in book.notes():
                 progress.announce(line)
         return EXIT_OK
 
-    def _questions(self) -> tuple[list[Question], str]:
+    def _questions(self, encoder: PromptEncoder) -> tuple[list[Question], str]:
         """The items as prompts on disk, and what engines see of them."""
         loaded = [(b, b.load(self.request.data_dir, self.request.limit)) for b in self._benchmarks]
         for benchmark, items in loaded:
             if not items:
                 raise UserError(f"{benchmark.name} has no items")
-        encoder = PromptEncoder(load_processor(self.config.model), self.config.data)
-        self._prefix = encoder.response_prefix
         return write_prompts(loaded, encoder, self.scratch / "prompts")
 
     def _decides(self, prompts: str) -> dict[str, str]:
         """Everything that a response depends on."""
         model, rollout, data = self.config.model, self.config.rollout, self.config.data
-        engine = [
-            *(rollout.engine, rollout.engine_options, model.dtype, self.config.cluster.device),
-            *(data.min_pixels, data.max_pixels, data.max_prompt_length),
-        ]
+        engine: list[Any] = [rollout.engine, rollout.engine_options, model.dtype, self.config.cluster.device]
+        engine += [data.min_pixels, data.max_pixels, data.max_prompt_length]
         return {
             "model": self.model.identity,
             "prompts": prompts,
@@ -188,7 +187,7 @@ class _Evaluation:
             "versions": digest_of(package_versions()),
         }
 
-    def _launch(self, progress: EvaluationProgress, stop: StopRequest) -> local_judge.Launch:
+    def _engines(self, progress: EvaluationProgress, stop: StopRequest) -> local_judge.Launch:
         """What starts engines, and ends them with its context."""
         events = EventLog(self.out, progress.announce, self.config.trainer.max_restarts)
 
@@ -233,21 +232,27 @@ class _Evaluation:
         data = prompt_data(self.config.data, self.scratch / "prompts")
         rollout = self.config.rollout
         size = self.request.part_size or PARTS_PER_ENGINE * rollout.max_num_seqs * rollout.workers
-        with engines(engine_config(self.model, path, data, self.out)) as generate:
+        with engines(engine_config(self.config, path, data, self.out)) as generate:
             for first in range(0, len(missing), size):
                 part = missing[first : first + size]
+                requests = [
+                    RolloutRequest(q.prompt_id, k, request_seed(self.config.seed, 0, q.prompt_id, k))
+                    for q, k in part
+                ]
                 start = time.monotonic()
-                rollouts = generate([self._request(q, k) for q, k in part], self.params)
-                self._seconds["generation_s"] += time.monotonic() - start
-                answers = [_response(q, r) for (q, _), r in zip(part, rollouts, strict=True)]
+                rollouts = generate(requests, self.params)
+                self._generation_s += time.monotonic() - start
+                answers = [
+                    Response(
+                        *(q.benchmark.name, q.item.id, k),
+                        *(r.text, len(r.response_token_ids), r.finish_reason),
+                    )
+                    for (q, k), r in zip(part, rollouts, strict=True)
+                ]
                 responses.append(answers)
                 self._generated += len(answers)
                 book.add(answers)
                 progress.update(len(responses.found), *book.accuracies())
-
-    def _request(self, question: Question, sample: int) -> RolloutRequest:
-        seed = request_seed(self.config.seed, 0, question.prompt_id, sample)
-        return RolloutRequest(question.prompt_id, sample, seed)
 
     def _meta(self) -> dict[str, Any]:
         """What results.json says of how the responses came about."""
@@ -276,24 +281,10 @@ class _Evaluation:
 def _benchmarks(request: EvaluationRequest, config: Config) -> list[Benchmark]:
     found: list[Benchmark] = []
     for name in request.benchmarks:
-        benchmark = registry.get(name)
-        if type(benchmark) is Own:  # and none of the registered ones that build on it
-            reward = config.reward if request.reward else None
-            benchmark = Own(name, reward=reward, config=config.data)
+        benchmark = registry.get(name, config.reward if request.reward else None, config.data)
         if benchmark.name in (b.name for b in found):
             raise UserError(f"--benchmarks: two are called {benchmark.name}; evaluate one after the other")
         found.append(benchmark)
-    if request.reward and not any(isinstance(b, Own) and b.rewarded for b in found):
+    if request.reward and not any(b.rewarded for b in found):
         raise UserError("--reward scores own data, and --benchmarks names none; leave it out")
     return found
-
-
-def _response(question: Question, rollout: Rollout) -> Response:
-    return Response(
-        question.benchmark.name,
-        question.item.id,
-        rollout.sample_index,
-        rollout.text,
-        len(rollout.response_token_ids),
-        rollout.finish_reason,
-    )

@@ -125,23 +125,17 @@ def final_yes_no(response: str, *, truncated: bool = False) -> str | None:
 
 def options(text: str) -> tuple[str, ...]:
     """The options that a question lists, as in ``"... (A) 3 (B) 4"`` or one a line; the last such list."""
-    marks = list(_OPTION_MARK.finditer(text))
-    starts = [i for i, mark in enumerate(marks) if mark[1] == "A"]
-    for start in reversed(starts):
-        run = [marks[start]]
-        for k in range(start + 1, len(marks)):
-            mark = marks[k]
-            if mark[1] == "A":
-                break  # another list
-            if ord(mark[1]) == ord(run[-1][1]) + 1:
-                run.append(mark)
-        if len(run) < 2:
-            continue
-        ends = [mark.start() for mark in run[1:]] + [len(text)]
-        texts = [text[mark.end() : end].strip() for mark, end in zip(run, ends, strict=True)]
-        texts[-1] = texts[-1].partition("\n")[0].strip()
-        return tuple(texts)
-    return ()
+    run: list[re.Match[str]] = []
+    listed: list[re.Match[str]] = []
+    for mark in _OPTION_MARK.finditer(text):
+        if mark[1] == "A":  # another list
+            run = [mark]
+        elif run and ord(mark[1]) == ord(run[-1][1]) + 1:
+            run.append(mark)
+            listed = run
+    ends = [mark.start() for mark in listed[1:]] + [len(text)]
+    texts = [text[mark.end() : end].strip() for mark, end in zip(listed, ends, strict=False)]
+    return (*texts[:-1], texts[-1].partition("\n")[0].strip()) if texts else ()
 
 
 def choice_kind(choices: Sequence[str], answer: str) -> Kind:
@@ -195,21 +189,17 @@ def mathvista_choice(answer: str, choices: Sequence[str]) -> str:
     """
     answer = answer[:LONGEST_ANSWER].strip()
     letters = LETTERS[: len(choices)]
-    if len(answer) == 1 and answer in letters:
-        return choices[letters.index(answer)]
-    if answer in choices:
+    if answer in choices and answer not in list(letters):
         return answer
-    chosen = letters_of(answer)
-    if len(chosen) == 1 and (letter := next(iter(chosen))) in letters:
-        return choices[letters.index(letter)]
     marked = _PAREN_LETTER.search(answer)
-    if marked and marked[1].upper() in letters:
-        return choices[letters.index(marked[1].upper())]
+    for named in ([answer], letters_of(answer), [marked[1].upper()] if marked else []):
+        if len(named) == 1 and (letter := next(iter(named))) in list(letters):
+            return choices[letters.index(letter)]
     position = by_text(answer, choices)
-    if position is not None:
-        return choices[position]
-    distances = [edit_distance(answer, option) for option in choices]
-    return choices[distances.index(min(distances))]
+    if position is None:
+        distances = [edit_distance(answer, option) for option in choices]
+        position = distances.index(min(distances))
+    return choices[position]
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -265,8 +255,8 @@ def mathvista_number(answer: str, truth: str, precision: int | None) -> bool:
 
 def same_list(answer: str, truth: str) -> bool:
     """Whether two lists hold the same numbers in the same order: ``[1, 2]``, ``1, 2``, ``1 and 2``."""
-    first, second = number_list(answer), number_list(truth)
-    return first is not None and first == second
+    found = number_list(answer)
+    return found is not None and found == number_list(truth)
 
 
 def number_list(text: str) -> list[float] | None:

@@ -16,7 +16,7 @@ PAPER_BENCHMARKS = {
     "hallusionbench": "HallusionBench",
 }
 """In the order of the paper's table."""
-WHOLE = {"mathverse": 3940, "mathvista": 1000, "mmk12": 2000, "r1onevision": 942, "hallusionbench": 951}
+WHOLE = dict(zip(PAPER_BENCHMARKS, (3940, 1000, 2000, 942, 951), strict=True))
 """Items of the splits that are evaluated."""
 _ROWS = {
     "3B": {
@@ -49,38 +49,35 @@ def paper_name(benchmark: str) -> str | None:
 
 def results_table(summary: Mapping[str, Any]) -> str:
     """table.md of the content of results.json."""
-    benchmarks = summary["benchmarks"]
+    benchmarks = dict(sorted(summary["benchmarks"].items()))
     parts = [f"# Evaluation of {_cell(summary['model'])}"]
-    of_paper = {paper_name(name): name for name in benchmarks if paper_name(name)}
+    of_paper = {key: name for name in benchmarks if (key := paper_name(name))}
     if of_paper:
-        parts.append(_beside_paper(summary, [of_paper[key] for key in PAPER_BENCHMARKS if key in of_paper]))
+        columns = {key: benchmarks[of_paper[key]] for key in PAPER_BENCHMARKS if key in of_paper}
+        parts += _beside_paper(columns, summary["averages"].get("paper"))
     others = [name for name in benchmarks if name not in of_paper.values()]
-    if others:
-        rows = [
-            [name, with_interval(benchmarks[name]), str(benchmarks[name]["items"])] for name in sorted(others)
-        ]
+    rows = [[n, with_interval(benchmarks[n]), benchmarks[n]["items"]] for n in others]
+    if rows:
         parts.append(markdown_table(["benchmark", "accuracy, %", "items"], rows))
     parts.append(
         "Accuracy in percent with its 95% interval (bootstrap over items). Every item counts: a response "
         "without an answer, a cut-off response and a failed judge call are wrong."
     )
     parts += ["## Responses", _responses(benchmarks)]
-    if any(b["samples"] > 1 for b in benchmarks.values()):
-        parts += ["## Several samples", _several(benchmarks)]
-    for name in sorted(benchmarks):
-        details = _details(benchmarks[name])
-        if details:
-            parts += [f"## {_cell(name)}", *details]
+    several = {name: b for name, b in benchmarks.items() if b["samples"] > 1}
+    if several:
+        parts += ["## Several samples", _several(several)]
+    for name, numbers in benchmarks.items():
+        details = _details(numbers)
+        parts += [f"## {_cell(name)}", *details] if details else []
     return "\n\n".join(parts) + "\n"
 
 
-def _beside_paper(summary: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Ours in the first row, then the paper's for the same benchmarks; both averages over these columns."""
-    benchmarks = summary["benchmarks"]
-    keys = [paper_name(name) or "" for name in names]
-    average = summary["averages"].get("paper")
+def _beside_paper(benchmarks: Mapping[str, Any], average: Mapping[str, Any] | None) -> list[str]:
+    """Ours in the first row, then the paper's for the same benchmarks; averages over these columns."""
+    keys = list(benchmarks)
     header = ["accuracy, %", *(PAPER_BENCHMARKS[key] for key in keys)]
-    ours = ["**this evaluation**", *(with_interval(benchmarks[name]) for name in names)]
+    ours = ["**this evaluation**", *map(with_interval, benchmarks.values())]
     if average:
         header.append("average" if len(keys) == len(PAPER_BENCHMARKS) else f"average of these {len(keys)}")
         ours.append(with_interval(average))
@@ -88,8 +85,7 @@ def _beside_paper(summary: Mapping[str, Any], names: Sequence[str]) -> str:
     for size, methods in PAPER.items():
         for method, numbers in methods.items():
             values = [numbers[key] for key in keys]
-            if average:
-                values.append(sum(values) / len(values))
+            values += [sum(values) / len(values)] if average else []
             rows.append([f"*paper, {size}, {method}*", *(f"{value:.1f}" for value in values)])
     notes = [
         f"Rows in italics are the numbers that the paper ({SOURCE}) reports for Qwen2.5-VL 3B and 7B; they "
@@ -97,13 +93,13 @@ def _beside_paper(summary: Mapping[str, Any], names: Sequence[str]) -> str:
     ]
     if "hallusionbench" in keys:
         notes.append("HallusionBench is accuracy over all questions (aAcc).")
-    for name, key in zip(names, keys, strict=True):
-        if benchmarks[name]["items"] != WHOLE[key]:
-            notes.append(
-                f"**{PAPER_BENCHMARKS[key]}: {benchmarks[name]['items']} items, the whole benchmark has "
-                f"{WHOLE[key]}; not comparable with the paper.**"
-            )
-    return markdown_table(header, rows) + "\n\n" + " ".join(notes)
+    notes += [
+        f"**{PAPER_BENCHMARKS[key]}: {numbers['items']} items, the whole benchmark has {WHOLE[key]}; "
+        "not comparable with the paper.**"
+        for key, numbers in benchmarks.items()
+        if numbers["items"] != WHOLE[key]
+    ]
+    return [markdown_table(header, rows), " ".join(notes)]
 
 
 def _responses(benchmarks: Mapping[str, Any]) -> str:
@@ -112,31 +108,20 @@ def _responses(benchmarks: Mapping[str, Any]) -> str:
         "cut off at the limit, format kept, bolded steps"
     ).split(", ")
     rows = []
-    for name in sorted(benchmarks):
-        numbers = benchmarks[name]
-        status, response = numbers["status"], numbers["response"]
-        rows.append(
-            [
-                name,
-                str(numbers["items"]),
-                str(numbers["total"]),
-                *(str(status[s]) for s in STATUSES),
-                f"{response['tokens']:.1f}",
-                percent(response["truncated"]) + "%",
-                percent(response["format"]) + "%",
-                f"{response['bolded_steps']:.2f}",
-            ]
-        )
+    for name, numbers in benchmarks.items():
+        counts = [numbers["items"], numbers["total"], *(numbers["status"][status] for status in STATUSES)]
+        response = numbers["response"]
+        shares = [f"{percent(response[key])}%" for key in ("truncated", "format")]
+        rows.append([name, *counts, f"{response['tokens']:.1f}", *shares, f"{response['bolded_steps']:.2f}"])
     return markdown_table(header, rows)
 
 
 def _several(benchmarks: Mapping[str, Any]) -> str:
     """pass@k and maj@k, a table with a column a k."""
-    several = {name: b for name, b in sorted(benchmarks.items()) if b["samples"] > 1}
-    ks = sorted({int(k) for b in several.values() for k in b["pass_at_k"]})
+    ks = sorted({int(k) for b in benchmarks.values() for k in b["pass_at_k"]})
     rows = [
         [name, label, *(percent(b[key][str(k)]) if str(k) in b[key] else "" for k in ks)]
-        for name, b in several.items()
+        for name, b in benchmarks.items()
         for label, key in (("pass@k", "pass_at_k"), ("maj@k", "maj_at_k"))
     ]
     return markdown_table(["benchmark", "%", *(f"k = {k}" for k in ks)], rows)
@@ -144,11 +129,9 @@ def _several(benchmarks: Mapping[str, Any]) -> str:
 
 def _details(numbers: Mapping[str, Any]) -> list[str]:
     """Breakdowns of a benchmark, and those of its metrics that no other table has."""
-    parts = []
     shown = ("accuracy", *STATUSES)
     rows = [[name, percent(value)] for name, value in sorted(numbers["metrics"].items()) if name not in shown]
-    if rows:
-        parts.append(markdown_table(["metric", "%"], rows))
+    parts = [markdown_table(["metric", "%"], rows)] if rows else []
     for title, groups in sorted(numbers["breakdowns"].items()):
         rows = [
             [group, f"{g['correct']} / {g['total']}", percent(g["accuracy"])]
@@ -158,7 +141,7 @@ def _details(numbers: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table whose cells may hold anything: bars are escaped, and a line break becomes a space."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)

@@ -1,13 +1,18 @@
-"""The verdicts of an evaluation, as its responses come."""
+"""The verdicts of an evaluation, as its responses come, and what is written of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from mssr.config import Config
 from mssr.evaluation import judge as judges
-from mssr.evaluation.base import Benchmark
-from mssr.evaluation.items import Item, Verdict
+from mssr.evaluation import results
+from mssr.evaluation.base import Benchmark, Counts
+from mssr.evaluation.items import STATUSES, Item, Verdict
 from mssr.evaluation.own import Own
 from mssr.evaluation.prompts import Question
 from mssr.evaluation.responses import Key, Response
@@ -65,7 +70,7 @@ class VerdictBook:
                 rewarded.append((response, question.item, question.benchmark))
             else:
                 self.verdicts[response.key] = question.benchmark.verdict(
-                    question.item, self._prefix + response.text, response.truncated, response.tokens
+                    question.item, self._prefix + response.text, response.truncated
                 )
         if not rewarded:
             return
@@ -106,16 +111,54 @@ class VerdictBook:
         failed = 0
         for benchmark, questions in self.by_benchmark():
             asked = [(q.item, *self.of(q, k)) for q in questions if q.asked for k in range(n)]
-            judged = judges.apply(
-                judge,
-                benchmark,
-                [item for item, _, _ in asked],
-                [self._prefix + response.text for _, response, _ in asked],
-                [verdict for _, _, verdict in asked],
-            )
+            answers = [(item, self._prefix + r.text, verdict) for item, r, verdict in asked]
+            judged = judges.apply(judge, benchmark, answers)
             self.verdicts |= {r.key: verdict for (_, r, _), verdict in zip(asked, judged, strict=True)}
             failed += sum(verdict.status == "judge_failed" for verdict in judged)
         return f"{failed} verdicts failed, the last because {judge.problem}" if failed else None
+
+    def write(self, out: Path, n: int, meta: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+        """Write everything that `mssr.evaluation.results.write` does.
+
+        Breakdowns and metrics are those of every sample apart, since pairs and figures are made of answers
+        of the same one; then the counts are added and the metrics averaged.
+
+        Args:
+            n: responses of an item.
+        """
+        records = []
+        breakdowns: dict[str, Counts] = {}
+        metrics: dict[str, dict[str, float]] = {}
+        for benchmark, questions in self.by_benchmark():
+            items = [q.item for q in questions]
+            counts = breakdowns[benchmark.name] = {}
+            shares = metrics[benchmark.name] = defaultdict(float)
+            for k in range(n):
+                answers = [self.of(q, k) for q in questions]
+                for q, (r, verdict) in zip(questions, answers, strict=True):
+                    row = results.record(q.item, k, r.text, r.tokens, r.finish_reason, verdict)
+                    records.append(row if q.note is None else row | {"note": q.note})
+                verdicts = [verdict for _, verdict in answers]
+                _add(counts, benchmark.breakdown(items, verdicts))
+                for name, value in benchmark.metrics(items, verdicts).items():
+                    if name not in ("accuracy", *STATUSES):  # which are counted anyway
+                        shares[name] += value / n
+        results.write(
+            out,
+            records,
+            {**meta, **self.flawed()},
+            breakdowns=breakdowns,
+            metrics=metrics,
+            image_of=self._image_of,
+            timing=timing,
+        )
+
+    def _image_of(self, benchmark: str, item: str) -> list[bytes]:
+        found = []
+        for image in self._by_key[benchmark, item].item.images:
+            with contextlib.suppress(OSError, ValueError):  # noted in its record
+                found.append(image.read())
+        return found
 
     def flawed(self) -> dict[str, dict[str, int]]:
         """Benchmark -> number of its items that could not be asked, or not with all of their images."""
@@ -140,3 +183,11 @@ class VerdictBook:
             for name, count in counts.items()
             if count
         ]
+
+
+def _add(total: Counts, counts: Counts) -> None:
+    for name, groups in counts.items():
+        part = total.setdefault(name, {})
+        for group, (right, count) in groups.items():
+            before = part.get(group, (0, 0))
+            part[group] = (before[0] + right, before[1] + count)

@@ -1,14 +1,13 @@
 """What is taken off a score for responses that are too long or repeat themselves.
 
-Every function gives a number in [0, weight], to be subtracted. L is the length of a response in tokens,
-Lmax the longest one allowed.
+A penalty is a number in [0, weight]. L is the length of a response in tokens, Lmax the longest one allowed.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mssr.rewards.base import RewardInput
+from mssr.rewards.base import RewardInput, RewardResult
 
 if TYPE_CHECKING:
     from mssr.config.data import RewardConfig
@@ -41,8 +40,8 @@ def repetition_penalty(text: str, ngram: int, weight: float = 1.0) -> float:
     return weight * (1 - distinct / count)
 
 
-def penalties(config: RewardConfig, max_length: int, item: RewardInput) -> dict[str, float]:
-    """The configured ones by the name under which they are reported, each >= 0; empty without any."""
+def penalised(config: RewardConfig, max_length: int, item: RewardInput, result: RewardResult) -> RewardResult:
+    """The result less the configured penalties, which become parts, as does the score before them."""
     taken: dict[str, float] = {}
     if config.overlong_buffer:
         taken["penalty_overlong"] = overlong_penalty(
@@ -54,7 +53,10 @@ def penalties(config: RewardConfig, max_length: int, item: RewardInput) -> dict[
         taken["penalty_repetition"] = repetition_penalty(
             item.response, config.repetition_ngram, config.repetition_penalty
         )
-    return taken
+    if not taken:
+        return result
+    parts = {"accuracy": result.score, **result.parts, "score_raw": result.score, **taken}
+    return RewardResult(result.score - sum(taken.values()), parts)
 
 
 def configured(config: RewardConfig) -> list[str]:

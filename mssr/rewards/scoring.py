@@ -6,18 +6,19 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from mssr.algorithms import plugins
+from mssr.config.options import check_read, check_values
 from mssr.errors import TrainingError, UserError
 from mssr.rewards import functions, penalties
 from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult
 from mssr.rewards.pool import RewardPool
 from mssr.rewards.rows import NO_ROWS, RowAccess
+from mssr.rewards.rules import RULES
 from mssr.rewards.worker import Job
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 MAX_WORKERS = 8
 """Processes if the config does not say how many."""
-FORMATS = ("gate", "weighted", "none")
+MIN_BATCH = 8
+"""Smaller batches never stop a run, whatever failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +56,6 @@ class Scorer:
     Args:
         max_response_length: longest response in tokens, which the penalties on length refer to.
         clip: let penalties take a score no lower than 0, for methods whose rewards are in [0, 1].
-        error_limit: The run stops when at least this fraction of a batch failed, in (0, 1]. The
-            default stops only if every response failed: a parser that trips over most of an untrained
-            model's responses is still a reward.
-        min_batch: Smaller batches never stop the run.
         rows: Where the rows are; without, a function that asks for images is refused, and prompts are empty.
         on_restart: Called with one sentence, how it died, each time the process that owns the workers has
             to be started again, from another thread. If it raises, `score` raises the same.
@@ -66,7 +64,6 @@ class Scorer:
 
     Raises:
         UserError: The function cannot be had, or an option has no meaning; see `check`.
-        ValueError: A number is out of its range.
     """
 
     def __init__(
@@ -75,18 +72,11 @@ class Scorer:
         max_response_length: int,
         *,
         clip: bool = False,
-        error_limit: float = 1.0,
-        min_batch: int = 8,
         rows: RowAccess = NO_ROWS,
         on_restart: Callable[[str], None] | None = None,
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
-        if not 0 < error_limit <= 1:
-            raise ValueError(f"error_limit must be in (0, 1], not {error_limit}")
-        if min_batch < 1:
-            raise ValueError(f"min_batch must be >= 1, not {min_batch}")
-        check(config, rows)
-        reward = functions.load(config, rows)
+        reward = check(config, rows)
         if config.overlong_buffer > max_response_length:
             raise UserError(
                 f"reward.overlong_buffer={config.overlong_buffer} exceeds "
@@ -94,21 +84,19 @@ class Scorer:
             )
         self.name = config.name
         self.clip = clip
-        self.error_limit = error_limit
-        self.min_batch = min_batch
-        self.takes_cells = plugins.is_spec(config.name)
+        self.takes_cells = not config.rule
         """Whether answers are to be the data's cells as they are; else they are text."""
         self._on_failure = on_failure
-        self._error_logged = False
-        self._told = 0.0
+        self._told = 0.0  # share of failures
         job = Job(
             config,
             max_response_length,
-            workers=config.workers or min(MAX_WORKERS, _cores()),
+            workers=config.workers or min(MAX_WORKERS, len(os.sched_getaffinity(0))),
             together=reward.batch or reward.is_async,
-            rows=replace(rows, sized=reward.binding.sized) if reward.binding.rows and rows.sources else None,
+            rows=rows if reward.binding.rows else NO_ROWS,
+            sized=reward.binding.sized,
         )
-        self._pool = RewardPool(job, on_restart)
+        self.pool = RewardPool(job, on_restart)
 
     def score(self, inputs: Sequence[RewardInput]) -> ScoredBatch:
         """Score B responses.
@@ -119,7 +107,8 @@ class Scorer:
         has no such part).
 
         Raises:
-            TrainingError: ``error_limit`` is reached, or the processes cannot be kept running.
+            TrainingError: All of at least `MIN_BATCH` responses failed, or the processes cannot be kept
+                running. (A parser that trips over most of an untrained model's responses is still a reward.)
             ValueError: the scorer is closed.
         """
         with ScoringStream(self) as stream:
@@ -127,17 +116,11 @@ class Scorer:
                 stream.add(index, item)
             return stream.result()
 
-    def submit(self, item: RewardInput) -> Future[Outcome]:
-        """Begin to score a response; the first half of `score`. The future raises as that does."""
-        return self._pool.submit(item)
-
     def combine(self, inputs: Sequence[RewardInput], outcomes: Sequence[Outcome]) -> ScoredBatch:
-        """The outcomes of a whole batch as its scores; the second half of `score`."""
+        """The outcomes of a whole batch as its scores."""
         failures = {i: o for i, o in enumerate(outcomes) if isinstance(o, Failure)}
-        for i, failure in failures.items():
-            self._log_first(i, inputs[i], failure)
         if failures:
-            self._tell(list(failures.values()), len(inputs))
+            self._tell(inputs, failures)
         results = [RewardResult(0.0) if isinstance(o, Failure) else o for o in outcomes]
         keys = sorted({key for result in results for key in result.parts})
         return ScoredBatch(
@@ -147,13 +130,9 @@ class Scorer:
             timeouts=sum(f.timeout for f in failures.values()),
         )
 
-    def reset(self) -> None:
-        """Give up what is being scored."""
-        self._pool.reset()
-
     def close(self) -> None:
         """End the processes; may be called again."""
-        self._pool.close()
+        self.pool.close()
 
     def __enter__(self) -> Scorer:
         return self
@@ -166,27 +145,25 @@ class Scorer:
         raw = result.parts.get("score_raw")
         return max(result.score, min(raw, 0.0)) if self.clip and raw is not None else result.score
 
-    def _tell(self, failures: Sequence[Failure], count: int) -> None:
-        """Say that responses failed, and raise TrainingError where too many did."""
-        told = f"the reward {self.name!r} failed on {len(failures)} of {count} responses"
-        if count >= self.min_batch and len(failures) >= self.error_limit * count:
-            raise TrainingError(f"{told} ({failures[-1].reason})")
-        share = len(failures) / count
-        if self._on_failure is not None and share >= 4 * self._told:
+    def _tell(self, inputs: Sequence[RewardInput], failures: dict[int, Failure]) -> None:
+        """Say that responses failed, and raise TrainingError where all did."""
+        i, first = next(iter(failures.items()))
+        if not self._told:
+            _log.warning(
+                "reward %r failed on response %d (score 0; further failures are only counted): %.200r\n%s",
+                self.name,
+                i,
+                inputs[i].response,
+                first.traceback or first.reason,
+            )
+        told = f"the reward {self.name!r} failed on {len(failures)} of {len(inputs)} responses"
+        if len(failures) == len(inputs) >= MIN_BATCH:
+            raise TrainingError(f"{told} ({first.reason})")
+        share = len(failures) / len(inputs)
+        if share >= 4 * self._told:
             self._told = share
-            self._on_failure(f"{told}, which score 0 ({failures[0].reason}); the log has the first traceback")
-
-    def _log_first(self, i: int, item: RewardInput, failure: Failure) -> None:
-        if self._error_logged:
-            return
-        self._error_logged = True
-        _log.warning(
-            "reward %r failed on response %d (score 0; further failures are only counted): %.200r\n%s",
-            self.name,
-            i,
-            item.response,
-            failure.traceback or failure.reason,
-        )
+            if self._on_failure is not None:
+                self._on_failure(f"{told}, which score 0 ({first.reason}); the log has the first traceback")
 
 
 class ScoringStream:
@@ -197,13 +174,11 @@ class ScoringStream:
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
-        self._inputs: dict[int, RewardInput] = {}
-        self._futures: dict[int, Future[Outcome]] = {}
+        self._scored: dict[int, tuple[RewardInput, Future[Outcome]]] = {}
 
     def add(self, index: int, item: RewardInput) -> None:
         """A response has come; ``index`` is its place in the batch."""
-        self._inputs[index] = item
-        self._futures[index] = self._scorer.submit(item)
+        self._scored[index] = item, self._scorer.pool.submit(item)
 
     def result(self) -> ScoredBatch:
         """The scores of all, when all have come and are scored.
@@ -211,25 +186,24 @@ class ScoringStream:
         Raises:
             TrainingError: as `Scorer.score`.
         """
-        order = range(len(self._inputs))
-        outcomes = [self._futures[i].result() for i in order]
-        return self._scorer.combine([self._inputs[i] for i in order], outcomes)
+        scored = [self._scored[i] for i in range(len(self._scored))]
+        return self._scorer.combine([item for item, _ in scored], [future.result() for _, future in scored])
 
     def __enter__(self) -> ScoringStream:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            self._scorer.reset()
+            self._scorer.pool.reset()
 
 
 def names() -> list[str]:
     """Rewards that need no file, sorted."""
-    return functions.rule_names()
+    return sorted(RULES)
 
 
-def check(config: RewardConfig, rows: RowAccess | None = None) -> None:
-    """Refuse a section that cannot mean what it says; loads a user's file to see.
+def check(config: RewardConfig, rows: RowAccess | None = None) -> functions.LoadedReward:
+    """The function of a section; refuses what cannot mean what it says.
 
     Args:
         rows: None while the data is not open: then a function may name any column.
@@ -238,31 +212,9 @@ def check(config: RewardConfig, rows: RowAccess | None = None) -> None:
         UserError: One line. A value is out of its range; the function cannot be had, or does not take
             the options; an option was set that nothing reads.
     """
-    for key in ("time_limit_s", "repetition_ngram", "workers"):
-        value = getattr(config, key)
-        if value is not None and not value > 0:
-            raise UserError(f"reward.{key}={value} must be greater than 0")
-    for key in ("length_penalty", "repetition_penalty", "overlong_buffer", "overlong_penalty"):
-        if not getattr(config, key) >= 0:
-            raise UserError(f"reward.{key}={getattr(config, key)} must not be negative")
-    if config.format not in FORMATS:
-        raise UserError(f"reward.format={config.format} must be one of {', '.join(FORMATS)}")
-    if not 0 <= config.format_weight <= 1:
-        raise UserError(f"reward.format_weight={config.format_weight} must lie in [0, 1]")
-    defaults = type(config)()
-    readers = {
-        "format": (not plugins.is_spec(config.name), f"reward.name={config.name}"),
-        "format_weight": (config.format == "weighted", f"reward.format={config.format}"),
-        "overlong_penalty": (config.overlong_buffer > 0, "reward.overlong_buffer=0"),
-        "repetition_ngram": (config.repetition_penalty > 0, "reward.repetition_penalty=0"),
-    }
-    for key, (read, setting) in readers.items():
-        if not read and getattr(config, key) != getattr(defaults, key):
-            raise UserError(
-                f"reward.{key}={getattr(config, key)} is read by nothing with {setting}; change that or "
-                "remove it"
-            )
-    functions.load(config, rows)
+    check_values(config, "reward.")
+    check_read(config, "reward.")
+    return functions.load(config, rows)
 
 
 def advice(config: RewardConfig, bounded: bool) -> list[str]:
@@ -285,10 +237,3 @@ def advice(config: RewardConfig, bounded: bool) -> list[str]:
             "wrong answers are not penalised"
         )
     return lines
-
-
-def _cores() -> int:
-    """Those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

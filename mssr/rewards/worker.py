@@ -16,12 +16,9 @@ import os
 import resource
 import signal
 import sys
-import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkContext, ForkProcess
@@ -29,10 +26,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pebble
 
-from mssr.algorithms import plugins
 from mssr.rewards import functions, penalties
 from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult
-from mssr.rewards.rows import RowAccess, RowReader
+from mssr.rewards.rows import NO_ROWS, RowAccess
 
 if TYPE_CHECKING:
     from mssr.config.data import RewardConfig
@@ -42,12 +38,11 @@ WALL_FACTOR = 10
 times as many seconds."""
 MAX_CALL = 16
 """Responses of one call of a function that takes a list or is async."""
+AHEAD = 4
+"""Calls of other functions that are with a worker or wait for it."""
 CHECK_S = 1.0
 """Seconds between looks at whether the pool is alive."""
 _PDEATHSIG = 1  # prctl's PR_SET_PDEATHSIG
-
-Entry = tuple[int, RewardInput]
-"""A response and the number by which the driver knows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +54,25 @@ class Job:
     workers: int
     together: bool
     """Whether the function takes several responses at a time: a list, or by being async."""
-    rows: RowAccess | None = None
+    rows: RowAccess = NO_ROWS
     """Where the rows are, if the function asks for what is in them."""
+    sized: bool = False
+    """Whether it asks for the sizes to which images are resized."""
+
+    @property
+    def wall_limit_s(self) -> float:
+        """Seconds by the clock of one call."""
+        return WALL_FACTOR * self.config.time_limit_s
+
+    def outcome(self, item: RewardInput, result: RewardResult) -> Outcome:
+        """That of what the function gave."""
+        return penalties.penalised(self.config, self.max_response_length, item, result)
+
+    def too_long(self) -> Failure:
+        """That of what took longer than `wall_limit_s`."""
+        return Failure(
+            f"no score within {self.wall_limit_s:g} s, {WALL_FACTOR} times its limit", timeout=True
+        )
 
 
 def main(fd: int) -> None:
@@ -70,37 +82,35 @@ def main(fd: int) -> None:
     worker is killed, this process ends, and the driver starts another.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    signal.signal(signal.SIGTERM, _end)
     os.set_inheritable(fd, False)
     connection = Connection(fd)
-    code = 1
     with contextlib.suppress(EOFError, OSError):  # the driver is gone
         job: Job = connection.recv()
-        reader = _prepare(job)
+        failure = _prepare(job)
         gc.collect()
         gc.freeze()  # the collector of a worker would copy every shared page
         pool = pebble.ProcessPool(
-            job.workers, initializer=_begin, initargs=(job, reader, fd, os.getpid()), context=_Context()
+            job.workers, initializer=_begin, initargs=(job, failure, fd, os.getpid()), context=_Context()
         )
-        calls = _Calls(pool, connection, job)
-        while pool.active:
-            if connection.poll(CHECK_S):
-                calls.add(connection.recv())
-    _end(code)
+        asyncio.run(_serve(pool, connection, job))
+    _end()
 
 
-def _end(code: int) -> NoReturn:
+def _end(*_: object) -> NoReturn:
     for process in multiprocessing.active_children():
         process.terminate()
-    os._exit(code)
+    os._exit(1)
 
 
-def _prepare(job: Job) -> RowReader | Failure | None:
-    """What all workers share: the imports of the named rules, and the data, if the reward asks for them."""
-    if not plugins.is_spec(job.config.name):
+def _prepare(job: Job) -> Failure | None:
+    """Have what all workers share: what the named rules import, and the data, if the reward asks for them."""
+    if job.config.rule:
         warm_up = RewardInput("<think>\n</think>\\boxed{\\sqrt{12}}", r"2\sqrt{3}", 1)  # reaches math-verify
         functions.load(job.config).call([warm_up])
     try:
-        return None if job.rows is None else RowReader(job.rows)
+        job.rows.open(job.sized)
+        return None
     except Exception as error:  # told in place of every score
         return _failure(error)
 
@@ -109,7 +119,7 @@ class _Worker(ForkProcess):
     def terminate(self) -> None:
         """End it and whatever it started; a function may ignore SIGTERM, or not hear it."""
         assert self.pid is not None
-        kill_group(self.pid)
+        _kill_group(self.pid)
 
     @property
     def exitcode(self) -> int | None:
@@ -121,88 +131,71 @@ class _Context(ForkContext):
     Process = _Worker  # type: ignore[assignment]
 
 
-def kill_group(pid: int) -> None:
-    """Kill a worker and its children."""
+def _kill_group(pid: int) -> None:
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(OSError):
             kill(pid, signal.SIGKILL)
 
 
-class _Calls:
-    """Hands responses to the pool and their outcomes to the driver.
+async def _serve(pool: pebble.ProcessPool, connection: Connection, job: Job) -> None:
+    """Have the pool score what the driver sends."""
+    waiting: asyncio.Queue[tuple[int, RewardInput]] = asyncio.Queue()
 
-    Of a call of several that fails as a whole, each is tried again by itself.
-    """
-
-    def __init__(self, pool: pebble.ProcessPool, connection: Connection, job: Job) -> None:
-        self._pool, self._connection, self._job = pool, connection, job
-        self._wall = WALL_FACTOR * job.config.time_limit_s
-        self._waiting: deque[Entry] = deque()
-        self._running = 0  # calls of a function that takes several
-        self._lock, self._sending = threading.RLock(), threading.Lock()
-
-    def add(self, entry: Entry) -> None:
-        if self._job.together:
-            self._waiting.append(entry)
-            self._gather()
-        else:
-            self._schedule([entry])
-
-    def _gather(self) -> None:
-        """While all workers are busy, responses gather for the next call."""
-        with self._lock:
-            while self._waiting and self._running < self._job.workers:
-                size = min(MAX_CALL, -(-len(self._waiting) // (self._job.workers - self._running)))
-                self._running += 1
-                self._schedule([self._waiting.popleft() for _ in range(size)])
-
-    def _schedule(self, call: list[Entry]) -> None:
-        items = [item for _, item in call]
+    def receive() -> None:
         try:
-            # A worker ends coroutines itself, and is given the time to.
-            future = self._pool.schedule(score_call, args=(items,), timeout=self._wall + self._job.together)
-        except RuntimeError:  # the pool is broken
-            _end(1)
-        future.add_done_callback(lambda done: self._finish(call, done))
+            waiting.put_nowait(connection.recv())
+        except (EOFError, OSError):  # the driver is gone
+            _end()
 
-    def _finish(self, call: list[Entry], future: Future[list[Outcome] | Failure]) -> None:
-        result = self._result(future)
-        with self._lock:
-            self._running -= self._job.together
-            if isinstance(result, Failure) and len(call) > 1:
-                self._running += len(call)
-                for entry in call:
-                    self._schedule([entry])
-                return
-        self._gather()
+    async def score(call: list[tuple[int, RewardInput]]) -> None:
+        """Of a call of several that fails as a whole, each is tried again by itself."""
+        result = await _call(pool, job, [item for _, item in call])
+        if isinstance(result, Failure) and len(call) > 1:
+            await asyncio.gather(*(score([one]) for one in call))
+            return
         outcomes = [result] if isinstance(result, Failure) else result
-        with self._sending, contextlib.suppress(OSError):  # the driver is gone, which `main` notices
-            for (number, _), outcome in zip(call, outcomes, strict=True):
-                self._connection.send((number, outcome))
+        for (number, _), outcome in zip(call, outcomes, strict=True):
+            connection.send((number, outcome))
 
-    def _result(self, future: Future[list[Outcome] | Failure]) -> list[Outcome] | Failure:
-        try:
-            return future.result()
-        except TimeoutError:  # a function's own is a Failure by now
-            return Failure(f"no score within {self._wall:g} s, {WALL_FACTOR} times its limit", timeout=True)
-        except pebble.ProcessExpired as error:
-            kill_group(error.pid)
-            if error.exitcode == -signal.SIGPROF:
-                limit = self._job.config.time_limit_s
-                return Failure(f"no score within {limit:g} s of CPU time", timeout=True)
-            return Failure(f"its process died ({describe(error.exitcode)})")
-        except Exception:  # the pool is broken
-            _end(1)
+    async def take_turns() -> None:
+        while True:
+            call = [await waiting.get()]
+            more = min(MAX_CALL - 1, -(-waiting.qsize() // job.workers)) if job.together else 0
+            await score(call + [waiting.get_nowait() for _ in range(more)])
+
+    async def watch() -> None:
+        while pool.active:
+            await asyncio.sleep(CHECK_S)
+        _end()
+
+    asyncio.get_running_loop().add_reader(connection.fileno(), receive)
+    turns = job.workers * (1 if job.together else AHEAD)
+    await asyncio.gather(watch(), *(take_turns() for _ in range(turns)))
+
+
+async def _call(pool: pebble.ProcessPool, job: Job, items: list[RewardInput]) -> list[Outcome] | Failure:
+    timeout = job.wall_limit_s + job.together  # a worker ends coroutines itself, and is given the time to
+    try:
+        return await asyncio.wrap_future(pool.schedule(score_call, args=(items,), timeout=timeout))
+    except TimeoutError:  # a function's own is a Failure by now
+        return job.too_long()
+    except pebble.ProcessExpired as error:
+        _kill_group(error.pid)
+        if error.exitcode == -signal.SIGPROF:
+            return Failure(f"no score within {job.config.time_limit_s:g} s of CPU time", timeout=True)
+        return Failure(f"its process died ({describe(error.exitcode)})")
+    except Exception:  # the pool is broken
+        _end()
 
 
 _reward: functions.LoadedReward | Failure
 _job: Job
-_timer: _CpuTimer
+_end_after: Callable[[float], None]
 
 
-def _begin(job: Job, reader: RowReader | Failure | None, driver: int, parent: int) -> None:
+def _begin(job: Job, failure: Failure | None, driver: int, parent: int) -> None:
     """Make this process a worker: it loads the function, and dies with its parent."""
-    global _reward, _job, _timer
+    global _reward, _job, _end_after
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # what the function starts is killed with the worker
     ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
@@ -213,15 +206,11 @@ def _begin(job: Job, reader: RowReader | Failure | None, driver: int, parent: in
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    _job, _timer = job, _CpuTimer()
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    _job, _end_after = job, _cpu_timer()
     try:
-        if isinstance(reader, Failure):
-            _reward = reader
-        else:
-            _reward = functions.load(job.config, reader=reader)
+        _reward = failure or functions.load(job.config, job.rows)
     except BaseException as error:
         _reward = _failure(error)
 
@@ -233,90 +222,59 @@ def score_call(items: Sequence[RewardInput]) -> list[Outcome] | Failure:
     """
     if isinstance(_reward, Failure):
         return _reward
-    with _timer.limit(_job.config.time_limit_s * len(items)):
-        try:
-            if _reward.is_async and not _reward.batch:
-                return _reward.run(_together(_reward, items))
-            return [_finish(r, item) for r, item in zip(_reward.call(items), items, strict=True)]
-        except BaseException as error:  # sys.exit() in a user's function is an error as any other
-            return _failure(error)
+    _end_after(_job.config.time_limit_s * len(items))
+    try:
+        if _reward.is_async and not _reward.batch:
+            return _reward.loop.run_until_complete(_together(_reward, items))
+        return list(map(_job.outcome, items, _reward.call(items)))
+    except BaseException as error:  # sys.exit() in a user's function is an error as any other
+        return _failure(error)
+    finally:
+        _end_after(0)
 
 
-class _CpuTimer:
-    """Ends this process when it has used so much CPU time, whatever it is at and however busy the machine is.
+def _cpu_timer() -> Callable[[float], None]:
+    """A setter of the seconds of CPU time after which the system ends this process, 0 for never.
 
     (``signal.setitimer`` counts ticks, and on a busy machine up to 40% too many.)
     """
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    libc, timer = ctypes.CDLL("librt.so.1", use_errno=True), ctypes.c_void_p()
+    event = (ctypes.c_int * 16)(0, 0, signal.SIGPROF, 0)  # a struct sigevent with SIGEV_SIGNAL
+    if libc.timer_create(time.CLOCK_PROCESS_CPUTIME_ID, event, ctypes.byref(timer)):
+        raise OSError(ctypes.get_errno(), "timer_create")
 
-    def __init__(self) -> None:
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        self._libc, self._timer = ctypes.CDLL(None, use_errno=True), ctypes.c_void_p()
-        if not hasattr(self._libc, "timer_create"):  # glibc before 2.34
-            self._libc = ctypes.CDLL("librt.so.1", use_errno=True)
-        event = (ctypes.c_int * 16)(0, 0, signal.SIGPROF, 0)  # a struct sigevent with SIGEV_SIGNAL
-        if self._libc.timer_create(time.CLOCK_PROCESS_CPUTIME_ID, event, ctypes.byref(self._timer)):
-            raise OSError(ctypes.get_errno(), "timer_create")
-
-    @contextlib.contextmanager
-    def limit(self, seconds: float) -> Iterator[None]:
-        self._set(seconds)
-        try:
-            yield
-        finally:
-            self._set(0)
-
-    def _set(self, seconds: float) -> None:
+    def end_after(seconds: float) -> None:
         value = (ctypes.c_long * 4)(0, 0, int(seconds), int(seconds % 1 * 1e9))  # a struct itimerspec
-        self._libc.timer_settime(self._timer, 0, value, None)
+        libc.timer_settime(timer, 0, value, None)
+
+    return end_after
 
 
 async def _together(reward: functions.LoadedReward, items: Sequence[RewardInput]) -> list[Outcome]:
     """All items of a call at the same time, each with its own limit."""
-    limit = WALL_FACTOR * _job.config.time_limit_s
 
     async def one(item: RewardInput) -> Outcome:
-        timeout = asyncio.timeout(limit)
+        timeout = asyncio.timeout(_job.wall_limit_s)
         try:
             async with timeout:
-                return _finish(await reward.call_async(item), item)
+                return _job.outcome(item, await reward.call_async(item))
         except BaseException as error:
-            if timeout.expired():
-                return Failure(f"no score within {limit:g} s, {WALL_FACTOR} times its limit", timeout=True)
-            return _failure(error)
+            return _job.too_long() if timeout.expired() else _failure(error)
 
-    return list(await asyncio.gather(*(one(item) for item in items)))
-
-
-def _finish(result: RewardResult, item: RewardInput) -> RewardResult:
-    """The result less the configured penalties, which become parts, as does the score before them."""
-    taken = penalties.penalties(_job.config, _job.max_response_length, item)
-    if not taken:
-        return result
-    parts = {"accuracy": result.score, **result.parts, "score_raw": result.score, **taken}
-    return RewardResult(result.score - sum(taken.values()), parts)
+    return list(await asyncio.gather(*map(one, items)))
 
 
 def _failure(error: BaseException) -> Failure:
+    """What kind of error it is and its message in one line, and where it was raised."""
     try:
-        text = "".join(traceback.format_exception(error))
-    except Exception:  # an exception that cannot even be printed
-        text = ""
-    return Failure(one_line(error), text[-10_000:])
-
-
-def one_line(error: BaseException) -> str:
-    """What kind of error it is, and its message."""
-    try:
-        text = str(error)
-    except Exception:
-        text = "(its message cannot be had)"
-    return " ".join(f"{type(error).__name__}: {text}"[:500].split())
+        told = traceback.TracebackException.from_exception(error)
+        reason = " ".join(f"{type(error).__name__}: {told}"[:500].split())
+        return Failure(reason, "".join(told.format())[-10_000:])
+    except Exception:  # it cannot even be printed
+        return Failure(type(error).__name__)
 
 
 def describe(code: int) -> str:
-    """How a process ended: "exit code 3", "SIGSEGV"."""
-    if code >= 0:
-        return f"exit code {code}"
-    with contextlib.suppress(ValueError):
-        return signal.Signals(-code).name
-    return f"signal {-code}"
+    """How a process ended: "SIGSEGV", "exit code 3"."""
+    return {-number: number.name for number in signal.Signals}.get(code, f"exit code {code}")

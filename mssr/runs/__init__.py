@@ -1,3 +1,4 @@
-"""What training and evaluation share: the run directory, its checkpoints (`checkpoint`, `manifest`,
-`export`), what is written and shown of a run (`events`, `loggers`, `console`, `plot`), and the signals that
-end one."""
+"""What training and evaluation share. `run_directory` makes the directory of a run and `lock` holds it;
+`checkpoint` writes its checkpoints with a `manifest` each, which `export` reads; `loggers`, `events` and
+`samples` write what happens (as `jsonl`) and `console` shows it; `plot` and `html` make the report; `signals`
+end a run; `run` is all that in one hand."""

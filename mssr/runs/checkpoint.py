@@ -9,11 +9,11 @@ checkpoints/latest, checkpoints/best    the name of a checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,10 @@ from safetensors.numpy import load_file, save_file
 from mssr.cluster.base import SaveHandle
 from mssr.errors import UserError
 from mssr.models.files import replace_text, sha256
-from mssr.runs.manifest import read_manifest, verify, write_manifest
+from mssr.runs.manifest import Manifest, read_manifest, verify, write_manifest
 
 _ARRAY = "__array__"
 _STATE_FILES = ("trainer.json", "trainer.safetensors")
-
-
-@dataclass(frozen=True, slots=True)
-class _Unfinished:
-    step: int
-    directory: Path
-    config: dict[str, Any]
-    val_accuracy: float | None
-    handle: SaveHandle
 
 
 class CheckpointStore:
@@ -54,7 +45,7 @@ class CheckpointStore:
         self._keep = keep
         self.saved = False
         """Whether ``latest`` is of this process."""
-        self._unfinished: _Unfinished | None = None
+        self._unfinished: tuple[Manifest, SaveHandle] | None = None
 
     @property
     def writing(self) -> bool:
@@ -64,7 +55,7 @@ class CheckpointStore:
     @property
     def written(self) -> bool:
         """Whether `finish` would not wait for the ranks."""
-        return self._unfinished is not None and self._unfinished.handle.done()
+        return self._unfinished is not None and self._unfinished[1].done()
 
     def begin(
         self,
@@ -84,7 +75,7 @@ class CheckpointStore:
             OSError: it could not be written.
         """
         assert self._unfinished is None
-        partial = self.directory / f".step-{step:06d}.partial"
+        partial = self._partial(step)
         self.clean()
         try:
             partial.mkdir(parents=True)
@@ -93,7 +84,7 @@ class CheckpointStore:
         except OSError:
             self.clean()
             raise
-        self._unfinished = _Unfinished(step, partial, config, val_accuracy, handle)
+        self._unfinished = Manifest(step, config, val_accuracy), handle
 
     def finish(self) -> Path:
         """Wait for the ranks, and put the checkpoint in force.
@@ -103,16 +94,16 @@ class CheckpointStore:
             WorkersLostError: a rank died or hung.
         """
         assert self._unfinished is not None
-        save, self._unfinished = self._unfinished, None
+        (manifest, handle), self._unfinished = self._unfinished, None
+        partial, final = self._partial(manifest.step), self.directory / f"step-{manifest.step:06d}"
         try:
-            checksums = {f"actor/{name}": digits for name, digits in save.handle.result().items()}
-            checksums |= {name: sha256(save.directory / name) for name in _STATE_FILES}
-            write_manifest(save.directory, save.step, save.config, save.val_accuracy, checksums)
-            final = self.directory / f"step-{save.step:06d}"
+            checksums = {f"actor/{name}": digits for name, digits in handle.result().items()}
+            checksums |= {name: sha256(partial / name) for name in _STATE_FILES}
+            write_manifest(partial, manifest, checksums)
             if final.exists():
                 # The same step again, after a resume from an older one.
                 os.replace(final, self.directory / f".{final.name}.partial.old")
-            os.replace(save.directory, final)
+            os.replace(partial, final)
             replace_text(self.directory / "latest", final.name)
             self.saved = True
             self._prune(final)
@@ -155,32 +146,32 @@ class CheckpointStore:
                 verify(path)
             except UserError as error:
                 faults.append(str(error))
-                continue
-            for fault in faults:
-                tell(f"{fault}; going on from {path.name}")
-            return path
+            else:
+                for fault in faults:
+                    tell(f"{fault}; going on from {path.name}")
+                return path
         raise UserError(
             f"trainer.resume=auto: no checkpoint in {self.directory} is intact: {faults[0]}; "
             "trainer.resume=never with another trainer.run_dir starts afresh"
         )
 
+    def _partial(self, step: int) -> Path:
+        return self.directory / f".step-{step:06d}.partial"
+
     def _prune(self, newest: Path) -> None:
         # Later ones are of a course that was left, after a resume from an older one. They are replaced
         # when their step comes, and never count as newer than what was just written.
         complete = sorted(p for p in self.directory.glob("step-*") if p.name <= newest.name)
-        scores = {}
+        validated = []
         for path in complete:
-            try:
-                accuracy = read_manifest(path).val_accuracy
-            except UserError:
-                continue  # damaged; it goes when its time has come
-            if accuracy is not None:
-                scores[path] = accuracy
-        best = max(scores, key=lambda p: (scores[p], p.name)) if scores else None
+            with contextlib.suppress(UserError):  # damaged; it goes when its time has come
+                if (accuracy := read_manifest(path).val_accuracy) is not None:
+                    validated.append((accuracy, path.name))
+        best = max(validated)[1] if validated else None
         if best is not None:
-            replace_text(self.directory / "best", best.name)
+            replace_text(self.directory / "best", best)
         for old in complete[: -self._keep]:
-            if old != best:
+            if old.name != best:
                 shutil.rmtree(old)
 
 
@@ -218,8 +209,11 @@ def write_state(directory: Path, state: dict[str, Any]) -> None:
 
 def read_state(directory: Path) -> dict[str, Any]:
     """The inverse of `write_state`."""
-    arrays = load_file(str(directory / "trainer.safetensors"))
-    state: dict[str, Any] = _fill(json.loads((directory / "trainer.json").read_text()), arrays)
+    arrays = load_file(str(directory / _STATE_FILES[1]))
+    text = (directory / _STATE_FILES[0]).read_text()
+    state: dict[str, Any] = json.loads(
+        text, object_hook=lambda value: arrays[value[_ARRAY]] if set(value) == {_ARRAY} else value
+    )
     return state
 
 
@@ -230,12 +224,4 @@ def _strip(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
         return {_ARRAY: path}
     if isinstance(value, dict):
         return {key: _strip(v, f"{path}/{key}", arrays) for key, v in value.items()}
-    return value
-
-
-def _fill(value: Any, arrays: dict[str, np.ndarray]) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {_ARRAY}:
-            return arrays[value[_ARRAY]]
-        return {key: _fill(v, arrays) for key, v in value.items()}
     return value

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
 from mssr.config.secrets import redact
 
@@ -25,10 +25,9 @@ def captured_output(log_file: Path) -> Iterator[TextIO]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(1), os.dup(2)]
-    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
+    with log_file.open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     real = os.fdopen(os.dup(saved[0]), "w", buffering=1)
     try:
         yield real
@@ -41,35 +40,34 @@ def captured_output(log_file: Path) -> Iterator[TextIO]:
             os.close(original)
 
 
-class Console:
-    """Progress of a run.
+class ProgressLine:
+    """How far a command is, and what it has to say on the way.
 
     Args:
         stream: where to write.
         mode: trainer.progress: auto, live, plain or off.
+        total: of what is counted.
+        count: how it is told, ``"step {}/{}"``.
+        columns: of the live line, behind the rest.
     """
 
-    def __init__(self, stream: TextIO, mode: str, steps: int) -> None:
+    def __init__(self, stream: TextIO, mode: str, total: int, count: str, *columns: ProgressColumn) -> None:
         if mode == "auto":
             mode = "live" if stream.isatty() else "off"
-        self._mode = mode
-        self._stream = stream
-        self._steps = steps
-        self._first = 0
-        self._start: float | None = None
-        self._val: float | None = None
-        self._progress: Progress | None = None
+        self._mode, self._stream, self._total, self._count = mode, stream, total, count
+        self._live: Progress | None = None
         if mode == "live":
-            self._progress = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            self._live = Progress(
+                TextColumn(count.format("{task.completed:.0f}", "{task.total:.0f}")),
                 BarColumn(bar_width=16),
                 TextColumn("{task.fields[line]}"),
                 TimeElapsedColumn(),
+                *columns,
                 console=RichConsole(file=stream, force_terminal=True),
                 refresh_per_second=2,
             )
-            self._task = self._progress.add_task("", total=steps, line="")
-            self._progress.start()
+            self._task = self._live.add_task("", total=total, line="")
+            self._live.start()
 
     @property
     def quiet(self) -> bool:
@@ -77,45 +75,58 @@ class Console:
 
     def note(self, text: str) -> None:
         """One line about what is going on; a secret in it is not shown."""
-        text = redact(text)
-        if self._progress is not None:
-            self._progress.console.print(text, highlight=False, markup=False)
-        elif self._mode == "plain":
-            print(text, file=self._stream)
+        if self._live is not None:
+            self._live.console.print(redact(text), highlight=False, markup=False)
+        elif not self.quiet:
+            print(redact(text), file=self._stream, flush=True)
 
     def announce(self, text: str) -> None:
         """One line that is shown in every mode: something went wrong."""
-        if self._progress is not None:
-            self._progress.console.print(text, highlight=False, markup=False)
+        if self._live is not None:
+            self.note(text)
         else:
-            print(f"mssr: {text}", file=self._stream, flush=True)
+            print(f"mssr: {redact(text)}", file=self._stream, flush=True)
+
+    def show(self, done: int, line: str) -> None:
+        """So much is done, and how it stands."""
+        if self._live is not None:
+            self._live.update(self._task, completed=done, line=line)
+        elif self._mode == "plain":
+            print(f"{self._count.format(done, self._total)}  {line}", file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+class Console(ProgressLine):
+    """Progress of a training."""
+
+    def __init__(self, stream: TextIO, mode: str, steps: int) -> None:
+        super().__init__(stream, mode, steps, "step {}/{}")
+        self._first = 0
+        self._start: float | None = None
+        self._val: float | None = None
 
     def begin(self, first_step: int) -> None:
         """The step after ``first_step`` starts: time left is counted from here."""
         self._first = first_step
         self._start = time.monotonic()
-        if self._progress is not None:
-            self._progress.reset(self._task, total=self._steps, completed=self._first)
+        if self._live is not None:
+            self._live.reset(self._task, total=self._total, completed=self._first)
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Show a finished step; the last validation accuracy stays in the line."""
         self._val = metrics.get("val/accuracy", self._val)
         assert self._start is not None
-        left = (time.monotonic() - self._start) / (step - self._first) * (self._steps - step)
+        left = (time.monotonic() - self._start) / (step - self._first) * (self._total - step)
         line = (
             f"acc {metrics['reward/accuracy']:.3f}"
             + ("" if self._val is None else f"  val {self._val:.3f}")
             + f"  entropy {metrics['policy/entropy']:.3f}  kl {metrics['policy/kl_update']:.4f}"
             + f"  {metrics['perf/rollouts_per_s']:.0f} rollouts/s  {_duration(left)} left"
         )
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, line=line)
-        elif self._mode == "plain":
-            print(f"step {step}/{self._steps}  {line}", file=self._stream)
-
-    def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        self.show(step, line)
 
 
 def _duration(seconds: float) -> str:

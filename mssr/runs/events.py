@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 from mssr.config.secrets import redact
 from mssr.errors import TrainingError
+from mssr.runs.jsonl import append_record
 
 FILE = "events.jsonl"
 
@@ -42,8 +42,7 @@ class EventLog:
             "detail": detail,
         }
         self._announce(f"step {self.step}: {event.replace('_', ' ')}: {detail}")
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        append_record(self._path, entry)
 
     def restart(self, event: str, detail: str) -> None:
         """Something was lost and is about to be replaced.

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import base64
+from typing import Any
+
+from mssr.config.secrets import redact
 
 BASE_STYLE = (
     "body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; color: #222 }\n"
     "table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .8rem; text-align: left;\n"
     "border-bottom: 1px solid #ddd; vertical-align: top }"
 )
+
+
+def render(room: str, template: str, **values: Any) -> str:
+    """A page from ``mssr/<room>/<template>``; all values are escaped. Its filter ``redact`` hides secrets."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mssr", room),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["redact"] = redact
+    return environment.get_template(template).render(base_style=BASE_STYLE, **values)
 
 
 def data_uri(data: bytes, kind: str) -> str:

@@ -8,7 +8,7 @@ import json
 import platform
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,38 +31,27 @@ class Manifest:
     """As it was when the checkpoint was written."""
     val_accuracy: float | None
     """Of this very policy, where it was validated."""
-    files: dict[str, dict[str, Any]]
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Path in the checkpoint -> {"bytes": size, "sha256": digits}."""
-    versions: dict[str, str]
-    created: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created: str = ""
     """UTC."""
     format: int = FORMAT
 
 
-def write_manifest(
-    directory: Path,
-    step: int,
-    config: dict[str, Any],
-    val_accuracy: float | None,
-    checksums: Mapping[str, str],
-) -> None:
+def write_manifest(directory: Path, manifest: Manifest, checksums: Mapping[str, str]) -> None:
     """Complete a checkpoint.
 
     Args:
+        manifest: its step, config and accuracy; the rest is added.
         checksums: SHA-256 by path in the directory, of all its files.
     """
-    manifest = Manifest(
-        step=step,
-        config=config,
-        val_accuracy=val_accuracy,
-        files={
-            name: {"bytes": (directory / name).stat().st_size, "sha256": digits}
-            for name, digits in sorted(checksums.items())
-        },
-        versions=package_versions(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    content = asdict(manifest)
+    files = {
+        name: {"bytes": (directory / name).stat().st_size, "sha256": digits}
+        for name, digits in sorted(checksums.items())
+    }
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    content = asdict(replace(manifest, files=files, versions=package_versions(), created=created))
     replace_text(directory / FILE, json.dumps(content | {"checksum": _checksum(content)}, indent=1))
 
 
@@ -83,9 +72,9 @@ def read_manifest(directory: Path) -> Manifest:
         raise UserError(
             f"{directory} is neither a run directory nor a complete checkpoint: it has no {FILE}"
         ) from error
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} is damaged ({type(error).__name__})") from error
 
 
@@ -97,22 +86,19 @@ def verify(directory: Path) -> Manifest:
     """
     manifest = read_manifest(directory)
     with ThreadPoolExecutor() as pool:
-        for fault in pool.map(lambda item: _fault(directory / item[0], item[1]), manifest.files.items()):
-            if fault:
-                raise UserError(fault)
+        list(pool.map(lambda item: _verify_file(directory / item[0], item[1]), manifest.files.items()))
     return manifest
 
 
-def _fault(path: Path, expected: Mapping[str, Any]) -> str | None:
+def _verify_file(path: Path, expected: Mapping[str, Any]) -> None:
     try:
         size = path.stat().st_size
         if size != expected["bytes"]:
-            return f"{path} has {size} bytes instead of {expected['bytes']}"
+            raise UserError(f"{path} has {size} bytes instead of {expected['bytes']}")
         if sha256(path) != expected["sha256"]:
-            return f"{path} is damaged: its checksum does not fit"
+            raise UserError(f"{path} is damaged: its checksum does not fit")
     except OSError as error:
-        return f"{path} cannot be read ({error.strerror})"
-    return None
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

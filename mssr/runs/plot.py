@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +16,9 @@ from rich.table import Table
 
 from mssr.config.secrets import redact
 from mssr.errors import UserError
-from mssr.runs.html import BASE_STYLE, data_uri
+from mssr.runs.html import data_uri, render
+from mssr.runs.jsonl import read_records
+from mssr.runs.samples import last_samples
 
 REPORT_SAMPLES = 12
 
@@ -64,7 +66,22 @@ def write_report(run_dir: Path) -> list[tuple[str, str]]:
     picture.parent.mkdir(exist_ok=True)
     _draw(records, picture, title=run_dir.name)
     rows = summary(records)
-    (run_dir / "report.html").write_text(_html(run_dir, records, rows, picture))
+    events_file = run_dir / "events.jsonl"
+    events = read_records(events_file, skip_damaged=True) if events_file.is_file() else []
+    samples_of, samples = last_samples(run_dir, "val")
+    page = render(
+        "runs",
+        "report.html",
+        name=run_dir.name,
+        summary=rows,
+        warnings=watch_sentences(records),
+        picture=data_uri(picture.read_bytes(), "png"),
+        events=[_event_cells(event) for event in events[-EVENTS_SHOWN:]],
+        earlier=len(events) - EVENTS_SHOWN,
+        samples_of=samples_of,
+        samples=samples[:REPORT_SAMPLES],
+    )
+    (run_dir / "report.html").write_text(page)
     return [*rows, ("report", str(run_dir / "report.html")), ("curves", str(picture))]
 
 
@@ -77,15 +94,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run_dir} is no run directory: it has no metrics.jsonl")
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{path} line {number} is damaged: {error}") from error
-    if not records:
+    if not path.stat().st_size:
         raise UserError(f"{path} is empty: no step is done yet")
-    return records
+    return read_records(path)
 
 
 def summary(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -101,27 +112,18 @@ def summary(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
             rows.append((f"{name}, before -> after", f"{values[0]:.3f} -> {values[-1]:.3f}"))
             if key == "val/accuracy":
                 rows.append((f"{name}, best", f"{max(values):.3f}"))
-    speeds = sorted(r["perf/rollouts_per_s"] for r in records if "perf/rollouts_per_s" in r)
-    if speeds:
+    if speeds := sorted(r["perf/rollouts_per_s"] for r in records if "perf/rollouts_per_s" in r):
         rows.append(("rollouts/s, median", f"{speeds[len(speeds) // 2]:.1f}"))
-    memory = [r["memory/total_rss_gib"] for r in records if "memory/total_rss_gib" in r]
-    if memory:
+    if memory := [r["memory/total_rss_gib"] for r in records if "memory/total_rss_gib" in r]:
         rows.append(("memory of driver and workers, GiB", f"{max(memory):.2f}"))
     return rows
 
 
 def episodes(records: list[dict[str, Any]], flag: str) -> list[tuple[int, int]]:
     """First and last step of each stretch of records in which a flag is 1."""
-    found: list[tuple[int, int]] = []
-    before = False
-    for record in records:
-        if flag not in record:
-            continue  # as the validation before the first step
-        now = bool(record[flag])
-        if now:
-            found.append((found.pop()[0], record["step"]) if before else (record["step"], record["step"]))
-        before = now
-    return found
+    flagged = [r for r in records if flag in r]  # the validation before the first step has none
+    spans = [list(group) for holds, group in groupby(flagged, key=lambda r: bool(r[flag])) if holds]
+    return [(span[0]["step"], span[-1]["step"]) for span in spans]
 
 
 def watch_sentences(records: list[dict[str, Any]]) -> list[str]:
@@ -135,12 +137,10 @@ def watch_sentences(records: list[dict[str, Any]]) -> list[str]:
 
 
 def _draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    axes = figure.subplots(2, 3)
     figure.suptitle(title)
     for axis, (name, curves) in zip(axes.flat, PANELS, strict=True):
         if not curves:
@@ -160,12 +160,8 @@ def _draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-        if name == "accuracy":
-            axis.set_ylim(0, 1)
-        else:
-            axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1 if name == "accuracy" else None)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _draw_phases(axis: Any, records: list[dict[str, Any]]) -> None:
@@ -183,72 +179,11 @@ def _validation_sets(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(key, key.removeprefix("val/").removesuffix("/accuracy")) for key in keys]
 
 
-def _html(run_dir: Path, records: list[dict[str, Any]], rows: list[tuple[str, str]], picture: Path) -> str:
-    cells = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
-    warnings = "".join(f"<p class='wrong'>{html.escape(line)}</p>" for line in watch_sentences(records))
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<title>{html.escape(run_dir.name)}</title><style>
-{BASE_STYLE} img {{ max-width: 100% }}
-.right {{ color: #187a33 }} .wrong {{ color: #b3261e }} code {{ white-space: pre-wrap }}
-</style></head><body><h1>{html.escape(run_dir.name)}</h1><table>{cells}</table>{warnings}
-<img alt="curves of the run" src="{data_uri(picture.read_bytes(), "png")}">
-{_events_html(run_dir)}{_samples_html(run_dir)}</body></html>
-"""
-
-
-def _events_html(run_dir: Path) -> str:
-    """The newest lines of events.jsonl (time, step, event, detail), if there is one."""
-    path = run_dir / "events.jsonl"
-    lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
-    events = []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue  # a line cut off by a crash, or the end of the file
-        if isinstance(event, dict):
-            events.append(event)
-    if not events:
-        return ""
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _event_cells(event)) + "</tr>"
-        for event in events[-EVENTS_SHOWN:]
-    )
-    earlier = len(events) - EVENTS_SHOWN
-    more = f"<p>{earlier} earlier ones are in events.jsonl.</p>" if earlier > 0 else ""
-    return (
-        f"<h2>Events</h2>{more}<table><tr><th>time</th><th>step</th><th>event</th><th>detail</th></tr>"
-        f"{rows}</table>"
-    )
-
-
 def _event_cells(event: dict[str, Any]) -> list[str]:
-    time = event.get("time", "")
+    """Time, step, event and detail."""
+    time, detail = event.get("time", ""), event.get("detail", "")
     if isinstance(time, int | float):
         time = datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    detail = event.get("detail", "")
     if not isinstance(detail, str):
         detail = json.dumps(redact(detail), ensure_ascii=False)
     return [str(time), str(event.get("step", "")), str(event.get("event", "")), redact(detail)]
-
-
-def _samples_html(run_dir: Path) -> str:
-    """Validation prompts of the last validation."""
-    for path in sorted((run_dir / "samples").glob("step-*.jsonl"), reverse=True):
-        # (Split at \n alone: a response may hold other characters that end a line for Python.)
-        records = [json.loads(line) for line in path.read_text().split("\n") if line]
-        records = [r for r in records if r["split"] == "val"][:REPORT_SAMPLES]
-        if records:
-            break
-    else:
-        return ""
-    rows = "".join(
-        f"<tr><td>{html.escape(r['question'])}</td><td><code>{html.escape(r['response'])}</code></td>"
-        f"<td>{html.escape(r['answer'])}</td>"
-        f"<td class='{'right' if r['score'] > 0 else 'wrong'}'>{r['score']:g}</td></tr>"
-        for r in records
-    )
-    return (
-        f"<h2>Validation samples, {path.stem}</h2><table>"
-        f"<tr><th>question</th><th>response</th><th>answer</th><th>score</th></tr>{rows}</table>"
-    )

@@ -1,16 +1,10 @@
-"""The run directory: made, held by one process, and protected from a run with another meaning."""
+"""The run directory: made, held, and protected from a run with another meaning."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
-import socket
-import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -18,88 +12,11 @@ from omegaconf import OmegaConf
 
 from mssr.config import Config, flatten, to_dict
 from mssr.config.loading import save_config
+from mssr.config.options import FORM, LISTED, REFUSED, describe, nearest
 from mssr.config.secrets import redact
 from mssr.errors import UserError
+from mssr.runs.lock import HeldDirectory, hold_directory
 from mssr.runs.manifest import read_manifest
-
-FREE_TO_CHANGE = (
-    "experiment_name",
-    "trainer",
-    "cluster",
-    "rollout.workers",
-    "rollout.max_num_seqs",
-    "rollout.kv_cache_gib",
-    "rollout.gpu_memory_utilization",
-    "rollout.enforce_eager",
-    "rollout.engine_options",
-    "actor.num_ranks",
-    "actor.micro_batch_tokens",
-    "actor.keep_gathered",
-    "actor.head_chunk_tokens",
-    "actor.score_early",
-    "actor.activation_checkpointing",
-    "actor.offload",
-    "actor.max_nonfinite_updates",
-    "data.max_bad_fraction",
-    "data.cache_dir",
-    "data.image_cache_gib",
-    "reward.workers",
-)
-"""Keys and sections that say how a run is computed and not what it computes."""
-
-LISTED = ("data.val", "reward.time_limit_s", "actor.lora.dropout")
-"""Keys within those of `MEANING` that the state does not depend on."""
-
-MEANING = (
-    "seed",
-    "model",
-    "data",
-    "reward",
-    "algorithm",
-    "sampler",
-    "actor.lora",
-    "actor.optimizer",
-    "actor.master_dtype",
-    "actor.rounding",
-    "rollout.engine",
-    "rollout.n",
-    "rollout.rollouts_per_step",
-)
-"""Keys and sections that say what the saved state means: whose weights, which prompts, whose baselines, which
-position in which order. All others may change on the way, and are shown when they do."""
-
-FORM = (
-    "actor.lora.rank",
-    "actor.lora.targets",
-    "actor.optimizer",
-    "actor.master_dtype",
-    "actor.rounding",
-)
-"""Keys of `MEANING` that decide which tensors a state is made of: with others it cannot be read at all."""
-
-LOCK_FILE = ".lock"
-
-
-@dataclass(frozen=True)
-class RunDirectory:
-    """A directory that this process holds, until `release`, the end of a ``with``, or its own end."""
-
-    path: Path
-    notes: tuple[str, ...]
-    """Lines for the user."""
-    lock: FileIO | None
-    """The open lock file; None where the file system knows no locks."""
-
-    def release(self) -> None:
-        """Let another process have the directory."""
-        if self.lock is not None:
-            self.lock.close()
-
-    def __enter__(self) -> RunDirectory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +32,7 @@ class Drift:
     """What may change, and changes the course of the run."""
 
 
-def prepare_run_directory(config: Config) -> RunDirectory:
+def prepare_run_directory(config: Config) -> HeldDirectory:
     """Make the directory, hold it, and write config.yaml.
 
     Raises:
@@ -124,26 +41,19 @@ def prepare_run_directory(config: Config) -> RunDirectory:
     """
     run_dir = config.run_dir
     saved = run_dir / "config.yaml"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock, notes = _lock(run_dir)
-    except OSError as error:
-        raise UserError(f"trainer.run_dir: {run_dir} cannot be made ({error.strerror})") from error
-    directory = RunDirectory(run_dir, notes, lock)
-    try:
-        if saved.is_file() and _has_begun(run_dir):
-            notes += _check_same_run(config, saved)
-        for part in ("logs", "samples", "checkpoints"):
-            (run_dir / part).mkdir(exist_ok=True)
-        partial = saved.with_suffix(".yaml.partial")
-        save_config(config, partial)
-        os.replace(partial, saved)
-    except OSError as error:
-        directory.release()
-        raise UserError(f"trainer.run_dir: {run_dir} cannot be written ({error.strerror})") from error
-    except BaseException:
-        directory.release()
-        raise
+    with contextlib.ExitStack() as on_failure:
+        directory = on_failure.enter_context(hold_directory(run_dir, "trainer.run_dir"))
+        begun = saved.is_file() and _has_begun(run_dir)
+        notes = directory.notes + (_check_same_run(config, saved) if begun else ())
+        try:
+            for part in ("samples", "checkpoints"):
+                (run_dir / part).mkdir(exist_ok=True)
+            partial = saved.with_suffix(".yaml.partial")
+            save_config(config, partial)
+            os.replace(partial, saved)
+        except OSError as error:
+            raise UserError(f"trainer.run_dir: {run_dir} cannot be written ({error.strerror})") from error
+        on_failure.pop_all()
     return replace(directory, notes=notes)
 
 
@@ -160,13 +70,9 @@ def compare_configs(old: dict[str, Any], new: dict[str, Any]) -> Drift:
         if a == b:
             continue
         line = f"{key}: {a} -> {b}"
-        if _decides_lr(key, before, now):
-            drift.listed.append(line)
-        elif _under(key, FREE_TO_CHANGE):
-            continue
-        elif _under(key, MEANING) and not _under(key, LISTED):
+        if (verdict := _verdict(key)) in (REFUSED, FORM):
             drift.refused.append(line)
-        else:
+        elif verdict == LISTED or _decides_lr(key, before, now):
             drift.listed.append(line)
     return drift
 
@@ -186,9 +92,10 @@ def _decides_lr(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
     return key in ("trainer.steps", "trainer.epochs") and not before[schedule] == now[schedule] == "constant"
 
 
-def _under(key: str, keys: tuple[str, ...]) -> bool:
-    """Whether it is one of some keys, or within one of some sections."""
-    return any(key == k or key.startswith(f"{k}.") for k in keys)
+def _verdict(key: str) -> str:
+    """What a resume thinks of a change of the key; one that only another version has is listed."""
+    option = nearest(describe(Config), key)
+    return option.resume if option else LISTED
 
 
 def _has_begun(run_dir: Path) -> bool:
@@ -239,7 +146,7 @@ def check_checkpoint(config: Config, checkpoint: Path) -> tuple[str, ...]:
 def _describe(drift: Drift, what: str, remedy: str, force: bool) -> tuple[str, ...]:
     if drift.refused and not force:
         raise UserError(f"{what} ({'; '.join(drift.refused)}); {remedy}")
-    if unreadable := [line for line in drift.refused if line.partition(":")[0] in FORM]:
+    if unreadable := [line for line in drift.refused if _verdict(line.partition(":")[0]) == FORM]:
         raise UserError(
             f"{what} ({'; '.join(unreadable)}), whose state has another form, so trainer.resume_force=true "
             "cannot go on from it; start from an export of it in another trainer.run_dir"
@@ -248,102 +155,3 @@ def _describe(drift: Drift, what: str, remedy: str, force: bool) -> tuple[str, .
         [f"changed by trainer.resume_force, against the saved state: {line}" for line in drift.refused]
         + [f"changed since the state was saved: {line}" for line in drift.listed]
     )
-
-
-def hold_directory(path: Path, key: str) -> RunDirectory:
-    """Make a directory with ``logs`` in it and hold it.
-
-    Args:
-        key: the option that names the directory, for messages.
-
-    Raises:
-        UserError: it cannot be made, or another process holds it.
-    """
-    try:
-        (path / "logs").mkdir(parents=True, exist_ok=True)
-        lock, notes = _lock(path, key)
-    except OSError as error:
-        raise UserError(f"{key}: {path} cannot be made ({error.strerror})") from error
-    return RunDirectory(path, notes, lock)
-
-
-def _lock(run_dir: Path, key: str = "trainer.run_dir") -> tuple[FileIO | None, tuple[str, ...]]:
-    """Hold the directory; returns the open file, or None and a note where there are no locks.
-
-    The kernel lets go when the last copy of the open file is closed, be it by kill -9. So no child may keep
-    one: Python's files are closed on exec, and on a fork without exec by hand.
-    """
-    path = run_dir / LOCK_FILE
-    file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        pid, _, host = file.read(1000).decode(errors="replace").strip().partition(" ")
-        file.close()
-        holder = f"process {pid} on {host}" if host else "another process"
-        raise UserError(
-            f"{key}: {run_dir} is in use by {holder}; let it end or stop it, or choose another {key}"
-        ) from None
-    except OSError as error:
-        file.close()
-        return None, (
-            f"{path} cannot be locked ({error.strerror}): see to it that no second run writes to {run_dir}",
-        )
-    held = weakref.ref(file)
-
-    def close_in_child() -> None:
-        if (copy := held()) is not None:
-            copy.close()
-
-    os.register_at_fork(after_in_child=close_in_child)
-    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
-        file.truncate(0)
-        file.write(f"{os.getpid()} {socket.gethostname()}\n".encode())
-    return file, ()
-
-
-class MetricsFile:
-    """metrics.jsonl: one JSON object a step, appended.
-
-    On resume the steps after the checkpoint are computed again; their old lines move to
-    metrics.discarded.jsonl, so that the file has neither gap nor duplicate and nothing is lost.
-    """
-
-    def __init__(self, path: Path, resume_step: int | None) -> None:
-        """``resume_step``: last step that stands, None for a fresh run."""
-        if path.is_file():
-            lines = path.read_text().splitlines(keepends=True)
-            keep = [x for x in lines if resume_step is not None and _step_of(x) <= resume_step]
-            dropped = [x for x in lines if resume_step is None or _step_of(x) > resume_step]
-            if dropped:
-                with path.with_suffix(".discarded.jsonl").open("a") as file:
-                    file.writelines(dropped)
-                partial = path.with_suffix(".partial")
-                partial.write_text("".join(keep))
-                os.replace(partial, path)
-        self._file = path.open("a")
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut off by a crash
-
-
-def write_samples(path: Path, samples: Iterable[dict[str, Any]], split: str) -> None:
-    """Put a split's questions, responses and scores into a step's file, beside the other split's."""
-    lines = [json.dumps(s, ensure_ascii=False) + "\n" for s in samples]
-    if path.is_file():
-        # A step that is computed again after a resume replaces its own samples.
-        # (Split at \n alone: a response may hold other characters that end a line for Python.)
-        old = [x + "\n" for x in path.read_text().split("\n") if x]
-        lines = [x for x in old if json.loads(x)["split"] != split] + lines
-    path.write_text("".join(lines))

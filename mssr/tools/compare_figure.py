@@ -18,16 +18,14 @@ def draw(
     path: Path,
 ) -> None:
     """Runs: accuracy over steps, rollouts and hours, and entropy. Evaluations: accuracies with intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     layout = [[*AXES, "entropy"]] if runs else []
     if evaluations:
         layout.append(["evaluations"] * (4 if runs else 1))
     size = (17 if runs else 8, 4.2 * len(layout))
-    figure, axes = plt.subplot_mosaic(layout, figsize=size, constrained_layout=True)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplot_mosaic(layout)
     if runs:
         for axis, label in AXES.items():
             _accuracy(axes[axis], runs, axis, label, targets)
@@ -41,7 +39,6 @@ def draw(
     if evaluations:
         _evaluations(axes["evaluations"], evaluations)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _accuracy(

@@ -5,26 +5,24 @@ The page is one file, pictures included, so that it can be sent to somebody.
 
 from __future__ import annotations
 
-import html
 import io
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from mssr.config import Config
-from mssr.config.checks import advice
-from mssr.config.loading import load_config
 from mssr.config.secrets import redact
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import LoadedPrompts
 from mssr.data.rows import BadRow, Row
 from mssr.models.loading import check_model_path
 from mssr.rewards.extraction import unwrap
-from mssr.runs.html import BASE_STYLE, data_uri
+from mssr.runs.config import advice, load_config
+from mssr.runs.html import data_uri, render
 from mssr.trainer.data import load_data
 
 SHOWN = 12
@@ -43,7 +41,7 @@ KINDS = (
 )
 
 
-def data_report(config_file: str | Path, overrides: Sequence[str] = (), out: str | None = None) -> Path:
+def data_report(config_file: str | Path, overrides: Sequence[str] = (), out: Path | None = None) -> Path:
     """Check the data of a config as a training would, print the counts, write the page; returns its path.
 
     Raises:
@@ -69,8 +67,12 @@ def data_report(config_file: str | Path, overrides: Sequence[str] = (), out: str
             print(f"  {count} x {reason}")
     if config.trainer.epochs is not None:
         print(f"trainer.epochs={config.trainer.epochs}: {data.config.trainer.steps} steps")
-    path = Path(out) if out else config.run_dir / "data.html"
-    path.write_text(_page(config, data.encoder, splits))
+    path = out or config.run_dir / "data.html"
+    described = [
+        _split(data.encoder, name, loaded, config.data.max_prompt_length) for name, loaded in splits.items()
+    ]
+    title = redact(f"Data of {config.experiment_name}")
+    path.write_text(render("tools", "data.html", title=title, splits=described))
     print(f"written: {path}")
     return path
 
@@ -89,72 +91,37 @@ def answer_kind(answer: str) -> str:
     return "text"
 
 
-def _page(config: Config, encoder: PromptEncoder, splits: Mapping[str, LoadedPrompts]) -> str:
-    title = html.escape(redact(f"Data of {config.experiment_name}"))
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-{BASE_STYLE} pre {{ white-space: pre-wrap; background: #f5f5f5;
-padding: .6rem }} img {{ max-width: 100%; max-height: 320px; border: 1px solid #ddd; margin-right: .5rem }}
-article {{ border-top: 2px solid #ccc; padding: .6rem 0 }} mark {{ background: #dbe9ff }}
-</style></head><body><h1>{title}</h1>
-{"".join(_split(encoder, *split, config.data.max_prompt_length) for split in splits.items())}
-</body></html>
-"""
-
-
-def _split(encoder: PromptEncoder, name: str, loaded: LoadedPrompts, longest: int) -> str:
-    dataset = loaded.dataset
-    ids = dataset.ids
-    answers = dataset.answers(ids)
-    kinds = _table("answers look like", Counter(map(answer_kind, answers)).most_common())
-    reasons = _table("rows left out because", _reasons(loaded.dropped)) if loaded.dropped else ""
-    examples = "".join(
-        f"<tr><td>{html.escape(redact(row.where))}</td><td>{html.escape(redact(row.reason))}</td></tr>"
-        for row in loaded.dropped[:20]
-    )
-    if examples:
-        examples = f"<details><summary>the first of them</summary><table>{examples}</table></details>"
-    shown = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, SHOWN).astype(int))]
-    prompts = "".join(_prompt(encoder, dataset.row(i)) for i in shown)
-    return f"""<h2>{name}: {html.escape(redact(loaded.summary()))}</h2>
-{_histogram(np.asarray(loaded.lengths), longest)}{kinds}{reasons}{examples}
-<h3>Prompts, exactly as the model gets them</h3>{prompts}"""
-
-
-def _table(title: str, rows: Sequence[tuple[str, int]]) -> str:
-    cells = "".join(f"<tr><td>{html.escape(name)}</td><td>{count}</td></tr>" for name, count in rows)
-    return f"<table><tr><th>{title}</th><th>rows</th></tr>{cells}</table>"
-
-
-def _histogram(lengths: np.ndarray, longest: int) -> str:
-    """Prompt lengths as an SVG."""
+def _split(encoder: PromptEncoder, name: str, loaded: LoadedPrompts, longest: int) -> dict[str, Any]:
+    """What the page says of a set."""
+    ids, lengths = loaded.dataset.ids, np.asarray(loaded.lengths)
     counts, edges = np.histogram(lengths, bins=BINS)
-    width, height, top = 720, 160, max(int(counts.max()), 1)
-    bar = width / BINS
-    bars = "".join(
-        f'<rect x="{k * bar:.1f}" y="{height - height * c / top:.1f}" width="{bar - 1:.1f}" '
-        f'height="{height * c / top:.1f}" fill="#4a7fc1">'
-        f"<title>{edges[k]:.0f} to {edges[k + 1]:.0f} tokens: {c}</title></rect>"
-        for k, c in enumerate(counts)
-    )
-    middle = f"median {np.median(lengths):.0f}, 95% below {np.percentile(lengths, 95):.0f}"
-    return (
-        f"<p>Prompt length in tokens: {lengths.min()} to {lengths.max()}, {middle}, limit {longest}.</p>"
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="prompt lengths">'
-        f"{bars}</svg>"
-    )
+    shown = [ids[i] for i in np.unique(np.linspace(0, len(ids) - 1, SHOWN).astype(int))]
+    return {
+        "name": name,
+        "summary": redact(loaded.summary()),
+        "lengths": f"{lengths.min()} to {lengths.max()}, median {np.median(lengths):.0f}, 95% below "
+        f"{np.percentile(lengths, 95):.0f}, limit {longest}",
+        "bars": [
+            {"first": first, "last": last, "count": count}
+            for first, last, count in zip(edges, edges[1:], counts.tolist(), strict=False)
+        ],
+        "kinds": Counter(map(answer_kind, loaded.dataset.answers(ids))).most_common(),
+        "reasons": _reasons(loaded.dropped),
+        "dropped": loaded.dropped[:20],
+        "prompts": [_prompt(encoder, loaded.dataset.row(i)) for i in shown],
+    }
 
 
-def _prompt(encoder: PromptEncoder, row: Row) -> str:
-    text = re.sub(r"(&lt;\|.*?\|&gt;)", r"<mark>\1</mark>", html.escape(encoder.chat_text(row)))
+def _prompt(encoder: PromptEncoder, row: Row) -> dict[str, Any]:
     images = encoder.images(row)
-    pictures = "".join(f'<img alt="image" src="{data_uri(_png(image), "png")}">' for image in images)
-    sizes = ", ".join(f"{i.width} x {i.height}" for i in images) or "no image"
-    tokens = len(encoder.encode(row).token_ids)
-    where = html.escape(redact(row.where))
-    return (
-        f"<article><p><b>{html.escape(row.id)}</b> ({where}): {tokens} tokens, {sizes}, "
-        f"answer <code>{html.escape(row.answer)}</code></p>{pictures}<pre>{text}</pre></article>"
-    )
+    texts = re.split(r"(<\|.*?\|>)", encoder.chat_text(row))
+    return {
+        "row": row,
+        "tokens": len(encoder.encode(row).token_ids),
+        "sizes": [image.size for image in images],
+        "pictures": [data_uri(_png(image), "png") for image in images],
+        "texts": [(text, k % 2 == 1) for k, text in enumerate(texts)],
+    }
 
 
 def _png(image: Image.Image) -> bytes:

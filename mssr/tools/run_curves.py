@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from mssr.errors import UserError
+from mssr.runs.jsonl import read_records
 from mssr.runs.plot import read_metrics
 from mssr.trainer.initial_values import FILE as INIT_ROLLOUTS
 
@@ -66,12 +67,9 @@ def read_run(run_dir: Path, metric: str = "val/accuracy") -> RunCurves:
     Raises:
         UserError: metrics or config are missing or damaged, or the run has no validation.
     """
-    try:
-        records = read_metrics(run_dir)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{run_dir / 'metrics.jsonl'} is damaged: {error}") from error
+    records = read_metrics(run_dir)
     config = _config(run_dir / "config.yaml")
-    per_step = _lookup(config, "rollout", "rollouts_per_step")
+    per_step = OmegaConf.select(config, "rollout.rollouts_per_step")
     if not isinstance(per_step, int) or isinstance(per_step, bool) or per_step < 1:
         raise UserError(
             f"{run_dir / 'config.yaml'}: rollout.rollouts_per_step is {per_step!r}, not a number above 0"
@@ -82,7 +80,7 @@ def read_run(run_dir: Path, metric: str = "val/accuracy") -> RunCurves:
     before: int | None = None
     for number, record in enumerate(records, 1):
         where = f"{run_dir / 'metrics.jsonl'} line {number}"
-        step = record.get("step") if isinstance(record, dict) else None
+        step = record.get("step")
         if not isinstance(step, int):
             raise UserError(f"{where} has no step")
         if step not in ((0, 1) if before is None else (before + 1,)):
@@ -106,7 +104,7 @@ def read_run(run_dir: Path, metric: str = "val/accuracy") -> RunCurves:
     assert before is not None
     return RunCurves(
         path=run_dir,
-        method=str(_lookup(config, "algorithm", "name") or ""),
+        method=str(OmegaConf.select(config, "algorithm.name") or ""),
         validation=curves[metric],
         training=curves["reward/accuracy"],
         entropy=curves["policy/entropy"],
@@ -124,15 +122,9 @@ def _config(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path} is missing: it says how many rollouts a step has")
     try:
-        return yaml.safe_load(path.read_text())
+        return OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
-
-
-def _lookup(tree: Any, *keys: str) -> Any:
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
 
 
 def _init_rollouts(path: Path) -> int:
@@ -140,12 +132,10 @@ def _init_rollouts(path: Path) -> int:
     if not path.is_file():
         return 0
     count = 0
-    for number, line in enumerate(path.read_text().split("\n")[1:], 2):
-        if line:
-            try:
-                count += len(json.loads(line)["scores"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path} line {number} is damaged: {error}") from error
+    for number, record in enumerate(read_records(path)[1:], 2):
+        if not isinstance(record.get("scores"), list):
+            raise UserError(f"{path} line {number} is damaged: it has no scores")
+        count += len(record["scores"])
     return count
 
 

@@ -11,28 +11,19 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mssr.algorithms import Algorithm, plugins
 from mssr.config import Config, flatten, to_dict
+from mssr.config.options import describe, nearest
+from mssr.models.files import replace_text
+from mssr.runs.jsonl import append_record, read_records, to_lines
 from mssr.trainer.collect import RolloutCollector
 
 FILE = "init_rollouts.jsonl"
 _STEP = -1
 """Seeds of this pass are those of a step that no training step has."""
-_DEPENDS_ON = (
-    "seed model. data. reward. algorithm.baseline.init_rollouts rollout.engine rollout.temperature "
-    "rollout.max_response_length"
-).split()
-_INDEPENDENT_OF = (
-    "data.val",
-    "data.image_cache_gib",
-    "data.max_bad_fraction",
-    "data.shuffle",
-    "reward.workers",
-)
 
 
 def initialize_values(
@@ -77,44 +68,28 @@ class _Cache:
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.scores: dict[str, list[float]] = {}
         self._path = path
-        if path.is_file():
-            self._read(fingerprint)
-        if not path.is_file():
-            path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
-
-    def _read(self, fingerprint: str) -> None:
-        lines = self._path.read_text().rstrip("\n").split("\n")
-        records: list[dict[str, Any]] = []
-        for line in lines:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break  # cut off by a crash; what follows it cannot be
-        if not records or records[0].get("fingerprint") != fingerprint:
-            # Another model, data set or reward: kept, but not used.
-            os.replace(self._path, self._path.with_suffix(".discarded.jsonl"))
-            return
+        header = {"fingerprint": fingerprint}
+        records = read_records(path, skip_damaged=True) if path.is_file() else []
+        if records[:1] != [header]:
+            if path.is_file():  # of another model, data set or reward: kept, but not used
+                os.replace(path, path.with_suffix(".discarded.jsonl"))
+            records = [header]
         for record in records[1:]:
             self.scores[record["id"]] = record["scores"]
-        if len(records) < len(lines):
-            kept = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-            partial = self._path.with_suffix(".partial")
-            partial.write_text(kept)
-            os.replace(partial, self._path)
+        replace_text(path, to_lines(records))  # without what a crash has cut off
 
     def add(self, prompt_id: str, responses: list[str], scores: list[float]) -> None:
-        record = {"id": prompt_id, "scores": scores, "responses": responses}
-        with self._path.open("a") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        append_record(self._path, {"id": prompt_id, "scores": scores, "responses": responses})
         self.scores[prompt_id] = scores
 
 
 def _fingerprint(config: Config) -> str:
     """Of everything that decides responses and scores of the base model."""
+    known = describe(Config)
     tree = {
         key: value
         for key, value in flatten(to_dict(config)).items()
-        if key.startswith(tuple(_DEPENDS_ON)) and not key.startswith(_INDEPENDENT_OF)
+        if (option := nearest(known, key)) and option.first_values
     }
     if plugins.is_spec(config.reward.name):
         tree["reward file"] = Path(config.reward.name.rpartition(":")[0]).read_text()

@@ -18,7 +18,7 @@ from mssr.errors import StopRequestedError, TrainingError, UserError
 from mssr.rewards import Scorer
 from mssr.runs.checkpoint import read_state
 from mssr.runs.run import Run
-from mssr.runs.run_directory import write_samples
+from mssr.runs.samples import write_samples
 from mssr.trainer.collect import RolloutCollector
 from mssr.trainer.estimate import Estimator
 from mssr.trainer.initial_values import initialize_values
@@ -173,10 +173,10 @@ class Trainer:
         self.console.step(self.step, metrics)
         if self.store.written:
             self._finish_save()
-        if self._due(self.config.trainer.save_every, at_end=True):
+        collapsed = self.watch.collapsed and self.config.trainer.stop_on_collapse
+        if collapsed or self._due(self.config.trainer.save_every, at_end=True):
             self._begin_save(metrics.get("val/accuracy"))
-        if self.watch.collapsed and self.config.trainer.stop_on_collapse:
-            self._begin_save(metrics.get("val/accuracy"))
+        if collapsed:
             self._finish_save()
             raise TrainingError(
                 "the policy has collapsed, see events.jsonl, and trainer.stop_on_collapse=true; "
@@ -188,9 +188,9 @@ class Trainer:
         metrics: dict[str, float] = {}
         for prompts in self.validation.due(self.step):
             with self.timer("val"):
-                done = self.validation.ask(prompts)
-            self._write_samples(prompts.set.key, prompts.dataset, done.rollouts, done.scores)
-            metrics |= done.metrics
+                rollouts, scores, found = self.validation.ask(prompts)
+            self._write_samples(prompts.set.key, prompts.dataset, rollouts, scores)
+            metrics |= found
         return metrics
 
     def _begin_save(self, val_accuracy: float | None = None) -> None:

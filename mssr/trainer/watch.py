@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from mssr.config import WatchConfig
@@ -28,29 +29,13 @@ WINDOW = 10
 LEAST_BEST = 0.02
 CUT_MORE, CUT_MOST = 0.1, 0.5
 
-FLAGS = {
-    "entropy": "watch/entropy_collapsed",
-    "accuracy": "watch/accuracy_dropped",
-    "length": "watch/length_exploded",
+SIGNS = {
+    "entropy": ("watch/entropy_collapsed", "entropy_floor"),
+    "accuracy": ("watch/accuracy_dropped", "accuracy_drop"),
+    "length": ("watch/length_exploded", "length_growth"),
 }
-"""Sign -> its metric."""
+"""Sign -> its metric, and the option whose null turns it off."""
 _STATE_VERSION = 1
-
-
-class _Sign:
-    """One sign: how long it has held or been absent, and whether it counts."""
-
-    def __init__(self) -> None:
-        self.active = False
-        self.run = 0  # steps in a row that speak against `active`
-
-    def observe(self, holds: bool, patience: int) -> bool:
-        """Whether an episode begins with this step."""
-        self.run = self.run + 1 if holds != self.active else 0
-        if self.run < patience:
-            return False
-        self.active, self.run = holds, 0
-        return holds
 
 
 class CollapseWatch:
@@ -58,7 +43,8 @@ class CollapseWatch:
 
     def __init__(self, config: WatchConfig) -> None:
         self.config = config
-        self._signs = {name: _Sign() for name in FLAGS}
+        # Whether it counts, and how many steps in a row speak against that.
+        self._signs: dict[str, list[Any]] = {name: [False, 0] for name in SIGNS}
         self._recent: list[float] = []  # accuracies, the last WINDOW
         self._best: float | None = None  # their best mean
         self._first: dict[str, list[float]] = {"length": [], "cut": []}  # of the first WINDOW steps
@@ -66,7 +52,7 @@ class CollapseWatch:
     @property
     def collapsed(self) -> bool:
         """Whether any sign counts now."""
-        return any(sign.active for sign in self._signs.values())
+        return any(counts for counts, _ in self._signs.values())
 
     def observe(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
         """Take in a step; returns a sentence for every episode that begins.
@@ -81,24 +67,27 @@ class CollapseWatch:
             "length": self._length(metrics),
         }
         warnings = []
-        for name, (holds, text) in ((n, f) for n, f in found.items() if f is not None):
-            if self._signs[name].observe(holds, self.config.patience):
+        for name, text in found.items():
+            if text is None:
+                continue
+            counts, against = self._signs[name]
+            against = against + 1 if bool(text) != counts else 0
+            if against < self.config.patience:
+                self._signs[name] = [counts, against]
+                continue
+            self._signs[name] = [not counts, 0]
+            if not counts:
                 warnings.append(f"step {step}: {text} (for {self.config.patience} steps)")
         return warnings
 
     def metrics(self) -> dict[str, float]:
         """1 where a sign counts now, else 0; a sign that is off is 0."""
-        return {key: float(self._signs[name].active) for name, key in FLAGS.items()}
+        return {metric: float(self._signs[name][0]) for name, (metric, _) in SIGNS.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """All of it as JSON values; thresholds are settings and not in it."""
-        return {
-            "version": _STATE_VERSION,
-            "signs": {name: [sign.active, sign.run] for name, sign in self._signs.items()},
-            "recent": list(self._recent),
-            "best": self._best,
-            "first": {name: list(values) for name, values in self._first.items()},
-        }
+        parts = {"signs": self._signs, "recent": self._recent, "best": self._best, "first": self._first}
+        return {"version": _STATE_VERSION} | deepcopy(parts)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken; what is watched no longer is forgotten.
@@ -107,25 +96,26 @@ class CollapseWatch:
             ValueError: the state has another version.
         """
         check_version(state, _STATE_VERSION, "watch")
-        options = dict(zip(FLAGS, ("entropy_floor", "accuracy_drop", "length_growth"), strict=True))
-        for name, sign in self._signs.items():
-            if options[name] in self.config.signs:
-                sign.active, sign.run = bool(state["signs"][name][0]), int(state["signs"][name][1])
-        self._recent = [float(x) for x in state["recent"]]
-        self._best = None if state["best"] is None else float(state["best"])
-        self._first = {name: [float(x) for x in state["first"][name]] for name in self._first}
+        state = deepcopy(dict(state))
+        watched = [name for name, (_, option) in SIGNS.items() if option in self.config.signs]
+        self._signs |= {name: state["signs"][name] for name in watched}
+        self._recent, self._best, self._first = state["recent"], state["best"], state["first"]
 
-    def _entropy(self, metrics: Mapping[str, Any]) -> tuple[bool, str] | None:
+    # Each sign: a sentence where it holds in this step, an empty one where not, None if nothing is known.
+
+    def _entropy(self, metrics: Mapping[str, Any]) -> str | None:
         floor, entropy = self.config.entropy_floor, _number(metrics, "policy/entropy")
         if floor is None or entropy is None:
             return None
-        return entropy < floor, (
+        if entropy >= floor:
+            return ""
+        return (
             f"policy entropy is {entropy:.2g} nats per token, below watch.entropy_floor={floor:g}; the "
             "policy hardly explores any more, try a lower actor.lr, a higher algorithm.kl.coef or entropy "
             "shaping"
         )
 
-    def _accuracy(self, metrics: Mapping[str, Any]) -> tuple[bool, str] | None:
+    def _accuracy(self, metrics: Mapping[str, Any]) -> str | None:
         accuracy = _number(metrics, "reward/accuracy")
         if accuracy is None:
             return None
@@ -137,14 +127,15 @@ class CollapseWatch:
         drop = self.config.accuracy_drop
         if drop is None:
             return None
-        holds = self._best >= LEAST_BEST and mean < (1 - drop) * self._best
-        return holds, (
+        if self._best < LEAST_BEST or mean >= (1 - drop) * self._best:
+            return ""
+        return (
             f"train accuracy, the mean of {WINDOW} steps, fell from {self._best:.3f} at best to {mean:.3f}, "
             f"by more than watch.accuracy_drop={drop:g} of it; go back to an earlier checkpoint with a lower "
             "actor.lr"
         )
 
-    def _length(self, metrics: Mapping[str, Any]) -> tuple[bool, str] | None:
+    def _length(self, metrics: Mapping[str, Any]) -> str | None:
         length = _number(metrics, "rollout/response_length")
         cut = _number(metrics, "rollout/truncated_fraction")
         if length is None or cut is None:
@@ -158,8 +149,9 @@ class CollapseWatch:
             return None
         usual = math.fsum(self._first["length"]) / WINDOW
         more = cut - math.fsum(self._first["cut"]) / WINDOW
-        holds = (length > growth * usual and more >= CUT_MORE) or more >= CUT_MOST
-        return holds, (
+        if more < CUT_MORE or (length <= growth * usual and more < CUT_MOST):
+            return ""
+        return (
             f"responses have {length:.0f} tokens (watch.length_growth={growth:g}; {usual:.0f} in the first "
             f"steps) and {cut:.0%} of them are cut; look at the samples for repetition, and try "
             "reward.length_penalty or reward.overlong_buffer"

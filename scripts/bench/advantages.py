@@ -1,4 +1,4 @@
-"""Time of the advantages of one large step, mssr beside verl, as a Markdown table; and of the import.
+"""Time of the advantages of one large step, mssr beside verl, as a Markdown table.
 
     PYTHONPATH=. python scripts/bench/advantages.py --out scripts/bench/results/advantages.md
 
@@ -11,21 +11,15 @@ has its own copy; the column "and copied to tokens" is mssr's time with such cop
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import importlib.metadata
 import importlib.util
 import itertools
-import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+from report import arguments, publish, table, timed
 
 from mssr.algorithms import create
 
@@ -41,19 +35,12 @@ METHODS = {
     "spo": (),
 }
 COLUMNS = ("method", "mssr, ms", "and copied to tokens, ms", "verl, ms", "largest difference")
-IMPORT = "import time; t = time.perf_counter(); import mssr.algorithms, mssr.algorithms.losses;"
-IMPORT += " print(time.perf_counter() - t)"
 
 
 def milliseconds(call: Callable[[], object], repeats: int, digits: int) -> str:
     """Median and, in brackets, fastest of so many calls after a first one."""
-    call()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return f"{1e3 * statistics.median(times):.{digits}f} ({1e3 * min(times):.{digits}f})"
+    times = [1e3 * timed(call)[0] for _ in range(repeats + 1)][1:]
+    return f"{statistics.median(times):.{digits}f} ({min(times):.{digits}f})"
 
 
 def verl_functions() -> dict[str, Callable[..., torch.Tensor]]:
@@ -87,7 +74,7 @@ def rows(batch: int, tokens: int, repeats: int) -> list[tuple[str, ...]]:
     mask = (torch.arange(tokens) < torch.from_numpy(lengths)[:, None]).float()
     token_rewards = torch.zeros(batch, tokens)
     token_rewards[torch.arange(batch), torch.from_numpy(lengths) - 1] = torch.from_numpy(rewards)
-    table = []
+    found = []
     for name, theirs in METHODS.items():
         method = create(name)
         batches = [groups] if method.baseline is None else steps
@@ -113,68 +100,32 @@ def rows(batch: int, tokens: int, repeats: int) -> list[tuple[str, ...]]:
             cell = milliseconds(lambda f=oracles[key]: f(token_rewards, mask, index), repeats, 0)
             verl.append(f"{cell}{kind}")
         cells = own, copied, ", ".join(verl), f"{max(difference):.0e}" if difference else ""
-        table.append((name, *cells))
-    return table
-
-
-def import_seconds(repeats: int = 5) -> tuple[float, float]:
-    """Medians over new processes: the import with NumPy and torch, and the whole process."""
-    inside, whole = [], []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        result = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
-        whole.append(time.perf_counter() - started)
-        inside.append(float(result.stdout))
-    return statistics.median(inside), statistics.median(whole)
+        found.append((name, *cells))
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--batch", type=int, default=2048, help=f"responses, a multiple of {GROUP}")
     parser.add_argument("--tokens", type=int, default=4096, help="longest response")
     parser.add_argument("--repeats", type=int, default=9, help="calls of each function")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    load = os.getloadavg()[0]
-    import_time, process_time = import_seconds()
-    table = rows(args.batch, args.tokens, args.repeats)
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("verl", "torch", "numpy")
-        if importlib.util.find_spec(name)
-    )
-    command = " ".join(["python", "scripts/bench/advantages.py", *sys.argv[1:]])
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    if importlib.util.find_spec("verl"):
-        beside = "verl's functions ran in the same process on the same scores, padded as it has them."
-    else:
+
+    def measure() -> list[str]:
         beside = "verl is not installed here: mssr only."
-    text = "\n".join(
-        [
-            f"`PYTHONPATH=. {command}`, {datetime.date.today()}, {os.cpu_count()} CPU cores,"
-            f" {memory:.0f} GiB, no GPU; {versions}; load average before: {load:.1f}.",
-            "",
+        if importlib.util.find_spec("verl"):
+            beside = "verl's functions ran in the same process on the same scores, padded as it has them."
+        return [
             f"Advantages of {args.batch} responses of 1 to {args.tokens} tokens (groups of {GROUP}; single"
             f" responses, of other prompts each call, in mssr and spo), {args.threads} threads, median"
             f" (fastest) of {args.repeats} calls. {beside}",
             "",
-            "| " + " | ".join(COLUMNS) + " |",
-            "|" + " --- |" * len(COLUMNS),
-            *("| " + " | ".join(row) + " |" for row in table),
-            "",
-            f"`import mssr.algorithms, mssr.algorithms.losses` in a new process, with NumPy and torch:"
-            f" {import_time:.2f} s (the whole process {process_time:.2f} s; medians of 5).",
-            "",
+            *table(COLUMNS, rows(args.batch, args.tokens, args.repeats)),
         ]
-    )
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
+
+    publish(args, measure, "verl torch numpy")
 
 
 if __name__ == "__main__":

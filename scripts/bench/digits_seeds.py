@@ -9,19 +9,16 @@ workers, engine), sampled every two seconds.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
+from report import GIB, arguments, publish, table
 
 TARGET = 0.65
 COLUMNS = (
@@ -45,22 +42,15 @@ def memory_gib(process: psutil.Process) -> float:
             total += member.memory_full_info().pss
         except psutil.Error:
             continue  # it ended meanwhile
-    return total / 2**30
+    return total / GIB
 
 
-def run(config: str, seed: int, overrides: list[str], run_dir: Path) -> dict[str, Any]:
+def run(config: str, seed: int, overrides: list[str], run_dir: Path) -> tuple[str, ...]:
+    """A row of the table."""
     shutil.rmtree(run_dir, ignore_errors=True)
-    command = [
-        sys.executable,
-        "-m",
-        "mssr.tools.cli",
-        "train",
-        config,
-        f"seed={seed}",
-        f"trainer.run_dir={run_dir}",
-    ]
+    options = [config, f"seed={seed}", f"trainer.run_dir={run_dir}", *overrides]
     started = time.monotonic()
-    child = subprocess.Popen([*command, *overrides])
+    child = subprocess.Popen([sys.executable, "-m", "mssr.tools.cli", "train", *options])
     process = psutil.Process(child.pid)
     metrics = run_dir / "metrics.jsonl"
     first_step, peak, next_sample = None, 0.0, started
@@ -79,54 +69,31 @@ def run(config: str, seed: int, overrides: list[str], run_dir: Path) -> dict[str
     minutes = (time.monotonic() - started) / 60
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     validations = [(r["step"], r["val/accuracy"]) for r in records if "val/accuracy" in r]
-    reached = next((f"step {step}" for step, accuracy in validations if accuracy >= TARGET), "never")
     steps = [r for r in records if r["step"] > 0]
     driver = [r["memory/driver_rss_gib"] for r in steps]
-    return dict(
-        zip(
-            COLUMNS,
-            (
-                str(seed),
-                str(records[-1]["step"]),
-                f"{validations[0][1]:.1%}",
-                f"{validations[-1][1]:.1%}",
-                reached,
-                f"{minutes:.1f}",
-                f"{first_step:.0f}" if first_step else "?",
-                f"{statistics.median(r['perf/rollouts_per_s'] for r in steps):.0f}",
-                f"{peak:.1f}",
-                f"{driver[min(9, len(driver) - 1)]:.3f} -> {driver[-1]:.3f}",
-            ),
-            strict=True,
-        )
+    return (
+        str(seed),
+        str(records[-1]["step"]),
+        f"{validations[0][1]:.1%}",
+        f"{validations[-1][1]:.1%}",
+        next((f"step {step}" for step, accuracy in validations if accuracy >= TARGET), "never"),
+        f"{minutes:.1f}",
+        f"{first_step:.0f}" if first_step else "?",
+        f"{statistics.median(r['perf/rollouts_per_s'] for r in steps):.0f}",
+        f"{peak:.1f}",
+        f"{driver[min(9, len(driver) - 1)]:.3f} -> {driver[-1]:.3f}",
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--config", default="configs/digits/mssr.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, help="also write the table to this file")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run directories go")
     parser.add_argument("overrides", nargs="*", help="key=value for mssr train")
     args = parser.parse_args()
-    rows = [run(args.config, seed, args.overrides, args.runs / f"digits-seed-{seed}") for seed in args.seeds]
-    machine = f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, no GPU"
-    command = " ".join(["python", "scripts/bench/digits_seeds.py", *sys.argv[1:]])
-    table = "\n".join(
-        [
-            f"`{command}`, {datetime.date.today()}, {machine}",
-            "",
-            "| " + " | ".join(COLUMNS) + " |",
-            "|" + " --- |" * len(COLUMNS),
-            *("| " + " | ".join(row.values()) + " |" for row in rows),
-            "",
-        ]
-    )
-    print(table)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(table)
+    rows = (run(args.config, seed, args.overrides, args.runs / f"digits-seed-{seed}") for seed in args.seeds)
+    publish(args, lambda: table(COLUMNS, rows))
 
 
 if __name__ == "__main__":

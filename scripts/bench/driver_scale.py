@@ -20,10 +20,8 @@ grows.
 from __future__ import annotations
 
 import argparse
-import datetime
+import dataclasses
 import json
-import os
-import statistics
 import sys
 import tempfile
 import time
@@ -33,6 +31,8 @@ from typing import Any
 
 import numpy as np
 import psutil
+from fake_workers import OPTIONS, use_fake_workers
+from report import MIB, arguments, publish, table
 
 from mssr.cluster.launch import launch
 from mssr.config import Config
@@ -45,9 +45,7 @@ from mssr.runs.loggers import MetricsLog
 from mssr.runs.run import Run
 from mssr.runs.signals import StopRequest
 from mssr.trainer.loop import Trainer
-from scripts.bench.fake_workers import OPTIONS, use_fake_workers
 
-MIB = 2**20
 PHASES = {
     "generate": "rollouts, with rewards as they end",
     "collect": "draw, answers, requests, rest of the rewards",
@@ -59,32 +57,35 @@ PHASES = {
 }
 
 
-class Watch:
-    """Wall time and CPU time of the driver by phase; what lies within another phase counts only there."""
+@dataclasses.dataclass(frozen=True)
+class Step:
+    seconds: dict[str, Clocks]
+    """By phase."""
+    resident: float
+    """MiB of the driver."""
+    own: float
+    """MiB of it that are not shared with Ray's object store."""
 
-    def __init__(self) -> None:
-        self._clocks = time.perf_counter, time.process_time
-        self._inner: list[list[float]] = []
-        self.seconds: dict[str, list[float]] = {}
 
-    def phase(self, owner: Any, method: str) -> None:
-        """Make every call of a method of an object a phase of that name."""
-        call: Callable[..., Any] = getattr(owner, method)
+Clocks = np.ndarray
+"""Wall seconds, and CPU seconds of all threads of this process."""
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            started = [clock() for clock in self._clocks]
-            self._inner.append([0.0, 0.0])
-            result = call(*args, **kwargs)
-            passed = [clock() - start for clock, start in zip(self._clocks, started, strict=True)]
-            inner = self._inner.pop()
-            if self._inner:
-                self._inner[-1] = [a + b for a, b in zip(self._inner[-1], passed, strict=True)]
-            own = [a - b for a, b in zip(passed, inner, strict=True)]
-            so_far = self.seconds.get(method, [0.0, 0.0])
-            self.seconds[method] = [a + b for a, b in zip(so_far, own, strict=True)]
-            return result
 
-        setattr(owner, method, watched)
+def clocks() -> Clocks:
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def watch(owner: Any, method: str, seconds: dict[str, Clocks]) -> None:
+    """Add up what passes in calls of a method of an object."""
+    call: Callable[..., Any] = getattr(owner, method)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        started = clocks()
+        result = call(*args, **kwargs)
+        seconds[method] = seconds.get(method, 0.0) + clocks() - started
+        return result
+
+    setattr(owner, method, watched)
 
 
 def make_config(args: argparse.Namespace, directory: Path) -> Config:
@@ -104,18 +105,14 @@ def make_config(args: argparse.Namespace, directory: Path) -> Config:
 
 def write_rows(directory: Path, count: int) -> Path:
     path = directory / "rows.jsonl"
-    rows = (
-        {"id": f"prompt-{k}", "problem": f"{k} % 2?", "answer": str(k % 2), "images": []}
-        for k in range(count)
-    )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with path.open("w") as file:
+        for k in range(count):
+            row = {"id": f"prompt-{k}", "problem": f"{k} % 2?", "answer": str(k % 2), "images": []}
+            file.write(json.dumps(row) + "\n")
     return path
 
 
-def run(
-    args: argparse.Namespace, directory: Path
-) -> tuple[list[dict[str, list[float]]], list[dict[str, float]]]:
-    """Of each step, wall and CPU seconds by phase, and memory in MiB."""
+def run(args: argparse.Namespace, directory: Path) -> list[Step]:
     config = make_config(args, directory)
     (config.run_dir / "samples").mkdir(parents=True)
     dataset = PromptDataset(config.data.train, config.data)
@@ -124,41 +121,35 @@ def run(
     events = EventLog(config.run_dir, console.announce, 0)
     log = MetricsLog(config, None)
     use_fake_workers()
-    started = time.perf_counter()
-    process, seconds, memory = psutil.Process(), [], []
+    process, steps, seconds = psutil.Process(), list[Step](), dict[str, Clocks]()
     with Scorer(config.reward, args.tokens) as scorer, StopRequest(console.note) as stop:
         cluster = launch(config, events.restart, lambda: stop.requested)
-        print(
-            f"{args.engines + args.ranks} workers in {time.perf_counter() - started:.0f} s", file=sys.stderr
-        )
         store = CheckpointStore(config.run_dir, 1)
         what = Run(config, store, log, events, console, stop)
         trainer = Trainer(what, dataset, [], scorer, cluster)
-        watch = Watch()
         for method in ("generate", "update", "sync_weights"):
-            watch.phase(cluster, method)
-        watch.phase(trainer.collector, "collect")
+            watch(cluster, method, seconds)
+        watch(trainer.collector, "collect", seconds)
         for method in ("batch", "observe"):
-            watch.phase(trainer.estimator, method)
-        watch.phase(trainer, "_finish_step")
+            watch(trainer.estimator, method, seconds)
+        watch(trainer, "_finish_step", seconds)
         finish_step = trainer._finish_step
 
         def finish_and_tell() -> None:
+            nonlocal began
             finish_step()
-            info, cpu = process.memory_info(), time.process_time()
-            seconds.append(watch.seconds | {"step": [time.perf_counter() - told[0], cpu - told[1]]})
-            memory.append({"all": info.rss / MIB, "own": (info.rss - info.shared) / MIB})
-            told[:] = time.perf_counter(), time.process_time()
-            watch.seconds = {}
-            print(
-                f"step {len(seconds)}: {seconds[-1]['step'][0]:.1f} s, CPU {seconds[-1]['step'][1]:.2f} s, "
-                f"{memory[-1]['own']:.0f} MiB",
-                file=sys.stderr,
-                flush=True,
-            )
+            now, info = clocks(), process.memory_info()
+            seconds["collect"] -= seconds["generate"]  # which is part of it
+            step = Step(seconds | {"step": now - began}, info.rss / MIB, (info.rss - info.shared) / MIB)
+            steps.append(step)
+            seconds.clear()
+            wall, cpu = step.seconds["step"]
+            told = f"step {len(steps)}: {wall:.1f} s, CPU {cpu:.2f} s, {step.own:.0f} MiB"
+            print(told, file=sys.stderr, flush=True)
+            began = clocks()
 
         trainer._finish_step = finish_and_tell  # type: ignore[method-assign]
-        told = [time.perf_counter(), time.process_time()]
+        began = clocks()
         try:
             trainer.run()
             worker = cluster.memory()["memory/rollout_rss_gib"]
@@ -166,40 +157,36 @@ def run(
             cluster.shutdown()
             log.close()
     print(f"largest worker: {worker:.2f} GiB", file=sys.stderr)
-    return seconds, memory
+    return steps
 
 
-def report(
-    args: argparse.Namespace, seconds: list[dict[str, list[float]]], memory: list[dict[str, float]]
-) -> list[str]:
-    measured = seconds[1:]  # the first warms up
-    median = {k: [statistics.median(s.get(k, (0.0, 0.0))[c] for s in measured) for c in (0, 1)]
-              for k in (*PHASES, "step")}  # fmt: skip
-    lines = ["| phase | wall s | CPU s of the driver |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {median[k][0]:.2f} | {median[k][1]:.2f} |" for k, name in PHASES.items()]
-    wall, cpu = median["step"]
-    most = max(s["step"][1] for s in measured)
-    lines += [
-        f"| **step** | {wall:.2f} | {cpu:.2f} (at most {most:.2f}) |",
+def tables(steps: list[Step]) -> list[str]:
+    measured = [step.seconds for step in steps[1:]]  # the first warms up
+    median = {k: np.median([s.get(k, np.zeros(2)) for s in measured], axis=0) for k in (*PHASES, "step")}
+    (wall, cpu), most = median["step"], max(s["step"][1] for s in measured)
+    rows = [(name, *(f"{x:.2f}" for x in median[key])) for key, name in PHASES.items()]
+    rows.append(("**step**", f"{wall:.2f}", f"{cpu:.2f} (at most {most:.2f})"))
+    half = len(steps) // 2
+    memory = []
+    for name in ("resident", "own"):
+        values = [getattr(step, name) for step in steps]
+        slope = f"{np.polyfit(range(len(values) - half), values[half:], 1)[0]:.3f}" if half > 1 else ""
+        told = [values[0], values[min(5, len(values)) - 1], values[half], values[-1]]
+        title = "resident" if name == "resident" else "resident, not shared with Ray"
+        memory.append((title, *(f"{value:.0f}" for value in told), slope))
+    columns = "memory of the driver, MiB", "step 1", "step 5", "halfway", "last step", "slope, MiB a step"
+    return [
+        *table(("phase", "wall s", "CPU s of the driver"), rows),
         "",
         f"CPU of the driver: {cpu:.2f} s a step, {cpu / 60:.1%} of one of 60 s, {cpu / wall:.1%} of these.",
         "",
-        "| memory of the driver, MiB | step 1 | step 5 | halfway | last step | slope, MiB a step |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *table(columns, memory),
+        "",
     ]
-    half = len(memory) // 2
-    for key, name in (("all", "resident"), ("own", "resident, not shared with Ray")):
-        values = [m[key] for m in memory]
-        slope = f"{np.polyfit(range(len(values) - half), values[half:], 1)[0]:.3f}" if half > 1 else ""
-        told = [values[0], values[min(5, len(values)) - 1], values[half], values[-1]]
-        lines.append(f"| {name} | {' | '.join(f'{v:.0f}' for v in told)} | {slope} |")
-    return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--engines", type=int, default=56)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--rollouts", type=int, default=8192, help="a step")
@@ -209,30 +196,20 @@ def main() -> None:
     parser.add_argument("--generate-s", type=float, default=10.0, help="longest response")
     parser.add_argument("--update-s", type=float, default=2.0)
     parser.add_argument("--score-early", action="store_true", help="ranks score while engines generate")
-    parser.add_argument("--out", type=Path, help="append the tables to this file")
     args = parser.parse_args()
-    load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory(prefix="mssr-driver-") as directory:
-        seconds, memory = run(args, Path(directory))
-    text = "\n".join(
-        [
-            f"`PYTHONPATH=. python scripts/bench/driver_scale.py {' '.join(sys.argv[1:])}`, "
-            f"{datetime.date.today()}, {os.cpu_count()} CPU cores, no GPU; load average before {load:.1f}.",
-            "",
+
+    def measure() -> list[str]:
+        with tempfile.TemporaryDirectory(prefix="mssr-driver-") as directory:
+            steps = run(args, Path(directory))
+        return [
             f"{args.engines} engines and {args.ranks} ranks that sleep, {args.rollouts} rollouts of"
             f" {args.tokens} tokens a step, {args.steps} steps; medians of all but the first. All processes"
             " share the cores, so wall times say little.",
             "",
-            *report(args, seconds, memory),
-            "",
-            "",
+            *tables(steps),
         ]
-    )
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.write(text)
+
+    publish(args, measure, append=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Time and memory of log-prob, entropy and their gradients: mssr's head beside others.
 
-    PYTHONPATH=. python scripts/bench/fused_head.py --hidden 2048 --time-tokens 1024 --verl DIR --liger DIR
-    PYTHONPATH=. python scripts/bench/fused_head.py --hidden 3584 --time-tokens 512 --verl DIR --liger DIR
+    python scripts/bench/fused_head.py --hidden 2048 --time-tokens 1024 --verl DIR --liger DIR
+    python scripts/bench/fused_head.py --hidden 3584 --time-tokens 512 --verl DIR --liger DIR
 
 One measurement is a forward and backward pass. Memory: at the full shape, each version in a process of its
 own, after a small pass that loads the libraries. Peak extra memory is what was held at the peak beyond hidden
@@ -24,26 +24,20 @@ Before that, all versions run at a small shape, and their gradients are compared
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import importlib.util
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from report import GIB, arguments, forget_peak, in_new_process, in_turn, publish, resident, table, timed
 
 from mssr.models.head import token_log_probs_and_entropy, token_loss
 
-GIB = 2**30
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]
 """hidden, weight, targets, advantages, coefficient of the entropy"""
 
@@ -157,12 +151,6 @@ def make_inputs(args: argparse.Namespace, tokens: int, vocabulary: int) -> Input
     return hidden, weight, targets, advantages, args.entropy_coef
 
 
-def resident(field: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
 def memory(args: argparse.Namespace) -> dict[str, float]:
     """Of one version, in a process of its own: GiB, and the seconds of this one pass."""
     name, cuda = args.measure, args.device == "cuda"
@@ -176,43 +164,25 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
-        before = resident("VmRSS")
-    seconds, _ = timed(name, inputs)
+        forget_peak()
+        before = resident()
+    seconds, _ = timed(lambda: run(name, inputs), cuda)
     peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
     gradients = sum(x.grad.numel() * x.grad.element_size() for x in inputs[:2])  # type: ignore[union-attr]
     return {"once": seconds, "peak": (peak - before) / GIB, "gradients": gradients / GIB}
 
 
-def timed(name: str, inputs: Inputs) -> tuple[float, float]:
-    """Seconds, and seconds of CPU time."""
-    cuda = inputs[0].is_cuda
-    if cuda:
-        torch.cuda.synchronize()
-    started, cpu = time.perf_counter(), time.process_time()
-    run(name, inputs)
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, time.process_time() - cpu
-
-
 def times(args: argparse.Namespace, names: list[str]) -> dict[str, dict[str, float]]:
     """Medians by version of rounds in which each has its turn, in this process."""
     inputs = make_inputs(args, args.time_tokens or args.tokens, args.vocabulary)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for number in range(args.repeats + 1):
-        for name in names:
-            measured = timed(name, inputs)
-            if number:  # the first warms up
-                found[name].append(measured)
-            print(f"round {number}, {name}: {measured[0]:.2f} s", file=sys.stderr, flush=True)
+    sides = {name: functools.partial(run, name, inputs) for name in names}
     return {
         name: {
             "seconds": statistics.median(s for s, _ in values),
             "least_seconds": min(s for s, _ in values),
             "cpu": statistics.median(c for _, c in values),
         }
-        for name, values in found.items()
+        for name, values in in_turn(sides, args.repeats, inputs[0].is_cuda).items()
     }
 
 
@@ -250,82 +220,67 @@ def available(name: str, device: str, entropy_coef: float) -> str:
     return ""
 
 
-def table(found: dict[str, dict[str, float]]) -> list[str]:
-    base = found["straightforward"]
-    lines = [
-        "| version | s (fastest) | CPU s | time ratio | CPU ratio | s, once, all tokens | peak extra GiB"
-        " | of it gradients | memory ratio | without gradients | error of gradients |",
-        "|" + " --- |" * 11,
+COLUMNS = ("version", "s (fastest)", "CPU s", "time ratio", "CPU ratio", "s, once, all tokens",
+           "peak extra GiB", "of it gradients", "memory ratio", "without gradients",
+           "error of gradients")  # fmt: skip
+
+
+def row(name: str, m: dict[str, float], base: dict[str, float]) -> tuple[str, ...]:
+    besides = (m["peak"] - m["gradients"]) / (base["peak"] - base["gradients"])
+    return (
+        name,
+        f"{m['seconds']:.2f} ({m['least_seconds']:.2f})",
+        f"{m['cpu']:.2f}",
+        f"{m['seconds'] / base['seconds']:.2f}",
+        f"{m['cpu'] / base['cpu']:.2f}",
+        f"{m['once']:.1f}",
+        f"{m['peak']:.2f}",
+        f"{m['gradients']:.2f}",
+        f"{m['peak'] / base['peak']:.1%}",
+        f"{besides:.1%}",
+        f"{m['error']:.0e}",
+    )
+
+
+def compare(args: argparse.Namespace) -> list[str]:
+    why = {name: available(name, args.device, args.entropy_coef) for name in VERSIONS}
+    names = [name for name in VERSIONS if not why[name]]
+    found = times(args, names)
+    for name, error in errors(args, names).items():
+        found[name] |= in_new_process(*sys.argv[1:], "--measure", name) | {"error": error}
+        print(f"memory, {name}: {found[name]['peak']:.2f} GiB", file=sys.stderr, flush=True)
+    return [
+        f"V = {args.vocabulary}, D = {args.hidden}, {args.tokens} tokens, {args.dtype}, {args.threads}"
+        f" threads, forward and backward. Times on {args.time_tokens or args.tokens} tokens, medians of"
+        f" {args.repeats} rounds, in which each version has its turn. Ratios are to straightforward. "
+        + ". ".join(filter(None, why.values())),
+        "",
+        *table(COLUMNS, [row(name, m, found["straightforward"]) for name, m in found.items()]),
+        "",
     ]
-    for name, m in found.items():
-        besides = (m["peak"] - m["gradients"]) / (base["peak"] - base["gradients"])
-        lines.append(
-            f"| {name} | {m['seconds']:.2f} ({m['least_seconds']:.2f}) | {m['cpu']:.2f}"
-            f" | {m['seconds'] / base['seconds']:.2f} | {m['cpu'] / base['cpu']:.2f} | {m['once']:.1f}"
-            f" | {m['peak']:.2f} | {m['gradients']:.2f} | {m['peak'] / base['peak']:.1%} | {besides:.1%}"
-            f" | {m['error']:.0e} |"
-        )
-    return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--time-tokens", type=int, help="for the time; all if not given")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=151936)
-    parser.add_argument(
-        "--entropy-coef", type=float, default=0.0, help="of an entropy loss; 0: only a metric"
-    )
+    parser.add_argument("--entropy-coef", type=float, default=0.0, help="of the loss; 0: only a metric")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--verl", type=Path, help="directory that holds the package verl")
     parser.add_argument("--liger", type=Path, help="directory that holds the package liger_kernel")
-    parser.add_argument("--out", type=Path, help="append the table to this file")
     parser.add_argument("--measure", choices=tuple(VERSIONS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     sys.path += [str(path) for path in (args.verl, args.liger) if path]
     if args.measure:
         print(json.dumps(memory(args)))
-        return
-    why = {name: available(name, args.device, args.entropy_coef) for name in VERSIONS}
-    names = [name for name in VERSIONS if not why[name]]
-    load = os.getloadavg()[0]
-    found = times(args, names)
-    for name, error in errors(args, names).items():
-        command = [sys.executable, __file__, *sys.argv[1:], "--measure", name]
-        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[name] |= json.loads(result.stdout.splitlines()[-1]) | {"error": error}
-        print(f"memory, {name}: {found[name]['peak']:.2f} GiB", file=sys.stderr, flush=True)
-    machine = f"{os.cpu_count()} CPU cores, {args.threads} threads" if args.device == "cpu" else ""
-    machine = machine or torch.cuda.get_device_name()
-    shown = [("DIR" if before in ("--verl", "--liger") else word) for before, word in pairwise(sys.argv)]
-    text = "\n".join(
-        [
-            f"`PYTHONPATH=. python scripts/bench/fused_head.py {' '.join(shown)}`,"
-            f" {datetime.date.today()}, {machine}, {platform.machine()}, torch {torch.__version__}; load"
-            f" average before {load:.1f}, after {os.getloadavg()[0]:.1f}.",
-            "",
-            f"V = {args.vocabulary}, D = {args.hidden}, {args.tokens} tokens, {args.dtype}, forward and"
-            f" backward. Times on {args.time_tokens or args.tokens} tokens, medians of {args.repeats} rounds,"
-            " in which each version has its turn. Ratios are to straightforward. "
-            + ". ".join(filter(None, why.values())),
-            "",
-            *table(found),
-            "",
-            "",
-        ]
-    )
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.write(text)
+    else:
+        publish(args, lambda: compare(args), "torch", append=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Tokens per second, MFU and peak memory of the policy update by phase, in the real shapes of Qwen2.5-VL.
 
-    PYTHONPATH=. python scripts/bench/gpu_update.py --size 3b --out scripts/bench/results/gpu_update.md
-    PYTHONPATH=. python scripts/bench/gpu_update.py --size 7b --lora 64
-    PYTHONPATH=. python scripts/bench/gpu_update.py --size 3b --step     # a complete step through the Trainer
-    PYTHONPATH=. python scripts/bench/gpu_update.py --size tiny --sequences 12 --per-update 2 --scale 0.1
+    python scripts/bench/gpu_update.py --size 3b --out scripts/bench/results/gpu_update.md
+    python scripts/bench/gpu_update.py --size 7b --lora 64
+    python scripts/bench/gpu_update.py --size tiny --sequences 12 --per-update 2 --scale 0.1
 
 Further arguments are config keys: ``actor.micro_batch_tokens=32768 algorithm.kl.coef=0``.
 
@@ -29,16 +28,14 @@ adapters are left out. What activation checkpointing computes again is not count
 the passes that run it, for its features are kept.
 
 It needs torch and transformers with what they need, and jinja2, numpy, pillow, psutil, pyarrow, pyyaml,
-qwen-vl-utils, safetensors and torchvision; ``--lora`` peft, and ``--step`` filelock, matplotlib, omegaconf
-and rich; neither ray, vllm nor datasets. Where a machine has no index, bring wheels of what it lacks, made by
-``pip wheel --no-deps -w wheels qwen-vl-utils omegaconf antlr4-python3-runtime==4.9.3``.
+qwen-vl-utils, safetensors and torchvision; ``--lora`` peft; neither ray, vllm nor datasets. Where a machine
+has no index, bring wheels of what it lacks, made by ``pip wheel --no-deps -w wheels qwen-vl-utils``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import importlib.util
 import json
 import os
@@ -51,20 +48,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 import yaml
+from phases import Operations, Phases
+from report import arguments, gpu_name, publish
+from report import table as markdown
+from workload import SHAPES, draw_lengths, write_model, write_rows
 
-from mssr.config import Config, to_dict
+from mssr.config import Config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.cost import UNIT, CostModel
 from mssr.types import TrainBatch
-from scripts.bench.phases import Operations, Phases
-from scripts.bench.workload import SHAPES, draw_lengths, write_model, write_rows
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """bfloat16 operations a second, dense, of the SXM boards, by what is in a device's name."""
 IMPORTS = "jinja2 PIL psutil pyarrow qwen_vl_utils safetensors torchvision yaml".split()
-STEP_IMPORTS = "filelock matplotlib omegaconf rich".split()
 SYNCS = 5
 """Exports of the weights that are measured."""
 
@@ -231,80 +228,44 @@ ROWS = {
 
 
 def table(updates: list[Update], phases: Phases, peak: float | None) -> list[str]:
-    lines = ["| phase | s, median | tokens/s | MFU | peak GiB |", "|" + " --- |" * 5]
+    rows = []
     for key, name in ROWS.items():
         done = [u for u in updates if key in u.seconds]
         if not done:
             continue
-        seconds = statistics.median(u.seconds[key] for u in done)
         rate = mfu = None
         if key in done[0].operations:
             rate = statistics.median(u.tokens / u.seconds[key] for u in done)
             if peak:
                 mfu = statistics.median(u.operations[key] / u.seconds[key] / peak for u in done)
-        memory = phases.peaks.get(key)
-        cells = f"{seconds:.2f}", _cell(rate, ".0f"), _cell(mfu, ".1%"), _cell(memory, ".1f")
-        lines.append(f"| {' | '.join((name, *cells))} |")
-    return lines
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def complete_step(args: argparse.Namespace, config: Config) -> list[str]:
-    """Two steps through `mssr train`, of which the second is told."""
-    from mssr.trainer.train import train
-
-    config.rollout.rollouts_per_step, config.rollout.max_response_length = (
-        args.step_rollouts,
-        args.step_tokens,
-    )
-    # Generation keeps the log-probs of all tokens of the vocabulary until its batch is done.
-    config.rollout.max_num_seqs, config.trainer.steps, config.trainer.progress = 16, 2, "plain"
-    run_dir = Path(str(config.trainer.run_dir))
-    file = run_dir.parent / "config.yaml"
-    file.write_text(yaml.safe_dump(to_dict(config)))
-    code = train(file)
-    assert code == 0, code
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    kept = {
-        k: v for k, v in records[-1].items() if k.split("/")[0] in ("timing", "perf", "memory", "rollout")
-    }
-    lines = ["| metric of step 2 | |", "| --- | --- |"]
-    return lines + [f"| {key} | {value:.4g} |" for key, value in sorted(kept.items())]
+        seconds = statistics.median(u.seconds[key] for u in done)
+        cells = (seconds, ".2f"), (rate, ".0f"), (mfu, ".1%"), (phases.peaks.get(key), ".1f")
+        rows.append((name, *("" if value is None else format(value, form) for value, form in cells)))
+    return markdown(("phase", "s, median", "tokens/s", "MFU", "peak GiB"), rows)
 
 
 def device_peak(args: argparse.Namespace) -> float | None:
     """Operations a second, None where it is not known."""
     if args.peak_tflops:
         return float(args.peak_tflops) * 1e12
-    name = torch.cuda.get_device_name() if args.device == "cuda" else ""
+    name = gpu_name() if args.device == "cuda" else ""
     return next((peak for key, peak in PEAKS.items() if key in name), None)
 
 
-def head(args: argparse.Namespace, config: Config, peak: float | None, load: float) -> list[str]:
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} CPU cores, no GPU"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    what = f"LoRA, rank {args.lora}" if args.lora else "full training"
+def benchmark(args: argparse.Namespace) -> list[str]:
+    peak, loaded = device_peak(args), set(sys.modules)
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory(prefix="mssr-gpu-", dir=args.scratch) as scratch:
+        config, responses = write_workload(args, Path(scratch))
+        lines = table(*measure(args, config, responses), peak)
+    assert not {"ray", "vllm"} & (set(sys.modules) - loaded)
+    what, formula = "full training", "3 F"
+    if args.lora:
+        what, formula = f"LoRA, rank {args.lora}", "2 matrices + 3 attention + vision"
     actor = config.actor
-    lines = [
-        f"## {args.size}, {what}" + (", a complete step" if args.step else ""),
-        "",
-        f"`PYTHONPATH=. python scripts/bench/gpu_update.py {' '.join(sys.argv[1:])}`, "
-        f"{datetime.date.today()}, {machine}, {versions}; load average before {load:.1f}.",
-        "",
-    ]
-    if args.step:
-        return [
-            *lines,
-            f"{args.step_rollouts} rollouts of at most {args.step_tokens} tokens, `cluster.launcher=local`,"
-            " `rollout.engine=hf`, all in one process.",
-            "",
-        ]
-    formula = "2 matrices + 3 attention + vision" if args.lora else "3 F"
     return [
-        *lines,
+        f"## {args.size}, {what}",
+        "",
         f"{args.sequences} sequences of Vision-R1's lengths (times {args.scale:g}), {args.per_update} an "
         f"update, {actor.micro_batch_tokens} tokens a micro-batch, activation checkpointing "
         f"{'on' if actor.activation_checkpointing else 'off'}. Tokens are those of prompts and responses.",
@@ -313,57 +274,42 @@ def head(args: argparse.Namespace, config: Config, peak: float | None, load: flo
         "tower with its windows; nothing that is computed again; see the script) over seconds and "
         + (f"{peak / 1e12:g}e12 operations a second." if peak else "a peak that is not known here."),
         "",
+        *lines,
+        "",
     ]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def write_workload(args: argparse.Namespace, directory: Path) -> tuple[Config, np.ndarray]:
+    """A model and rows on disk: the config that trains on them, and the lengths of the responses."""
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    write_model(directory / "model", args.size, device, dtype)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    prompts, responses = draw_lengths(args.sequences, 1, args.scale)
+    return make_config(args, directory / "model", write_rows(directory, prompts, args.scale)), responses
+
+
+def main(command_line: list[str] | None = None) -> None:
+    parser = arguments(__doc__)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--size", choices=tuple(SHAPES), default="tiny")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters of this rank; 0: all")
-    parser.add_argument("--step", action="store_true", help="a complete step in place of measured updates")
     parser.add_argument("--sequences", type=int, default=512)
     parser.add_argument("--per-update", type=int, default=64, help="sequences of an update; divides them")
     parser.add_argument("--scale", type=float, default=1.0, help="of all lengths")
-    parser.add_argument("--step-rollouts", type=int, default=32)
-    parser.add_argument("--step-tokens", type=int, default=64, help="longest response of a complete step")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--peak-tflops", type=float, help="of the device, in bfloat16")
     parser.add_argument("--scratch", type=Path, help="where model and images are written for the time")
-    parser.add_argument("--out", type=Path, help="append the table to this file")
     parser.add_argument("options", nargs="*", help="key=value of the config")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(command_line)
     if args.sequences % args.per_update:
         parser.error("--per-update does not divide --sequences")
-    needed = IMPORTS + ["peft"] * bool(args.lora) + STEP_IMPORTS * args.step
+    needed = IMPORTS + ["peft"] * bool(args.lora)
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         sys.exit(f"gpu_update: not installed here: {', '.join(missing)}")
-    load, peak, loaded = os.getloadavg()[0], device_peak(args), set(sys.modules)
-    torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory(prefix="mssr-gpu-", dir=args.scratch) as scratch:
-        device = torch.device(args.device)
-        dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-        write_model(Path(scratch) / "model", args.size, device, dtype)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        prompts, responses = draw_lengths(args.sequences, 1, args.scale)
-        rows = write_rows(Path(scratch), prompts, args.scale)
-        config = make_config(args, Path(scratch) / "model", rows)
-        lines = head(args, config, peak, load)
-        if args.step:
-            lines += complete_step(args, config)
-        else:
-            lines += table(*measure(args, config, responses), peak)
-    assert not {"ray", "vllm"} & (set(sys.modules) - loaded)
-    text = "\n".join([*lines, "", ""])
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.write(text)
+    publish(args, lambda: benchmark(args), "torch transformers", append=True)
 
 
 if __name__ == "__main__":

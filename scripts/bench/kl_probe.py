@@ -11,26 +11,23 @@ included. The run goes on from step to step, so that the optimizer has moments.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import datetime
 import math
-import os
-import platform
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from report import arguments, publish, table
 
 from mssr.cluster.local import LocalCluster
-from mssr.config.loading import load_config
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import load_prompts
 from mssr.models.loading import load_processor
 from mssr.rewards import Scorer
 from mssr.rollout.seeds import request_seed
+from mssr.runs.config import load_config
 from mssr.trainer.collect import RolloutCollector
 from mssr.trainer.estimate import Estimator
 from mssr.trainer.loop import make_sampler
@@ -45,6 +42,8 @@ WAYS = {
 STEPS = {32: 24, 256: 10, 2048: 4}
 """Rollouts a step -> steps measured, of all seeds together."""
 FRESH_SEED = 1_000_003
+COLUMNS = ("rollouts", "probe", "steps", "reported, mean", "true, mean", "ratio of the means",
+           "median ratio of a step", "least to largest", "standard error of the truth")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,52 +112,48 @@ def fresh_sample(cluster: LocalCluster, ids: list[str], seed: int, step: int, co
     return TrainBatch.of(rollouts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def row(rollouts: int, way: str, found: list[Measured]) -> tuple[str, ...]:
+    reported, truth = sum(m.reported for m in found), sum(m.truth for m in found)
+    ratios = [m.reported / m.truth for m in found]
+    return (
+        str(rollouts),
+        way,
+        str(len(found)),
+        f"{reported / len(found):.2e}",
+        f"{truth / len(found):.2e}",
+        f"{reported / truth:.2f}",
+        f"{statistics.median(ratios):.2f}",
+        f"{min(ratios):.2f} to {max(ratios):.2f}",
+        f"{statistics.mean(m.error / m.truth for m in found):.1%}",
     )
+
+
+def main() -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--config", default="configs/digits/mssr.yaml")
     parser.add_argument("--rollouts", type=int, nargs="+", default=list(STEPS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--fresh", type=int, default=4096, help="responses of the fresh sample")
-    parser.add_argument("--out", type=Path, help="Markdown file; without it, on the screen only")
     args = parser.parse_args()
-    rows = []
-    for rollouts in args.rollouts:
-        for way, overrides in WAYS.items():
+
+    def measure_all() -> list[str]:
+        rows = []
+        for rollouts in args.rollouts:
             steps = max(2, STEPS.get(rollouts, 6) // len(args.seeds))
-            found = [
-                m
-                for seed in args.seeds
-                for m in measure(args.config, [*overrides, f"seed={seed}"], rollouts, steps, args.fresh)
-            ]
-            reported, truth = sum(m.reported for m in found), sum(m.truth for m in found)
-            ratios = [m.reported / m.truth for m in found]
-            errors = statistics.mean(m.error / m.truth for m in found)
-            rows.append(
-                f"| {rollouts} | {way} | {len(found)} | {reported / len(found):.2e} "
-                f"| {truth / len(found):.2e} | {reported / truth:.2f} | {statistics.median(ratios):.2f} "
-                f"| {min(ratios):.2f} to {max(ratios):.2f} | {errors:.1%} |"
-            )
-            print(rows[-1], flush=True)
-    command = " ".join(["PYTHONPATH=. python scripts/bench/kl_probe.py", *sys.argv[1:]])
-    text = "\n".join(
-        [
-            f"`{command}`, {datetime.date.today()}, {os.cpu_count()} CPU cores ({platform.machine()}).",
-            "",
+            for way, overrides in WAYS.items():
+                found = []
+                for seed in args.seeds:
+                    options = [*overrides, f"seed={seed}"]
+                    found += measure(args.config, options, rollouts, steps, args.fresh)
+                rows.append(row(rollouts, way, found))
+        return [
             f"Digits, MSSR, {args.fresh} fresh responses a step, seeds {', '.join(map(str, args.seeds))}. "
             "Reported over true KL of the same updates, nats a token.",
             "",
-            "| rollouts | probe | steps | reported, mean | true, mean | ratio of the means "
-            "| median ratio of a step | least to largest | standard error of the truth |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-            *rows,
-            "",
+            *table(COLUMNS, rows),
         ]
-    )
-    if args.out:
-        args.out.write_text(text)
-    print(text)
+
+    publish(args, measure_all)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,14 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from report import GIB, forget_peak, resident, synchronize
 
 from mssr.models.cost import UNIT, CostModel
 from mssr.types import TrainBatch
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +60,7 @@ class Phases:
         self._open.append(name)
         started = time.perf_counter()
         yield
-        if self._cuda:
-            torch.cuda.synchronize()
+        synchronize(self._cuda)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
         self._fold_peak()
         self._open.remove(name)
@@ -102,13 +99,12 @@ class Phases:
 
     def _fold_peak(self) -> None:
         """The peak since the last call belongs to all phases that are open."""
+        synchronize(self._cuda)
         if self._cuda:
-            torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated() / GIB
             torch.cuda.reset_peak_memory_stats()
         else:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
-            Path("/proc/self/clear_refs").write_text("5")
+            peak = resident("VmHWM") / GIB
+            forget_peak()
         for name in self._open:
             self.peaks[name] = max(self.peaks.get(name, 0.0), peak)

@@ -3,20 +3,21 @@
     python scripts/bench/reward_pool.py --out scripts/bench/results/reward_pool.md
 
 Of some answers the truth has another form, so that math-verify has to decide, and no two are alike. The delay
-is the time from the arrival of the last response until all scores are there.
+is the time from the arrival of the last response until all scores are there. A second table has the CPU time
+of an answer in one process, beside that of math-verify alone, which gets the whole response.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import os
+import logging
 import statistics
 import time
-from pathlib import Path
+
+from report import arguments, publish, table
 
 from mssr.config.data import RewardConfig
 from mssr.rewards import RewardInput, Scorer, ScoringStream
+from mssr.rewards.rules import score
 
 COUNT = 2048
 THINKING = "<think>" + "so we get that x equals y and so on. " * 200 + "</think>"
@@ -41,8 +42,8 @@ def items(hard_share: float) -> list[RewardInput]:
     return result
 
 
-def measure(scorer: Scorer, batch: list[RewardInput], seconds: float) -> float:
-    """Seconds of delay."""
+def delay(scorer: Scorer, batch: list[RewardInput], seconds: float) -> float:
+    """In seconds."""
     start = time.perf_counter()
     with ScoringStream(scorer) as stream:
         for i, item in enumerate(batch):
@@ -50,45 +51,68 @@ def measure(scorer: Scorer, batch: list[RewardInput], seconds: float) -> float:
             stream.add(i, item)
         last = time.perf_counter()
         scored = stream.result()
-    delay = time.perf_counter() - last
+    passed = time.perf_counter() - last
     wrong = COUNT - int(scored.scores.sum())
     assert not scored.errors and not wrong, f"{wrong} are not right, {scored.errors} failed"
-    return delay
+    return passed
+
+
+def math(response: str, truth: str) -> bool:
+    return score("math", response, truth).score == 1
+
+
+def math_verify(response: str, truth: str) -> bool:
+    """What the field uses, its time limits off."""
+    from math_verify import parse, verify
+
+    gold = parse(f"\\boxed{{{truth}}}", parsing_timeout=None)
+    return bool(verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None))
+
+
+def of_an_answer(count: int) -> list[tuple[str, ...]]:
+    """Rows of the second table, of so many answers that are the same by text, and so many that are not."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    rows = []
+    for rule in (math, math_verify):
+        for share in (0.0, 1.0):
+            times, right = [], 0
+            for item in items(share)[:count]:
+                started = time.process_time()
+                right += rule(item.response, item.answer)
+                times.append(1e3 * (time.process_time() - started))
+            cells = f"{statistics.median(times):.2f}", f"{max(times[1:]):.0f}", f"{right / count:.0%}"
+            rows.append((rule.__name__.replace("_", "-"), f"{share:.0%}", *cells))
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", help="file to write the table to as well")
-    parser.add_argument("--date", default=datetime.date.today().isoformat())
+    parser = arguments(__doc__)
     parser.add_argument("--seconds", type=float, default=30.0, help="of generation")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    load = os.getloadavg()[0]  # what others do on this machine
-    rows = []
-    for share in (0.0, 1 / 3, 1.0):
-        delays = []
-        for _ in range(args.repeats):
-            # New processes: what they have decided before they remember.
-            with Scorer(RewardConfig(name="math", workers=args.workers), 2048) as scorer:
-                scorer.score(items(0.0)[:8])
-                delays.append(measure(scorer, items(share), args.seconds))
-        median, worst = statistics.median(delays), max(delays)
-        rows.append(f"| {share:.0%} | {args.seconds:g} | {median:.2f} | {worst:.2f} |")
-    table = "\n".join(
-        [
-            f"`python scripts/bench/reward_pool.py`, {args.date}, {os.cpu_count()} CPU cores, "
-            f"{COUNT} responses, {args.repeats} runs, {args.workers} workers, load average before it "
-            f"{load:.1f}",
+
+    def measure() -> list[str]:
+        rows = []
+        for share in (0.0, 1 / 3, 1.0):
+            delays = []
+            for _ in range(args.repeats):
+                # New processes: what they have decided before they remember.
+                with Scorer(RewardConfig(name="math", workers=args.workers), 2048) as scorer:
+                    scorer.score(items(0.0)[:8])
+                    delays.append(delay(scorer, items(share), args.seconds))
+            median, worst = statistics.median(delays), max(delays)
+            rows.append((f"{share:.0%}", f"{args.seconds:g}", f"{median:.2f}", f"{worst:.2f}"))
+        columns = "answers that math-verify decides", "generation, s", "delay, s (median)", "(longest)"
+        return [
+            f"{COUNT} responses, {args.repeats} runs, {args.workers} workers",
             "",
-            "| answers that math-verify decides | generation, s | delay, s (median) | (longest) |",
-            "| --- | --- | --- | --- |",
-            *rows,
+            *table(columns, rows),
+            "",
+            *table(("rule", columns[0], "CPU ms an answer, median", "slowest", "right"), of_an_answer(256)),
         ]
-    )
-    print(table)
-    if args.out:
-        Path(args.out).write_text(table + "\n")
+
+    publish(args, measure)
 
 
 if __name__ == "__main__":

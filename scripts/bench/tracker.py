@@ -12,47 +12,38 @@ kernel's (VmHWM, Linux only), so that no moment is missed.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
+from report import MIB, arguments, in_new_process, publish, resident, table, timed
 
 from mssr.algorithms import BetaBaseline
 from mssr.data.sampler import UncertaintySampler
 from mssr.runs.checkpoint import read_state, write_state
 
 STEP = 2048
-MIB = 2**20
-# What is shown, its name in the results of the processes, and the limits of the issue by number of prompts.
-ROWS: tuple[tuple[str, str, dict[int, str]], ...] = (
-    ("memory of the tracker, MiB", "memory", {10_000_000: "1024"}),
-    ("its peak while growing, MiB", "peak_growing", {10_000_000: "1024"}),
-    ("peak with the first save, MiB", "peak_saving", {}),
-    ("peak with the first load, MiB", "peak_loading", {}),
-    (f"values + update of {STEP} new ids, ms", "new_ms", {10_000_000: "2"}),
-    (f"values + update of {STEP} seen ids, ms", "seen_ms", {10_000_000: "2"}),
-    ("longest values + update (doubling), ms", "longest_ms", {}),
-    ("mean of all values, ms", "mean_ms", {}),
-    ("save, s", "save_s", {1_000_000: "1", 10_000_000: "10"}),
-    ("load, s", "load_s", {1_000_000: "1", 10_000_000: "10"}),
-    (f"draw of {STEP} of all prompts by uncertainty, s", "draw_s", {}),
-)
+ROWS = {
+    "memory": "memory of the tracker, MiB",
+    "peak_growing": "its peak while growing, MiB",
+    "peak_saving": "peak with the first save, MiB",
+    "peak_loading": "peak with the first load, MiB",
+    "new_ms": f"values + update of {STEP} new ids, ms",
+    "seen_ms": f"values + update of {STEP} seen ids, ms",
+    "longest_ms": "longest values + update (doubling), ms",
+    "mean_ms": "mean of all values, ms",
+    "save_s": "save, s",
+    "load_s": "load, s",
+    "draw_s": f"draw of {STEP} of all prompts by uncertainty, s",
+}
+"""What the stages measure, by its name in their results."""
 
 
-def timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+def seconds(call: Callable[[], object]) -> float:
+    return timed(call)[0]
 
 
 def shown(times: list[float], unit: float = 1.0) -> str:
@@ -64,43 +55,35 @@ def prompt_ids(numbers: Any) -> list[str]:
     return [f"prompt-{i:08d}" for i in numbers]
 
 
-def peak() -> int:
-    """Largest resident set of this process so far, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
 def step(baseline: BetaBaseline, ids: list[str], rewards: np.ndarray) -> float:
     def work() -> None:
         baseline.values(ids)
         baseline.update(ids, rewards, eta=0.9)
 
-    return timed(work)
+    return seconds(work)
 
 
 def grow_and_save(prompts: int, directory: Path, repeats: int) -> dict[str, str]:
     rng = np.random.default_rng(0)
     rewards = rng.integers(0, 2, (64, STEP)).astype(np.float64)
     step(BetaBaseline(), prompt_ids(range(STEP)), rewards[0])  # load what is loaded lazily
-    process = psutil.Process()
-    before = process.memory_info().rss
-
+    before = resident()
     baseline = BetaBaseline()
     new: list[float] = []
     for start in range(0, prompts, STEP):
         ids = prompt_ids(range(start, min(start + STEP, prompts)))
         new.append(step(baseline, ids, rewards[len(new) % 64][: len(ids)]))
     assert len(baseline) == prompts
-    memory, peak_growing = process.memory_info().rss - before, peak() - before
+    memory, peak_growing = resident() - before, resident("VmHWM") - before
     seen = [step(baseline, prompt_ids(rng.integers(0, prompts, STEP)), rewards[k % 64]) for k in range(300)]
-    means = [timed(baseline.mean) for _ in range(20)]
+    means = [seconds(baseline.mean) for _ in range(20)]
 
     def save() -> None:
         write_state(directory, {"b": baseline.state_dict()})
 
-    saves = [timed(save)]
-    peak_saving = peak() - before
-    saves += [timed(save) for _ in range(repeats - 1)]
+    saves = [seconds(save)]
+    peak_saving = resident("VmHWM") - before
+    saves += [seconds(save) for _ in range(repeats - 1)]
     return {
         "memory": f"{memory / MIB:.0f}",
         "peak_growing": f"{peak_growing / MIB:.0f}",
@@ -114,20 +97,20 @@ def grow_and_save(prompts: int, directory: Path, repeats: int) -> dict[str, str]
 
 
 def load_and_draw(prompts: int, directory: Path, repeats: int) -> dict[str, str]:
-    before = psutil.Process().memory_info().rss
+    before = resident()
     baseline = BetaBaseline()
 
     def load() -> None:
         baseline.load_state_dict(read_state(directory)["b"])
 
-    loads = [timed(load)]
-    peak_loading = peak() - before
-    loads += [timed(load) for _ in range(repeats - 1)]
+    loads = [seconds(load)]
+    peak_loading = resident("VmHWM") - before
+    loads += [seconds(load) for _ in range(repeats - 1)]
     assert len(baseline) == prompts
     ids = prompt_ids(range(prompts))
     keys = baseline.keys(ids)
     sampler = UncertaintySampler(ids, 0, lambda: baseline.values(keys))
-    draws = [timed(lambda: sampler.next(STEP)) for _ in range(max(5, repeats))]
+    draws = [seconds(lambda: sampler.next(STEP)) for _ in range(max(5, repeats))]
     return {
         "peak_loading": f"{peak_loading / MIB:.0f}",
         "load_s": shown(loads),
@@ -135,23 +118,10 @@ def load_and_draw(prompts: int, directory: Path, repeats: int) -> dict[str, str]
     }
 
 
-def measure(prompts: int, repeats: int) -> dict[str, str]:
-    results: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as directory:
-        for stage in ("grow_and_save", "load_and_draw"):
-            command = [sys.executable, __file__, "--stage", stage, "--directory", directory]
-            command += ["--prompts", str(prompts), "--repeats", str(repeats)]
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            results |= json.loads(out)
-    return results
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--repeats", type=int, default=5, help="how often to save and to load (5)")
-    parser.add_argument("--date", default=str(datetime.date.today()), help="of the measurement (today)")
-    parser.add_argument("--out", type=Path, help="also write the table to this file")
     parser.add_argument("--stage", choices=("grow_and_save", "load_and_draw"), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -159,24 +129,18 @@ def main() -> None:
         stage = {"grow_and_save": grow_and_save, "load_and_draw": load_and_draw}[args.stage]
         print(json.dumps(stage(args.prompts[0], args.directory, args.repeats)))
         return
-    results = {prompts: measure(prompts, args.repeats) for prompts in args.prompts}
-    columns = ["", *(f"{p:,} prompts{c}" for p in args.prompts for c in ("", ", to be below"))]
-    machine = f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, no GPU"
-    versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
-    lines = [
-        f"`python scripts/bench/tracker.py`, {args.date}, {machine}, {versions}",
-        "",
-        "| " + " | ".join(columns) + " |",
-        "|" + " --- |" * len(columns),
-    ]
-    for title, name, limits in ROWS:
-        cells = [c for p in args.prompts for c in (results[p][name], limits.get(p, ""))]
-        lines.append("| " + " | ".join([title, *cells]) + " |")
-    table = "\n".join([*lines, ""])
-    print(table)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(table)
+
+    def measure() -> list[str]:
+        found: list[dict[str, str]] = [{} for _ in args.prompts]
+        for prompts, results in zip(args.prompts, found, strict=True):
+            with tempfile.TemporaryDirectory() as directory:
+                sizes = "--prompts", str(prompts), "--repeats", str(args.repeats)
+                for stage in ("grow_and_save", "load_and_draw"):
+                    results |= in_new_process("--stage", stage, "--directory", directory, *sizes)
+        rows = [[title, *(results[name] for results in found)] for name, title in ROWS.items()]
+        return table(["", *(f"{prompts:,} prompts" for prompts in args.prompts)], rows)
+
+    publish(args, measure, "numpy")
 
 
 if __name__ == "__main__":

@@ -54,8 +54,7 @@ def by_rules(
 
 
 def applied(judge: Judge, by_rules: tuple[list[Item], list[str], list[Verdict]]) -> list[Verdict]:
-    items, responses, verdicts = by_rules
-    return judging.apply(judge, registry.get("mathverse"), items, responses, verdicts)
+    return judging.apply(judge, registry.get("mathverse"), list(zip(*by_rules, strict=True)))
 
 
 OPEN = [3, 7, 11]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -14,6 +14,7 @@ from mssr.data.dataset import PromptDataset
 from mssr.errors import UserError
 from mssr.evaluation import registry
 from mssr.evaluation.base import Benchmark
+from mssr.evaluation.items import Verdict
 from mssr.evaluation.own import Own
 from mssr.evaluation.prompts import Question
 from mssr.evaluation.responses import Response
@@ -62,21 +63,29 @@ def test_a_named_rule_is_that_rule_alone(four: Path) -> None:
     assert statuses(Own(str(four), rule="choice"))[2:4] == [RIGHT, WRONG]
 
 
+def rewarded(path: Path, reward: RewardConfig, *answers: tuple[str, int, str]) -> list[Verdict]:
+    """By training's reward, of the first item's responses with their lengths and finish reasons."""
+    config = Config(reward=replace(reward, workers=1))
+    own = Own(str(path), reward=config.reward)
+    question = Question(own, own.load()[0], True)
+    with VerdictBook(config, [question], reward=True) as book:
+        book.add([Response(own.name, question.item.id, k, *answer) for k, answer in enumerate(answers)])
+    verdicts = [book.of(question, k)[1] for k in range(len(answers))]
+    assert not any(own.undecided(question.item, verdict) for verdict in verdicts)
+    return verdicts
+
+
 @pytest.mark.parametrize("name", ["exact_match", "math", "number"])
 @pytest.mark.parametrize("form", ["gate", "none", "weighted"])
 def test_with_a_reward_the_verdict_is_that_of_training(name: str, form: str, four: Path) -> None:
     config = RewardConfig(name=name, format=form)
     reward = functions.load(config)
-    benchmark = Own(str(four), reward=config)
-    item = benchmark.load()[0]
-    for response in RESPONSES:
-        in_training = reward.call([RewardInput(response, "4", 9)])[0].parts["accuracy"]
-        verdict = benchmark.verdict(item, response)
-        assert verdict.correct == (in_training == 1), response
-        assert not benchmark.undecided(item, verdict)
+    in_training = [reward.call([RewardInput(r, "4", 9)])[0].parts["accuracy"] for r in RESPONSES]
+    verdicts = rewarded(four, config, *((response, 9, "stop") for response in RESPONSES))
+    assert [verdict.correct for verdict in verdicts] == [accuracy == 1 for accuracy in in_training]
     expected = {"exact_match": [1, 0, 0, 0, 0, 0, 0], "math": [1, 0, 1, 0, 0, 0, 0]}
     if form == "gate" and name in expected:
-        assert [benchmark.verdict(item, r).correct for r in RESPONSES] == expected[name]
+        assert [verdict.correct for verdict in verdicts] == expected[name]
 
 
 def test_a_users_reward_scores_and_may_fail(four: Path, tmp_path: Path) -> None:
@@ -85,14 +94,11 @@ def test_a_users_reward_scores_and_may_fail(four: Path, tmp_path: Path) -> None:
         "def short(response, answer, response_length):\n    return float(response_length < 3)\n"
         "def broken(response, answer):\n    raise RuntimeError('no')\n"
     )
-    benchmark = Own(str(four), reward=RewardConfig(name=f"{file}:short"))
-    item = benchmark.load()[0]
-    assert benchmark.verdict(item, RESPONSES[0], tokens=2).correct
-    assert not benchmark.verdict(item, RESPONSES[0], tokens=3).correct
-    assert benchmark.verdict(item, RESPONSES[5], truncated=True, tokens=9).status == "truncated"
-    broken = Own(str(four), reward=RewardConfig(name=f"{file}:broken"))
-    verdict = broken.verdict(item, RESPONSES[0])
-    assert (verdict.status, verdict.rule) == ("wrong", "reward_error")
+    short = RewardConfig(name=f"{file}:short")
+    answers = [(RESPONSES[0], 2, "stop"), (RESPONSES[0], 3, "stop"), (RESPONSES[5], 9, "length")]
+    assert [v.status for v in rewarded(four, short, *answers)] == [RIGHT, WRONG, "truncated"]
+    (verdict,) = rewarded(four, RewardConfig(name=f"{file}:broken"), (RESPONSES[0], 9, "stop"))
+    assert (verdict.status, verdict.rule) == (WRONG, "reward")
 
 
 def test_a_users_reward_sees_the_row(tmp_path: Path) -> None:
@@ -209,6 +215,7 @@ def test_a_benchmark_of_a_users_file(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "mine.jsonl", [{"key": "k", "q": "2 + 2?", "a": "4"}])
     benchmark = registry.get(f"{file}:Mine")
     (item,) = benchmark.load(tmp_path)
+    assert item.benchmark == benchmark.name  # what its results go by
     assert benchmark.verdict(item, "\\boxed{4.0}").correct
     with pytest.raises(UserError, match="is no subclass"):
         registry.get(f"{file}:Other")
@@ -229,8 +236,7 @@ def test_a_name_is_given_once() -> None:
 
 
 def test_registering_adds_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    known: dict[str, Any] = {}
-    monkeypatch.setattr(registry, "_registry", known)
+    monkeypatch.setattr(registry.BENCHMARKS, "known", {})
 
     @registry.register("mine")
     class Mine(Benchmark):

@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from mssr.config import Config, to_dict
-from mssr.config.loading import load_config
 from mssr.errors import UserError
 from mssr.evaluation.model import open_model
 from mssr.evaluation.progress import EvaluationProgress
 from mssr.evaluation.responses import Response, ResponseFile
-from mssr.runs.manifest import write_manifest
+from mssr.runs.config import load_config
+from mssr.runs.manifest import Manifest, write_manifest
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.unit
@@ -85,7 +85,7 @@ def test_a_checkpoint_is_asked_as_it_was_trained(workspace: Workspace, tmp_path:
     config = load_config(file)
     checkpoint = tmp_path / "myrun" / "checkpoints" / "step-000004"
     checkpoint.mkdir(parents=True)
-    write_manifest(checkpoint, 4, to_dict(config), None, {})
+    write_manifest(checkpoint, Manifest(4, to_dict(config), None), {})
     (checkpoint.parent / "latest").write_text(checkpoint.name)
     for name in (checkpoint, checkpoint.parent / "latest", tmp_path / "myrun"):
         model = open_model(str(name), None, [], False, print)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mssr.evaluation.page import PageOptions, items_page
+from mssr.evaluation.page import items_page
 
 pytestmark = pytest.mark.unit
 
@@ -81,7 +81,7 @@ def test_everything_is_escaped() -> None:
         finish_reason=evil,
         tags={evil: evil},
     )
-    page = items_page([row], evil, None, PageOptions())
+    page = items_page([row], evil, None)
     reader = Reader(page)
     assert reader.tags["script"] == 1 and reader.tags["img"] == 0 and reader.tags["section"] == 1
     assert not any(name.startswith("on") for _, attributes in reader.attributes for name in attributes)
@@ -91,7 +91,7 @@ def test_everything_is_escaped() -> None:
 
 
 def test_the_page_needs_nothing_else_and_runs_only_its_own_script() -> None:
-    page = items_page([make("1")], "m", lambda *_: png(8, 8), PageOptions())
+    page = items_page([make("1")], "m", lambda *_: png(8, 8))
     assert not re.search(r"https?://|@import|url\(", page)
     sources = [a["src"] or "" for a in Reader(page).all("img")]
     assert len(sources) == 1 and sources[0].startswith("data:image/jpeg;base64,")
@@ -107,7 +107,7 @@ def test_an_item_with_its_verdict() -> None:
         make("7", "wrong", answer="9", extracted=None, response="no idea", sample=0),
         make("7", "truncated", finish_reason="length", response_tokens=2048, sample=1),
     ]
-    reader = Reader(items_page(rows, "model-x", None, PageOptions()))
+    reader = Reader(items_page(rows, "model-x", None))
     text = " ".join(reader.text.split())
     assert reader.tags["article"] == 1
     assert [a["data-status"] for a in reader.all("section")] == ["wrong", "truncated"]
@@ -128,7 +128,7 @@ def test_images_are_small_jpegs_and_damaged_ones_are_named() -> None:
         "many": [png(8, 8)] * 6,
     }
     rows = [make(name) for name in images]
-    page = items_page(rows, "m", lambda benchmark, item: images[item], PageOptions(image_side=100))
+    page = items_page(rows, "m", lambda benchmark, item: images[item], image_side=100)
     articles = dict(zip(images, re.findall(r"<article.*?</article>", page, re.DOTALL), strict=True))
 
     def sizes(name: str) -> list[tuple[int, int]]:
@@ -154,7 +154,7 @@ def test_of_many_items_every_kind_is_shown() -> None:
     def image_of(benchmark: str, item: str) -> None:
         asked.append(item)
 
-    page = items_page(rows, "m", image_of, PageOptions(max_items=62))
+    page = items_page(rows, "m", image_of, max_items=62)
     reader = Reader(page)
     assert reader.tags["article"] == 62 == len(asked)
     assert "1202 responses to 1202 items. This page has 62 of the items" in reader.text
@@ -174,7 +174,7 @@ def test_of_many_items_every_kind_is_shown() -> None:
 
 def test_long_texts_and_many_samples_are_cut() -> None:
     rows = [make("1", response="a" * 5000 + "middle" + "z" * 5000, sample=k) for k in range(9)]
-    page = items_page(rows, "m", None, PageOptions(max_characters=1000, max_samples=2))
+    page = items_page(rows, "m", None, max_characters=1000, max_samples=2)
     assert "a" * 500 + "\n[... 9006 characters left out ...]\n" + "z" * 500 in page
     assert "middle" not in page and Reader(page).tags["section"] == 2
     assert "7 more samples are in items.jsonl." in page
@@ -206,7 +206,7 @@ def test_the_filters(tmp_path: Path) -> None:
         make("2", "extraction_failed", sample=1, response="dunno"),
         make("3", "wrong", benchmark="mathvista", tags={"task": "charts"}),
     ]
-    page = items_page(rows, "m", None, PageOptions())
+    page = items_page(rows, "m", None)
     # The data of the page's own elements, as its script would find them.
     items = []
     for article in re.findall(r"<article.*?</article>", page, re.DOTALL):

@@ -385,9 +385,7 @@ def test_the_benchmark_of_the_docs(workspace: Workspace, engines: FakeEngines, t
     """The example of docs/evaluation.md, from a file."""
     text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     (tmp_path / "my.py").write_text(text.partition("```python\n")[2].partition("```")[0])
-    rows = [
-        {"id": k, "question": f"{k} + 1?", "answer": "1", "image": None, "topic": "ab"[k]} for k in (0, 1)
-    ]
+    rows = [{"id": k, "problem": f"{k} + 1?", "answer": "1", "image": None, "topic": "ab"[k]} for k in (0, 1)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     engines.answer = lambda prompt_id, seed: r"\boxed{1}" if prompt_id == "mine/0" else r"\boxed{2}"
     out = tmp_path / "out"

@@ -6,9 +6,12 @@ import inspect
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
+import fake_workers
 import numpy as np
 import pytest
+from fake_workers import OPTIONS, FakeEngine, FakePolicyWorker, FakeRolloutWorker
 
 from mssr.cluster.base import join_log_probs
 from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
@@ -16,7 +19,6 @@ from mssr.cluster.shared_prompts import PromptFetcher
 from mssr.config import Config
 from mssr.rollout.queue import RequestQueue
 from mssr.types import RolloutRequest, SamplingParams, TrainBatch
-from scripts.bench.fake_workers import OPTIONS, FakeEngine, FakePolicyWorker, FakeRolloutWorker
 
 pytestmark = pytest.mark.unit
 
@@ -71,6 +73,8 @@ def test_methods_have_the_arguments_of_the_real_ones() -> None:
 
 
 def test_they_import_no_torch() -> None:
-    program = "import sys, scripts.bench.fake_workers; print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = "import sys, fake_workers; print('torch' in sys.modules)"
+    where = Path(fake_workers.__file__).parent
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=where)
     assert result.stdout.strip() == "False"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+import fused_head
 import pytest
-
-from scripts.bench import fused_head
 
 pytestmark = pytest.mark.unit
 

@@ -7,19 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_update
 import pytest
 import torch
 import transformers
+from gpu_update import make_batches, make_config
+from phases import Operations
 from torch.utils.flop_counter import FlopCounterMode
+from workload import draw_lengths, model_config, write_model, write_rows
 
-from mssr.actor.step import StepState
 from mssr.actor.worker import PolicyWorker
 from mssr.config import Config
 from mssr.models.cost import CostModel
-from scripts.bench import gpu_update
-from scripts.bench.gpu_update import make_batches, make_config
-from scripts.bench.phases import Operations
-from scripts.bench.workload import draw_lengths, model_config, write_model, write_rows
 
 pytestmark = pytest.mark.unit
 
@@ -42,7 +41,7 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
     try:
         [batch] = make_batches(config, 4, 512, responses)
         with FlopCounterMode(display=False) as counter:
-            worker.updater.backward(StepState(batch, worker.device), worker.updater.plan(batch, 0).updates[0])
+            worker.updater.backward(worker.updater.begin(batch), worker.updater.plan(batch, 0).updates[0])
     finally:
         worker.close()
     assert len(batch) == 4 and abs(batch.prompt_lengths - prompts).max() < 20
@@ -114,8 +113,9 @@ def test_an_option_that_is_none_and_lora_that_is_not_there_are_named() -> None:
 def test_neither_ray_nor_vllm_nor_datasets_is_imported(tmp_path: Path) -> None:
     """In a process of its own: a machine with a GPU may have none of them."""
     program = (
-        "import sys; from scripts.bench import gpu_update; from mssr.actor.worker import PolicyWorker; "
+        "import sys; import gpu_update; from mssr.actor.worker import PolicyWorker; "
         "print(*{'ray', 'vllm', 'datasets', 'omegaconf', 'math_verify'} & set(sys.modules))"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    where, command = Path(gpu_update.__file__).parent, [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=where)
     assert result.stdout.strip() == ""

@@ -10,12 +10,19 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from mssr.actor import distributed, optimizers
-from mssr.actor.adamw_8bit import AdamW8bit, block_size
-from mssr.actor.bf16_adamw import KahanAdamW, StochasticAdamW, join, round_stochastically, split
+from mssr.actor import adamw, distributed
+from mssr.actor.adamw import (
+    AdamW8bit,
+    KahanAdamW,
+    StochasticAdamW,
+    block_size,
+    join,
+    round_stochastically,
+    split,
+)
 from mssr.actor.offload import OffloadedOptimizer, with_offload
-from mssr.config.loading import load_config
 from mssr.models.policy import PolicyModel
+from mssr.runs.config import load_config
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.unit
@@ -147,7 +154,7 @@ def test_the_noise_depends_on_seed_rank_and_step_and_on_nothing_else() -> None:
 def test_rows_are_stepped_in_parts_without_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = descend(KahanAdamW, torch.bfloat16, 5, **options(0.03))
     eight = descend(AdamW8bit, torch.float32, 5, **options(0.03))
-    monkeypatch.setattr(optimizers, "_CHUNK", 7 * 64)
+    monkeypatch.setattr(adamw, "_CHUNK", 7 * 64)
     assert torch.equal(whole[1], descend(KahanAdamW, torch.bfloat16, 5, **options(0.03))[1])
     assert torch.equal(eight[1], descend(AdamW8bit, torch.float32, 5, **options(0.03))[1])
 
@@ -159,7 +166,7 @@ def test_eight_bits_are_those_of_torchao() -> None:
     start = torch.randn(64, 512, generator=generator())
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     own, library = (
-        kind([p], lr=1e-3, betas=(0.9, 0.999), weight_decay=0.1)
+        kind([p], lr=1e-3, betas=(0.9, 0.999), weight_decay=0.1, eps=1e-8)
         for kind, p in ((AdamW8bit, ours), (torchao.optim.AdamW8bit, theirs))
     )
     with torch.compiler.set_stance("force_eager"):

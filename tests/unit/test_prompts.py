@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from mssr.config.loading import load_config
 from mssr.data import encoder as encoder_module
 from mssr.data.encoder import PromptEncoder
 from mssr.data.images import ImageSource
@@ -21,6 +20,7 @@ from mssr.errors import UserError
 from mssr.models.encoded import EncodedPrompt
 from mssr.models.loading import load_processor
 from mssr.models.packing import split_images
+from mssr.runs.config import load_config
 from tests.conftest import Workspace
 from tests.unit.data_forms import encoded
 

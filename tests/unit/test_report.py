@@ -54,7 +54,7 @@ def test_events_are_listed(tmp_path: Path) -> None:
     page = report(tmp_path, series("watch/entropy_collapsed", set()))
     assert "<td>2023-11-14 22:13:20 UTC</td><td>7</td><td>restart</td>" in page
     assert "rollout worker &lt;2&gt; died" in page and "<2>" not in page
-    assert "2026-01-01T00:00:00" in page and "{&quot;flag&quot;: &quot;entropy&quot;}" in page
+    assert "2026-01-01T00:00:00" in page and "{&#34;flag&#34;: &#34;entropy&#34;}" in page
     many = [{"time": 0, "step": k, "event": f"event-{k}."} for k in range(EVENTS_SHOWN + 5)]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in many))
     page = report(tmp_path, series("watch/entropy_collapsed", set()))

@@ -165,7 +165,7 @@ def test_options_reach_the_function(tmp_path: Path, function: str) -> None:
         ("def f(response, images): return 1.0", {}, r"f asks for images, and there are no rows here"),
         ("def f(response, row): return 1.0", {}, r"f asks for row, and there are no rows here"),
         ("def f(response, answer): return 1.0", {"scale": 1}, r"scale is no option of .* \(it takes none\)"),
-        ("def f(response, answer, *, scale=1): ...", {"scal": 1}, r"takes scale\), did you mean scale\?"),
+        ("def f(response, answer, *, scale=1): ...", {"scal": 1}, r"takes scale\), did you mean 'scale'\?"),
         ("def f(response, answer, *, scale=1): ...", {"answer": 1}, "answer is no option"),
         ("def f(reward_inputs, scale): ...", {}, "f needs scale; set reward.options.scale"),
         ("def f(response, answer, response_length=0): ...", {"response_length": 1}, "is no option"),

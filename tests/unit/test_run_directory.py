@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -14,9 +15,8 @@ from typing import Any
 import pytest
 
 from mssr.config import Config, flatten, to_dict
-from mssr.config.loading import load_config
 from mssr.errors import UserError
-from mssr.runs import run_directory
+from mssr.runs.config import load_config
 from mssr.runs.run_directory import compare_configs, prepare_run_directory
 
 pytestmark = pytest.mark.unit
@@ -24,7 +24,7 @@ DIGITS = Path(__file__).parents[2] / "configs/digits/mssr.yaml"
 
 HOLDER = """
 import os, subprocess, sys, time
-from mssr.config.loading import load_config
+from mssr.runs.config import load_config
 from mssr.runs.run_directory import prepare_run_directory
 held = prepare_run_directory(load_config(sys.argv[1], ["trainer.run_dir=" + sys.argv[2]]))
 # Children of both kinds, which stay when this process is killed.
@@ -105,7 +105,7 @@ def test_where_there_are_no_locks_the_run_goes_on_with_a_note(
     def none(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(run_directory.fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", none)
     directory = prepare_run_directory(config(tmp_path))
     assert directory.lock is None and "cannot be locked (Operation not supported)" in directory.notes[0]
 

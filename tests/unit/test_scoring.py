@@ -149,11 +149,6 @@ def test_a_reward_that_always_fails_stops_the_run(tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match=r"failed on 8 of 8 responses \(ZeroDivisionError") as error:
             scorer.score(inputs([""] * 8))
         assert "\n" not in str(error.value)
-    with (
-        Scorer(config, 10, error_limit=0.5, min_batch=4) as scorer,
-        pytest.raises(TrainingError, match="2 of 4"),
-    ):
-        scorer.score(inputs(["", "", "a", "a"]))
 
 
 # --- penalties ----------------------------------------------------------------------------------
@@ -201,7 +196,7 @@ def test_a_failed_response_scores_zero_whatever_its_length(tmp_path: Path) -> No
         ({"options": {"tolerance": 1}}, r"reward.options.tolerance is no option of exact_match \(.* none\)"),
         (
             {"name": "number", "options": {"tolerence": 1}},
-            r"reward.options.tolerence is no option of number .*did you mean tolerance\?",
+            r"reward.options.tolerence is no option of number .*did you mean 'tolerance'\?",
         ),
         ({"format": "gated"}, "reward.format=gated must be one of gate, weighted, none"),
         ({"format_weight": 0.5}, "format_weight=0.5 is read by nothing with reward.format=gate"),
@@ -216,7 +211,7 @@ def test_a_failed_response_scores_zero_whatever_its_length(tmp_path: Path) -> No
             "reward.repetition_ngram=0 must be greater than 0",
         ),
         ({"name": f"{EXAMPLE}:with_format_credit", "format": "none"}, "format=none is read by nothing with"),
-        ({"name": f"{EXAMPLE}:with_format_credit", "options": {"credits": 1}}, "did you mean credit"),
+        ({"name": f"{EXAMPLE}:with_format_credit", "options": {"credits": 1}}, "did you mean 'credit'"),
     ],
 )
 def test_what_means_nothing_is_refused_in_one_line(change: dict[str, Any], message: str) -> None:
@@ -236,12 +231,6 @@ def test_what_means_something_is_accepted() -> None:
 def test_a_buffer_longer_than_the_responses_is_refused() -> None:
     with pytest.raises(UserError, match=r"overlong_buffer=11 exceeds rollout\.max_response_length=10"):
         Scorer(RewardConfig(overlong_buffer=11), 10)
-
-
-def test_scorer_refuses_wrong_limits() -> None:
-    for wrong in ({"error_limit": 0.0}, {"error_limit": 1.1}, {"min_batch": 0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            Scorer(RewardConfig(), 10, **wrong)  # type: ignore[arg-type]
 
 
 def test_advice_says_what_a_beta_baseline_makes_of_the_rewards() -> None:

@@ -64,7 +64,7 @@ def test_an_abandoned_batch_keeps_nobody_waiting(tmp_path: Path, error: type[Bas
     with Scorer(config, 100) as scorer:
         with pytest.raises(error), ScoringStream(scorer) as stream:
             stream.add(0, RewardInput("hang", "", 1))
-            future = scorer.submit(RewardInput("hang", "", 1))
+            future = scorer.pool.submit(RewardInput("hang", "", 1))
             raise error
         assert future.cancelled()
         assert scorer.score([RewardInput("", "", 1)]).scores.tolist() == [0.5]

@@ -16,7 +16,9 @@ from mssr.data.sampler import EpochSampler
 from mssr.rollout.seeds import request_seed
 from mssr.rollout.weights import pack_weights, unpack_weights
 from mssr.runs.checkpoint import read_state, write_state
-from mssr.runs.run_directory import MetricsFile, write_samples
+from mssr.runs.jsonl import append_record
+from mssr.runs.loggers import discard_after
+from mssr.runs.samples import write_samples
 
 pytestmark = pytest.mark.unit
 
@@ -60,14 +62,12 @@ def test_request_seeds_differ_in_every_coordinate() -> None:
 
 def test_metrics_file_has_neither_gap_nor_duplicate_and_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    first = MetricsFile(path, resume_step=None)
+    discard_after(path, None)
     for step in range(4):
-        first.write({"step": step, "run": 1})
-    first.close()
+        append_record(path, {"step": step, "run": 1})
     path.write_text(path.read_text() + '{"step": 4, "ru')  # cut off by a crash
-    second = MetricsFile(path, resume_step=2)
-    second.write({"step": 3, "run": 2})
-    second.close()
+    discard_after(path, 2)
+    append_record(path, {"step": 3, "run": 2})
     records = [json.loads(x) for x in path.read_text().splitlines()]
     assert [(r["step"], r["run"]) for r in records] == [(0, 1), (1, 1), (2, 1), (3, 2)]
     discarded = (tmp_path / "metrics.discarded.jsonl").read_text()

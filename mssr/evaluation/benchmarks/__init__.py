@@ -1,12 +1,1 @@
-"""The benchmarks, one module each. A line here makes a new one known by its name."""
-
-from mssr.evaluation.benchmarks import (
-    geometry3k,
-    hallusionbench,
-    mathverse,
-    mathvista,
-    mmk12,
-    r1_onevision,
-)
-
-__all__ = ["geometry3k", "hallusionbench", "mathverse", "mathvista", "mmk12", "r1_onevision"]
+"""The benchmarks that have a name, one module each; `mssr.evaluation.registry` imports those asked for."""

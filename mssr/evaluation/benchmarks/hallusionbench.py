@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from itertools import compress
 from typing import Any
 
 from mssr.data.images import ImageSource
@@ -58,10 +57,8 @@ class HallusionBench(Benchmark):
             metadata={**ids, "gt_answer_details": str(cells.get("gt_answer_details") or "")},
         )
 
-    def verdict(
-        self, item: Item, response: str, truncated: bool = False, tokens: int | None = None
-    ) -> Verdict:
-        verdict = super().verdict(item, response, truncated, tokens)
+    def verdict(self, item: Item, response: str, truncated: bool = False) -> Verdict:
+        verdict = super().verdict(item, response, truncated)
         if verdict.status in ("wrong", "extraction_failed") and _without_figure(item):
             boxed = scoring.lenient_answer(response, boxed_only=True)
             if _is_unknown(boxed or scoring.outside_thinking(response)):
@@ -74,15 +71,12 @@ class HallusionBench(Benchmark):
 
     def breakdown(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> Counts:
         """aAcc, qAcc and fAcc, each for all, by category and by subcategory."""
-        with_figure = [not _without_figure(item) for item in items]
+        answers = [(item, verdict.correct) for item, verdict in zip(items, verdicts, strict=True)]
+        of_figures = [(item, correct) for item, correct in answers if not _without_figure(item)]
         return {
-            "aAcc": _counts(items, verdicts, lambda item: item.id),
-            "qAcc": _counts(items, verdicts, lambda item: _of_set(item, "question_id")),
-            "fAcc": _counts(
-                list(compress(items, with_figure)),
-                list(compress(verdicts, with_figure)),
-                lambda item: _of_set(item, "figure_id"),
-            ),
+            "aAcc": _counts(answers, lambda item: item.id),
+            "qAcc": _counts(answers, lambda item: _of_set(item, "question_id")),
+            "fAcc": _counts(of_figures, lambda item: _of_set(item, "figure_id")),
         }
 
     def metrics(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -109,12 +103,12 @@ def _of_set(item: Item, key: str) -> tuple[str, ...]:
 
 
 def _counts(
-    items: Sequence[Item], verdicts: Sequence[Verdict], unit_of: Callable[[Item], Hashable]
+    answers: Sequence[tuple[Item, bool]], unit_of: Callable[[Item], Hashable]
 ) -> dict[str, tuple[int, int]]:
     """Group -> (units of which all items are right, units)."""
     units: dict[Hashable, tuple[Mapping[str, str], list[bool]]] = {}
-    for item, verdict in zip(items, verdicts, strict=True):
-        units.setdefault(unit_of(item), (item.tags, []))[1].append(verdict.correct)
+    for item, correct in answers:
+        units.setdefault(unit_of(item), (item.tags, []))[1].append(correct)
     return count_right(
         (group, all(correct))
         for tags, correct in units.values()

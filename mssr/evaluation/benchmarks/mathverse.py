@@ -39,10 +39,7 @@ class MathVerse(Benchmark):
             choices=scoring.options(question_for_eval) if multiple else (),
             kind="choice" if multiple else "math",
             tags=tags,
-            metadata={
-                "problem_index": optional_cell(cells, "problem_index"),
-                "question_for_eval": question_for_eval,
-            },
+            metadata={"question_for_eval": question_for_eval},
         )
 
     def judged_question(self, item: Item) -> str:

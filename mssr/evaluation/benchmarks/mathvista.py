@@ -50,11 +50,7 @@ class MathVista(Benchmark):
             choices=choices,
             kind="choice" if multiple else _KINDS[answer_type],
             tags={"task": str(task), "question_type": question_type, "answer_type": answer_type},
-            metadata={
-                "answer_type": answer_type,
-                "precision": _precision(cells, item.answer) if answer_type == "float" else None,
-                "unit": optional_cell(cells, "unit"),
-            },
+            metadata={"precision": _precision(cells, item.answer) if answer_type == "float" else None},
         )
 
     def rule(self, item: Item) -> str:

@@ -1,0 +1,50 @@
+"""Files with one JSON object a line, which runs append to and a crash may cut off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mssr.errors import UserError
+
+
+def to_lines(records: Iterable[dict[str, Any]]) -> str:
+    """As they are in the file."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Add a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(to_lines([record]))
+
+
+def read_records(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:
+    """The objects of a file, one a line.
+
+    Args:
+        skip_damaged: leave out lines that are none, as one that a crash cut off.
+
+    Raises:
+        UserError: a line is damaged; it is named by its number.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace" if skip_damaged else "strict")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    # (Split at \n alone: a text may hold other characters that end a line for Python.)
+    lines = text.removesuffix("\n").split("\n") if text else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("it is no object")
+        except ValueError as error:
+            if not skip_damaged:
+                raise UserError(f"{path} line {number} is damaged: {error}") from error
+        else:
+            records.append(record)
+    return records
