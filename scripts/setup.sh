@@ -55,22 +55,16 @@ find_python() {
 
 # What the environment was made from: the same text again means that there is nothing to do.
 fingerprint() {
-    "$VENV/bin/python" -I -S - "$DEVICE" "$REPO" <<'PYTHON'
-import hashlib, pathlib, sys
-
-device, repo = sys.argv[1:]
-files = ["pyproject.toml", "constraints.txt", "scripts/setup.sh", "scripts/repair_env.py"]
-files += ["scripts/torchvision_cpu_repair.py"]
-digest = hashlib.sha256(f"{repo} {sys.version}".encode())
-for name in files:
-    digest.update(pathlib.Path(repo, name).read_bytes())
-print(device, digest.hexdigest())
-PYTHON
+    local files=(pyproject.toml constraints.txt scripts/setup.sh scripts/repair_env.py scripts/torchvision_cpu_repair.py)
+    echo "$DEVICE $({ echo "$REPO" && "$VENV/bin/python" -VV && cd "$REPO" && cat "${files[@]}"; } | sha256sum)"
 }
 
 # Line 1 of the stamp is the fingerprint, line 2 the versions that were seen.
-is_up_to_date() {
-    [[ -f $STAMP ]] && [[ $(head -n 1 "$STAMP") == "$(fingerprint 2>/dev/null)" ]]
+exit_if_up_to_date() {
+    if [[ -f $STAMP && $(head -n 1 "$STAMP") == "$(fingerprint 2>/dev/null)" ]]; then
+        say "up to date ($DEVICE, $VENV): $(sed -n 2p "$STAMP")"
+        exit
+    fi
 }
 
 # phase TITLE COMMAND...: run it with its output in the log, and now and then a line that says what it does.
@@ -179,19 +173,12 @@ PYTHON
 }
 
 DEVICE=$(choose_device "$@")
-if is_up_to_date; then
-    say "up to date ($DEVICE, $VENV): $(sed -n 2p "$STAMP")"
-    exit
-fi
-
+exit_if_up_to_date
 # One set-up at a time; whoever waited may find the work done.
 if command -v flock >/dev/null; then
     exec 9<"$REPO/pyproject.toml"
     flock -n 9 || { say "another set-up is running, waiting for it" && flock 9; }
-    if is_up_to_date; then
-        say "up to date ($DEVICE, $VENV): $(sed -n 2p "$STAMP")"
-        exit
-    fi
+    exit_if_up_to_date
 fi
 
 say "device: $DEVICE"

@@ -67,9 +67,6 @@ class Workspace:
     def config(self) -> Path:
         return self.path / "config.yaml"
 
-    def overrides(self, **changes: Any) -> list[str]:
-        return [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
-
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     import datasets

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mssr import algorithms
-from mssr.config.loading import load_config
+from mssr.runs.config import load_config
 
 HERE = Path(__file__).parent
 

@@ -21,10 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from mssr.models.files import sha256
 from mssr.models.lora import is_adapter
@@ -51,11 +48,12 @@ _ALLOWED = {
 
 
 class ActorCheckpoint:
-    """Saves and loads the policy and its optimizer. Every method but `finish` is a collective.
+    """Saves and loads the policy and its optimizer. Every method but `done` and `result` is a collective.
 
     Args:
         model: whose parameters are saved, by their Hugging Face names; of one with adapters, these alone.
         optimizer: over what is trained.
+        background: whether `begin` only makes a copy of the state before it returns.
         on_device: within it the optimizer's states are where the optimizer left them, see
             `mssr.actor.offload`.
     """
@@ -65,40 +63,31 @@ class ActorCheckpoint:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         rank: int,
+        background: bool,
         on_device: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._rank = rank
+        self._background = background
         self._on_device = on_device
         # Of its own, so that a save in the background meets no collective of the training.
         self._group = dist.new_group(backend="gloo")
         self._directory = Path()
-        self._saving: Future[Any] | None = None
+        self._saving: Future[Any] = Future()
 
-    def begin(self, directory: str, background: bool) -> None:
-        """Write the state as it is now; with ``background`` only a copy is made before returning."""
+    def begin(self, directory: str) -> None:
+        """Write the state as it is now."""
         self._directory = Path(directory)
+        save = dcp.async_save if self._background else _save
         with self._on_device():
-            self._saving = self._begin(self._state(), background)
-
-    def _begin(self, state: dict[str, Any], background: bool) -> Future[Any]:
-        directory = str(self._directory)
-        if background:
-            future: Any = dcp.async_save(state, checkpoint_id=directory, process_group=self._group)
-            return future
-        future = Future()
-        try:
-            future.set_result(dcp.save(state, checkpoint_id=directory, process_group=self._group))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+            self._saving = save(self._state(), checkpoint_id=directory, process_group=self._group)
 
     def done(self) -> bool:
-        """Whether what `begin` began is written."""
-        return self._saving is not None and self._saving.done()
+        """Whether `result` would not wait, but for the checksums."""
+        return self._saving.done()
 
-    def finish(self) -> dict[str, str]:
+    def result(self) -> dict[str, str]:
         """Wait for what `begin` began; may run in another thread.
 
         Returns:
@@ -107,12 +96,10 @@ class ActorCheckpoint:
         Raises:
             OSError: it could not be written; the message says why.
         """
-        assert self._saving is not None
         while not self._saving.done():
             beat()
             time.sleep(0.05)
         error = self._saving.exception()
-        self._saving = None
         if error is not None:
             raise OSError(_reason(error)) from error
         own = [*self._directory.glob(f"__{self._rank}_*")]
@@ -167,6 +154,16 @@ class _Unpickler(pickle.Unpickler):
 class _SafePlanner(dcp.DefaultLoadPlanner):
     def load_bytes(self, read_item: Any, value: Any) -> None:
         raise ValueError(f"a checkpoint of ours holds tensors only, not {read_item.dest_index.fqn}")
+
+
+def _save(state: dict[str, Any], **options: Any) -> Future[Any]:
+    """Like `dcp.async_save`, at once."""
+    future: Future[Any] = Future()
+    try:
+        future.set_result(dcp.save(state, **options))
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def load_model_state(state: Mapping[str, torch.Tensor], directory: str) -> None:

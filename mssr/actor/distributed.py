@@ -95,19 +95,11 @@ def accumulate_locally(model: nn.Module, last: bool) -> None:
     model.set_reshard_after_backward(last)
 
 
-def all_sum(values: dict[str, torch.Tensor]) -> dict[str, list[float]]:
-    """Sum each (K,) tensor over the ranks; all ranks must pass the same keys, and K is the same for all."""
+def all_reduce(values: dict[str, torch.Tensor], op: Any = dist.ReduceOp.SUM) -> dict[str, Any]:
+    """Reduce tensors of one shape over the ranks, which all must pass the same keys; numbers come back."""
     keys = sorted(values)
     tensor = torch.stack([values[k].double() for k in keys])
-    dist.all_reduce(tensor)
-    return dict(zip(keys, tensor.tolist(), strict=True))
-
-
-def all_max(values: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The largest of each () tensor over the ranks; all ranks must pass the same keys."""
-    keys = sorted(values)
-    tensor = torch.stack([values[k].double() for k in keys])
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    dist.all_reduce(tensor, op)
     return dict(zip(keys, tensor.tolist(), strict=True))
 
 

@@ -61,8 +61,10 @@ class StepPlan:
     updates: tuple[UpdatePlan, ...]
     probe: tuple[Passes, ...]
     """The passes of each rank over the rollouts that are probed; all ranks have the same number."""
-    holds_out: bool
-    """Whether these are in no update."""
+
+
+Bins = list[list[int]]
+"""Bins of sequences; one is what a rank runs in one pass."""
 
 
 class Planner:
@@ -98,43 +100,22 @@ class Planner:
             hold_out: take whole prompts out of the batch for it, at least one; else a share of every update,
                 each sequence on the rank that trains it.
         """
-        shuffled = np.random.default_rng(list(seed)).permutation(int(self._work.prompts.max()) + 1)
-        place = np.empty_like(shuffled)
-        place[shuffled] = np.arange(len(shuffled))
-        order = np.argsort(place[self._work.prompts], kind="stable")
-        held_prompts = math.ceil(probe_fraction * len(shuffled)) if hold_out else 0
-        held = int((place[self._work.prompts] < held_prompts).sum())
+        prompts = self._work.prompts
+        place = np.argsort(np.random.default_rng(list(seed)).permutation(int(prompts.max()) + 1))[prompts]
+        order = np.argsort(place, kind="stable")
+        held_prompts = math.ceil(probe_fraction * (int(prompts.max()) + 1)) if hold_out else 0
+        held = int((place < held_prompts).sum())
         if held == len(order):
             raise UserError("actor.kl_probe=held_out: the step has a single prompt; set it to trained")
-        plans = tuple(
-            UpdatePlan(tuple(part.tolist()), self._passes(self._share_out(part.tolist())))
-            for part in np.array_split(order[held:], updates)
-        )
+        parts = [part.tolist() for part in np.array_split(order[held:], updates)]
+        plans = tuple(UpdatePlan(tuple(part), self._passes(self._share_out(part))) for part in parts)
         if hold_out:
-            probe = self._passes(self._share_out(order[:held].tolist()))
-        else:
-            probe = self._probe(plans, probe_fraction)
-        return StepPlan(plans, probe, hold_out)
+            return StepPlan(plans, self._passes(self._share_out(order[:held].tolist())))
+        return StepPlan(plans, self._passes(self._probed(plans, probe_fraction)))
 
     def everything(self) -> tuple[Passes, ...]:
         """Passes over the whole batch, once."""
         return self._passes(self._share_out(list(range(len(self._lengths)))))
-
-    def _probe(self, plans: Sequence[UpdatePlan], fraction: float) -> tuple[Passes, ...]:
-        """Passes over a random share of every update."""
-        chosen = {s for plan in plans for s in plan.sequences[: math.ceil(fraction * len(plan.sequences))]}
-        shares = []
-        for rank in range(self._ranks):
-            trained = [
-                s for plan in plans for micro in plan.ranks[rank] for s in micro.sequences if micro.weight
-            ]
-            shares.append(sorted(chosen.intersection(trained)))
-        count = 0
-        while True:
-            packed = [self._fewest_bins(share, 1, at_least=count)[1] for share in shares]
-            if {len(bins) for bins in packed} == {count}:
-                return self._passes(packed)
-            count = max(map(len, packed))
 
     def cost(self, sequences: Iterable[int]) -> int:
         """Of a pass over these sequences, in the unit of the work given: images count once a prompt."""
@@ -142,7 +123,10 @@ class Planner:
         images = {self._prompts[s]: self._image_cost[s] for s in sequences}
         return sum(self._text_cost[s] for s in sequences) + sum(images.values())
 
-    def _share_out(self, sequences: list[int]) -> list[list[list[int]]]:
+    def _tokens(self, sequences: list[int]) -> int:
+        return sum(self._lengths[s] for s in sequences)
+
+    def _share_out(self, sequences: list[int]) -> list[Bins]:
         """The bins of each rank: as many on every rank, alike in cost those of the same number."""
         units, bins = self._fewest_bins(sequences, self._ranks)
         balanced = self._deal(bins)
@@ -156,15 +140,29 @@ class Planner:
                     return shares
         return balanced
 
-    def _times(self, shares: list[list[list[int]]]) -> tuple[int, int]:
+    def _probed(self, plans: Sequence[UpdatePlan], fraction: float) -> list[Bins]:
+        """The bins of each rank over a random share of every update."""
+        chosen = {s for plan in plans for s in plan.sequences[: math.ceil(fraction * len(plan.sequences))]}
+        shares = []
+        for rank in range(self._ranks):
+            passes = [micro for plan in plans for micro in plan.ranks[rank] if micro.weight]
+            shares.append(sorted(chosen.intersection(s for micro in passes for s in micro.sequences)))
+        count = 0
+        while True:
+            packed = [self._fewest_bins(share, 1, at_least=count)[1] for share in shares]
+            if {len(bins) for bins in packed} == {count}:
+                return packed
+            count = max(map(len, packed))
+
+    def _times(self, shares: list[Bins]) -> tuple[int, int]:
         """The cost of the dearest rank, pass by pass and over all."""
         costs = [sorted(map(self.cost, bins), reverse=True) for bins in shares]
         return sum(map(max, zip(*costs, strict=True))), max(map(sum, costs))
 
-    def _deal(self, bins: list[list[int]]) -> list[list[list[int]]]:
+    def _deal(self, bins: Bins) -> list[Bins]:
         """Bins to the ranks, those of like cost to different ones."""
         bins = sorted(bins, key=self.cost, reverse=True)
-        shares: list[list[list[int]]] = [[] for _ in range(self._ranks)]
+        shares: list[Bins] = [[] for _ in range(self._ranks)]
         totals = [0] * self._ranks
         for k in range(0, len(bins), self._ranks):
             lightest_first = sorted(range(self._ranks), key=totals.__getitem__)
@@ -173,55 +171,50 @@ class Planner:
                 totals[rank] += self.cost(bin_)
         return shares
 
-    def _fewest_bins(
-        self, sequences: list[int], multiple: int, at_least: int = 0
-    ) -> tuple[list[list[int]], list[list[int]]]:
+    def _fewest_bins(self, sequences: list[int], multiple: int, at_least: int = 0) -> tuple[Bins, Bins]:
         """Sequences in units and in a multiple of ``multiple`` bins within the budget, some perhaps empty.
 
         Tried with the responses of a prompt whole and cut ever smaller; taken is what costs least time.
         """
         size = max(Counter(self._prompts[s] for s in sequences).values(), default=1)
-        tokens = sum(self._lengths[s] for s in sequences)
-        fewest = max(at_least, multiple * math.ceil(tokens / (self._budget * multiple)))
-        best: tuple[int, int, list[list[int]], list[list[int]]] | None = None
+        fewest = max(at_least, multiple * math.ceil(self._tokens(sequences) / (self._budget * multiple)))
+        found: list[tuple[int, int, Bins, Bins]] = []
         while True:
             units, count = self._units(sequences, size), fewest
             while (bins := self._fill(units, count)) is None:
                 count += multiple
             costs = sorted(map(self.cost, bins), reverse=True)
-            candidate = sum(costs[::multiple]), len(bins), units, bins
-            if best is None or candidate[:2] < best[:2]:
-                best = candidate
+            found.append((sum(costs[::multiple]), len(bins), units, bins))
             if size == 1:
-                return best[2:]
+                _, _, units, bins = min(found, key=lambda x: x[:2])
+                return units, bins
             size = (size + 1) // 2
 
-    def _units(self, sequences: list[int], size: int) -> list[list[int]]:
+    def _units(self, sequences: list[int], size: int) -> Bins:
         """Responses of the same prompt, in pieces of at most ``size`` and within the budget."""
         by_prompt: dict[int, list[int]] = {}
         for s in sorted(sequences, key=lambda s: (-self._text_cost[s], s)):
             by_prompt.setdefault(self._prompts[s], []).append(s)
         units = []
         for members in by_prompt.values():
-            pieces = math.ceil(len(members) / size)
-            while pieces < len(members) and any(
-                sum(self._lengths[s] for s in members[k::pieces]) > self._budget for k in range(pieces)
-            ):
-                pieces += 1
-            units += [members[k::pieces] for k in range(pieces)]
+            for count in range(math.ceil(len(members) / size), len(members) + 1):
+                pieces = [members[k::count] for k in range(count)]
+                if all(self._tokens(piece) <= self._budget for piece in pieces):
+                    break
+            units += pieces  # of a sequence each, where none fits
         return units
 
-    def _fill(self, units: list[list[int]], count: int, at_home: float = 0.0) -> list[list[int]] | None:
+    def _fill(self, units: Bins, count: int, at_home: float = 0.0) -> Bins | None:
         """The dearest unit first, each into the cheapest bin that has room; None if one finds no room.
 
         Args:
             at_home: the cost up to which units fill the bins of their own rank first. Bin k is of rank k
                 modulo the ranks.
         """
-        bins: list[list[int]] = [[] for _ in range(count)]
+        bins: Bins = [[] for _ in range(count)]
         cost, room = np.zeros(count, dtype=np.int64), np.full(count, self._budget)
         for unit_cost, unit in sorted(((self.cost(u), u) for u in units), key=lambda x: (-x[0], x[1])):
-            tokens = sum(self._lengths[s] for s in unit)
+            tokens = self._tokens(unit)
             # What is longer than the budget has a bin to itself.
             fits = np.flatnonzero((room >= tokens) | (cost == 0))
             if not len(fits):
@@ -236,7 +229,7 @@ class Planner:
             room[chosen] -= tokens
         return bins
 
-    def _passes(self, shares: list[list[list[int]]]) -> tuple[Passes, ...]:
+    def _passes(self, shares: list[Bins]) -> tuple[Passes, ...]:
         """The passes of each rank, from its bins; all ranks have as many."""
         # A rank with nothing left runs some sequence with weight 0, to take part in the collectives.
         spare = min((s for bins in shares for bin_ in bins for s in bin_), key=lambda s: (self.cost([s]), s))

@@ -49,32 +49,29 @@ class PromptCache:
         finally:
             self._prepared = nothing_prepared
 
-    def items(self, batch: TrainBatch, sequences: Sequence[int]) -> list[PackItem]:
+    def items(self, batch: TrainBatch, sequences: Sequence[int], text_only: bool = False) -> list[PackItem]:
         """Sequences of a batch, by their indices.
+
+        Args:
+            text_only: as if the prompts had no images.
 
         Raises:
             RuntimeError: the engine saw other prompt tokens than the actor; names the row.
         """
-        prompts = self._prompts([batch.prompt_ids[s] for s in sequences], text_only=False)
+        prompts = self._prompts([batch.prompt_ids[s] for s in sequences], text_only)
         result = []
         for s in sequences:
-            prompt_id = batch.prompt_ids[s]
+            item = prompts[batch.prompt_ids[s]]
             tokens = batch.tokens[batch.offsets[s] : batch.offsets[s + 1]]
-            split = int(batch.prompt_lengths[s])
-            item = prompts[prompt_id]
-            if not np.array_equal(tokens[:split], item.prompt.token_ids.numpy()):
-                where = self._source.row(prompt_id).where
+            prompt, response = np.split(tokens, [batch.prompt_lengths[s]])
+            if not text_only and not np.array_equal(prompt, item.prompt.token_ids.numpy()):
+                where = self._source.row(batch.prompt_ids[s]).where
                 raise RuntimeError(
-                    f"{where} (id {prompt_id}): engine and actor tokenise this prompt differently "
-                    f"({split} and {len(item.prompt.token_ids)} tokens)"
+                    f"{where} (id {batch.prompt_ids[s]}): engine and actor tokenise this prompt differently "
+                    f"({len(prompt)} and {len(item.prompt.token_ids)} tokens)"
                 )
-            result.append(item.with_response(_response(batch, s)))
+            result.append(item.with_response(torch.from_numpy(response.astype(np.int64))))
         return result
-
-    def text_only(self, batch: TrainBatch, sequences: Sequence[int]) -> list[PackItem]:
-        """Sequences of a batch, as if their prompts had no image."""
-        prompts = self._prompts([batch.prompt_ids[s] for s in sequences], text_only=True)
-        return [prompts[batch.prompt_ids[s]].with_response(_response(batch, s)) for s in sequences]
 
     def _prompts(self, prompt_ids: Sequence[str], text_only: bool) -> dict[str, PackItem]:
         wanted = dict.fromkeys(prompt_ids)
@@ -98,9 +95,3 @@ class PromptCache:
         rows = [self._source.row(i) for i in prompt_ids]
         texts = [dataclasses.replace(r, images=(), problem=r.problem.replace(IMAGE_MARK, "")) for r in rows]
         return dict(zip(prompt_ids, self._source.encoder.encode_all(texts), strict=True))
-
-
-def _response(batch: TrainBatch, sequence: int) -> torch.Tensor:
-    """(T,) int64."""
-    start = int(batch.offsets[sequence] + batch.prompt_lengths[sequence])
-    return torch.from_numpy(batch.tokens[start : batch.offsets[sequence + 1]].astype(np.int64))

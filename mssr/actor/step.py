@@ -1,58 +1,94 @@
-"""What a rank knows of a step's sequences while it trains on them, and what it measures of their tokens."""
+"""What a rank knows of a step's response tokens while it trains on them, and what it measures of them."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
-from mssr.actor.distributed import all_max, all_sum
+from mssr.actor.distributed import all_reduce
+from mssr.algorithms.objective import TokenBatch
 from mssr.types import TrainBatch
 
 Sequences = tuple[int, ...]
 """Indices into the step's batch."""
 
 
-class LogProbs:
-    """Log-probs of response tokens by sequence, as far as they are known on this rank."""
+class StepState:
+    """One step on this rank.
 
-    def __init__(self) -> None:
+    Attributes:
+        old: log-probs of the policy before the step. Whose first update is on policy has them from its own
+            forward pass, others from a pass before it, unless the batch brings them along.
+        reference: of the frozen base model.
+        anchor: of the policy before the step, given the prompt without its images.
+        measured: metrics so far.
+    """
+
+    def __init__(self, batch: TrainBatch, device: torch.device, image_token: int) -> None:
+        lengths = batch.response_lengths
+        self.batch = batch
+        self.old, self.reference, self.anchor = (LogProbs(lengths) for _ in range(3))
+        self.measured = TokenMeans()
+        self._device = device
+        self._lengths = lengths
+        self._offsets = batch.response_offsets
+        of_tokens = batch.token_advantages
+        self._advantages = np.repeat(batch.advantages, lengths) if of_tokens is None else of_tokens
+        has_image = np.logical_or.reduceat(batch.tokens == image_token, batch.offsets[:-1])
+        self._has_image = np.repeat(has_image, lengths)
+        everything = tuple(range(len(batch)))
+        for known, values in ((self.old, batch.old_log_probs), (self.reference, batch.reference_log_probs)):
+            if values is not None:
+                known.put(everything, torch.from_numpy(values).to(device))
+                known.complete = True
+
+    def tokens(self, sequences: Sequences) -> TokenBatch:
+        """What is known of the response tokens of some sequences."""
+        anchor = self.anchor.get(sequences)
+        return TokenBatch(
+            old_log_probs=self.old.get(sequences),
+            engine_log_probs=self._of(self.batch.engine_log_probs, sequences),
+            advantages=self._of(self._advantages, sequences),
+            lengths=torch.from_numpy(self._lengths[list(sequences)]).to(self._device),
+            reference_log_probs=self.reference.get(sequences),
+            anchor_log_probs=anchor,
+            has_image=None if anchor is None else self._of(self._has_image, sequences),
+        )
+
+    def _of(self, values: np.ndarray, sequences: Sequences) -> torch.Tensor:
+        """The parts of an array over all response tokens that belong to some sequences."""
+        parts = [values[self._offsets[s] : self._offsets[s + 1]] for s in sequences]
+        return torch.from_numpy(np.concatenate(parts)).to(self._device)
+
+
+class LogProbs:
+    """Log-probs of response tokens under one model, of the sequences that this rank knows them of.
+
+    Args:
+        lengths: (B,) response tokens of each sequence.
+
+    Attributes:
+        complete: whether every rank has known all from the beginning.
+    """
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self.complete = False
+        self._lengths = lengths
         self._known: dict[int, torch.Tensor] = {}
 
-    def put(self, sequences: Sequences, values: torch.Tensor, lengths: list[int]) -> None:
-        """(N,) of some sequences, laid end to end; (T,) ``lengths`` of their responses."""
-        self._known.update(zip(sequences, torch.split(values, lengths), strict=True))
+    def put(self, sequences: Sequences, values: torch.Tensor) -> None:
+        """(N,) of some sequences, laid end to end."""
+        parts = torch.split(values, self._lengths[list(sequences)].tolist())
+        self._known.update(zip(sequences, parts, strict=True))
 
     def get(self, sequences: Sequences) -> torch.Tensor | None:
         """(N,) of some sequences; None unless all are known."""
         if not all(s in self._known for s in sequences):
             return None
         return torch.cat([self._known[s] for s in sequences])
-
-
-class StepState:
-    """One step on this rank. What the batch brings along of log-probs is known from the beginning."""
-
-    def __init__(self, batch: TrainBatch, device: torch.device) -> None:
-        self.batch = batch
-        self.old, self.reference, self.anchor = LogProbs(), LogProbs(), LogProbs()
-        """Of the policy before the step, of the reference, and of the policy before the step given the prompt
-        without its images."""
-        self.measured = TokenMeans()
-        self._response_offsets = batch.response_offsets
-        everything = tuple(range(len(batch)))
-        for known, values in (
-            (self.old, batch.old_log_probs),
-            (self.reference, batch.reference_log_probs),
-        ):
-            if values is not None:
-                tensor = torch.from_numpy(values).to(device)
-                known.put(everything, tensor, batch.response_lengths.tolist())
-
-    def response_slices(self, sequences: Sequences) -> list[slice]:
-        """Where the tokens of each response are in an array over all response tokens."""
-        offsets = self._response_offsets
-        return [slice(offsets[s], offsets[s + 1]) for s in sequences]
 
 
 class TokenMeans:
@@ -66,13 +102,6 @@ class TokenMeans:
         self._sums: dict[str, torch.Tensor] = {}
         self._maxima: dict[str, torch.Tensor] = {}
         self._totals: dict[str, torch.Tensor] = {}
-
-    def copy(self) -> TokenMeans:
-        """What was measured so far."""
-        other = TokenMeans()
-        other._sums, other._maxima = dict(self._sums), dict(self._maxima)
-        other._totals = dict(self._totals)
-        return other
 
     def add(self, key: str, values: torch.Tensor, weight: float = 1.0) -> None:
         """(N,) values of a pass; with weight 0 the rank only runs along, and they do not count."""
@@ -90,10 +119,11 @@ class TokenMeans:
 
     def total(self, key: str, value: torch.Tensor) -> None:
         """() value of which the sum is wanted, finite or not."""
-        value = value.detach().double()[None]
+        value = value.detach().double()
         self._totals[key] = self._totals[key] + value if key in self._totals else value
 
     def reduce(self) -> dict[str, float]:
         """Over all ranks, which must have measured the same keys; a mean of nothing is NaN."""
-        means = {k: total / count if count else math.nan for k, (total, count) in all_sum(self._sums).items()}
-        return means | {k: total for k, [total] in all_sum(self._totals).items()} | all_max(self._maxima)
+        sums, totals = all_reduce(self._sums), all_reduce(self._totals)
+        means = {key: total / count if count else math.nan for key, (total, count) in sums.items()}
+        return means | totals | all_reduce(self._maxima, dist.ReduceOp.MAX)

@@ -8,6 +8,7 @@ rollouts. An update in which something is not finite is skipped on all ranks, se
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -15,14 +16,14 @@ import numpy as np
 import torch
 
 from mssr.actor.distributed import accumulate_locally, clip_grad_norm, reshard
-from mssr.actor.guard import NonFiniteGuard, Skipped
+from mssr.actor.guard import NonFiniteGuard
 from mssr.actor.offload import OffloadedOptimizer
 from mssr.actor.optimizers import learning_rate
 from mssr.actor.planning import MicroBatch, Passes, Planner, StepPlan, UpdatePlan
 from mssr.actor.prompts import PromptCache
 from mssr.actor.step import LogProbs, StepState
 from mssr.algorithms.losses import kl_penalty
-from mssr.algorithms.objective import KnownTokens, LossInParts, Objective, TokenBatch
+from mssr.algorithms.objective import LossInParts, Objective
 from mssr.config import Config
 from mssr.models.cost import CostModel
 from mssr.models.packing import PackedBatch, pack
@@ -70,31 +71,26 @@ class PolicyUpdater:
         Raises:
             TrainingError: too many updates in a row had something in them that is not finite.
         """
-        state, plan = StepState(batch, self.device), self.plan(batch, step)
+        state, plan = self.begin(batch), self.plan(batch, step)
         lr = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # The first update is on policy: its own forward pass gives the old log-probs, unless it drops some
-        # of the adapters' inputs, which the policy that sampled did not.
-        for number, update in enumerate(plan.updates):
-            own_pass = number == 0 and not self.config.actor.lora.dropout
-            self._before_update(state, update.ranks[self.rank], needs_old=not own_pass)
-        if plan.holds_out:
-            self._score(state.old, state, plan.probe[self.rank])
-        self._reshard()
+        self._before_updates(state, plan)
         norms = []
         for number, update in enumerate(plan.updates, 1):
-            before = state.measured.copy()
-            norm, flagged = self._update(state, update)
+            before = copy.deepcopy(state.measured)
+            self.guard.begin()
+            self.backward(state, update)
+            max_norm = self.config.actor.max_grad_norm
+            norm, flagged = clip_grad_norm(self.parameters, max_norm, self.guard.flag())
             # Norm and flag are global, so every rank decides alike.
             if math.isfinite(norm) and not flagged:
                 self.optimizer.step()
                 norms.append(norm)
                 self.guard.passed()
             else:
-                self.guard.skipped(
-                    Skipped(step + 1, number, norm, flagged), batch, self.policy.named_parameters()
-                )
+                named = self.policy.named_parameters()
+                self.guard.skipped(batch, step + 1, number, norm, flagged, named)
                 if norms or number < len(plan.updates):
                     # The metrics are those of the updates that were made.
                     state.measured = before
@@ -106,6 +102,10 @@ class PolicyUpdater:
         metrics["policy/skipped_updates"] = float(len(plan.updates) - len(norms))
         metrics["policy/lr"] = lr
         return metrics
+
+    def begin(self, batch: TrainBatch) -> StepState:
+        """What is known of a batch before its step."""
+        return StepState(batch, self.device, self.policy.model.config.image_token_id)
 
     def plan(self, batch: TrainBatch, step: int) -> StepPlan:
         """The step's updates and the passes that measure its KL, the same on every rank."""
@@ -119,118 +119,77 @@ class PolicyUpdater:
     @torch.no_grad()
     def log_probs(self, batch: TrainBatch, reference: bool) -> RankLogProbs:
         """Log-probs of this rank's share of a batch under the policy as it is, and the reference."""
-        models: list[torch.nn.Module] = [self.policy]
-        if reference:
-            assert self.reference is not None
-            models.append(self.reference)
+        models = [self.policy, self.reference] if reference else [self.policy]
         sequences: list[int] = []
-        values: list[list[np.ndarray]] = [[np.empty(0, np.float32)] for _ in models]
+        found: list[list[torch.Tensor]] = [[] for _ in models]
         for micro, packed in self._packed(batch, self._planner(batch).everything()[self.rank]):
-            for model, found in zip(models, values, strict=True):
-                scored = model(packed, micro.any_rank_has_images)[0]
-                if micro.weight:
-                    found.append(scored.cpu().numpy())
-            if micro.weight:
-                sequences += micro.sequences
+            sequences += micro.sequences if micro.weight else ()
+            for model, parts in zip(models, found, strict=True):
+                assert model is not None
+                log_probs = model(packed, micro.any_rank_has_images)[0].cpu()
+                parts.append(log_probs if micro.weight else log_probs[:0])
         self._reshard()
-        by_model = [np.concatenate(found) for found in values]
-        return RankLogProbs(
-            sequences=np.array(sequences, np.int64),
-            policy=by_model[0],
-            reference=by_model[1] if reference else None,
-        )
+        policy, *others = (torch.cat(parts).numpy() for parts in found)
+        return RankLogProbs(np.array(sequences, np.int64), policy, others[0] if reference else None)
+
+    def _before_updates(self, state: StepState, plan: StepPlan) -> None:
+        """The log-probs that updates and probe need, and that neither batch nor their own passes give."""
+        for number, update in enumerate(plan.updates):
+            # The first update is on policy: its own forward pass gives the old log-probs, unless it drops
+            # some of the adapters' inputs, which the policy that sampled did not.
+            own_pass = number == 0 and not self.config.actor.lora.dropout
+            self._before_update(state, update.ranks[self.rank], needs_old=not own_pass)
+        if self.config.holds_out:
+            self._score(state.batch, plan.probe[self.rank], (state.old, self.policy))
+        self._reshard()
 
     @torch.no_grad()
     def _before_update(self, state: StepState, passes: Passes, needs_old: bool) -> None:
-        """Log-probs that an update needs: of the policy before the step, of the reference, of the anchor."""
-        self._score(state.old if needs_old else None, state, passes, reference=self._reference_in_loss)
+        wanted: list[tuple[LogProbs, torch.nn.Module]] = [(state.old, self.policy)] if needs_old else []
+        if self.reference is not None and not self.config.kl_in_reward:
+            wanted.append((state.reference, self.reference))
+        self._score(state.batch, passes, *wanted)
         if self.objective.anchor_coef:
-            for micro in passes:
-                items = self.prompts.text_only(state.batch, micro.sequences)
-                packed = pack(items, self.policy.merge_size).to(self.device)
-                self._put(state.anchor, micro, packed, self.policy(packed)[0])
-
-    @property
-    def _reference_in_loss(self) -> bool:
-        return self.reference is not None and not self.config.kl_in_reward
+            for micro, packed in self._packed(state.batch, passes, text_only=True):
+                state.anchor.put(micro.sequences, self.policy(packed)[0])
 
     @torch.no_grad()
-    def _score(self, old: LogProbs | None, state: StepState, passes: Passes, reference: bool = False) -> None:
-        """Put log-probs of the policy into ``old``, and those of the reference, from one packing; what the
-        batch brought along is not computed again."""
-        needs_old = old is not None and state.batch.old_log_probs is None
-        needs_reference = reference and state.batch.reference_log_probs is None
-        if not (needs_old or needs_reference):
-            return
-        for micro, packed in self._packed(state.batch, passes):
-            if needs_old:
-                self._put(state.old, micro, packed, self.policy(packed, micro.any_rank_has_images)[0])
-            if needs_reference:
-                assert self.reference is not None
-                log_probs, _ = self.reference(packed, micro.any_rank_has_images)
-                self._put(state.reference, micro, packed, log_probs)
-
-    def _update(self, state: StepState, plan: UpdatePlan) -> tuple[float, bool]:
-        """Gradient of one update, clipped: its norm before, and whether some rank saw what is not finite."""
-        self.guard.begin()
-        self.backward(state, plan)
-        return clip_grad_norm(self.parameters, self.config.actor.max_grad_norm, self.guard.flag())
+    def _score(self, batch: TrainBatch, passes: Passes, *wanted: tuple[LogProbs, torch.nn.Module]) -> None:
+        """Log-probs under some models, all from one packing, but for those that the batch brought along."""
+        missing = [(known, model) for known, model in wanted if not known.complete]
+        for micro, packed in self._packed(batch, passes) if missing else ():
+            for known, model in missing:
+                known.put(micro.sequences, model(packed, micro.any_rank_has_images)[0])
 
     def backward(self, state: StepState, plan: UpdatePlan) -> None:
         """Accumulate the gradient of one update."""
-        passes = plan.ranks[self.rank]
+        passes, kl_coef = plan.ranks[self.rank], state.batch.kl_coef
         denominator = self.objective.denominator(state.batch.response_lengths[list(plan.sequences)])
         for micro, packed in self._packed(state.batch, passes):
             if self.config.actor.keep_gathered:
                 accumulate_locally(self.policy, last=micro is passes[-1])
-            loss, tokens, per_token, metrics = self._loss(state, micro, packed, denominator)
+            tokens = state.tokens(micro.sequences)
+            if self.objective.token_wise(old_known=tokens.old_log_probs is not None):
+                # Forward pass and objective in one.
+                parts = LossInParts(self.objective, tokens, denominator, kl_coef)
+                loss, log_probs, entropy = self.policy(packed, micro.any_rank_has_images, parts)
+                tokens, metrics = tokens.after(log_probs), parts.metrics
+            else:
+                log_probs, entropy = self.policy(packed, micro.any_rank_has_images)
+                tokens = tokens.after(log_probs)
+                loss, metrics = self.objective(tokens, log_probs, entropy, denominator, kl_coef)
+            assert tokens.old_log_probs is not None
+            state.old.put(micro.sequences, tokens.old_log_probs)
+            per_token = metrics.pop("loss")
             for key, values in metrics.items():
                 state.measured.add(key, values, micro.weight)
             if micro.weight:
-                self.guard.observe(micro.sequences, tokens, per_token)
+                self.guard.observe(micro.sequences, tokens, log_probs, entropy, per_token)
             mismatch = (tokens.engine_log_probs - tokens.old_log_probs).abs()
             state.measured.max("rollout/mismatch_max", mismatch)
             state.measured.total("policy/loss", loss if micro.weight else torch.zeros_like(loss))
             # FSDP averages over ranks; the loss is already divided by the tokens of all of them.
             (loss * micro.weight * self.config.actor.num_ranks).backward()
-
-    def _loss(
-        self, state: StepState, micro: MicroBatch, packed: PackedBatch, denominator: float
-    ) -> tuple[torch.Tensor, TokenBatch, torch.Tensor, dict[str, torch.Tensor]]:
-        """Forward pass and objective of a micro-batch; in one, where the objective is by tokens."""
-        known, kl_coef = self._known(state, micro, packed), state.batch.kl_coef
-        if self.objective.token_wise(old_known=known.old_log_probs is not None):
-            parts = LossInParts(self.objective, known, denominator, kl_coef)
-            loss, log_probs, entropy = self.policy(packed, micro.any_rank_has_images, parts)
-            tokens, metrics = known.measured(log_probs, entropy), parts.metrics
-        else:
-            log_probs, entropy = self.policy(packed, micro.any_rank_has_images)
-            tokens = known.measured(log_probs, entropy)
-            loss, metrics = self.objective(tokens, denominator, kl_coef)
-        if known.old_log_probs is None:
-            self._put(state.old, micro, packed, tokens.old_log_probs)
-        return loss, tokens, metrics.pop("loss"), metrics
-
-    def _known(self, state: StepState, micro: MicroBatch, packed: PackedBatch) -> KnownTokens:
-        batch, sequences, lengths = state.batch, micro.sequences, packed.response_lengths
-        if batch.token_advantages is not None:
-            advantages = self._of_tokens(state, batch.token_advantages, sequences)
-        else:
-            per_sequence = torch.from_numpy(batch.advantages[list(sequences)]).to(self.device)
-            advantages = per_sequence.repeat_interleave(lengths)
-        anchor, has_image = state.anchor.get(sequences), None
-        if anchor is not None:
-            images = torch.from_numpy(self._has_images(batch)[list(sequences)]).to(self.device)
-            has_image = images.repeat_interleave(lengths)
-        return KnownTokens(
-            old_log_probs=state.old.get(sequences),
-            engine_log_probs=self._of_tokens(state, batch.engine_log_probs, sequences),
-            advantages=advantages,
-            lengths=lengths,
-            reference_log_probs=state.reference.get(sequences),
-            anchor_log_probs=anchor,
-            has_image=has_image,
-        )
 
     @torch.no_grad()
     def _probe_kl(self, state: StepState, plan: StepPlan) -> None:
@@ -254,24 +213,13 @@ class PolicyUpdater:
             token_budget=self.config.actor.micro_batch_tokens,
         )
 
-    def _has_images(self, batch: TrainBatch) -> np.ndarray:
-        """(B,) bool."""
-        image_token = self.policy.model.config.image_token_id
-        return np.logical_or.reduceat(batch.tokens == image_token, batch.offsets[:-1])
-
-    def _packed(self, batch: TrainBatch, passes: Passes) -> Iterator[tuple[MicroBatch, PackedBatch]]:
+    def _packed(
+        self, batch: TrainBatch, passes: Passes, text_only: bool = False
+    ) -> Iterator[tuple[MicroBatch, PackedBatch]]:
         for micro in passes:
             beat()
-            items = self.prompts.items(batch, micro.sequences)
+            items = self.prompts.items(batch, micro.sequences, text_only)
             yield micro, pack(items, self.policy.merge_size).to(self.device)
-
-    def _put(self, into: LogProbs, micro: MicroBatch, packed: PackedBatch, values: torch.Tensor) -> None:
-        into.put(micro.sequences, values, packed.response_lengths.tolist())
-
-    def _of_tokens(self, state: StepState, values: np.ndarray, sequences: tuple[int, ...]) -> torch.Tensor:
-        """The parts of an array over response tokens that belong to some sequences."""
-        parts = [values[part] for part in state.response_slices(sequences)]
-        return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
     def _metrics(self, state: StepState, updates: int) -> dict[str, float]:
         encoded, self.prompts.encoded = self.prompts.encoded, 0

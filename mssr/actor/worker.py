@@ -74,8 +74,13 @@ class PolicyWorker:
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = make_optimizer(config, parameters, rank)
         steps = with_offload(optimizer, config.actor.offload, self.device)
-        on_device = getattr(steps, "on_device", contextlib.nullcontext)
-        self._checkpoint = ActorCheckpoint(self.policy.model, optimizer, rank, on_device)
+        self.checkpoint = ActorCheckpoint(
+            self.policy.model,
+            optimizer,
+            rank,
+            background=config.trainer.save_in_background,
+            on_device=getattr(steps, "on_device", contextlib.nullcontext),
+        )
         source = PromptSource(config)
         self._prompts = PromptCache(source, self.policy, config.data.image_cache_bytes)
         self.updater = PolicyUpdater(
@@ -166,22 +171,6 @@ class PolicyWorker:
                 # A copy: what is sent must not change under the receiver during the next update.
                 weights[name] = tensor.detach().to("cpu", self.compute_dtype, copy=True)
         return weights if self.rank == 0 else None
-
-    def begin_save(self, directory: str) -> None:
-        """Write parameters and optimizer, in the background if ``trainer.save_in_background``."""
-        self._checkpoint.begin(directory, self.config.trainer.save_in_background)
-
-    def save_done(self) -> bool:
-        """Whether `finish_save` would not wait, but for the checksums."""
-        return self._checkpoint.done()
-
-    def finish_save(self) -> dict[str, str]:
-        """See `ActorCheckpoint.finish`."""
-        return self._checkpoint.finish()
-
-    def load(self, directory: str) -> None:
-        """Take parameters and optimizer from a directory that was saved on any number of ranks."""
-        self._checkpoint.load(directory)
 
     def close(self) -> None:
         """Leave the process group."""

@@ -1,8 +1,16 @@
-"""From scores to learning signal: baselines, advantages, shaping, losses, and the methods by name.
+"""From rewards to learning signal: baselines, advantages, shaping, losses, and the methods by name.
 
 Pure: NumPy, torch and the standard library; no Ray, no model, no config. The modules that need torch
 are loaded when first used, so that a command that only checks a config does not wait for it. A new
 method is a new module and its line among the imports below, or a user's ``path/to/file.py:Class``.
+
+In the order of a step: ``baseline`` (its prompts in ``id_table``) and ``discount``; ``advantages``, the
+formulas; ``group``, ``single_rollout`` and ``reinforce_pp``, the methods, each an ``Algorithm`` of ``base``
+that ``registry`` knows; ``shaping``, ``policy_losses``, ``losses``, ``correction`` and ``kl_control``, the
+parts of the loss, which ``objective`` puts together. ``plugins``, ``checks`` and ``sequences`` help.
+
+An option out of its range, shapes or lengths that differ, numbers that are not finite, a name that there is
+not and a saved state of another version raise ValueError with a sentence; ``Raises`` says what else does.
 """
 
 from __future__ import annotations

@@ -220,22 +220,13 @@ def _grouped(rewards: npt.ArrayLike, groups: npt.ArrayLike, method: str) -> tupl
     labels = np.asarray(groups)
     if labels.shape != r.shape:
         raise ValueError(f"{len(r)} rewards need as many groups, not shape {labels.shape}")
-    names: npt.NDArray | None = None
-    if labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < len(labels):
-        size = np.bincount(labels)
-    else:
-        size = np.zeros(1, np.int64)
-    if size.all():  # the labels are 0 .. G-1 already, as `group_indices` numbers them
-        group = labels
-    else:
-        names, group, size = np.unique(labels, return_inverse=True, return_counts=True)
+    names, group, size = np.unique(labels, return_inverse=True, return_counts=True)
     if method and size.min() < 2:
-        lone = int(size.argmin())
         raise ValueError(
-            f"{method} compares the responses of a prompt, but group {lone if names is None else names[lone]}"
-            " has only one: sample n >= 2 responses for each prompt"
+            f"{method} compares the responses of a prompt, but group {names[size.argmin()]} has only one:"
+            " sample n >= 2 responses for each prompt"
         )
-    return r, group.astype(np.int64, copy=False), size
+    return r, group, size
 
 
 def _centred(r: Floats, group: Ints, size: Ints) -> Floats:

@@ -40,9 +40,6 @@ class BetaBaseline:
         prior_strength: Pseudo-counts of the prior, >= 0. 1 weighs as much as one response; with 0
             the first reward alone is the value.
         prior_mean: Value of an unseen prompt in [0, 1], or None for the running mean.
-
-    Raises:
-        ValueError: A number is out of its range.
     """
 
     def __init__(self, prior_strength: float = 1.0, prior_mean: float | None = None) -> None:
@@ -95,11 +92,9 @@ class BetaBaseline:
         return self._value_units / (_UNIT * len(self)) if len(self) else self.unseen_value
 
     def check_rewards(self, ids: Sequence[str], rewards: npt.ArrayLike) -> Floats:
-        """(B,) float64 rewards of B prompts if `update` takes them; to be asked before a step is spent.
+        """(B,) float64 rewards of B prompts; ValueError, naming the prompt, if one is not in [0, 1].
 
-        Raises:
-            ValueError: A reward is not finite or not in [0, 1] (its prompt is named), or there are not
-                as many as ids.
+        To be asked before a step is spent: `update` takes no others.
         """
         r = np.asarray(rewards, np.float64)
         if r.shape != (len(ids),):
@@ -111,16 +106,12 @@ class BetaBaseline:
         return r
 
     def update(self, ids: Sequence[str], rewards: npt.ArrayLike, eta: npt.ArrayLike) -> None:
-        """Discount and add one observation for each of B visits, in order.
+        """Discount and add one observation for each of B visits, in order; nothing if an argument is wrong.
 
         Args:
             ids: B prompt ids. A prompt named twice is visited twice, the discount included.
             rewards: (B,) in [0, 1].
             eta: Discount in [0, 1]; one for all visits, or (B,), one for each.
-
-        Raises:
-            ValueError: A reward is not finite or not in [0, 1] (its prompt is named), an eta is out
-                of range, or the lengths differ. Nothing is changed then.
         """
         keys = self._table.keys(ids)
         r = self.check_rewards(ids, rewards)
@@ -164,8 +155,7 @@ class BetaBaseline:
             smoothing: >= 0.
 
         Raises:
-            ValueError: A number is out of its range, or a prompt occurs twice or was visited before
-                (it is named). Nothing is changed then.
+            ValueError: A prompt occurs twice or was visited before (it is named). Nothing is changed then.
         """
         keys = self._table.keys(ids)
         check_number("strength", strength)
@@ -201,10 +191,8 @@ class BetaBaseline:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace what was learnt; `values` and `update` then go on bit for bit.
 
-        A state of version 1, which has a list ``ids`` in place of ``keys``, is read too.
-
-        Raises:
-            ValueError: The state has another version, or its keys and counts do not fit together.
+        A state of version 1, which has a list ``ids`` in place of ``keys``, is read too. ValueError if
+        keys and counts do not fit together.
         """
         if state.get("version") == 1:
             keys = IdTable().keys(state["ids"])

@@ -65,9 +65,6 @@ def rollout_correction(
         The factor, (N,), and a dict of (N,) tensors: ``weight`` (before the mask) and ``masked`` (1
         where the mask made the factor 0). Nothing has a gradient. Log-ratios are clamped to +-20, of a
         token and of a product.
-
-    Raises:
-        ValueError: The shapes differ, the lengths do not add up, or an option is out of its range.
     """
     check_same_shape(old_log_probs=old_log_probs, engine_log_probs=engine_log_probs)
     check_lengths(lengths, len(old_log_probs))

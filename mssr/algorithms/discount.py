@@ -43,9 +43,6 @@ class AdaptiveDiscount:
         rule: One of the rules above.
         half_life: KL that halves the memory, by ``half_life``, > 0.
         eta: A fixed discount in [0, 1], in place of any rule; None adapts it.
-
-    Raises:
-        ValueError: A number is out of its range, or there is no such rule.
     """
 
     def __init__(
@@ -60,30 +57,20 @@ class AdaptiveDiscount:
         eta: float | None = None,
     ) -> None:
         if not 0 <= eta_min <= eta_max <= 1:
-            raise ValueError(
-                f"needed: 0 <= eta_min <= eta_max <= 1, but eta_min={eta_min} and eta_max={eta_max}"
-            )
+            raise ValueError(f"needed: 0 <= eta_min={eta_min} <= eta_max={eta_max} <= 1")
         check_number("kl_target", kl_target)
         check_number("half_life", half_life)
         check_number("eta", eta, "in [0, 1]", optional=True)
         check_whole("window", window, 1)
         check_choice("eta_rule", rule, RULES)
-        self.eta_min = float(eta_min)
-        self.eta_max = float(eta_max)
-        self.kl_target = float(kl_target)
-        self.window = window
-        self.rule = rule
-        self.half_life = float(half_life)
-        self.fixed = None if eta is None else float(eta)
+        self.eta_min, self.eta_max = eta_min, eta_max
+        self.kl_target, self.half_life = kl_target, half_life
+        self.window, self.rule, self.fixed = window, rule, eta
         self._kls: deque[float] = deque(maxlen=window)
         self._mean: float | None = None  # of the last `observe_each`
 
     def of(self, kl: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """The discount for each KL, in the shape of ``kl``; eta_max for NaN: no change was seen.
-
-        Raises:
-            ValueError: A KL is infinite.
-        """
+        """The discount for each KL, in the shape of ``kl``; eta_max for NaN: no change was seen."""
         k = np.asarray(kl, np.float64)
         if np.isinf(k).any():
             raise ValueError("the KL between policies must be finite, not infinite")
@@ -103,11 +90,7 @@ class AdaptiveDiscount:
         return np.where(np.isnan(k), self.eta_max, eta)
 
     def observe(self, kl: float) -> None:
-        """Add the KL (nats per token) of one training step.
-
-        Raises:
-            ValueError: ``kl`` is not finite.
-        """
+        """Add the KL (nats per token) of one training step."""
         if not math.isfinite(kl):
             raise ValueError(f"the KL between policies must be finite, not {kl}")
         self._kls.append(float(kl))
@@ -131,11 +114,7 @@ class AdaptiveDiscount:
         return {"version": _STATE_VERSION, "kls": list(self._kls), "mean": self._mean}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the window's content; if this window is shorter, its newest part is kept.
-
-        Raises:
-            ValueError: The state has another version.
-        """
+        """Replace the window's content; if this window is shorter, its newest part is kept."""
         if state.get("version") != 1:  # which knew the window only
             check_version(state, _STATE_VERSION, "discount")
         self._kls = deque((float(kl) for kl in state["kls"]), maxlen=self.window)

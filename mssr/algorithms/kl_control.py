@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mssr.algorithms.checks import check_number
@@ -13,6 +14,7 @@ _STATE_VERSION = 1
 _MAX_ERROR = 0.2
 
 
+@dataclass
 class KLController:
     """Holds ``coef``; with a target it moves so that the measured KL stays near that.
 
@@ -23,35 +25,27 @@ class KLController:
 
     The minimum is ours: a step of more rollouts than the horizon would otherwise move coef by more
     than a fifth, and one of five times as many could make it negative.
-
-    Args:
-        coef: Weight of the KL term, >= 0; > 0 with a target, because 0 times anything stays 0.
-        target: KL to the reference in nats per token, > 0, or None for a fixed weight.
-        horizon: Rollouts over which the weight changes by at most a fifth, > 0.
-
-    Raises:
-        ValueError: A number is out of its range.
     """
 
-    def __init__(self, coef: float, target: float | None = None, horizon: float = 10000) -> None:
-        check_number("the KL coefficient", coef, ">= 0")
-        check_number("the KL target", target, optional=True)
-        if target is not None and coef == 0:
+    coef: float
+    """Weight of the KL term in the next step, >= 0; > 0 with a target: 0 times anything stays 0."""
+    target: float | None = None
+    """KL to the reference in nats per token, > 0, or None for a fixed weight."""
+    horizon: float = 10000
+    """Rollouts over which the weight changes by at most a fifth, > 0."""
+
+    def __post_init__(self) -> None:
+        check_number("the KL coefficient", self.coef, ">= 0")
+        check_number("the KL target", self.target, optional=True)
+        if self.target is not None and self.coef == 0:
             raise ValueError("an adaptive KL coefficient must start above 0: it is scaled, so 0 stays 0")
-        check_number("the KL horizon", horizon)
-        self.target = None if target is None else float(target)
-        self.horizon = float(horizon)
-        self.coef = float(coef)
-        """The weight for the next step."""
+        check_number("the KL horizon", self.horizon)
 
     def observe(self, kl: float, rollouts: int) -> None:
         """Adapt after a step of so many ``rollouts``; nothing happens where the weight is fixed.
 
         Args:
             kl: Token-mean KL of the policy to the reference in nats; an estimate may be negative.
-
-        Raises:
-            ValueError: The weight is adaptive and ``kl`` not finite, or the rollouts are below 0.
         """
         if self.target is None:
             return
@@ -67,13 +61,8 @@ class KLController:
         return {"version": _STATE_VERSION, "coef": self.coef}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the saved weight; a fixed one stays as configured, because it is a setting too.
-
-        Raises:
-            ValueError: The state has another version, or its weight is not a finite number >= 0.
-        """
+        """Go on with the saved weight; a fixed one stays as configured, because it is a setting too."""
         check_version(state, _STATE_VERSION, "KL controller")
-        coef = float(state["coef"])
-        check_number("the saved KL coefficient", coef, ">= 0")
+        check_number("the saved KL coefficient", state["coef"], ">= 0")
         if self.target is not None:
-            self.coef = coef
+            self.coef = float(state["coef"])

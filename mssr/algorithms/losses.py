@@ -7,7 +7,6 @@ too) on one device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -37,10 +36,6 @@ def policy_loss(
 
     Returns:
         (N,) loss of every token, with gradient, and a dict of (N,) tensors without.
-
-    Raises:
-        ValueError: No such loss or option, the shapes differ, a number is out of its range, or
-            lengths are missing or wrong.
     """
     per_token, info = bind_loss(name, options)(log_probs, old_log_probs, advantages, lengths)
     # A loss from a file may have reduced its result.
@@ -59,9 +54,6 @@ def kl_penalty(
     Args:
         log_probs: (N,) nats, of tokens sampled from the policy, with gradient.
         ref_log_probs: (N,) nats, of the same tokens under the reference. No gradient goes into it.
-
-    Raises:
-        ValueError: Unknown kind, or the shapes differ.
     """
     check_same_shape(log_probs=log_probs, ref_log_probs=ref_log_probs)
     d = clamped_log_ratio(ref_log_probs.detach(), log_probs)
@@ -90,9 +82,6 @@ def aggregate(
         per_token: (N,); N may be 0 (a rank without tokens), which gives 0 that still has a graph.
         denominator: > 0, the same on all ranks.
         weights: (N,) factors, without gradient, or None for 1.
-
-    Raises:
-        ValueError: The denominator is not a finite number > 0, or the shapes differ.
     """
     check_number("the denominator of the loss", denominator)
     if weights is not None:
@@ -116,9 +105,6 @@ def aggregation_weights(
         lengths: (S,) int64, of whole sequences: one that is split over micro-batches has no 1/length.
         mode: One of `AGGREGATIONS`.
         constant_length: Only checked here; it belongs to the denominator.
-
-    Raises:
-        ValueError: Unknown mode, or a constant length that is not > 0.
     """
     _check_mode(mode, constant_length)
     if mode != "sequence_mean":
@@ -129,35 +115,28 @@ def aggregation_weights(
     return to_tokens(inverse, lengths, like=inverse.new_empty(tokens))
 
 
-def aggregation_denominator(
-    lengths: torch.Tensor | Sequence[int] | npt.NDArray[np.int64],
-    mode: str,
-    constant_length: int | None = None,
-) -> float:
+def aggregation_denominator(lengths: npt.ArrayLike, mode: str, constant_length: int | None = None) -> float:
     """The denominator of `aggregate` for a whole mini-batch: all its micro-batches, on all ranks.
 
     It depends on the (S,) lengths in tokens alone, so every rank knows it before its first forward pass:
     the number of tokens for ``token_mean``, of sequences that are not empty for ``sequence_mean``, and of
     all sequences times ``constant_length``, a number of tokens, for that. Where the mini-batch has no token
     it is 1: there is then nothing to divide.
-
-    Raises:
-        ValueError: Unknown mode, or ``constant_length`` is missing or not > 0.
     """
     _check_mode(mode, constant_length)
     if mode == "constant_length" and constant_length is None:
         raise ValueError("aggregation constant_length needs the length, a number of tokens")
-    lengths = torch.as_tensor(lengths, dtype=torch.int64)
-    tokens = int(lengths.sum())
-    check_lengths(lengths, tokens)
-    if tokens == 0:
+    tokens = np.asarray(lengths, np.int64)
+    if (tokens < 0).any():
+        raise ValueError(f"lengths must be >= 0, not {tokens.min()}")
+    if not tokens.any():
         return 1.0
     if mode == "token_mean":
-        return float(tokens)
+        return float(tokens.sum())
     if mode == "sequence_mean":
-        return float((lengths > 0).sum())
+        return float(np.count_nonzero(tokens))
     assert constant_length is not None
-    return float(len(lengths) * constant_length)
+    return float(len(tokens) * constant_length)
 
 
 def _check_mode(mode: str, constant_length: int | None) -> None:

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -33,14 +32,14 @@ Correction = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KnownTokens:
+class TokenBatch:
     """What is known before the forward pass of N response tokens of S sequences, laid end to end.
 
     Log-probs are in nats.
     """
 
     old_log_probs: torch.Tensor | None
-    """(N,) of the policy before the step; None where the forward pass to come gives them."""
+    """(N,) of the policy before the step; None where the forward pass gives them, see `after`."""
     engine_log_probs: torch.Tensor
     """(N,) as the engine sampled."""
     advantages: torch.Tensor
@@ -54,34 +53,21 @@ class KnownTokens:
     has_image: torch.Tensor | None = None
     """(N,) bool, with ``anchor_log_probs``: without an image there is no anchor."""
 
-    def measured(
-        self, log_probs: torch.Tensor, entropy: torch.Tensor, part: slice = slice(None)
-    ) -> TokenBatch:
-        """With what the forward pass gave, (n,) each, for n of these tokens."""
+    def after(self, log_probs: torch.Tensor, part: slice = slice(None)) -> TokenBatch:
+        """Those of a part, n, whose (n,) log-probs the forward pass gave: on policy they are the old ones."""
         start, stop, _ = part.indices(len(self.engine_log_probs))
         ends = self.lengths.cumsum(0)
         inside = ends.clamp(start, stop) - (ends - self.lengths).clamp(start, stop)
-        values = {f.name: getattr(self, f.name) for f in fields(KnownTokens) if f.name != "lengths"}
-        cut = {name: None if value is None else value[part] for name, value in values.items()}
-        if cut["old_log_probs"] is None:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        cut: dict[str, Any] = {name: None if value is None else value[part] for name, value in values.items()}
+        if self.old_log_probs is None:
             cut["old_log_probs"] = log_probs.detach()
-        return TokenBatch(log_probs=log_probs, entropy=entropy, lengths=inside, **cut)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenBatch(KnownTokens):
-    """The same tokens after it."""
-
-    old_log_probs: torch.Tensor
-    log_probs: torch.Tensor
-    """(N,) of the policy in training, with gradient."""
-    entropy: torch.Tensor
-    """(N,) exact entropy of its next-token distributions, with gradient."""
+        return TokenBatch(**cut | {"lengths": inside})
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised. Call it with a `TokenBatch`."""
+    """What is minimised."""
 
     loss: str = "ppo"
     """Name of the policy loss, see `mssr.algorithms.policy_losses`."""
@@ -109,17 +95,22 @@ class Objective:
 
     def denominator(self, lengths: npt.ArrayLike) -> float:
         """Of a whole mini-batch, over all ranks, from the (S,) lengths of its responses."""
-        return aggregation_denominator(
-            torch.from_numpy(np.asarray(lengths, np.int64)), self.aggregation, self.constant_length
-        )
+        return aggregation_denominator(lengths, self.aggregation, self.constant_length)
 
     def __call__(
-        self, tokens: TokenBatch, denominator: float, kl_coef: float = 0.0
+        self,
+        tokens: TokenBatch,
+        log_probs: torch.Tensor,
+        entropy: torch.Tensor,
+        denominator: float,
+        kl_coef: float = 0.0,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The part of the loss that these tokens contribute.
 
         Args:
-            tokens: of whole sequences.
+            tokens: of whole sequences, with old log-probs.
+            log_probs: (N,) of the policy in training, with gradient.
+            entropy: (N,) exact entropy of its next-token distributions, with gradient.
             denominator: of the mini-batch, see `denominator`.
             kl_coef: weight of the KL to the reference; it may change from step to step.
 
@@ -128,7 +119,8 @@ class Objective:
             aggregation.
         """
         weights = aggregation_weights(tokens.lengths, self.aggregation, self.constant_length)
-        return self._evaluate(tokens, weights, self._correct(tokens), denominator, kl_coef)
+        correction = self._correct(tokens)
+        return self._evaluate(tokens, log_probs, entropy, weights, correction, denominator, kl_coef)
 
     def token_wise(self, old_known: bool) -> bool:
         """Whether no token's loss depends on the log-probs of others in the forward pass to come.
@@ -143,6 +135,8 @@ class Objective:
     def _evaluate(
         self,
         tokens: TokenBatch,
+        log_probs: torch.Tensor,
+        entropy: torch.Tensor,
         weights: torch.Tensor | None,
         correction: Correction | None,
         denominator: float,
@@ -150,36 +144,38 @@ class Objective:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """As `__call__`, with the two things that belong to whole sequences given: (N,) weights of the
         aggregation, and the rollout correction, None where there is none."""
-        metrics: dict[str, torch.Tensor] = {"policy/entropy": tokens.entropy}
-        advantages = self._shaped(tokens, metrics) if self.shaping else tokens.advantages
-        per_token, info = self._policy_loss(
-            tokens.log_probs, tokens.old_log_probs, advantages, tokens.lengths
-        )
-        check_same_shape(log_probs=tokens.log_probs, loss=per_token, **info)  # it may be a user's
+        old = tokens.old_log_probs
+        assert old is not None
+        metrics: dict[str, torch.Tensor] = {"policy/entropy": entropy}
+        advantages = tokens.advantages
+        if self.shaping:
+            advantages = self._shaped(advantages, log_probs, entropy, metrics)
+        per_token, info = self._policy_loss(log_probs, old, advantages, tokens.lengths)
+        check_same_shape(log_probs=log_probs, loss=per_token, **info)  # it may be a user's
         metrics |= {f"policy/{key}": value for key, value in info.items()}
-        mismatch = kl_penalty(tokens.engine_log_probs, tokens.old_log_probs, kind="k3")
+        mismatch = kl_penalty(tokens.engine_log_probs, old, kind="k3")
         metrics["rollout/mismatch_kl"] = mismatch
         if correction is not None:
             factor, info = correction
             per_token = factor * per_token
             metrics |= {f"correction/{key}": value for key, value in info.items()}
         if tokens.reference_log_probs is not None:
-            kl = kl_penalty(tokens.log_probs, tokens.reference_log_probs, kind=self.kl_estimator)
+            kl = kl_penalty(log_probs, tokens.reference_log_probs, kind=self.kl_estimator)
             per_token = per_token + kl_coef * kl
             # Always k3 in the metrics: k1 of one batch may be negative, and runs are to be comparable.
-            metrics["policy/kl_ref"] = kl_penalty(tokens.log_probs, tokens.reference_log_probs, kind="k3")
+            metrics["policy/kl_ref"] = kl_penalty(log_probs, tokens.reference_log_probs, kind="k3")
         if tokens.anchor_log_probs is not None:
             assert tokens.has_image is not None
-            anchor = kl_penalty(tokens.log_probs, tokens.anchor_log_probs, kind="k3") * tokens.has_image
+            anchor = kl_penalty(log_probs, tokens.anchor_log_probs, kind="k3") * tokens.has_image
             per_token = per_token + self.anchor_coef * anchor
             metrics["policy/kl_anchor"] = anchor
         if self.entropy_coef:
-            per_token = per_token - self.entropy_coef * tokens.entropy
+            per_token = per_token - self.entropy_coef * entropy
         metrics["loss"] = per_token
         loss = aggregate(per_token, denominator, weights)
         return loss, {key: value.detach() for key, value in metrics.items()}
 
-    def _correct(self, tokens: KnownTokens) -> Correction | None:
+    def _correct(self, tokens: TokenBatch) -> Correction | None:
         if all(self.correction.get(key, "none") == "none" for key in ("weight", "mask")):
             return None
         assert tokens.old_log_probs is not None
@@ -187,9 +183,16 @@ class Objective:
             tokens.old_log_probs, tokens.engine_log_probs, tokens.lengths, **self.correction
         )
 
-    def _shaped(self, tokens: TokenBatch, metrics: dict[str, torch.Tensor]) -> torch.Tensor:
-        a = tokens.advantages
-        entropy = tokens.entropy if self.shaping_entropy == "exact" else sampled_entropy(tokens.log_probs)
+    def _shaped(
+        self,
+        a: torch.Tensor,
+        log_probs: torch.Tensor,
+        entropy: torch.Tensor,
+        metrics: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """The advantages with their bonus."""
+        if self.shaping_entropy == "sampled":
+            entropy = sampled_entropy(log_probs)
         bonus = entropy_bonus(a, entropy, coef=self.shaping_coef, divisor=self.shaping_divisor)
         shaped = a + bonus
         metrics["shaping/mean"] = bonus
@@ -205,28 +208,28 @@ class LossInParts:
 
     Args:
         objective: `Objective.token_wise`.
-        known: all tokens of the micro-batch, of whole sequences.
+        tokens: all tokens of the micro-batch, of whole sequences.
         denominator, kl_coef: as in `Objective.__call__`.
     """
 
     def __init__(
-        self, objective: Objective, known: KnownTokens, denominator: float, kl_coef: float = 0.0
+        self, objective: Objective, tokens: TokenBatch, denominator: float, kl_coef: float = 0.0
     ) -> None:
-        old_known = known.old_log_probs is not None
+        old_known = tokens.old_log_probs is not None
         assert objective.token_wise(old_known)
         self._objective = objective
-        self._known = known
+        self._tokens = tokens
         self._denominator = denominator
         self._kl_coef = kl_coef
-        self._weights = aggregation_weights(known.lengths, objective.aggregation, objective.constant_length)
-        self._correction = objective._correct(known) if old_known else None
+        self._weights = aggregation_weights(tokens.lengths, objective.aggregation, objective.constant_length)
+        self._correction = objective._correct(tokens) if old_known else None
         self._parts: list[dict[str, torch.Tensor]] = []
 
     def __call__(self, log_probs: torch.Tensor, entropy: torch.Tensor, part: slice) -> torch.Tensor:
         """() what the tokens ``part`` contribute to the loss, from their (n,) log-probs and entropies."""
-        tokens = self._known.measured(log_probs, entropy, part)
+        tokens = self._tokens.after(log_probs, part)
         weights = None if self._weights is None else self._weights[part]
-        if self._known.old_log_probs is None:
+        if self._tokens.old_log_probs is None:
             correction = self._objective._correct(tokens)
         elif self._correction is not None:
             factor, info = self._correction
@@ -234,7 +237,7 @@ class LossInParts:
         else:
             correction = None
         loss, metrics = self._objective._evaluate(
-            tokens, weights, correction, self._denominator, self._kl_coef
+            tokens, log_probs, entropy, weights, correction, self._denominator, self._kl_coef
         )
         self._parts.append(metrics)
         return loss

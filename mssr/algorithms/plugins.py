@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -51,8 +50,8 @@ class Registry(Generic[T]):
 
         def add(thing: Any) -> Any:
             taken = self.known.get(name)
+            # The same again is a notebook cell that was run twice, or a module reload.
             if taken is not None and _origin(taken) != _origin(thing):
-                # The same again is a notebook cell that was run twice, or a module reload.
                 raise ValueError(f"the {self._kind} name {name!r} is taken by {_origin(taken)[1]}")
             self._checked(name, thing, getattr(thing, "__name__", repr(thing)))
             if isinstance(thing, type):
@@ -109,11 +108,7 @@ def _origin(thing: object) -> tuple[str, str]:
 
 
 def default_options(function: Callable[..., Any], inputs: int = 0) -> dict[str, Any]:
-    """The options of a function or class and their defaults, in the order of its signature.
-
-    Args:
-        inputs: Parameters before them that are no options.
-    """
+    """The options of a function or class after ``inputs`` other parameters, with their defaults, in order."""
     parameters = list(inspect.signature(function).parameters.values())
     return {option.name: option.default for option in parameters[inputs:]}
 
@@ -142,14 +137,12 @@ def is_spec(name: str) -> bool:
 def load(spec: str, kind: str, noun: str = "attribute") -> Any:
     """What ``path/to/file.py:attribute`` stands for.
 
-    The file runs once for each of its contents: loading it again gives the same object, and after an
-    edit the new one. It runs as a module of its own, so two files of one name do not shadow each other.
-    It may import the files beside it.
+    The path is relative to the working directory or absolute. The file runs once for each of its
+    contents: loading it again gives the same object, and after an edit the new one. It runs as a module of
+    its own, so two files of one name do not shadow each other. It may import the files beside it.
 
     Args:
-        spec: A path, relative to the working directory or absolute, a colon, and a top-level name.
-        kind: What the user asked for, the first word of every error: "reward", "algorithm".
-        noun: What the name should be, for the error that it is not there: "function", "class".
+        kind, noun: As of `Registry`.
 
     Raises:
         UserError: There is no such file, it is no Python file, it does not run, or it lacks the name.
@@ -159,20 +152,18 @@ def load(spec: str, kind: str, noun: str = "attribute") -> Any:
         raise UserError(f"{kind} {spec!r} is not of the form path/to/file.py:{noun}")
     module = _run(Path(path), f"{kind} {spec!r}")
     if attribute not in vars(module):
-        public = [name for name, value in vars(module).items() if not _foreign(name, value)]
-        hint = did_you_mean(attribute, public)
+        own = [n for n, v in vars(module).items() if not (n.startswith("_") or isinstance(v, ModuleType))]
+        hint = did_you_mean(attribute, own)
         raise UserError(f"{kind} {spec!r}: {path} has no {noun} {attribute!r}{hint}")
     return vars(module)[attribute]
-
-
-def _foreign(name: str, value: object) -> bool:
-    return name.startswith("_") or isinstance(value, ModuleType)
 
 
 def _run(path: Path, what: str) -> ModuleType:
     """The module of the file at ``path``, run now unless this content of it already was."""
     if not path.is_file():
         raise UserError(f"{what}: there is no file {str(path)!r}")
+    if path.suffix != ".py":
+        raise UserError(f"{what}: {path} is not a Python file (.py)")
     path = path.resolve()
     try:
         source = path.read_bytes()
@@ -182,13 +173,10 @@ def _run(path: Path, what: str) -> ModuleType:
     name = f"{_PREFIX}{path.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{what}: {path} is not a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look their module up there
+    # Not by an import, whose bytecode cache takes an edit of the same second and size for none.
+    module = sys.modules[name] = ModuleType(name)  # dataclasses and pickle look their module up there
+    module.__file__ = str(path)
     try:
-        # Not by the loader, whose bytecode cache takes an edit of the same second and size for none.
         with _neighbours(path.parent):
             exec(compile(source, str(path), "exec"), vars(module))
     except BaseException as error:

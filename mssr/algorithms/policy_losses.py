@@ -43,9 +43,6 @@ AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length")
 _INPUTS = ("log_probs", "old_log_probs", "advantages", "lengths")
 
 
-# --- by name -------------------------------------------------------------------------------------
-
-
 def register_loss(name: str, aggregation: str | None = None, token_wise: bool = False) -> Callable[[_F], _F]:
     """Function decorator: make a policy loss available as ``algorithm.loss.name``.
 
@@ -93,27 +90,19 @@ file is read at each call: a training resolves its loss once, with `bind_loss`."
 
 
 def loss_options(name: str) -> dict[str, Any]:
-    """The options of a loss and their defaults, in the order of its signature; errors as of `get_loss`."""
+    """The options of a loss and their defaults, in the order of its signature."""
     return default_options(get_loss(name), len(_INPUTS))
 
 
 def loss_aggregation(name: str) -> str | None:
-    """The aggregation that a loss asks for; None leaves it to the method.
-
-    Raises:
-        ValueError, UserError: As `get_loss`, or there is no such aggregation.
-    """
+    """The aggregation that a loss asks for; None leaves it to the method."""
     aggregation = getattr(get_loss(name), "aggregation", None)
     _check_aggregation(aggregation, name)
     return aggregation
 
 
 def bind_loss(name: str, options: Mapping[str, Any]) -> PolicyLoss:
-    """The loss with its options filled in, to be called with the four tensors.
-
-    Raises:
-        ValueError, UserError: As `get_loss`, or the loss has no such option.
-    """
+    """The loss with its options filled in, to be called with the four tensors."""
     return bind(f"policy loss {name!r}", get_loss(name), options, len(_INPUTS))
 
 

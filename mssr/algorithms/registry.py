@@ -26,18 +26,10 @@ register, names, get = ALGORITHMS.register, ALGORITHMS.names, ALGORITHMS.get
 
 
 def options(name: str) -> dict[str, Any]:
-    """The options of an algorithm and their defaults, in the order of its signature.
-
-    Raises:
-        ValueError, UserError: As `get`.
-    """
+    """The options of an algorithm and their defaults, in the order of its signature."""
     return default_options(get(name))
 
 
 def create(name: str, **settings: Any) -> Algorithm:
-    """Build an algorithm, for example ``create("mssr", kl_target=0.02)``.
-
-    Raises:
-        ValueError, UserError: As `get`; or there is no such option, or a value is out of its range.
-    """
+    """Build an algorithm, for example ``create("mssr", kl_target=0.02)``."""
     return bind(f"algorithm {name!r}", get(name), settings)()

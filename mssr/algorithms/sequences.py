@@ -18,17 +18,10 @@ def clamped_log_ratio(log_probs: torch.Tensor, other_log_probs: torch.Tensor) ->
 
 
 def sequence_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Sum over the tokens of each sequence.
+    """(S,) float64 sums, without gradient, of (N,) values; lengths as checked by `check_lengths`.
 
-    Summed in float64 and always in the same order, so a sequence has the same sum in any micro-batch
-    (atomic adds on a GPU would not give that).
-
-    Args:
-        values: (N,) of any float dtype. No gradient goes into it.
-        lengths: (S,), as checked by `check_lengths`.
-
-    Returns:
-        (S,) float64, 0 for an empty sequence.
+    Always summed in the same order, so a sequence has the same sum in any micro-batch (atomic adds on a
+    GPU would not give that).
     """
     lengths = lengths.to(values.device, torch.int64)
     # unsafe=True leaves out torch's own look at the lengths, which `check_lengths` has already had.
@@ -41,16 +34,7 @@ def sequence_means(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def to_tokens(per_sequence: torch.Tensor, lengths: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Give every token its sequence's value.
-
-    Args:
-        per_sequence: (S,).
-        lengths: (S,) adding up to N.
-        like: (N,), whose dtype and device the result has.
-
-    Returns:
-        (N,).
-    """
+    """(N,) each token's (S,) value of its sequence, with the dtype and device of ``like``, which is (N,)."""
     # With output_size known, a GPU need not be waited for.
     spread = per_sequence.repeat_interleave(lengths.to(per_sequence.device), output_size=len(like))
     return spread.to(like)

@@ -32,9 +32,6 @@ def entropy_bonus(
     Returns:
         psi, same shape as the inputs, without gradient: shaping changes how strongly a token is
         reinforced and is no entropy loss.
-
-    Raises:
-        ValueError: The shapes differ, or a number is out of its range.
     """
     check_same_shape(advantages=advantages, entropy=entropy)
     check_number("coef", coef, ">= 0")

@@ -31,9 +31,6 @@ class SingleRollout(Algorithm):
 
     After the step: eta from the KL between policies, then a <- eta*a + r, b <- eta*b + (1 - r).
     Rewards must be in [0, 1]. More than one response for each prompt works: each is a visit.
-
-    Raises:
-        ValueError: An option is out of its range, or two do not go together.
     """
 
     bounded_rewards = True

@@ -60,7 +60,9 @@ class Cluster(Protocol):
         """
 
     def prepare(self, prompt_ids: Sequence[str]) -> None:
-        """Have engines that are idle now encode prompts that they are likely to get next; returns at once."""
+        """Have engines that are idle now encode prompts that they are likely to get next; returns at once.
+        Where none is idle, nothing."""
+        return
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         """One policy update on all ranks; returns its metrics."""
@@ -85,7 +87,8 @@ class Cluster(Protocol):
         """Ranks anew, with the base model's weights."""
 
     def write_timeline(self, path: str) -> None:
-        """What every worker did when, as a Chrome trace, where the launcher knows."""
+        """What every worker did when, as a Chrome trace; nothing where there is one process only."""
+        return
 
     def memory(self) -> dict[str, float]:
         """Resident memory by role, the largest process of each, and the total, GiB."""

@@ -56,9 +56,6 @@ class LocalCluster(Cluster):
                     on_finished(index, rollout)
         return [found[i] for i in range(len(requests))]
 
-    def prepare(self, prompt_ids: Sequence[str]) -> None:
-        """Nothing of this process is idle."""
-
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         metrics = self._actor.update(batch, step, self._prepared)
         for prompt_id in batch.prompt_ids:
@@ -78,17 +75,15 @@ class LocalCluster(Cluster):
         self._engine.load_weights(weights.items(), version)
 
     def begin_save(self, directory: str) -> SaveHandle:
-        self._actor.begin_save(directory)
-        return SaveHandle(self._actor.save_done, self._actor.finish_save)
+        saving = self._actor.checkpoint
+        saving.begin(directory)
+        return SaveHandle(saving.done, saving.result)
 
     def load(self, directory: str) -> None:
-        self._actor.load(directory)
+        self._actor.checkpoint.load(directory)
 
     def restart(self) -> None:
         raise AssertionError("nothing of this process is lost without the process")
-
-    def write_timeline(self, path: str) -> None:
-        """One process has no timeline of several; the profile of its update shows it all."""
 
     def memory(self) -> dict[str, float]:
         return dict.fromkeys(("memory/driver_rss_gib", "memory/total_rss_gib"), rss_gib())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,10 +88,7 @@ class Calls:
         watch = _Watch(hang_timeout_s or self._limit)
         given_up = float("inf")
         while pending:
-            if stop is not None and stop():
-                raise StopRequestedError
-            ready, _ = ray.wait(list(pending), timeout=self._poll_s, fetch_local=False)
-            for ref in ready:
+            for ref in self._ready(pending, stop):
                 outcomes[ref] = _outcome(pending.pop(ref), ref)
             now = time.monotonic()
             if together and any(isinstance(x, Failure) for x in outcomes.values()):
@@ -102,6 +99,15 @@ class Calls:
                     outcomes[ref] = hung
                     del pending[ref]
         return [outcomes[ref] for _, ref in refs]
+
+    def _ready(self, pending: Iterable[Any], stop: Callable[[], bool] | None) -> list[Any]:
+        """Those of some calls that have something to say, after a short wait."""
+        if not ray.is_initialized():  # ray.wait would start it again
+            raise RuntimeError("Ray was shut down by another thread")
+        if stop is not None and stop():
+            raise StopRequestedError
+        ready, _ = ray.wait(list(pending), timeout=self._poll_s, fetch_local=False)
+        return ready
 
     def parts(
         self, streams: Mapping[Worker, Any], stop: Callable[[], bool] | None = None
@@ -117,11 +123,7 @@ class Calls:
         began = watched = time.monotonic()
         watch = _Watch(self._limit)
         while pending:
-            if not ray.is_initialized():  # ray.wait would start it again
-                raise RuntimeError("Ray was shut down by another thread")
-            if stop is not None and stop():
-                raise StopRequestedError
-            ready, _ = ray.wait(list(pending), timeout=self._poll_s, fetch_local=False)
+            ready = self._ready(pending, stop)
             if len(pending) > 1 and ready:  # it returns one only, though others may have something too
                 time.sleep(min(GATHER_S, GATHER_SHARE * (time.monotonic() - began)))
                 ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0, fetch_local=False)

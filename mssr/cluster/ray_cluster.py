@@ -81,7 +81,7 @@ class RayCluster(Cluster):
         generation = Generation(self._calls, requests, params, slots, on_finished, stop, self._shelf.add)
         while not generation.done:
             for failure in generation.run(self._engines):
-                self._after_failure(self._engines.index(failure.worker), failure)
+                self._replace_engine(failure)
         return generation.result()
 
     def prepare(self, prompt_ids: Sequence[str]) -> None:
@@ -113,7 +113,7 @@ class RayCluster(Cluster):
         # Where engines generate while the ranks train, one that is replaced needs what the others have.
         self._weights = weights if self._config.rollout.lag else None
         # An engine that fails here is replaced by one that has the weights.
-        self._call_engines([e.handle.load_weights.remote(weights, version) for e in self._engines])
+        self._call_engines("load_weights", weights, version)
 
     def begin_save(self, directory: str) -> SaveHandle:
         self._call_ranks("begin_save", directory)
@@ -136,7 +136,7 @@ class RayCluster(Cluster):
 
     def memory(self) -> dict[str, float]:
         actors = self._call_ranks("rss_gib")
-        rollouts = [x for x in self._call_engines([e.handle.rss_gib.remote() for e in self._engines]) if x]
+        rollouts = [x for x in self._call_engines("rss_gib") if x]
         driver = rss_gib()
         return {
             "memory/driver_rss_gib": driver,
@@ -194,10 +194,7 @@ class RayCluster(Cluster):
         return outcomes
 
     def _remote(self, cls: type, name: str, index: int, log: str) -> Worker:
-        config, log_file = self._config, os.path.abspath(self._config.run_dir / "logs" / f"{log}.log")
-        threads = config.cluster.threads_per_actor
-        if cls is RayRolloutWorker:
-            threads = config.cluster.threads_per_rollout
+        log_file = os.path.abspath(self._config.run_dir / "logs" / f"{log}.log")
         actor = ray.remote(concurrency_groups={HEALTH: 1, SAVING: 1, FEEDING: 1, PREPARING: 1})(cls).options(
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self._group, placement_group_bundle_index=index
@@ -205,38 +202,33 @@ class RayCluster(Cluster):
             num_cpus=self._bundle["CPU"],
             num_gpus=self._bundle.get("GPU", 0.0),
         )
-        worker = Worker(name, actor.remote(config, log_file, threads))
+        worker = Worker(name, actor.remote(self._config, log_file))
         self._processes[worker] = worker.handle.process.options(concurrency_group=HEALTH).remote()
         return worker
 
-    def _call_engines(self, refs: list[Any]) -> list[Any]:
-        """A call of every engine. One that failed is replaced, has the weights, and its result is None."""
-        results = self._calls.gather(list(zip(self._engines, refs, strict=True)))
-        for k, result in enumerate(results):
+    def _call_engines(self, method: str, *args: Any, only: Sequence[int] | None = None) -> list[Any]:
+        """The results of a call of all engines, or of some. One that fails is replaced, and has None."""
+        engines = self._engines if only is None else [self._engines[k] for k in only]
+        results = self._calls.gather([(e, getattr(e.handle, method).remote(*args)) for e in engines])
+        for position, result in enumerate(results):
             if isinstance(result, Failure):
-                self._after_failure(k, result)
-                results[k] = None
+                self._replace_engine(result)
+                results[position] = None
         return results
 
-    def _after_failure(self, k: int, failure: Failure) -> None:
-        """Replace an engine, if that helps."""
+    def _replace_engine(self, failure: Failure) -> None:
+        """A new engine, with the weights that the others have, if that helps; else raises the error."""
         if not (_is_lost(failure) or isinstance(failure.error, EngineError)):
             raise failure.error
-        self._replace_engine(k, failure)
-
-    def _replace_engine(self, k: int, failure: Failure) -> None:
         hung = isinstance(failure.error, WorkerHungError)
         where = self._write_stacks([failure.worker]) if hung else ""
         self._kill([failure.worker])
         self._report("engine_hung" if hung else "engine_died", f"{failure}{where}; it is replaced")
+        k = self._engines.index(failure.worker)
         self._start([k], [])
         if self._version:
             weights = self._weights or self._call_ranks("export_weights")[0]
-            engine = self._engines[k]
-            call = engine.handle.load_weights.remote(weights, self._version)
-            [loaded] = self._calls.gather([(engine, call)])
-            if isinstance(loaded, Failure):
-                self._replace_engine(k, loaded)
+            self._call_engines("load_weights", weights, self._version, only=[k])
 
     def _call_ranks(self, method: str, *args: Any) -> list[Any]:
         return self._of_ranks([getattr(r.handle, method).remote(*args) for r in self._ranks])
@@ -255,9 +247,8 @@ class RayCluster(Cluster):
         if not lost:
             raise failures[0].error
         # Those that died or hang are the cause of what the others say.
-        died, hung = (
-            [f for f in lost if isinstance(f.error, kind)] for kind in (WorkerDiedError, WorkerHungError)
-        )
+        died = [f for f in lost if isinstance(f.error, WorkerDiedError)]
+        hung = [f for f in lost if isinstance(f.error, WorkerHungError)]
         detail = "; ".join(map(str, died or hung or lost)) + ("" if died else self._write_stacks(self._ranks))
         self._kill(self._ranks)
         self._report("actor_rank_died" if died else "collective_failed", f"{detail}; all ranks are restarted")
@@ -273,12 +264,11 @@ class RayCluster(Cluster):
     def _kill(self, workers: Sequence[Worker]) -> None:
         for worker in workers:
             ray.kill(worker.handle)
-            process = self._processes.pop(worker, None)
-            if process is None:
+            if worker not in self._processes:
                 continue  # killed before
             # Ray asks a process to end, which one that is stopped does not hear.
-            with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError, OSError):
-                host, pid = ray.get(process, timeout=0)
+            with contextlib.suppress(ray.exceptions.RayError, OSError):
+                host, pid = ray.get(self._processes.pop(worker), timeout=0)
                 if host == socket.gethostname():
                     os.kill(pid, signal.SIGKILL)
 

@@ -40,10 +40,13 @@ PIECE = 8
 class RayWorker:
     """What both kinds of workers share: a log file of their own, thread counts, signs of life."""
 
-    def __init__(self, config: Config, log_file: str, threads: int) -> None:
+    threads_option: str
+    """Of ``config.cluster``."""
+
+    def __init__(self, config: Config, log_file: str) -> None:
         self._config = config
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-            os.environ[name] = str(threads)
+            os.environ[name] = str(getattr(config.cluster, self.threads_option))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         # Everything that this process and its libraries print goes to the file.
         os.makedirs(os.path.dirname(log_file), exist_ok=True)
@@ -70,6 +73,7 @@ class RayWorker:
 class RayPolicyWorker(RayWorker):
     """An actor rank. `rendezvous` on rank 0, then `start` on all, then the methods of `PolicyWorker`."""
 
+    threads_option = "threads_per_actor"
     _worker: PolicyWorker
 
     def rendezvous(self) -> str:
@@ -89,13 +93,11 @@ class RayPolicyWorker(RayWorker):
     def update(self, work: tuple[TrainBatch, PromptFetcher], step: int) -> dict[str, float]:
         """``work``: a batch, and what gets those of its prompts that are encoded already."""
         heartbeat.beat()
-        batch, prepared = work
-        return self._worker.update(batch, step, prepared)
+        return self._worker.update(work[0], step, work[1])
 
     def log_probs(self, work: tuple[TrainBatch, PromptFetcher], reference: bool) -> RankLogProbs:
         heartbeat.beat()
-        batch, prepared = work
-        return self._worker.log_probs(batch, reference, prepared)
+        return self._worker.log_probs(work[0], reference, work[1])
 
     def export_weights(self) -> list[Any]:
         """On rank 0 a reference to the packed weights, in a list, so that the driver does not fetch them."""
@@ -109,24 +111,25 @@ class RayPolicyWorker(RayWorker):
 
     def begin_save(self, directory: str) -> None:
         heartbeat.beat()
-        self._worker.begin_save(directory)
+        self._worker.checkpoint.begin(directory)
 
     def finish_save(self) -> dict[str, str]:
         """Called in a thread of its own."""
-        return self._worker.finish_save()
+        return self._worker.checkpoint.result()
 
     def load(self, directory: str) -> None:
         heartbeat.beat()
-        self._worker.load(directory)
+        self._worker.checkpoint.load(directory)
 
 
 class RayRolloutWorker(RayWorker):
     """An engine. `start`, then the methods of `RolloutEngine`."""
 
+    threads_option = "threads_per_rollout"
     _engine: RolloutEngine
 
-    def __init__(self, config: Config, log_file: str, threads: int) -> None:
-        super().__init__(config, log_file, threads)
+    def __init__(self, config: Config, log_file: str) -> None:
+        super().__init__(config, log_file)
         self._lock = threading.Lock()
         self._queues: dict[int, RequestQueue] = {}
 

@@ -6,24 +6,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from mssr.config.options import option, section
 
 
 @dataclass
 class BaselineConfig:
     """Beta baseline of the single-rollout methods."""
 
-    prior_strength: float = 1.0
+    prior_strength: float = option(1.0, "> 0")
     """Pseudo-counts behind the first value of a prompt, > 0."""
-    prior_mean: float | None = None
+    prior_mean: float | None = option(None, "[0, 1]")
     """First value of a prompt; null takes the running mean reward of the run."""
-    init_rollouts: int | None = None
+    init_rollouts: int | None = option(None, ">= 0", first_values=True)
     """Responses to every prompt before training that give it its first value: a pass over all data,
     kept in init_rollouts.jsonl and reused by later starts. null: 8 for spo, else 0 (no pass)."""
-    init_strength: float | None = None
+    init_strength: float | None = option(None, "> 0", read_if="init_rollouts != 0")
     """Pseudo-counts behind a value from that pass; null is 1 / (1 - eta_min)."""
-    init_smoothing: float = 0.5
+    init_smoothing: float = option(0.5, ">= 0", read_if="init_rollouts != 0")
     """c of the first value (s + c) / (n + 2c), s of n correct; 0 takes the plain mean."""
 
 
@@ -31,24 +33,24 @@ class BaselineConfig:
 class DiscountConfig:
     """Discount eta of the Beta baseline (arXiv 2512.18215)."""
 
-    eta: float | None = None
+    eta: float | None = option(None, "[0, 1]")
     """A fixed discount; null adapts it to the change of the policy."""
-    eta_min: float = 0.875
+    eta_min: float = option(0.875, "(0, 1)")
     """Discount while the policy changes by kl_target or more: fast forgetting."""
-    eta_max: float = 0.96
+    eta_max: float = option(0.96, "(0, 1)")
     """Discount while the policy does not change: long memory."""
-    kl_target: float = 0.01
+    kl_target: float = option(0.01, "> 0", read_if="eta_rule != half_life")
     """KL (nats per token) at which eta reaches eta_min."""
-    window: int = 20
+    window: int = option(20, "> 0", read_if="kl_source != last_visit")
     """Steps over which the KL is averaged."""
-    eta_rule: str | None = None
+    eta_rule: str | None = option(None, choices="monotone, published_code, half_life")
     """monotone (falls with the KL), published_code (the authors' code: rises up to kl_target, then
     drops), half_life (2^(-D/half_life), SPO). null: half_life for spo, else monotone."""
-    kl_source: str | None = None
+    kl_source: str | None = option(None, choices="update, reference, last_visit")
     """Which KL, over response tokens: update (before against after the step), reference (policy against
     the frozen base), last_visit (a prompt's previous response, scored again: an eta of its own for every
     prompt). null: last_visit for spo, else update."""
-    half_life: float = 0.06
+    half_life: float = option(0.06, "> 0", read_if="eta_rule = half_life")
     """Mean change of a log-prob that halves the memory; read by eta_rule=half_life."""
 
 
@@ -56,13 +58,13 @@ class DiscountConfig:
 class ShapingConfig:
     """Entropy-shaped advantage: A + min(coef * H, |A| / divisor) for every token."""
 
-    enabled: bool | None = None
+    enabled: bool | None = option(None)
     """null follows the method: on for mssr, off for the others."""
-    coef: float = 0.4
+    coef: float = option(0.4, ">= 0")
     """Multiplies the entropy (nats)."""
-    divisor: float = 2.0
+    divisor: float = option(2.0, "> 0")
     """Bounds the bonus by |A| / divisor; above 1 the sign of an advantage never flips."""
-    entropy: str = "exact"
+    entropy: str = option("exact", choices="exact, sampled")
     """exact (over the vocabulary), or sampled (-p log p of the sampled token, as the authors' code)."""
 
 
@@ -70,29 +72,29 @@ class ShapingConfig:
 class LossConfig:
     """The policy-gradient loss, and what is added to it."""
 
-    name: str = "ppo"
+    name: str = option("ppo")
     """ppo, gspo, cispo, sapo, or path/to/file.py:function."""
-    clip_low: float | None = None
+    clip_low: float | None = option(None, "> 0", read_if="algorithm.loss.name takes it")
     """The policy ratio is clipped below at 1 - clip_low; null is the loss's own (ppo 0.2)."""
-    clip_high: float | None = None
+    clip_high: float | None = option(None, "> 0", read_if="algorithm.loss.name takes it")
     """The policy ratio is clipped above at 1 + clip_high; null is the loss's own (ppo 0.3)."""
-    dual_clip: float | None = 3.0
+    dual_clip: float | None = option(3.0, read_if="algorithm.loss.name takes it")
     """For negative advantages the ppo loss is at most -dual_clip * A; null for none."""
-    tau_positive: float = 1.0
+    tau_positive: float = option(1.0, "> 0", read_if="algorithm.loss.name takes it")
     """Temperature of sapo's gate for positive advantages."""
-    tau_negative: float = 1.05
+    tau_negative: float = option(1.05, "> 0", read_if="algorithm.loss.name takes it")
     """Temperature of sapo's gate for negative advantages."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = option({})
     """Options of a loss from a file."""
-    aggregation: str | None = None
+    aggregation: str | None = option(None, choices="token_mean, sequence_mean, constant_length")
     """token_mean, sequence_mean (mean over sequences of their token means), constant_length (sum over
     sequences * constant_length). null: constant_length for dr_grpo, sequence_mean for gspo, else
     token_mean."""
-    constant_length: int | None = None
+    constant_length: int | None = option(None, "> 0", read_if="aggregation = constant_length")
     """Tokens of a response in constant_length; null is rollout.max_response_length."""
-    entropy_coef: float = 0.0
+    entropy_coef: float = option(0.0, ">= 0")
     """Weight of the entropy bonus: the loss loses entropy_coef * H."""
-    text_anchor_coef: float = 0.0
+    text_anchor_coef: float = option(0.0, ">= 0")
     """Weight of the k3 towards the policy's own log-probs of the response without the image."""
 
 
@@ -100,15 +102,15 @@ class LossConfig:
 class KLConfig:
     """Regularisation towards the frozen base model."""
 
-    coef: float = 0.01
+    coef: float = option(0.01, ">= 0")
     """Weight; 0 drops the reference pass."""
-    estimator: str = "k3"
+    estimator: str = option("k3", choices="k1, k2, k3", read_if="coef != 0")
     """k1 (-d), k2 (d^2/2) or k3 (exp(d) - d - 1), with d = log pi_ref - log pi."""
-    placement: str = "loss"
+    placement: str = option("loss", choices="loss, reward")
     """loss, or reward (subtracted from the reward of every token, as in the first REINFORCE++)."""
-    target: float | None = None
+    target: float | None = option(None, "> 0", read_if="coef != 0")
     """The weight adapts so that the KL stays near this (nats per token); null keeps it fixed."""
-    horizon: float = 10000.0
+    horizon: float = option(10000.0, "> 0", read_if="target != null")
     """Rollouts over which an adaptive weight changes by at most a fifth."""
 
 
@@ -116,17 +118,17 @@ class KLConfig:
 class CorrectionConfig:
     """Importance weights for the mismatch of engine and actor: ratio = pi_actor / pi_engine."""
 
-    weight: str | None = None
+    weight: str | None = option(None, choices="none, token, sequence")
     """none, token (min(ratio, max_weight) on every token's policy loss) or sequence (the ratio of the
     whole response). null: token with rollout.lag=1, whose responses are of older weights, else none."""
-    max_weight: float = 2.0
+    max_weight: float = option(2.0, "> 0", read_if="weight != none")
     """Where the weights are truncated."""
-    mask: str = "none"
+    mask: str = option("none", choices="none, token, sequence, geometric")
     """none, token, sequence or geometric (mean ratio of a response): what leaves [mask_low, mask_high]
     is left out of the policy loss."""
-    mask_low: float = 0.5
+    mask_low: float = option(0.5, "> 0", read_if="mask != none")
     """Smallest ratio that stays."""
-    mask_high: float = 5.0
+    mask_high: float = option(5.0, read_if="mask != none")
     """Largest ratio that stays."""
 
 
@@ -134,24 +136,26 @@ class CorrectionConfig:
 class AlgorithmConfig:
     """Scores to gradients."""
 
-    name: str = "mssr"
+    name: str = option("mssr")
     """mssr, mvsr, spo, grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, lite_ppo, or
     path/to/file.py:Class."""
-    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    baseline: BaselineConfig = section(BaselineConfig, read_if="algorithm.name takes it")
     """Read by mssr, mvsr and spo."""
-    discount: DiscountConfig = field(default_factory=DiscountConfig)
+    discount: DiscountConfig = section(
+        DiscountConfig, read_if="algorithm.name takes it and algorithm.discount.eta = null"
+    )
     """Read by mssr, mvsr and spo."""
-    shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    shaping: ShapingConfig = section(ShapingConfig, read_if="algorithm.shaping.enabled = true")
     """Read where shaping is on."""
-    loss: LossConfig = field(default_factory=LossConfig)
-    kl: KLConfig = field(default_factory=KLConfig)
-    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
-    weighting: str | None = None
+    loss: LossConfig = section(LossConfig)
+    kl: KLConfig = section(KLConfig)
+    correction: CorrectionConfig = section(CorrectionConfig)
+    weighting: str | None = option(None, choices="sequence, token", read_if="algorithm.name takes it")
     """Statistics over the batch count each sequence, or each token. null: token for reinforce_pp and
     reinforce_pp_baseline, else sequence."""
-    eps: float | None = None
+    eps: float | None = option(None, "> 0", read_if="algorithm.name takes it")
     """Keeps a division by a standard deviation finite; null takes the method's own. rloo has none."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = option({})
     """Options of a method from a file."""
 
 
@@ -159,12 +163,12 @@ class AlgorithmConfig:
 class SamplerConfig:
     """Which prompts a step uses."""
 
-    name: str | None = None
+    name: str | None = option(None, choices="epochs, uncertainty")
     """epochs (each prompt once an epoch, shuffled), or uncertainty (drawn with weight
     sqrt(v(1-v)) + uncertainty_eps, v the Beta baseline). null: uncertainty for spo, else epochs."""
-    uncertainty_eps: float = 0.05
+    uncertainty_eps: float = option(0.05, ">= 0", read_if="name = uncertainty")
     """Chance that remains for prompts whose outcome is certain."""
-    dynamic: bool = False
+    dynamic: bool = option(False)
     """Draw further prompts for groups whose rewards are all equal (DAPO, arXiv 2503.14476)."""
-    max_draws: int = 8
+    max_draws: int = option(8, "> 0", read_if="dynamic = true")
     """Draws of a step, the first included, before dynamic sampling gives up with an error."""

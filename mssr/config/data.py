@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mssr.algorithms.plugins import is_spec
+from mssr.config.options import FREE, LISTED, UNREAD, option
 
 PAPER_INSTRUCTION = (
     "First think about the reasoning process inside <think> </think> tags, "
@@ -17,50 +18,50 @@ PAPER_INSTRUCTION = (
 class DataConfig:
     """Where the prompts come from and how a row becomes one."""
 
-    train: Any = ""
+    train: Any = option("", required=True, evaluation="--benchmarks")
     """A source: parquet, JSON, JSONL, CSV or TSV file, a directory of a saved dataset, a folder with such
     files, or hub/name@split. Or a list of sources; one of them may be {path: ..., weight: 2.0}, its share of
     the prompts that are drawn (without weights every prompt counts the same)."""
-    val: Any = None
+    val: Any = option(None, resume=LISTED, evaluation="--benchmarks", first_values=False)
     """The same for validation; null to train without. Or several sets by name, each with path or benchmark,
     and with every, limit, n and temperature of its own: see mssr/data/validation_sets.py."""
-    id_column: str | None = None
+    id_column: str | None = option(None)
     """Column with a stable id; null takes a hash of question, images and answer."""
-    images_column: str | None = "images"
+    images_column: str | None = option("images")
     """Column with a list of images (or one); a row may have none. An image is encoded bytes, base64 text,
     a path, or a dict that holds one of these. null for prompts without the images that a table has."""
-    problem_column: str = "problem"
+    problem_column: str = option("problem")
     """Column with the question, as text or as a list of messages; each <image> in it is replaced by an image,
     in order."""
-    answer_column: str = "answer"
+    answer_column: str = option("answer")
     """Column with the ground truth; <answer></answer> around it is taken off. column.key is a key of the
     dicts in a column (reward_model.ground_truth); of a list of messages the assistant's turn is taken."""
-    image_dir: str | None = None
+    image_dir: str | None = option(None)
     """Directory that relative image paths start from; null is the working directory."""
-    system_prompt: str | None = None
+    system_prompt: str | None = option(None)
     """Put before the question as the system turn, in place of the row's own; text or a file that holds it;
     null leaves it to the row and the chat template."""
-    instruction: str = PAPER_INSTRUCTION
+    instruction: str = option(PAPER_INSTRUCTION)
     """Appended to every question; empty for none. Read without prompt_template."""
-    prompt_template: str | None = None
+    prompt_template: str | None = option(None)
     """Jinja template of the user turn, text or a .jinja file; its variable `content` is the question."""
-    chat_template: str | None = None
+    chat_template: str | None = option(None)
     """Jinja chat template in place of the model's own, text or a file."""
-    min_pixels: int = 262144
+    min_pixels: int = option(262144, "> 0")
     """Smaller images are enlarged to this many pixels."""
-    max_pixels: int = 4194304
+    max_pixels: int = option(4194304, "> 0")
     """Larger images are shrunk to this many pixels."""
-    max_prompt_length: int = 2048
+    max_prompt_length: int = option(2048, "> 0")
     """Longest prompt in tokens, vision placeholders included; longer ones are dropped with a count."""
-    max_bad_fraction: float = 0.0
+    max_bad_fraction: float = option(0.0, "[0, 1]", resume=FREE, evaluation=UNREAD, first_values=False)
     """Go on if at most this fraction of the rows is unusable; they are listed in bad_rows.jsonl."""
-    shuffle: bool = True
+    shuffle: bool = option(True, evaluation=UNREAD, first_values=False)
     """New random order in every epoch; false keeps the order of the file."""
-    image_cache_gib: float = 4.0
+    image_cache_gib: float = option(4.0, ">= 0", resume=FREE, first_values=False)
     """Host memory of each worker for encoded prompts and images (tokens, and pixels cut into patches, a byte
     for each of three colours), so that later epochs need not encode them again; the least recently used give
     way."""
-    cache_dir: str | None = None
+    cache_dir: str | None = option(None, resume=FREE)
     """Where the checked lengths and ids of data sets are kept; null is $MSSR_CACHE or ~/.cache/mssr."""
 
     @property
@@ -77,30 +78,30 @@ class DataConfig:
 class RewardConfig:
     """Which function turns a response into a score, and what is taken off it."""
 
-    name: str = "exact_match"
+    name: str = option("exact_match")
     """exact_match, math, choice, number, or path/to/file.py:function."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = option({})
     """Keyword arguments of the function, for example {tolerance: 0.01} of number."""
-    format: str = "gate"
+    format: str = option("gate", choices="gate, weighted, none", read_if="name names no file")
     """What <think></think> and one box are worth (the named rules only): gate (no credit without), weighted
     ((1 - format_weight) * accuracy + format_weight * format), or none."""
-    format_weight: float = 0.1
+    format_weight: float = option(0.1, "[0, 1]", read_if="format = weighted")
     """Read by format=weighted."""
-    length_penalty: float = 0.0
+    length_penalty: float = option(0.0, ">= 0")
     """Taken off a score for a response of rollout.max_response_length tokens, in proportion for a shorter."""
-    repetition_penalty: float = 0.0
+    repetition_penalty: float = option(0.0, ">= 0")
     """Taken off a score for a response whose n-grams are all repeated, in proportion to their fraction."""
-    repetition_ngram: int = 20
+    repetition_ngram: int = option(20, "> 0", read_if="repetition_penalty != 0")
     """Words of such an n-gram."""
-    overlong_buffer: int = 0
+    overlong_buffer: int = option(0, ">= 0")
     """Over the last so many tokens before rollout.max_response_length the score falls by up to
     overlong_penalty (soft overlong punishment, arXiv 2503.14476); 0 for none."""
-    overlong_penalty: float = 1.0
+    overlong_penalty: float = option(1.0, ">= 0", read_if="overlong_buffer != 0")
     """Read with overlong_buffer."""
-    time_limit_s: float = 10.0
+    time_limit_s: float = option(10.0, "> 0", resume=LISTED)
     """Seconds of CPU time for one response; one that takes more scores 0 and counts in reward/errors. One
     that sleeps or waits, for a network or a core, has ten times as many seconds by the clock."""
-    workers: int | None = None
+    workers: int | None = option(None, "> 0", resume=FREE, first_values=False)
     """Processes that score; null takes the machine's cores, at most 8."""
 
     @property

@@ -1,48 +1,26 @@
-"""YAML file + key=value overrides -> a checked Config. Every complaint is one line with the key."""
+"""YAML files + key=value overrides -> a Config. Every complaint is one line with the key."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mssr.config import Config, easyr1_keys, flatten, to_dict
-from mssr.config.checks import responses_per_prompt, validate
+from mssr.config import easyr1_keys
+from mssr.config.checks import responses_per_prompt
+from mssr.config.options import describe, nearest
+from mssr.config.run import Config, flatten, to_dict
 from mssr.config.secrets import environment_variable, named_secrets, redact
-from mssr.errors import UserError
+from mssr.errors import UserError, did_you_mean
 
 BASE = "base"
 """A file may name another one that it changes: ``base: ../mssr.yaml``, relative to itself."""
-FREE = tuple(
-    f"{section}."
-    for section in (
-        "rollout.engine_options algorithm.options algorithm.loss.options reward.options data.train data.val"
-    ).split()
-)
-"""Sections whose keys are not ours."""
-
 Layer = tuple[str, dict[str, Any]]
 """Where keys are from, for messages, and the tree of them."""
-
-
-def load_config(
-    path: str | Path, overrides: Sequence[str] = (), note: Callable[[str], None] = lambda line: None
-) -> Config:
-    """Merge a YAML file (over its ``base``) and ``key=value`` overrides over the defaults; check the result.
-
-    Args:
-        note: told in which sense EasyR1's keys were taken, a line a file.
-
-    Raises:
-        UserError: a file is missing or no YAML, a key is unknown, a value has the wrong type or is a
-            secret, or values contradict each other.
-    """
-    return merge_layers(file_layers(path), overrides, note)
 
 
 def file_layers(path: str | Path) -> list[Layer]:
@@ -55,33 +33,20 @@ def file_layers(path: str | Path) -> list[Layer]:
     return [(str(file), cast(dict[str, Any], OmegaConf.to_container(tree))) for file, tree in chain]
 
 
-def merge_layers(
-    layers: Sequence[Layer], overrides: Sequence[str], note: Callable[[str], None] = lambda line: None
-) -> Config:
-    """Merge trees of keys, then ``key=value`` overrides, over the defaults; see `load_config`.
+def merge(layers: Sequence[Layer], overrides: Sequence[str], note: Callable[[str], None]) -> Config:
+    """Merge trees of keys, the last counting most, then ``key=value`` overrides, over the defaults.
 
     Args:
-        layers: the last counts most.
+        note: told in which sense EasyR1's keys were taken, a line a file.
+
+    Raises:
+        UserError: a key is unknown, or a value has the wrong type or is a secret.
     """
-    layers = list(layers)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"override {redact(override)!r} must look like key=value")
-        try:
-            parsed = OmegaConf.from_dotlist([f"{key}={value}"])
-        except Exception as error:
-            raise UserError(
-                f"override {redact(override)!r} cannot be read: {redact(_first_line(error))}"
-            ) from error
-        layers.append(
-            (f"override {redact(override)!r}", cast(dict[str, Any], OmegaConf.to_container(parsed)))
-        )
     if {"trainer.steps", "trainer.epochs"} <= {override.partition("=")[0] for override in overrides}:
         raise UserError("trainer.steps and trainer.epochs both say how long to train; set one of them")
     merged = OmegaConf.structured(Config)
     prompts_per_step = None
-    for source, plain in layers:
+    for source, plain in [*layers, *map(_override, overrides)]:
         _check_no_secrets(plain, source)
         tree, prompts, notes = easyr1_keys.translate(plain, source)
         for line in notes:
@@ -95,8 +60,19 @@ def merge_layers(
         config.trainer.progress = "off"
     if prompts_per_step is not None:
         config.rollout.rollouts_per_step = prompts_per_step * responses_per_prompt(config)
-    validate(config)
     return config
+
+
+def _override(text: str) -> Layer:
+    source = f"override {redact(text)!r}"
+    key, equals, _ = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"{source} must look like key=value")
+    try:
+        parsed = OmegaConf.from_dotlist([text])
+    except Exception as error:
+        raise UserError(f"{source} cannot be read: {redact(_first_line(error))}") from error
+    return source, cast(dict[str, Any], OmegaConf.to_container(parsed))
 
 
 def _one_length(tree: dict[str, Any]) -> dict[str, Any]:
@@ -156,20 +132,21 @@ def _check_no_secrets(tree: dict[str, Any], source: str) -> None:
 
 
 def _merge(base: DictConfig, extra: DictConfig, source: str) -> DictConfig:
-    known = set(flatten(to_dict(Config())))
-    sections = {k.rsplit(".", i)[0] for k in known for i in range(1, k.count(".") + 1)}
+    known = describe(Config)
     for key in flatten(cast(dict[str, Any], OmegaConf.to_container(extra))):
-        if key not in known and key not in sections and not key.startswith(FREE):
-            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.4)
-            same_leaf = [k for k in sorted(known) if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-            hint = f"; did you mean {(same_leaf or near)[0]}?" if same_leaf or near else ""
-            raise UserError(f"{source}: unknown key {key}{hint}")
+        if (holder := nearest(known, key)) is None or (holder.section and key not in known):
+            raise UserError(f"{source}: unknown key {key}{_hint(key, known)}")
     try:
         return cast(DictConfig, OmegaConf.merge(base, extra))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a value"
         reason = redact(re.sub(r"\s+", " ", _first_line(error)))
         raise UserError(f"{source}: {key} has the wrong type: {reason}") from error
+
+
+def _hint(key: str, known: Collection[str]) -> str:
+    same_leaf = [k for k in sorted(known) if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f", did you mean {same_leaf[0]}?" if same_leaf else did_you_mean(key, known).replace("'", "")
 
 
 def _first_line(error: Exception) -> str:

@@ -7,13 +7,14 @@ whether shaping is on) is asked of the methods here, in one place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mssr import algorithms
 from mssr.config.algorithm import AlgorithmConfig, SamplerConfig
 from mssr.config.data import DataConfig, RewardConfig
+from mssr.config.options import FORM, FREE, LISTED, READ, REFUSED, UNREAD, option, section
 
 _T = TypeVar("_T")
 
@@ -22,18 +23,18 @@ _T = TypeVar("_T")
 class ModelConfig:
     """The policy, and the frozen reference, which is a copy of it."""
 
-    path: str = ""
+    path: str = option("", required=True, evaluation="--model")
     """Hugging Face directory or hub name of a Qwen2.5-VL model."""
-    dtype: str = "auto"
+    dtype: str = option("auto", choices="auto, float32, bfloat16")
     """Dtype of the forward pass: float32, bfloat16, or auto (float32 on CPU, bfloat16 on GPU). What is
     trained is kept in actor.master_dtype."""
-    attn_implementation: str = "auto"
+    attn_implementation: str = option("auto", choices="auto, varlen, sdpa, eager, flash_attention_2")
     """Attention in the actor: auto (varlen, or sdpa where layers see a sliding window), varlen (each packed
     sequence by itself, on a GPU with torch's flash kernel), sdpa, eager (both with a mask whose cost is the
     square of actor.micro_batch_tokens), flash_attention_2 (the flash-attn package)."""
-    freeze_vision: bool = False
+    freeze_vision: bool = option(False)
     """Train the language model only."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = option(False)
     """Let transformers and vLLM run code that ships with the model."""
 
 
@@ -41,30 +42,30 @@ class ModelConfig:
 class RolloutConfig:
     """Generation."""
 
-    engine: str = "vllm"
+    engine: str = option("vllm", choices="vllm, hf", resume=REFUSED, first_values=True)
     """vllm, or hf (transformers generate) for machines without vLLM."""
-    rollouts_per_step: int = 2048
+    rollouts_per_step: int = option(2048, "> 0", resume=REFUSED, evaluation=UNREAD)
     """Responses a step; the same for every method."""
-    n: int | None = None
+    n: int | None = option(None, "> 0", resume=REFUSED, evaluation="--n")
     """Responses per prompt; null follows the method: 8 for grpo and rloo, 1 for the others."""
-    temperature: float = 1.0
+    temperature: float = option(1.0, "> 0", evaluation="--temperature", first_values=True)
     """Sampling temperature; the actor's log-probs use it too."""
-    max_response_length: int = 2048
+    max_response_length: int = option(2048, "> 0", first_values=True)
     """Longest response in tokens."""
-    lag: int = 0
+    lag: int = option(0, "0 or 1")
     """1: the next step's responses are generated, with the weights as they are, while the actor trains on
     this step's; algorithm.correction accounts for the difference. 0: one after the other."""
-    workers: int = 1
+    workers: int = option(1, "> 0", resume=FREE)
     """Number of engines; they share one queue of requests."""
-    max_num_seqs: int = 256
+    max_num_seqs: int = option(256, "> 0", resume=FREE)
     """Sequences an engine decodes at the same time."""
-    kv_cache_gib: int = 4
+    kv_cache_gib: int = option(4, "> 0", resume=FREE)
     """Memory for keys and values on CPU, GiB per engine."""
-    gpu_memory_utilization: float = 0.85
+    gpu_memory_utilization: float = option(0.85, "> 0", resume=FREE)
     """Share of GPU memory an engine may take."""
-    enforce_eager: bool = False
+    enforce_eager: bool = option(False, resume=FREE)
     """Do not capture CUDA graphs (always so on CPU)."""
-    engine_options: dict[str, Any] = field(default_factory=dict)
+    engine_options: dict[str, Any] = option({}, resume=FREE)
     """Further arguments for vllm.LLM, passed as they are."""
 
 
@@ -72,13 +73,13 @@ class RolloutConfig:
 class LoraConfig:
     """Low-rank adapters in place of full training (arXiv 2106.09685); see docs/memory.md."""
 
-    rank: int = 0
+    rank: int = option(0, ">= 0", resume=FORM)
     """Rank of the adapters; 0 trains the whole model."""
-    alpha: float = 32.0
+    alpha: float = option(32.0, "> 0")
     """An adapter's output is multiplied by alpha / rank."""
-    dropout: float = 0.0
+    dropout: float = option(0.0, ">= 0 and < 1", resume=LISTED)
     """Dropout of an adapter's input, in passes with a gradient only."""
-    targets: list[str] = field(default_factory=list)
+    targets: list[str] = option([], resume=FORM)
     """Names of the linear layers of the language model that get adapters, for example q_proj and v_proj;
     empty means all."""
 
@@ -87,55 +88,59 @@ class LoraConfig:
 class ActorConfig:
     """The FSDP2 policy update."""
 
-    num_ranks: int = 1
+    num_ranks: int = option(1, "> 0", resume=FREE)
     """Processes that share the policy, one GPU each where there are GPUs."""
-    updates_per_step: int = 4
+    updates_per_step: int = option(4, "> 0")
     """Optimizer steps a step; every method gets the same number."""
-    lr: float = 1e-6
+    lr: float = option(1e-6, "> 0")
     """Peak learning rate of AdamW."""
-    lr_schedule: str = "constant"
+    lr_schedule: str = option("constant", choices="constant, linear, cosine")
     """constant, linear or cosine decay to 0 over trainer.steps, after the warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: int = option(0, ">= 0")
     """Steps of linear warm-up."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: list[float] = option([0.9, 0.999], "[0, 1)")
     """AdamW moments."""
-    weight_decay: float = 0.01
+    weight_decay: float = option(0.01, ">= 0")
     """AdamW decoupled weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = option(1.0, "> 0")
     """Clip the global gradient norm to this."""
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: int = option(16384, "> 0", resume=FREE)
     """Tokens a rank packs into one forward pass."""
-    keep_gathered: bool = False
+    keep_gathered: bool = option(False, resume=FREE)
     """Hold whole parameters and gradients through an update instead of gathering them for every
     layer and pass: less communication for more memory, right for small models."""
-    head_chunk_tokens: int = 256
+    head_chunk_tokens: int = option(256, "> 0", resume=FREE)
     """As many logits exist at the same time (twice) as so many tokens have."""
-    score_early: str = "auto"
+    score_early: str = option("auto", choices="auto, always, never", resume=FREE)
     """Have the ranks score responses (log-probs before the step and of the reference) while others are still
     being generated: always, never, or auto (where ranks have GPUs of their own, which would be idle)."""
-    kl_probe: str = "trained"
+    kl_probe: str = option("trained", choices="trained, held_out")
     """Rollouts on which policy/kl_update is measured: trained (some of those that the step trains on, where
     it is too high, the more so the fewer they are), or held_out (whole prompts that are scored and observed
     and in no update: unbiased, and so many rollouts fewer to train on). docs/algorithms.md has numbers."""
-    kl_probe_fraction: float | None = None
+    kl_probe_fraction: float | None = option(None, "(0, 1]")
     """Their share of a step's rollouts, in (0, 1]; null: 0.25 of those trained on, 0.0625 held out."""
-    vision_cache_gib: float = 1.0
+    vision_cache_gib: float = option(
+        1.0, ">= 0", read_if="model.freeze_vision = true or actor.lora.rank != 0"
+    )
     """With model.freeze_vision or actor.lora: memory of a rank's device for image features, which later
     passes and steps then need not compute; 0 keeps none."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = option(False, resume=FREE)
     """Recompute activations in the backward pass."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    optimizer: str = "adamw"
+    lora: LoraConfig = section(LoraConfig, read_if="actor.lora.rank != 0", resume=REFUSED)
+    optimizer: str = option("adamw", choices="adamw, adamw_8bit", resume=FORM)
     """adamw, or adamw_8bit: its moments in 8 bits (torchao)."""
-    master_dtype: str = "float32"
+    master_dtype: str = option("float32", choices="float32, bfloat16", resume=FORM)
     """Dtype of what is trained: float32, or bfloat16, rounded as actor.rounding says."""
-    rounding: str = "stochastic"
+    rounding: str = option(
+        "stochastic", choices="stochastic, kahan", read_if="master_dtype = bfloat16", resume=FORM
+    )
     """With actor.master_dtype=bfloat16, how updates too small for it are kept: stochastic (rounded up or
     down at random, unbiased; moments too) or kahan (what rounding takes away is kept beside)."""
-    offload: str = "none"
+    offload: str = option("none", choices="none, optimizer, all", resume=FREE)
     """What waits in host memory, on a GPU: none, optimizer (its states, but while it steps), or all
     (parameters, gradients and states; the optimizer steps on the host)."""
-    max_nonfinite_updates: int = 3
+    max_nonfinite_updates: int = option(3, "> 0", resume=FREE)
     """Stop after this many updates in a row that were skipped because loss, gradient or a log-prob (the
     engine's too) was not finite; what spoilt them is in <run_dir>/nonfinite."""
 
@@ -144,17 +149,17 @@ class ActorConfig:
 class ClusterConfig:
     """Processes and machines."""
 
-    launcher: str = "ray"
+    launcher: str = option("ray", choices="ray, local")
     """ray, or local: everything in one process (pdb, notebooks, machines without Ray)."""
-    address: str | None = None
+    address: str | None = option(None)
     """Address of a running Ray cluster, or auto; null starts one on this machine."""
-    device: str = "auto"
+    device: str = option("auto", choices="auto, cpu, cuda")
     """cpu, cuda, or auto: cuda where there is one."""
-    threads_per_actor: int = 1
+    threads_per_actor: int = option(1, "> 0")
     """CPU threads of an actor rank."""
-    threads_per_rollout: int = 2
+    threads_per_rollout: int = option(2, "> 0")
     """CPU threads of an engine."""
-    hang_timeout_s: float = 900.0
+    hang_timeout_s: float = option(900.0, "> 0")
     """A worker that shows no sign of life for so long (no engine step, no micro-batch, no answer) is
     taken for hung: its stacks are written to the run directory, and it is replaced."""
 
@@ -163,41 +168,41 @@ class ClusterConfig:
 class TrainerConfig:
     """The loop around it all."""
 
-    steps: int = 120
+    steps: int = option(120)
     """Training steps in all. A later setting of trainer.epochs takes its place and makes it 0."""
-    epochs: int | None = None
+    epochs: int | None = option(None, "> 0")
     """In place of trainer.steps: so many times as many steps as the usable prompts of data.train are enough
     for (what is left over begins the next epoch; further draws of sampler.dynamic are not counted)."""
-    run_dir: str | None = None
+    run_dir: str | None = option(None)
     """Where everything is written; null is runs/<experiment_name>."""
-    val_every: int = 10
+    val_every: int = option(10, ">= 0")
     """Validate before the first step, then every so many steps and after the last; 0 never."""
-    val_max_prompts: int | None = None
+    val_max_prompts: int | None = option(None)
     """Validate on the first so many prompts; null on all."""
-    save_every: int = 20
+    save_every: int = option(20, ">= 0")
     """Checkpoint every so many steps and after the last; 0 never."""
-    save_in_background: bool = True
+    save_in_background: bool = option(True)
     """Copy the state to host memory and write it while training goes on; false waits for the disk."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = option(2, "> 0")
     """Delete older checkpoints once this many newer ones are complete; the one with the best validation
     accuracy is kept besides."""
-    samples_every: int = 10
+    samples_every: int = option(10, ">= 0")
     """Write train samples every so many steps; 0 never. Validation always writes its own."""
-    resume: str = "auto"
+    resume: str = option("auto")
     """auto (newest checkpoint of the run directory), never, or a checkpoint directory."""
-    resume_force: bool = False
+    resume_force: bool = option(False)
     """Resume although model, data or algorithm differ from the checkpoint's."""
-    max_restarts: int = 3
+    max_restarts: int = option(3, ">= 0", evaluation=READ)
     """Workers that died or hung are replaced so many times until a new checkpoint is written, which
     starts the count afresh; then the run stops."""
-    loggers: list[str] = field(default_factory=list)
+    loggers: list[str] = option([], choices="wandb, tensorboard")
     """Besides metrics.jsonl: wandb, tensorboard."""
-    progress: str = "auto"
+    progress: str = option("auto", choices="auto, live, plain, off", evaluation=READ)
     """auto (live line on a terminal, else quiet), live, plain (a line a step), off."""
-    profile_steps: list[int] = field(default_factory=list)
+    profile_steps: list[int] = option([])
     """Steps whose update is traced on every rank with the torch profiler (Chrome trace in
     <run_dir>/profiles), beside a timeline of all Ray workers up to then."""
-    stop_on_collapse: bool = False
+    stop_on_collapse: bool = option(False)
     """Checkpoint and stop when one of the signs in watch lasts; false only warns."""
 
 
@@ -205,15 +210,17 @@ class TrainerConfig:
 class WatchConfig:
     """Signs that a run collapses: warned of once an episode, and marked in curves and report."""
 
-    entropy_floor: float | None = 0.01
+    entropy_floor: float | None = option(0.01, "> 0")
     """Policy entropy (nats per token) below this: the policy says one thing only. null: not watched."""
-    accuracy_drop: float | None = 0.5
+    accuracy_drop: float | None = option(0.5, "(0, 1)")
     """Train accuracy, as the mean of 10 steps, has lost more than this share of its best. null: not
     watched."""
-    length_growth: float | None = 4.0
+    length_growth: float | None = option(4.0, "> 1")
     """Responses longer than so many times their mean over the first 10 steps while more of them are cut
     (a tenth of all more than then), or half of all more cut than then. null: not watched."""
-    patience: int = 5
+    patience: int = option(
+        5, "> 0", read_if="entropy_floor != null or accuracy_drop != null or length_growth != null"
+    )
     """Steps in a row that a sign must last to count, and be absent to be over."""
 
     @property
@@ -227,20 +234,20 @@ class WatchConfig:
 class Config:
     """A run. ``load_config`` makes one from a file and overrides."""
 
-    experiment_name: str = "mssr"
+    experiment_name: str = option("mssr", resume=FREE, evaluation=UNREAD)
     """Names the run directory and the run in loggers."""
-    seed: int = 0
+    seed: int = option(0, resume=REFUSED, first_values=True)
     """Decides data order and sampling."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    actor: ActorConfig = field(default_factory=ActorConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
+    model: ModelConfig = section(ModelConfig, resume=REFUSED, first_values=True)
+    data: DataConfig = section(DataConfig, resume=REFUSED, first_values=True)
+    reward: RewardConfig = section(RewardConfig, resume=REFUSED, first_values=True)
+    algorithm: AlgorithmConfig = section(AlgorithmConfig, resume=REFUSED, evaluation=UNREAD)
+    sampler: SamplerConfig = section(SamplerConfig, resume=REFUSED, evaluation=UNREAD)
+    rollout: RolloutConfig = section(RolloutConfig)
+    actor: ActorConfig = section(ActorConfig, evaluation=UNREAD)
+    cluster: ClusterConfig = section(ClusterConfig, resume=FREE)
+    trainer: TrainerConfig = section(TrainerConfig, resume=FREE, evaluation=UNREAD)
+    watch: WatchConfig = section(WatchConfig, evaluation=UNREAD)
 
     @property
     def run_dir(self) -> Path:
@@ -314,6 +321,20 @@ class Config:
     @property
     def kl_in_reward(self) -> bool:
         return self.algorithm.kl.coef > 0 and self.algorithm.kl.placement == "reward"
+
+    @property
+    def meant(self) -> dict[str, Any]:
+        """What options that may be null mean here, by key."""
+        taken = algorithms.options(self.algorithm.name)
+        return {
+            "algorithm.baseline.init_rollouts": self.init_rollouts,
+            "algorithm.discount.eta_rule": self.estimator_options.get("eta_rule", taken.get("eta_rule")),
+            "algorithm.discount.kl_source": self.kl_source,
+            "algorithm.shaping.enabled": self.shapes_entropy,
+            "algorithm.loss.aggregation": self.aggregation,
+            "algorithm.correction.weight": self.correction_options["weight"],
+            "sampler.name": self.sampler_name,
+        }
 
     @property
     def loss_options(self) -> dict[str, Any]:

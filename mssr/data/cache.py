@@ -11,11 +11,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-VERSION = 2
+import pyarrow as pa
+from pyarrow import feather
+
+VERSION = 3
 """Part of every name: raise it when the meaning of a file changes."""
 
 SETTLED_S = 2.0
@@ -34,71 +37,46 @@ class DataCache:
         self.directory = Path(chosen).expanduser()
         self.problem: str | None = None
 
-    def load(self, kind: str, key: str) -> Any | None:
-        """The `pyarrow.Table` kept under this key, None if there is none that can be read."""
-        import pyarrow as pa
-
+    def load(self, kind: str, key: str) -> pa.Table | None:
+        """The table kept under this key, None if there is none that can be read."""
+        path = self._path(kind, key)
         try:
-            with pa.OSFile(str(self._path(kind, key)), "rb") as file:
-                table = pa.ipc.open_file(file).read_all()
-            metadata = table.schema.metadata or {}
-            if metadata.get(b"mssr") != _name(kind, key).encode():
-                return None
+            table = feather.read_table(path, memory_map=False)
             table.validate(full=True)
-            return table
         except (OSError, pa.ArrowException):
             return None
+        return table if (table.schema.metadata or {}).get(b"mssr") == path.name.encode() else None
 
-    def save(self, kind: str, key: str, table: Any) -> None:
-        import pyarrow as pa
-
-        table = table.replace_schema_metadata(
-            {**(table.schema.metadata or {}), b"mssr": _name(kind, key).encode()}
-        )
-
-        def write(path: Path) -> None:
-            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-                writer.write_table(table)
-
-        self._write(self._path(kind, key), write)
-
-    def content_key(self, files: Sequence[Path]) -> str:
-        """A hash of the bytes of files; those of a file that has not changed are not read again."""
-        digest = hashlib.blake2b(digest_size=16)
-        for path in files:
-            digest.update(self._file_hash(path).encode())
-        return digest.hexdigest()
-
-    def _file_hash(self, path: Path) -> str:
-        stat = path.stat()
-        known = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-        memo = self._path("files", digest_of(known), ".json")
-        try:
-            record = json.loads(memo.read_text())
-            if record["file"] == known and isinstance(record["hash"], str):
-                return record["hash"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # not known, or damaged
-        with path.open("rb") as file:
-            value = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        if time.time() - stat.st_mtime > SETTLED_S:
-            text = json.dumps({"file": known, "hash": value})
-            self._write(memo, lambda temporary: temporary.write_text(text))
-        return value
-
-    def _path(self, kind: str, key: str, suffix: str = ".arrow") -> Path:
-        return self.directory / kind / (_name(kind, key) + suffix)
-
-    def _write(self, path: Path, write: Callable[[Path], Any]) -> None:
+    def save(self, kind: str, key: str, table: pa.Table) -> None:
+        path = self._path(kind, key)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        named = table.replace_schema_metadata({**(table.schema.metadata or {}), b"mssr": path.name.encode()})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(temporary)
+            feather.write_feather(named, str(temporary), compression="uncompressed")
             os.replace(temporary, path)
         except OSError as error:
             self.problem = f"{self.directory} cannot be written ({error.strerror or error})"
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+    def content_key(self, files: Sequence[Path]) -> str:
+        """A hash of the bytes of files; those of a file that has not changed are not read again."""
+        return digest_of([self._file_hash(path) for path in files])
+
+    def _file_hash(self, path: Path) -> str:
+        stat = path.stat()
+        state = digest_of(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+        known = self.load("files", state)
+        if known is not None:
+            return str(known["hash"][0].as_py())
+        found = hash_of_file(path)
+        if time.time() - stat.st_mtime > SETTLED_S:
+            self.save("files", state, pa.table({"hash": [found]}))
+        return found
+
+    def _path(self, kind: str, key: str) -> Path:
+        return self.directory / kind / f"{digest_of(VERSION, kind, key)}.arrow"
 
 
 def digest_of(*parts: Any) -> str:
@@ -107,17 +85,19 @@ def digest_of(*parts: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def file_states(paths: Sequence[str]) -> list[list[int]]:
+def hash_of_file(path: Path) -> str:
+    """32 hexadecimal digits: a hash of its bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def file_states(paths: Iterable[str]) -> dict[str, list[int]]:
     """[size, time of the last change in ns] of files, [-1, -1] of one that is not there."""
-    states = []
+    states = {}
     for path in paths:
         try:
             stat = os.stat(path)
-            states.append([stat.st_size, stat.st_mtime_ns])
+            states[path] = [stat.st_size, stat.st_mtime_ns]
         except (OSError, ValueError):
-            states.append([-1, -1])
+            states[path] = [-1, -1]
     return states
-
-
-def _name(kind: str, key: str) -> str:
-    return digest_of(VERSION, kind, key)

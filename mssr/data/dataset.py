@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from mssr.config.data import DataConfig
 from mssr.data.cache import DataCache
-from mssr.data.images import ImageSource
-from mssr.data.index import BAD, DUPLICATE, USABLE, RowIndex, SourceRows
-from mssr.data.rows import IMAGE_MARK, MAX_IMAGES_PER_PROMPT, BadRow, Row
+from mssr.data.index import BAD, DUPLICATE, RowIndex, SourceRows
+from mssr.data.rows import BadRow, Row
 from mssr.data.sources import parse_sources
-
-__all__ = [
-    "IMAGE_MARK",
-    "MAX_IMAGES_PER_PROMPT",
-    "VAL_PREFIX",
-    "BadRow",
-    "ImageSource",
-    "PromptDataset",
-    "Row",
-]
 
 VAL_PREFIX = "val/"
 """Before the ids of validation rows: users number the rows of both files from 0."""
@@ -76,17 +65,30 @@ class PromptDataset:
         return list(self._index)
 
     @property
+    def numbers(self) -> list[int]:
+        """Rows of the ids, counted over all sources."""
+        return list(self._index.values())
+
+    @property
     def total_rows(self) -> int:
         """Rows of the sources, whether usable or not."""
         return int(self._starts[-1])
 
     @property
+    def notes(self) -> list[str]:
+        """What the user should hear once, one sentence each."""
+        notes = [note for part in self.parts for note in part.columns.notes]
+        if self.cache.problem:
+            why = f"{self.cache.problem} (data.cache_dir)"
+            notes.append(f"checked data is not kept for the next run: {why}")
+        return notes
+
+    @property
     def weights(self) -> dict[str, float] | None:
         """Label of a source -> its weight; None if every prompt counts the same."""
-        weights = {label: part.source.weight for label, part in zip(self.labels, self.parts, strict=True)}
-        if any(weight is None for weight in weights.values()):
-            return None
-        return {label: float(weight) for label, weight in weights.items() if weight is not None}
+        weights = {part.source.label: part.source.weight for part in self.parts}
+        given = {label: weight for label, weight in weights.items() if weight is not None}
+        return given if len(given) == len(weights) else None
 
     def source_of(self, prompt_id: str) -> str:
         """Label of the source that a prompt is from."""
@@ -136,7 +138,7 @@ class PromptDataset:
             found.update(zip(own, truths, strict=True))
         return [found[i] for i in prompt_ids]
 
-    def keep(self, prompt_ids: Sequence[str]) -> None:
+    def keep(self, prompt_ids: Iterable[str]) -> None:
         """Narrow the set to some ids, in their order."""
         index = self._index
         self._rows = {i: index[i] for i in prompt_ids}
@@ -147,32 +149,33 @@ class PromptDataset:
         Returns:
             the index of every source.
         """
-        self._rows = {}
-        self.bad_rows, self.duplicates = [], []
-        indexes = []
-        for k, part in enumerate(self.parts):
-            index = part.check()
-            ids, start = index.ids, int(self._starts[k])
-            for number in np.flatnonzero(index.states == USABLE):
-                row_id = ids[number]
-                assert row_id is not None
-                self._rows[self._prefixes[k] + row_id] = start + int(number)
-            where = part.table.where
-            self.bad_rows += [BadRow(where(n), why) for n, why in index.rejected(BAD)]
-            self.duplicates += [BadRow(where(n), why) for n, why in index.rejected(DUPLICATE)]
-            indexes.append(index)
+        indexes = [part.check() for part in self.parts]
+        self._rows = self._numbered(index.usable_ids for index in indexes)
+        self.bad_rows, self.duplicates = (
+            [
+                BadRow(part.table.where(number), why)
+                for part, index in zip(self.parts, indexes, strict=True)
+                for number, why in index.rejected(state)
+            ]
+            for state in (BAD, DUPLICATE)
+        )
         return indexes
 
     @property
     def _index(self) -> dict[str, int]:
         """Id -> number of the row, counted over all sources."""
         if self._rows is None:
-            self._rows = {}
-            for k, part in enumerate(self.parts):
-                for number, row_id in enumerate(part.ids(), int(self._starts[k])):
-                    if row_id is not None:
-                        self._rows.setdefault(self._prefixes[k] + row_id, number)
+            self._rows = self._numbered(part.ids() for part in self.parts)
         return self._rows
+
+    def _numbered(self, ids_of_parts: Iterable[Sequence[str | None]]) -> dict[str, int]:
+        """Id -> number of the first row that has it."""
+        found: dict[str, int] = {}
+        for prefix, start, ids in zip(self._prefixes, self._starts.tolist(), ids_of_parts, strict=False):
+            for number, row_id in enumerate(ids, start):
+                if row_id is not None:
+                    found.setdefault(prefix + row_id, number)
+        return found
 
     def position(self, prompt_id: str) -> tuple[int, int]:
         """(position of its source in the list, number of its row there)."""

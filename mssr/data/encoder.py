@@ -6,9 +6,10 @@ same tokens. Images are resized once, by the rules of qwen-vl-utils; no later st
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qwen_vl_utils import smart_resize
 
 from mssr.config.data import DataConfig
 from mssr.data.images import ImageSource, reason
-from mssr.data.messages import IMAGE_MARK, parts_of, text_part
+from mssr.data.messages import IMAGE_MARK, count_marks, parts_of, text_part
 from mssr.data.rows import Row
 from mssr.errors import UserError
 from mssr.models.encoded import EncodedImage, EncodedPrompt, ImageCache, join_pixels
@@ -104,32 +105,25 @@ class PromptEncoder:
     def _messages(self, row: Row) -> list[dict[str, Any]]:
         """The turns of a row, the question as the prompt template or the instruction makes it. Images stand
         where marks are, and without marks before the user's first turn."""
-        history, question = list(row.history), row.problem
+        turns = list(row.turns)
         for token in self._vision_tokens:
-            if any(token in text for text in (question, *(text for _, text in history))):
+            if any(token in text for _, text in turns):
                 raise ValueError(f"the question holds {token}, which stands for pixels")
-        if row.images and not any(IMAGE_MARK in text for text in (question, *(text for _, text in history))):
-            marks = IMAGE_MARK * len(row.images)
-            first = next((k for k, (role, _) in enumerate(history) if role == "user"), None)
-            if first is None:
-                question = marks + question
-            else:
-                history[first] = ("user", marks + history[first][1])
+        if not count_marks(turns):
+            first = next(k for k, (role, _) in enumerate(turns) if role == "user")
+            turns[first] = ("user", IMAGE_MARK * len(row.images) + turns[first][1])
         if self._prompt_template is not None:
             try:
-                question = self._prompt_template.render(content=question)
+                turns[-1] = ("user", self._prompt_template.render(content=turns[-1][1]))
             except Exception as error:  # a template may raise anything
                 raise ValueError(f"data.prompt_template cannot be rendered: {reason(error)}") from error
-        found = sum(text.count(IMAGE_MARK) for text in (question, *(text for _, text in history)))
-        if found != len(row.images):
-            raise ValueError(f"{found} {IMAGE_MARK} marks but {len(row.images)} images")
+        if count_marks(turns) != len(row.images):
+            raise ValueError(f"{count_marks(turns)} {IMAGE_MARK} marks but {len(row.images)} images")
         messages: list[dict[str, Any]] = []
         if self._system_prompt:
             messages.append({"role": "system", "content": [text_part(self._system_prompt)]})
-            history = [turn for turn in history if turn[0] != "system"]
-        messages += [
-            {"role": role, "content": parts_of(text)} for role, text in [*history, ("user", question)]
-        ]
+            turns = [turn for turn in turns if turn[0] != "system"]
+        messages += [{"role": role, "content": parts_of(text)} for role, text in turns]
         if self._prompt_template is None and self.config.instruction:
             messages[-1]["content"].append(text_part("\n" + self.config.instruction))
         return messages
@@ -140,38 +134,34 @@ class PromptEncoder:
         Raises:
             ValueError: for an aspect ratio above 200.
         """
-        h, w = smart_resize(
-            height,
-            width,
-            factor=self._factor,
-            min_pixels=self.config.min_pixels,
-            max_pixels=self.config.max_pixels,
-        )
+        h, w = smart_resize(height, width, self._factor, self.config.min_pixels, self.config.max_pixels)
         if min(h, w) < self._factor:  # smart_resize rounds the short side of a strip down to nothing
             longest = max(self.config.max_pixels // self._factor**2, 1) * self._factor
             h, w = (min(max(side, self._factor), longest) for side in (h, w))
         return w, h
 
     def images(self, row: Row) -> list[Image.Image]:
-        """RGB images in their final size."""
-        return [self._image(row, k, source) for k, source in enumerate(row.images)]
+        """RGB images in their final size.
 
-    def _image(self, row: Row, number: int, source: ImageSource) -> Image.Image:
-        try:
-            image = source.decode()
-        except Exception as error:  # PIL raises many types for a broken file
-            raise _unreadable(row, number, error) from error
+        Raises:
+            UserError: an image cannot be read; names the row.
+        """
+        images = []
+        for k, source in enumerate(row.images):
+            with _naming(row, k):
+                images.append(self._decode(source))
+        return images
+
+    def _decode(self, source: ImageSource) -> Image.Image:
+        image = source.decode()
         size = self.resized(*image.size)
         return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
     def length(self, row: Row, sizes: Sequence[tuple[int, int]]) -> int:
         """P, computed from the (width, height) of the images alone."""
         text_tokens = len(self.processor.tokenizer(self.chat_text(row))["input_ids"])
-        vision_tokens = 0
-        for width, height in sizes:
-            w, h = self.resized(width, height)
-            vision_tokens += (w // self._factor) * (h // self._factor)
-        return text_tokens - len(sizes) + vision_tokens
+        resized = [self.resized(*size) for size in sizes]
+        return text_tokens - len(sizes) + sum((w // self._factor) * (h // self._factor) for w, h in resized)
 
     def encode(self, row: Row) -> EncodedPrompt:
         """Tokens and pixels of a prompt."""
@@ -196,14 +186,16 @@ class PromptEncoder:
         for row in rows:
             keys = []
             for k, source in enumerate(row.images):
-                key, source = _read(row, k, source)
-                keys.append(key)
-                if key in found or key in uncut:
-                    continue
-                if (image := kept.get(key)) is not None:
-                    found[key] = image
-                else:
-                    uncut[key] = self._image(row, k, source)
+                with _naming(row, k):
+                    data = source.read()
+                    key = hashlib.blake2b(data, digest_size=16).digest()
+                    keys.append(key)
+                    if key in found or key in uncut:
+                        continue
+                    if (image := kept.get(key)) is not None:
+                        found[key] = image
+                    else:
+                        uncut[key] = self._decode(ImageSource(data, None))
             chunk.append((row, keys))
             if sum(image.width * image.height for image in uncut.values()) >= CHUNK_PIXELS:
                 result += self._encode(chunk, found | self._cut(uncut, kept))
@@ -267,17 +259,12 @@ class PromptEncoder:
         return result
 
 
-def _read(row: Row, number: int, source: ImageSource) -> tuple[bytes, ImageSource]:
-    """A hash of the image as the data has it, and the image in memory."""
+@contextlib.contextmanager
+def _naming(row: Row, number: int) -> Iterator[None]:
     try:
-        data = source.read()
-    except (OSError, ValueError) as error:
-        raise _unreadable(row, number, error) from error
-    return hashlib.blake2b(data, digest_size=16).digest(), ImageSource(data, None)
-
-
-def _unreadable(row: Row, number: int, error: Exception) -> UserError:
-    return UserError(f"{row.where}: image {number} cannot be read ({error})")
+        yield
+    except Exception as error:  # PIL raises many types for a broken file
+        raise UserError(f"{row.where}: image {number} cannot be read ({error})") from error
 
 
 def text_or_file(value: str | None, key: str) -> str | None:

@@ -19,7 +19,6 @@ import base64
 import binascii
 import contextlib
 import functools
-import importlib.util
 import io
 import json
 import struct
@@ -134,25 +133,15 @@ def image_sources(cell: Any, image_dir: str | None = None) -> tuple[ImageSource,
 
 def image_cells(cell: Any) -> list[Any]:
     """A cell as a flat list; the text of a list, as CSV files have it, is read."""
-    if isinstance(cell, str):
-        text = cell.strip()
-        if text.startswith("[") and text.endswith("]"):
-            try:
-                value = json.loads(text)
-            except ValueError:
-                try:
-                    value = ast.literal_eval(text)
-                except (ValueError, SyntaxError, MemoryError, RecursionError):
-                    value = cell
-            return image_cells(value) if isinstance(value, list) else [cell]
-        return [cell] if text else []
-    if cell is None:
-        return []
+    if isinstance(cell, str) and cell.strip()[:1] == "[" and cell.strip()[-1:] == "]":
+        for read in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                return image_cells(read(cell.strip()))
     if isinstance(cell, (list, tuple)):
         return [
             p for part in cell for p in (image_cells(part) if isinstance(part, (list, tuple)) else [part])
         ]
-    return [cell]
+    return [] if cell is None or (isinstance(cell, str) and not cell.strip()) else [cell]
 
 
 def inner_image(cell: Any) -> Any:
@@ -170,22 +159,19 @@ def image_key(cell: Any) -> bytes:
 
 def looks_like_image(cell: Any) -> bool:
     """Whether a cell holds images, by the header of its bytes or the name of its path."""
-    for part in image_cells(cell)[:1]:
-        image = inner_image(part)
-        if isinstance(image, str):
-            head = image.strip()[:LONGEST_PATH]
-            if head.lower().endswith(IMAGE_SUFFIXES) or head.startswith("data:image"):
-                return True
-            try:
-                image = _base64(head[: len(head) // 4 * 4])
-            except ValueError:
-                return False
-            return image.startswith(MAGIC[:4])  # what is cut off cannot be opened
-        try:
-            return isinstance(image, bytes) and bool(_open(image).size)
-        except ValueError as error:
-            return "HEIC" in str(error)
-    return False
+    image = next(map(inner_image, image_cells(cell)), None)
+    if isinstance(image, str):
+        head = image.strip()[:LONGEST_PATH]
+        if head.lower().endswith(IMAGE_SUFFIXES) or head.startswith("data:image"):
+            return True
+        with contextlib.suppress(ValueError):
+            return _base64(head[: len(head) // 4 * 4]).startswith(MAGIC[:4])  # cut off, it cannot be opened
+    if not isinstance(image, bytes):
+        return False
+    try:
+        return bool(_open(image).size)
+    except ValueError as error:
+        return "HEIC" in str(error)
 
 
 def reason(error: Exception) -> str:
@@ -216,13 +202,10 @@ def _from_text(text: str, image_dir: str | None) -> ImageSource:
     try:
         return ImageSource(None, _existing(text, image_dir))
     except MissingFile:
-        try:
-            data = _base64(text)
-        except ValueError:
-            data = b""
-        if not data.startswith(MAGIC):
-            raise
-        return ImageSource(data, None)
+        with contextlib.suppress(ValueError):
+            if (data := _base64(text)).startswith(MAGIC):
+                return ImageSource(data, None)
+        raise
 
 
 def local_path(address: str) -> str:
@@ -252,7 +235,7 @@ def _base64(text: str) -> bytes:
 @functools.cache
 def _formats() -> tuple[str, ...]:
     Image.init()
-    if importlib.util.find_spec("pillow_heif"):
+    with contextlib.suppress(ImportError):
         import pillow_heif
 
         pillow_heif.register_heif_opener()
@@ -280,7 +263,7 @@ def _unidentified(data: bytes) -> str:
     if data.startswith(b"\x89PNG") and 0 in (size := struct.unpack(">II", data[16:24].ljust(8, b"\1"))):
         return f"its size is {size[0]}x{size[1]}"
     if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
-        if importlib.util.find_spec("pillow_heif"):
+        if "HEIF" in _formats():
             return "its HEIC data are damaged"
         return "it is HEIC, which needs the package pillow-heif: pip install pillow-heif"
     head = data[:64].lstrip().lower()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from mssr.config.data import DataConfig
 from mssr.data.cache import DataCache, digest_of, file_states
@@ -30,27 +31,37 @@ from mssr.errors import UserError
 
 USABLE, BAD, DUPLICATE = 0, 1, 2
 
-RELEASE_BYTES = 64 * 2**20
-"""Bytes that are read before the pages of the file are given back; those of smaller files never are."""
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),  # null where the row cannot be parsed
+        ("state", pa.int8()),  # USABLE, BAD or DUPLICATE
+        ("reason", pa.string()),  # null if usable
+        ("sizes", pa.list_(pa.int32())),  # width, height, width, ... of its images in pixels
+        ("structured", pa.bool_()),  # whether the truth is a list or dict
+    ]
+)
 
-BYTES_AROUND = 2**22
-"""What the system maps with a cell that is read out of order, at worst: two large pages."""
+BATCH = 1000
+"""Rows whose outcomes are held as Python objects."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowIndex:
     """What the check found out about the R rows of a source."""
 
-    table: Any
-    """`pyarrow.Table` of R rows: id (null where the row cannot be parsed), state (USABLE, BAD or
-    DUPLICATE), reason (null if usable), sizes (width, height, width, ... of its images in pixels),
-    structured (whether the truth is a list or dict)."""
+    table: pa.Table
+    """R rows of `SCHEMA`."""
     key: str
     """Changes with everything that decides the content of the table."""
 
     @property
     def ids(self) -> list[str | None]:
         return self.table["id"].to_pylist()
+
+    @property
+    def usable_ids(self) -> list[str | None]:
+        """None for rows that are not usable."""
+        return [i if state == USABLE else None for i, state in zip(self.ids, self.states, strict=True)]
 
     @property
     def states(self) -> np.ndarray:
@@ -90,52 +101,46 @@ class SourceRows:
     ) -> None:
         self.source, self.cache = source, cache
         self.table = open_table(source.name)
-        self._bytes_read = 0
         if not len(self.table):
             raise UserError(f"data {source.name} has no rows")
         self.columns = resolve_columns(self.table, config, source.name)
         self.config = self.columns.config
         self.table.release()
         if not every_column:
-            self.table.narrow(self._columns)
+            self.table.narrow([root(name, self.table.column_names) for name in read_columns(self.config)])
 
     def __len__(self) -> int:
         return len(self.table)
 
-    @property
-    def _columns(self) -> list[str]:
-        """Those of the table that are read."""
-        names = (root(column, self.table.column_names) for column in read_columns(self.config))
-        return list(dict.fromkeys(names))
-
     def row(self, number: int, row_id: str) -> Row:
-        """One row, images not opened; the memory that reading takes is bounded.
+        """One row, images not opened.
 
         Raises:
             ValueError: it cannot be used, which a check would have said.
         """
-        row = read_row(self._cells(number), row_id, self.table.where(number), self.config)
-        self._count(BYTES_AROUND * len(self._columns))
-        return row
+        return read_row(self.cells(number), row_id, self.table.where(number), self.config)
 
     def cells(self, number: int) -> dict[str, Any]:
-        """A row as the table has it; the memory that reading takes is bounded."""
-        cells = self._cells(number)
-        self._count(BYTES_AROUND * len(cells))
-        return cells
+        """A row as the table has it.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        try:
+            return self.table.cells(number)
+        except Exception as error:  # pyarrow and datasets raise many types for damaged data
+            raise ValueError(reason(error)) from error
 
     def answers(self, numbers: Sequence[int], as_cells: bool = False) -> list[Any]:
         """Ground truths, read without touching the images; as text, or as they are where they are none."""
         column = self.config.answer_column
         truths = [truth(cells, self.config) for cells in self._cells_of(column, numbers)]
-        self._count(BYTES_AROUND * len(numbers))
         return [t if as_cells and not isinstance(t, str) else answer_text(t, column) for t in truths]
 
     def prompts(self, numbers: Sequence[int]) -> list[Conversation]:
         """Questions of usable rows, with the turns before them."""
-        return [
-            read_prompt(cells, self.config) for cells in self._cells_of(self.config.problem_column, numbers)
-        ]
+        rows = self._cells_of(self.config.problem_column, numbers)
+        return [read_prompt(cells, self.config) for cells in rows]
 
     def _cells_of(self, column: str, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Rows as far as one configured column needs them."""
@@ -147,12 +152,10 @@ class SourceRows:
         index = self._cached(self._key()) if self.cache.directory.is_dir() else None
         if index is not None:
             return index.ids
-        column = self.config.id_column
         numbers = range(len(self))
-        if column:
-            found = (cell(cells, column) for cells in self._cells_of(column, numbers))
-            return [_or_none(column_id, own, column) for own in found]
-        return [_or_none(lambda n: self._id(self._cells(n)), n) for n in numbers]
+        if self.config.id_column:
+            return [_or_none(self._id, cells) for cells in self._cells_of(self.config.id_column, numbers)]
+        return [_or_none(lambda n: self._id(self.cells(n)), n) for n in numbers]
 
     def check(self) -> RowIndex:
         """The index; made by reading every row once, with the headers of its images, if it is not kept."""
@@ -179,68 +182,45 @@ class SourceRows:
         if table is None or len(table) != len(self):
             return None
         files = json.loads(table.schema.metadata[b"files"])
-        if file_states(list(files)) != list(files.values()):
-            return None
-        return RowIndex(table, digest_of(key, files))
+        return RowIndex(table, digest_of(key, files)) if file_states(files) == files else None
 
     def _scan(self, key: str) -> RowIndex:
-        import pyarrow as pa
-
-        ids: list[str | None] = []
-        states: list[int] = []
-        reasons: list[str | None] = []
-        sizes: list[list[int]] = []
-        structured: list[bool] = []
         first: dict[str, int] = {}
         files: dict[str, None] = {}
-        for number in range(len(self)):
-            row_id, row_sizes, state, why, compound = None, [], USABLE, None, False
-            try:
-                cells = self._cells(number)
-                row_id = self._id(cells)
-                row = read_row(cells, row_id, "", self.config)
-                self._count(sum(len(image.data) for image in row.images if image.data))
-                files.update((image.path, None) for image in row.images if image.path)
-                row_sizes = list(_header_sizes(row))
-                compound = row.answer[0] in "[{" and is_structured(truth(cells, self.config))
-                if row_id in first:
-                    state, why = self._repeated(row_id, first[row_id])
-            except ValueError as error:
-                state, why, row_sizes = BAD, reason(error), []
-                if isinstance(error, MissingFile):
-                    files[error.path] = None
-            if row_id is not None:
-                first.setdefault(row_id, number)
-            ids.append(row_id)
-            states.append(state)
-            reasons.append(why)
-            sizes.append(row_sizes)
-            structured.append(compound)
+        batches = []
+        for start in range(0, len(self), BATCH):
+            numbers = range(start, min(start + BATCH, len(self)))
+            outcomes = [self._outcome(number, first, files) for number in numbers]
+            batches.append(pa.RecordBatch.from_pylist(outcomes, SCHEMA))
         self.table.release()
-        table = pa.table(
-            {
-                "id": pa.array(ids, pa.string()),
-                "state": pa.array(states, pa.int8()),
-                "reason": pa.array(reasons, pa.string()),
-                "sizes": pa.array(sizes, pa.list_(pa.int32())),
-                "structured": pa.array(structured, pa.bool_()),
-            }
-        )
-        known = dict(zip(files, file_states(list(files)), strict=True))
-        table = table.replace_schema_metadata({b"files": json.dumps(known).encode()})
-        return RowIndex(table, digest_of(key, known))
+        states = file_states(files)
+        table = pa.Table.from_batches(batches).replace_schema_metadata({"files": json.dumps(states)})
+        return RowIndex(table, digest_of(key, states))
 
-    def _count(self, bytes_read: int) -> None:
-        self._bytes_read += bytes_read
-        if min(self._bytes_read, self.table.mapped_bytes) > RELEASE_BYTES:
-            self.table.release()
-            self._bytes_read = 0
+    def _outcome(self, number: int, first: dict[str, int], files: dict[str, None]) -> dict[str, Any]:
+        """What the index says of a row.
 
-    def _cells(self, number: int) -> dict[str, Any]:
+        Args:
+            first: id -> first row that has it, of the rows before; the row's is added.
+            files: image files that rows name; the row's are added.
+        """
+        found: dict[str, Any] = {"id": None, "state": USABLE, "sizes": [], "structured": False}
         try:
-            return self.table.cells(number)
-        except Exception as error:  # pyarrow and datasets raise many types for damaged data
-            raise ValueError(reason(error)) from error
+            cells = self.cells(number)
+            found["id"] = row_id = self._id(cells)
+            row = read_row(cells, row_id, "", self.config)
+            files.update((image.path, None) for image in row.images if image.path)
+            found["sizes"] = list(_header_sizes(row))
+            found["structured"] = row.answer[0] in "[{" and is_structured(truth(cells, self.config))
+            if row_id in first:
+                found["state"], found["reason"] = self._repeated(row_id, first[row_id])
+        except ValueError as error:
+            found |= {"state": BAD, "reason": reason(error), "sizes": []}
+            if isinstance(error, MissingFile):
+                files[error.path] = None
+        if found["id"] is not None:
+            first.setdefault(found["id"], number)
+        return found
 
     def _id(self, cells: dict[str, Any]) -> str:
         column = self.config.id_column
@@ -260,8 +240,8 @@ def _header_sizes(row: Row) -> Iterator[int]:
             raise ValueError(f"image {k} cannot be read ({reason(error)})") from error
 
 
-def _or_none(read: Callable[..., str], *arguments: Any) -> str | None:
+def _or_none(read: Callable[[Any], str], argument: Any) -> str | None:
     try:
-        return read(*arguments)
+        return read(argument)
     except ValueError:
         return None

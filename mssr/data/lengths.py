@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from mssr.data.cache import digest_of
 from mssr.data.encoder import PromptEncoder
@@ -35,25 +36,21 @@ PROBES = (
 
 def prompt_lengths(
     rows: SourceRows, index: RowIndex, encoder: PromptEncoder
-) -> tuple[np.ndarray, list[tuple[int, str]]]:
+) -> tuple[np.ndarray, dict[int, str]]:
     """Lengths of the usable rows of a source.
 
     Returns:
-        (R,) int32 tokens, -1 for rows without; and (row number, reason) of rows that the encoder
-        refuses, such as an image with an aspect ratio above 200.
+        (R,) int32 tokens, -1 for rows without; and row number -> reason of rows that the encoder refuses,
+        such as an image with an aspect ratio above 200.
     """
-    import pyarrow as pa
-
     key = digest_of(index.key, encoder_fingerprint(encoder))
     table = rows.cache.load("lengths", key)
     if table is None or len(table) != len(rows):
-        lengths, reasons = _compute(rows, index, encoder)
-        columns = {"length": pa.array(lengths, pa.int32()), "reason": pa.array(reasons, pa.string())}
-        table = pa.table(columns)
+        table = _compute(rows, index, encoder)
         rows.cache.save("lengths", key, table)
-    given = table["reason"]
-    refused = np.flatnonzero(given.is_valid().to_numpy())
-    return table["length"].to_numpy(), [(int(n), given[int(n)].as_py()) for n in refused]
+    reasons = table["reason"]
+    refused = np.flatnonzero(reasons.is_valid().to_numpy()).tolist()
+    return table["length"].to_numpy().copy(), {n: reasons[n].as_py() for n in refused}
 
 
 def encoder_fingerprint(encoder: PromptEncoder) -> str:
@@ -69,9 +66,7 @@ def encoder_fingerprint(encoder: PromptEncoder) -> str:
     return digest_of(vocabulary, getattr(processor, "chat_template", None), settings, probes, sizes)
 
 
-def _compute(
-    rows: SourceRows, index: RowIndex, encoder: PromptEncoder
-) -> tuple[np.ndarray, list[str | None]]:
+def _compute(rows: SourceRows, index: RowIndex, encoder: PromptEncoder) -> pa.Table:
     usable = index.states == USABLE
     lengths = np.full(len(rows), -1, np.int32)
     reasons: list[str | None] = [None] * len(rows)
@@ -85,8 +80,8 @@ def _compute(
                 lengths[number] = encoder.length(_row(prompt, len(images)), images)
             except ValueError as error:
                 reasons[number] = reason(error)
-        rows.table.release()
-    return lengths, reasons
+    rows.table.release()
+    return pa.table({"length": lengths, "reason": pa.array(reasons, pa.string())})
 
 
 def _row(prompt: Conversation, images: int) -> Row:

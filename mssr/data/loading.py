@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mssr.config.data import DataConfig
-from mssr.data.dataset import BadRow, PromptDataset
+from mssr.data.dataset import PromptDataset
 from mssr.data.encoder import PromptEncoder
 from mssr.data.lengths import prompt_lengths
+from mssr.data.rows import BadRow
 from mssr.errors import UserError
 
 OVERLONG_FILE = "overlong.jsonl"
@@ -77,65 +78,68 @@ def load_prompts(
     """
     dataset = PromptDataset(sources, config, prefix)
     dataset.response_prefix = encoder.response_prefix if by_rule else ""
-    indexes = dataset.check()
-    bad = dataset.bad_rows
+    lengths, refused = _measure(dataset, encoder, by_rule)
+    bad, duplicates = dataset.bad_rows + refused, dataset.duplicates
+    _append(bad_rows_file, [asdict(row) for row in (*bad, *duplicates)])
     rows = dataset.total_rows
-    lengths: list[np.ndarray] = []
-    for part, index in zip(dataset.parts, indexes, strict=True):
-        part_lengths, refused = prompt_lengths(part, index, encoder)
-        part_lengths = part_lengths.copy()
-        if by_rule:
-            why = f"column {part.config.answer_column} is a list or dict, not text for reward.name={by_rule}"
-            known = {number for number, _ in refused}
-            refused += [(int(n), why) for n in np.flatnonzero(index.structured) if n not in known]
-        part_lengths[[number for number, _ in refused]] = -1
-        lengths.append(part_lengths)
-        bad += [BadRow(part.table.where(number), why) for number, why in refused]
-    _append(bad_rows_file, [{"where": b.where, "reason": b.reason} for b in bad + dataset.duplicates])
     if len(bad) > config.max_bad_fraction * rows:
         raise UserError(
             f"{bad[0].where}: {bad[0].reason}; {len(bad)} of {rows} rows are bad, listed in {bad_rows_file} "
             "(data.max_bad_fraction allows some)"
         )
-    kept: list[str] = []
-    kept_lengths: list[int] = []
-    overlong: list[dict[str, Any]] = []
-    for prompt_id in dataset.ids:
-        part_number, number = dataset.position(prompt_id)
-        length = int(lengths[part_number][number])
-        if length > config.max_prompt_length:
-            overlong.append({"where": dataset.where(prompt_id), "id": prompt_id, "length": length})
-        elif length >= 0:  # below: refused
-            kept.append(prompt_id)
-            kept_lengths.append(length)
-    _append(bad_rows_file.with_name(OVERLONG_FILE), overlong)
+    longest = config.max_prompt_length
+    found = dict(zip(dataset.ids, lengths[dataset.numbers].tolist(), strict=True))
+    kept = {i: length for i, length in found.items() if 0 <= length <= longest}  # -1: refused
+    overlong = [(dataset.where(i), i, length) for i, length in found.items() if length > longest]
+    _append(
+        bad_rows_file.with_name(OVERLONG_FILE),
+        [{"where": where, "id": i, "length": length} for where, i, length in overlong],
+    )
     dataset.keep(kept)
-    assert rows == len(kept) + len(bad) + len(overlong) + len(dataset.duplicates)
-    for label, ids in dataset.ids_by_source().items():
-        if not ids:
-            name = dataset.parts[dataset.labels.index(label)].source.name
-            first = f" (the first: {bad[0].where}: {bad[0].reason})" if bad else ""
-            raise UserError(
-                f"{name}: no prompt left of {rows} rows, {len(bad)} are bad{first}, {len(overlong)} are "
-                f"longer than data.max_prompt_length={config.max_prompt_length} tokens"
-            )
-    problem = dataset.cache.problem
-    notes = [note for part in dataset.parts for note in part.columns.notes]
-    if problem:
-        notes.append(f"checked data is not kept for the next run: {problem} (data.cache_dir)")
-    too_long = [
-        BadRow(o["where"], f"{o['length']} tokens, longer than data.max_prompt_length") for o in overlong
-    ]
+    assert rows == len(kept) + len(bad) + len(overlong) + len(duplicates)
+    _refuse_empty_sources(dataset, bad, len(overlong))
+    too_long = [BadRow(w, f"{n} tokens, longer than data.max_prompt_length") for w, _, n in overlong]
     return LoadedPrompts(
         dataset,
         rows=rows,
         bad=len(bad),
         overlong=len(overlong),
-        duplicates=len(dataset.duplicates),
-        lengths=np.array(kept_lengths, np.int32),
-        dropped=(*bad, *dataset.duplicates, *too_long),
-        notes=tuple(notes),
+        duplicates=len(duplicates),
+        lengths=np.array(list(kept.values()), np.int32),
+        dropped=(*bad, *duplicates, *too_long),
+        notes=tuple(dataset.notes),
     )
+
+
+def _measure(dataset: PromptDataset, encoder: PromptEncoder, by_rule: str) -> tuple[np.ndarray, list[BadRow]]:
+    """Check the data set and leave its usable rows.
+
+    Returns:
+        lengths in tokens of the rows of all sources, -1 where there is none; and usable rows that encoder or
+        rule refuse.
+    """
+    lengths: list[np.ndarray] = []
+    bad: list[BadRow] = []
+    for part, index in zip(dataset.parts, dataset.check(), strict=True):
+        part_lengths, refused = prompt_lengths(part, index, encoder)
+        if by_rule:
+            why = f"column {part.config.answer_column} is a list or dict, not text for reward.name={by_rule}"
+            refused = {int(n): why for n in np.flatnonzero(index.structured)} | refused
+        part_lengths[list(refused)] = -1
+        lengths.append(part_lengths)
+        bad += [BadRow(part.table.where(number), refused[number]) for number in sorted(refused)]
+    return np.concatenate(lengths), bad
+
+
+def _refuse_empty_sources(dataset: PromptDataset, bad: Sequence[BadRow], overlong: int) -> None:
+    for part, ids in zip(dataset.parts, dataset.ids_by_source().values(), strict=True):
+        if not ids:
+            first = f" (the first: {bad[0].where}: {bad[0].reason})" if bad else ""
+            longest = f"data.max_prompt_length={dataset.config.max_prompt_length}"
+            raise UserError(
+                f"{part.source.name}: no prompt left of {dataset.total_rows} rows, {len(bad)} are bad"
+                f"{first}, {overlong} are longer than {longest} tokens"
+            )
 
 
 def _append(path: Path, records: Sequence[dict[str, Any]]) -> None:

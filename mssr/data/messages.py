@@ -7,6 +7,7 @@ Forms: ``{"role": "user", "content": ...}`` (OpenAI, verl, swift, TRL) and ``{"f
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,10 @@ class Conversation:
     """The assistant's turn behind it: no part of the prompt."""
     images: tuple[Any, ...] = ()
     """Image cells of those parts that have one inside, in order."""
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (*self.history, ("user", self.question))
 
 
 def is_messages(cell: Any) -> bool:
@@ -74,6 +79,11 @@ def read_messages(cell: Any, column: str) -> Conversation:
         )
     reply = behind[0][1] if behind else None
     return Conversation(turns[last][1], tuple(turns[:last]), reply, tuple(images))
+
+
+def count_marks(turns: Iterable[Turn]) -> int:
+    """How many images the turns show."""
+    return sum(text.count(IMAGE_MARK) for _, text in turns)
 
 
 def parts_of(text: str) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mssr.config.data import DataConfig
 from mssr.data.images import ImageSource, image_cells, image_key, image_sources
-from mssr.data.messages import IMAGE_MARK, Conversation, Turn, is_messages, read_messages
+from mssr.data.messages import IMAGE_MARK, Conversation, Turn, count_marks, is_messages, read_messages
 
 MAX_IMAGES_PER_PROMPT = 16
 """Engines reserve memory for so many."""
@@ -42,6 +42,10 @@ class Row:
     history: tuple[Turn, ...] = ()
     """Turns before the question, where the data has message lists."""
 
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (*self.history, ("user", self.problem))
+
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
@@ -68,7 +72,7 @@ def read_row(cells: Mapping[str, Any], row_id: str, where: str, config: DataConf
     images = image_sources(list(prompt.images) or given, config.image_dir)
     if len(images) > MAX_IMAGES_PER_PROMPT:
         raise ValueError(f"{len(images)} images, at most {MAX_IMAGES_PER_PROMPT} are possible")
-    marks = sum(text.count(IMAGE_MARK) for text in (prompt.question, *(t for _, t in prompt.history)))
+    marks = count_marks(prompt.turns)
     if marks not in (0, len(images)):
         raise ValueError(f"{marks} {IMAGE_MARK} marks but {len(images)} images")
     return Row(row_id, prompt.question, answer, images, where, prompt.history)
@@ -92,7 +96,7 @@ def read_prompt(cells: Mapping[str, Any], config: DataConfig) -> Conversation:
         raise ValueError(f"column {column} is {type(problem).__name__}, not text")
     if not prompt.question.replace(IMAGE_MARK, "").strip():
         raise ValueError(f"column {column} is empty")
-    for text in (prompt.question, *(text for _, text in prompt.history)):
+    for _, text in prompt.turns:
         check_text(text, column)
         if VIDEO_MARK in text:
             raise ValueError(f"column {column} has a mark {VIDEO_MARK}, and videos are not read")
@@ -103,8 +107,7 @@ def problem_cell(row: Row) -> str:
     """What `read_prompt` reads question and history from."""
     if not row.history:
         return row.problem
-    turns = [*row.history, ("user", row.problem)]
-    return json.dumps([{"role": role, "content": text} for role, text in turns])
+    return json.dumps([{"role": role, "content": text} for role, text in row.turns])
 
 
 def cell(cells: Mapping[str, Any], column: str | None) -> Any:

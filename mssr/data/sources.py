@@ -20,7 +20,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,32 +72,34 @@ def parse_sources(value: Any, key: str) -> list[Source]:
     items = [value] if isinstance(value, (str, Mapping)) else value
     if not isinstance(items, Sequence) or not items:
         raise UserError(f"{key}: expected a source or a list of sources, not {value!r}")
-    named: list[Source] = []
-    for item in items:
-        weight = None
-        if isinstance(item, Mapping):
-            unknown = sorted(str(k) for k in item if k not in ("path", "weight"))
-            if unknown or "path" not in item:
-                problem = f"unknown key {unknown[0]!r}" if unknown else "no path"
-                raise UserError(f"{key}: {problem} in {dict(item)}; an entry is {{path: ..., weight: 2.0}}")
-            item, weight = item["path"], item.get("weight")
-        if not isinstance(item, str) or not item.strip():
-            raise UserError(f"{key}: {item!r} is not the name of a source")
-        if weight is not None:
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-                raise UserError(f"{key}: weight {weight!r} of {item} is not a number")
-            if not (math.isfinite(weight) and weight > 0):
-                raise UserError(f"{key}: weight {weight} of {item} must be above 0")
-            if key != "data.train":
-                raise UserError(f"{key}: {item} has a weight, but only data.train is drawn by weights")
-        named.append(Source(item.strip(), None if weight is None else float(weight)))
-    names = [source.name for source in named]
+    sources = [_parse_source(item, key) for item in items]
+    names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{key}: {name} is listed twice; {{path: ..., weight: 2.0}} draws it more often")
-    if any(s.weight is not None for s in named):
-        named = [Source(s.name, 1.0 if s.weight is None else s.weight) for s in named]
-    return named
+    if all(source.weight is None for source in sources):
+        return sources
+    return [Source(source.name, 1.0 if source.weight is None else source.weight) for source in sources]
+
+
+def _parse_source(item: Any, key: str) -> Source:
+    entry = item if isinstance(item, Mapping) else {"path": item}
+    unknown = sorted(str(k) for k in entry if k not in ("path", "weight"))
+    if unknown or "path" not in entry:
+        problem = f"unknown key {unknown[0]!r}" if unknown else "no path"
+        raise UserError(f"{key}: {problem} in {dict(entry)}; an entry is {{path: ..., weight: 2.0}}")
+    path, weight = entry["path"], entry.get("weight")
+    if not isinstance(path, str) or not path.strip():
+        raise UserError(f"{key}: {path!r} is not the name of a source")
+    if weight is None:
+        return Source(path.strip())
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise UserError(f"{key}: weight {weight!r} of {path} is not a number")
+    if not (math.isfinite(weight) and weight > 0):
+        raise UserError(f"{key}: weight {weight} of {path} must be above 0")
+    if key != "data.train":
+        raise UserError(f"{key}: {path} has a weight, but only data.train is drawn by weights")
+    return Source(path.strip(), float(weight))
 
 
 def open_table(name: str) -> Table:
@@ -128,7 +130,7 @@ def open_table(name: str) -> Table:
         if not split:
             raise UserError(f"data {name} is neither a file, a directory nor hub/name@split")
         hub_name, _, config = str(path).partition(":")
-        return _load(hub_name, config or None, split, name)
+        return _load({"path": hub_name, "name": config or None}, split, name)
     except Exception as error:  # datasets raises many types; the user needs the source and the reason
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         if isinstance(cause, UserError):
@@ -150,15 +152,10 @@ def _open_file(path: Path, split: str, name: str) -> Table:
         raise UserError(f"data file {path}: expected one of {', '.join(FILE_SUFFIXES)}")
     if split and _base(split) not in ("train", path.stem):
         raise UserError(f"data {name}: a file is one split, so leave @{split} out or call it train")
-    if suffix in ARROW_SUFFIXES:
-        import datasets
-
-        split = split or "train"
-        arguments = {"path": ARROW_SUFFIXES[suffix], "data_files": {_base(split): str(path)}}
-        _convert_apart(arguments, [path])
-        dataset = datasets.load_dataset(**arguments, split=split)
-        return Table(dataset, name, [path])
-    return _sliced(TextTable(name, [path]), split)
+    if suffix in TEXT_SUFFIXES:
+        return _sliced(TextTable(name, [path]), split)
+    split = split or "train"
+    return _load({"path": ARROW_SUFFIXES[suffix], "data_files": {_base(split): str(path)}}, split, name)
 
 
 def _open_directory(path: Path, split: str, name: str) -> Table:
@@ -167,60 +164,56 @@ def _open_directory(path: Path, split: str, name: str) -> Table:
     if (path / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(path))
         base = _base(split) or _default_split(list(saved), name)
-        if base not in saved:
-            raise UserError(f"data {name} has no split {base!r}, it has {', '.join(saved)}")
+        _check_split(base, saved, name)
         return _sliced(Table(saved[base], name, _files(path / base)), split)
     if (path / "state.json").is_file():
         dataset = datasets.load_from_disk(str(path))
         if split and _base(split) not in ("train", path.name, str(dataset.split)):
             raise UserError(f"data {name}: {path} is a single saved split, so leave @{split} out")
         return _sliced(Table(dataset, name, _files(path)), split)
-    return _load(str(path), None, split, name)
+    return _load({"path": str(path)}, split, name)
 
 
-def _load(source: str, config: str | None, split: str, name: str) -> Table:
-    """A folder or a hub name: splits and files are found by the rules of the hub for both."""
+def _load(arguments: dict[str, Any], split: str, name: str) -> Table:
+    """A file, a folder or a hub name: splits and files are found by the rules of the hub.
+
+    Args:
+        arguments: of `datasets.load_dataset`.
+    """
     import datasets
 
-    builder = datasets.load_dataset_builder(source, config)
+    builder = datasets.load_dataset_builder(**arguments)
     listed = {str(k): [str(f) for f in v] for k, v in (builder.config.data_files or {}).items()}
     split = split or _default_split(list(listed), name)
     bases = [_base(part) for part in split.split("+")]
-    for base in bases:
-        if listed and base not in listed:
-            raise UserError(f"data {name} has no split {base!r}, it has {', '.join(listed)}")
+    for base in bases if listed else []:
+        _check_split(base, listed, name)
     paths = [Path(file) for base in bases for file in listed.get(base, [])]
     local = bool(paths) and all(path.is_file() for path in paths)
     if local and len(bases) == 1 and all(path.suffix.lower() in TEXT_SUFFIXES for path in paths):
         return _sliced(TextTable(name, paths), split)
-    if local:
-        _convert_apart({"path": source, "name": config}, paths)
-    dataset = datasets.load_dataset(source, config, split=split)
-    return Table(dataset, name, paths if local else [])
+    size = sum(path.stat().st_size for path in paths) if local else 0
+    if size >= APART_BYTES and not Path(builder.cache_dir).is_dir():
+        _convert_apart(arguments)
+    return Table(datasets.load_dataset(**arguments, split=split), name, paths if local else [])
 
 
-def _convert_apart(arguments: dict[str, Any], files: Sequence[Path]) -> None:
-    """Have `datasets` convert large files to Arrow in another process, which may take their size in memory.
+def _convert_apart(arguments: dict[str, Any]) -> None:
+    """Have `datasets` convert files to Arrow in another process, which may take their size in memory.
 
     A failure is left to the caller, who opens the data in any case.
     """
-    import datasets
-
-    if sum(file.stat().st_size for file in files) < APART_BYTES:
-        return
-    if Path(datasets.load_dataset_builder(**arguments).cache_dir).is_dir():
-        return  # converted before
     program = (
         "import datasets, json, sys; datasets.disable_progress_bars(); "
         "datasets.load_dataset_builder(**json.load(sys.stdin)).download_and_prepare()"
     )
-    subprocess.run(
-        [sys.executable, "-c", program],
-        input=json.dumps(arguments),
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, input=json.dumps(arguments), text=True, capture_output=True, check=False)
+
+
+def _check_split(base: str, splits: Iterable[str], name: str) -> None:
+    if base not in splits:
+        raise UserError(f"data {name} has no split {base!r}, it has {', '.join(splits)}")
 
 
 def _default_split(splits: Sequence[str], name: str) -> str:

@@ -15,6 +15,12 @@ from mssr.data.pages import release_pages
 from mssr.data.text_rows import convert
 from mssr.errors import UserError
 
+RELEASE_BYTES = 64 * 2**20
+"""Bytes that are read before the pages of the files are given back; those of smaller files never are."""
+
+BYTES_AROUND = 2**22
+"""What the system maps with a cell that is read out of order, at worst: two large pages."""
+
 SAMPLED_ROWS = 1000
 """Rows that are looked at for the names of a text file's columns."""
 
@@ -36,6 +42,7 @@ class Table:
         self._dataset = dataset.with_format("arrow")
         self.column_names: list[str] = dataset.column_names
         self.fingerprint: str = dataset._fingerprint
+        self._bytes_read, self._next = 0, 0
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -45,18 +52,29 @@ class Table:
         return f"{self.name} row {number}"
 
     def cells(self, number: int) -> dict[str, Any]:
-        """Column names to cells.
+        """Column names to cells. The memory that reading takes is bounded.
 
         Raises:
             ValueError: the row cannot be parsed.
         """
+        self._count([number], len(self._dataset.column_names))
         cells: dict[str, Any] = self._dataset[number].to_pylist()[0]
         return cells
 
     def column(self, name: str, numbers: Sequence[int]) -> list[Any]:
-        """Cells of one column; None where the row cannot be parsed."""
+        """Cells of one column; None where the row cannot be parsed. The memory is bounded, too."""
+        self._count(numbers, 1)
         cells: list[Any] = self._dataset.select_columns([name])[list(numbers)][name].to_pylist()
         return cells
+
+    def _count(self, numbers: Sequence[int], columns: int) -> None:
+        """Give pages back before the next rows are read, where they are many."""
+        in_order = numbers[0] == self._next and numbers[-1] - numbers[0] == len(numbers) - 1
+        each = self.mapped_bytes // len(self) if in_order else BYTES_AROUND * columns
+        if min(self._bytes_read, self.mapped_bytes) > RELEASE_BYTES:
+            self.release()
+        self._bytes_read += each * len(numbers)
+        self._next = numbers[-1] + 1
 
     def select(self, numbers: np.ndarray) -> None:
         """Have only these rows from now on."""
@@ -73,6 +91,7 @@ class Table:
 
     def release(self) -> None:
         """Give back the memory of the pages that were read."""
+        self._bytes_read = 0
         release_pages(file["filename"] for file in self._dataset.cache_files)
 
 
@@ -108,6 +127,7 @@ class TextTable(Table):
         return f"{self.files[file]} row {row - self._starts[file]}"
 
     def cells(self, number: int) -> dict[str, Any]:
+        self._count([number], 1)
         cells = json.loads(self._texts[int(self._numbers[number])].as_py())
         if isinstance(cells, str):
             raise ValueError(cells)
@@ -115,6 +135,7 @@ class TextTable(Table):
         return cells
 
     def column(self, name: str, numbers: Sequence[int]) -> list[Any]:
+        self._count(numbers, 1)
         rows = (json.loads(self._texts[int(self._numbers[number])].as_py()) for number in numbers)
         return [cells.get(name) if isinstance(cells, dict) else None for cells in rows]
 

@@ -12,7 +12,6 @@ objects a line, and any text in UTF-16 or UTF-32, is held in memory while it is 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import itertools
 import json
@@ -22,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from mssr.data.cache import hash_of_file
 from mssr.data.messages import is_messages
 from mssr.errors import UserError
 
@@ -54,8 +54,6 @@ def convert(path: Path) -> Any:
 
     if path.stat().st_size == 0:
         raise UserError(f"data file {path} is empty")
-    with path.open("rb") as file:
-        content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
     def examples() -> Iterator[dict[str, str]]:
         delimiter = DELIMITERS.get(path.suffix.lower())
@@ -71,7 +69,7 @@ def convert(path: Path) -> Any:
         return datasets.Dataset.from_generator(
             examples,
             features=datasets.Features(text=datasets.Value("large_string")),
-            fingerprint=f"mssr-rows-{VERSION}{path.suffix.lower()}-{content}",
+            fingerprint=f"mssr-rows-{VERSION}{path.suffix.lower()}-{hash_of_file(path)}",
             writer_batch_size=ROWS_IN_MEMORY,
         )
     finally:

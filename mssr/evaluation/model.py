@@ -11,29 +11,16 @@ from typing import Any
 
 from mssr.config import Config, ModelConfig, to_dict
 from mssr.config.data import DataConfig
-from mssr.config.loading import Layer, file_layers, from_dict, merge_layers
+from mssr.config.loading import Layer, file_layers, from_dict
+from mssr.config.options import READ, UNREAD, describe, nearest
 from mssr.data.images import reason
 from mssr.errors import UserError
 from mssr.models.files import sha256
 from mssr.runs import manifest as manifests
 from mssr.runs.checkpoint import resolve
+from mssr.runs.config import merge_layers
 from mssr.runs.export import export
 
-UNREAD = (
-    *("algorithm", "sampler", "actor", "watch", "experiment_name", "model.path"),
-    *("data.train", "data.val", "data.shuffle", "data.max_bad_fraction"),
-    *("rollout.n", "rollout.temperature", "rollout.rollouts_per_step"),
-)
-"""Keys and sections that an evaluation does not read."""
-READ_OF_TRAINER = ("trainer.progress", "trainer.max_restarts")
-OPTIONS = {
-    "rollout.n": "--n",
-    "rollout.temperature": "--temperature",
-    "model.path": "--model",
-    "data.train": "--benchmarks",
-    "data.val": "--benchmarks",
-}
-"""What says the same in an evaluation."""
 DEFAULTS = {"data": {"train": "-", "max_prompt_length": 8192}}
 """Of a Hugging Face model; longer prompts than in training: an image of data.max_pixels has 5350 tokens."""
 NOT_OF_CHECKPOINT = {"rollout": ("n", "rollouts_per_step"), "model": (), "data": (), "cluster": ()}
@@ -137,14 +124,14 @@ def _of_checkpoint(tree: dict[str, Any], reward: bool) -> dict[str, Any]:
 
 
 def _check_overrides(overrides: Sequence[str], reward: bool) -> None:
+    known = describe(Config)
     for override in overrides:
         key = override.partition("=")[0]
-        unread = any(key == u or key.startswith(f"{u}.") for u in UNREAD)
-        unread |= key.startswith("trainer.") and key not in READ_OF_TRAINER
         if key.startswith("reward.") and not reward:
             raise UserError(f"{key} is read by nothing without --reward")
-        if unread:
-            instead = f"; use {OPTIONS[key]}" if key in OPTIONS else ""
+        option = nearest(known, key)
+        if option and option.evaluation != READ:
+            instead = "" if option.evaluation == UNREAD else f"; use {option.evaluation}"
             raise UserError(f"{key} is read by nothing in an evaluation{instead}")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 _OPEN, _CLOSE = "<think>", "</think>"
+_THINKING = re.compile(rf"{_OPEN}.*?(?:({_CLOSE})|\Z)", re.DOTALL)
 # A box, an escaped character (so that \{ and \} are no braces), or a brace.
 _TOKEN = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
 _PHRASE = re.compile(
@@ -117,13 +118,4 @@ def outside_thinking(response: str) -> str:
     first_open, first_close = response.find(_OPEN), response.find(_CLOSE)
     if first_close >= 0 and not 0 <= first_open < first_close:
         response = response[first_close + len(_CLOSE) :]
-    kept: list[str] = []
-    position = 0
-    while (start := response.find(_OPEN, position)) >= 0:
-        kept.append(response[position:start])
-        end = response.find(_CLOSE, start)
-        if end < 0:
-            return " ".join(kept)
-        position = end + len(_CLOSE)
-    kept.append(response[position:])
-    return " ".join(kept)
+    return _THINKING.sub(lambda span: " " if span[1] else "", response)

@@ -147,7 +147,7 @@ def as_result(value: object) -> RewardResult:
     value = _single(value)
     parts: Mapping[str, object] = {}
     if isinstance(value, RewardResult):
-        value, parts = value.score, value.parts
+        parts, value = value.parts, value.score
     elif isinstance(value, Mapping):
         key = next((k for k in ("score", "overall") if k in value), None)
         if key is None:

@@ -80,9 +80,10 @@ class RewardPool:
             self._end()
 
     def _cancel(self) -> None:
-        for _, future in self._pending.values():
-            future.cancel()
-        self._pending.clear()
+        with contextlib.suppress(KeyError):  # there are none left
+            while True:
+                _, (_, future) = self._pending.popitem()
+                future.cancel()
 
     def _start(self) -> None:
         """A process of `mssr.rewards.worker.main`, which is sent what is pending, and a thread for it."""
@@ -95,11 +96,11 @@ class RewardPool:
                 env=_ENVIRONMENT | os.environ,
                 start_new_session=True,  # a terminal's Ctrl-C is not for it
             )
-        self._send(self._job)
-        for number, (item, _) in self._pending.items():
-            self._send((number, item))
         args = self._process, self._connection
         threading.Thread(target=self._receive, args=args, name="rewards", daemon=True).start()
+        self._send(self._job)
+        for number, (item, _) in list(self._pending.items()):
+            self._send((number, item))
 
     def _send(self, message: object) -> None:
         with contextlib.suppress(OSError):  # the process has died, which `_receive` notices
@@ -118,9 +119,9 @@ class RewardPool:
         with contextlib.suppress(EOFError, OSError):
             while True:
                 number, outcome = connection.recv()
-                with self._lock:
-                    self._restarts = 0
-                    _, future = self._pending.pop(number, (None, None))
+                self._restarts = 0
+                _, future = self._pending.pop(number, (None, None))
+                # (Without the lock, which others hold while they send: then nobody would receive.)
                 if future is not None:
                     future.set_result(outcome)
         how = describe(process.wait())

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from mssr.config.options import check_read, check_values
 from mssr.errors import TrainingError, UserError
 from mssr.rewards import functions, penalties
 from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult
 from mssr.rewards.pool import RewardPool
 from mssr.rewards.rows import NO_ROWS, RowAccess
-from mssr.rewards.rules import FORMATS, RULES
+from mssr.rewards.rules import RULES
 from mssr.rewards.worker import Job
 
 if TYPE_CHECKING:
@@ -211,30 +212,8 @@ def check(config: RewardConfig, rows: RowAccess | None = None) -> functions.Load
         UserError: One line. A value is out of its range; the function cannot be had, or does not take
             the options; an option was set that nothing reads.
     """
-    for key in ("time_limit_s", "repetition_ngram", "workers"):
-        value = getattr(config, key)
-        if value is not None and not value > 0:
-            raise UserError(f"reward.{key}={value} must be greater than 0")
-    for key in ("length_penalty", "repetition_penalty", "overlong_buffer", "overlong_penalty"):
-        if not getattr(config, key) >= 0:
-            raise UserError(f"reward.{key}={getattr(config, key)} must not be negative")
-    if config.format not in FORMATS:
-        raise UserError(f"reward.format={config.format} must be one of {', '.join(FORMATS)}")
-    if not 0 <= config.format_weight <= 1:
-        raise UserError(f"reward.format_weight={config.format_weight} must lie in [0, 1]")
-    defaults = type(config)()
-    readers = {
-        "format": (bool(config.rule), f"reward.name={config.name}"),
-        "format_weight": (config.format == "weighted", f"reward.format={config.format}"),
-        "overlong_penalty": (config.overlong_buffer > 0, "reward.overlong_buffer=0"),
-        "repetition_ngram": (config.repetition_penalty > 0, "reward.repetition_penalty=0"),
-    }
-    for key, (read, setting) in readers.items():
-        if not read and getattr(config, key) != getattr(defaults, key):
-            raise UserError(
-                f"reward.{key}={getattr(config, key)} is read by nothing with {setting}; change that or "
-                "remove it"
-            )
+    check_values(config, "reward.")
+    check_read(config, "reward.")
     return functions.load(config, rows)
 
 

@@ -16,12 +16,9 @@ import os
 import resource
 import signal
 import sys
-import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkContext, ForkProcess
@@ -41,6 +38,8 @@ WALL_FACTOR = 10
 times as many seconds."""
 MAX_CALL = 16
 """Responses of one call of a function that takes a list or is async."""
+AHEAD = 4
+"""Calls of other functions that are with a worker or wait for it."""
 CHECK_S = 1.0
 """Seconds between looks at whether the pool is alive."""
 _PDEATHSIG = 1  # prctl's PR_SET_PDEATHSIG
@@ -94,10 +93,7 @@ def main(fd: int) -> None:
         pool = pebble.ProcessPool(
             job.workers, initializer=_begin, initargs=(job, failure, fd, os.getpid()), context=_Context()
         )
-        calls = _Calls(pool, connection, job)
-        while pool.active:
-            if connection.poll(CHECK_S):
-                calls.add(*connection.recv())
+        asyncio.run(_serve(pool, connection, job))
     _end()
 
 
@@ -141,74 +137,55 @@ def _kill_group(pid: int) -> None:
             kill(pid, signal.SIGKILL)
 
 
-Call = dict[int, RewardInput]
-"""Responses that a function gets together, by the numbers by which the driver knows them."""
+async def _serve(pool: pebble.ProcessPool, connection: Connection, job: Job) -> None:
+    """Have the pool score what the driver sends."""
+    waiting: asyncio.Queue[tuple[int, RewardInput]] = asyncio.Queue()
 
-
-class _Calls:
-    """Hands responses to the pool and their outcomes to the driver.
-
-    Of a call of several that fails as a whole, each is tried again by itself.
-    """
-
-    def __init__(self, pool: pebble.ProcessPool, connection: Connection, job: Job) -> None:
-        self._pool, self._connection, self._job = pool, connection, job
-        self._waiting: deque[tuple[int, RewardInput]] = deque()
-        self._running = 0  # calls of a function that takes several
-        self._lock, self._sending = threading.RLock(), threading.Lock()
-
-    def add(self, number: int, item: RewardInput) -> None:
-        if self._job.together:
-            self._waiting.append((number, item))
-            self._gather()
-        else:
-            self._schedule({number: item})
-
-    def _gather(self) -> None:
-        """While all workers are busy, responses gather for the next call."""
-        with self._lock:
-            while self._waiting and self._running < self._job.workers:
-                size = min(MAX_CALL, -(-len(self._waiting) // (self._job.workers - self._running)))
-                self._schedule(dict(self._waiting.popleft() for _ in range(size)))
-
-    def _schedule(self, call: Call) -> None:
-        self._running += self._job.together
-        # A worker ends coroutines itself, and is given the time to.
-        timeout = self._job.wall_limit_s + self._job.together
+    def receive() -> None:
         try:
-            future = self._pool.schedule(score_call, args=(list(call.values()),), timeout=timeout)
-        except RuntimeError:  # the pool is broken
+            waiting.put_nowait(connection.recv())
+        except (EOFError, OSError):  # the driver is gone
             _end()
-        future.add_done_callback(lambda done: self._finish(call, done))
 
-    def _finish(self, call: Call, future: Future[list[Outcome] | Failure]) -> None:
-        result = self._result(future)
-        with self._lock:
-            self._running -= self._job.together
-            if isinstance(result, Failure) and len(call) > 1:
-                for number, item in call.items():
-                    self._schedule({number: item})
-                return
-        self._gather()
+    async def score(call: list[tuple[int, RewardInput]]) -> None:
+        """Of a call of several that fails as a whole, each is tried again by itself."""
+        result = await _call(pool, job, [item for _, item in call])
+        if isinstance(result, Failure) and len(call) > 1:
+            await asyncio.gather(*(score([one]) for one in call))
+            return
         outcomes = [result] if isinstance(result, Failure) else result
-        with self._sending, contextlib.suppress(OSError):  # the driver is gone, which `main` notices
-            for answer in zip(call, outcomes, strict=True):
-                self._connection.send(answer)
+        for (number, _), outcome in zip(call, outcomes, strict=True):
+            connection.send((number, outcome))
 
-    def _result(self, future: Future[list[Outcome] | Failure]) -> list[Outcome] | Failure:
-        try:
-            return future.result()
-        except TimeoutError:  # a function's own is a Failure by now
-            return self._job.too_long()
-        except pebble.ProcessExpired as error:
-            _kill_group(error.pid)
-            if error.exitcode == -signal.SIGPROF:
-                return Failure(
-                    f"no score within {self._job.config.time_limit_s:g} s of CPU time", timeout=True
-                )
-            return Failure(f"its process died ({describe(error.exitcode)})")
-        except Exception:  # the pool is broken
-            _end()
+    async def take_turns() -> None:
+        while True:
+            call = [await waiting.get()]
+            more = min(MAX_CALL - 1, -(-waiting.qsize() // job.workers)) if job.together else 0
+            await score(call + [waiting.get_nowait() for _ in range(more)])
+
+    async def watch() -> None:
+        while pool.active:
+            await asyncio.sleep(CHECK_S)
+        _end()
+
+    asyncio.get_running_loop().add_reader(connection.fileno(), receive)
+    turns = job.workers * (1 if job.together else AHEAD)
+    await asyncio.gather(watch(), *(take_turns() for _ in range(turns)))
+
+
+async def _call(pool: pebble.ProcessPool, job: Job, items: list[RewardInput]) -> list[Outcome] | Failure:
+    timeout = job.wall_limit_s + job.together  # a worker ends coroutines itself, and is given the time to
+    try:
+        return await asyncio.wrap_future(pool.schedule(score_call, args=(items,), timeout=timeout))
+    except TimeoutError:  # a function's own is a Failure by now
+        return job.too_long()
+    except pebble.ProcessExpired as error:
+        _kill_group(error.pid)
+        if error.exitcode == -signal.SIGPROF:
+            return Failure(f"no score within {job.config.time_limit_s:g} s of CPU time", timeout=True)
+        return Failure(f"its process died ({describe(error.exitcode)})")
+    except Exception:  # the pool is broken
+        _end()
 
 
 _reward: functions.LoadedReward | Failure

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from mssr.config import Config
-from mssr.data.dataset import MAX_IMAGES_PER_PROMPT
 from mssr.data.prompt_source import PromptSource
+from mssr.data.rows import MAX_IMAGES_PER_PROMPT
 from mssr.errors import EngineError, UserError
 from mssr.models.encoded import EncodedPrompt
 from mssr.models.loading import compute_dtype, import_transformers

@@ -9,6 +9,7 @@ checkpoints/latest, checkpoints/best    the name of a checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -145,10 +146,10 @@ class CheckpointStore:
                 verify(path)
             except UserError as error:
                 faults.append(str(error))
-                continue
-            for fault in faults:
-                tell(f"{fault}; going on from {path.name}")
-            return path
+            else:
+                for fault in faults:
+                    tell(f"{fault}; going on from {path.name}")
+                return path
         raise UserError(
             f"trainer.resume=auto: no checkpoint in {self.directory} is intact: {faults[0]}; "
             "trainer.resume=never with another trainer.run_dir starts afresh"
@@ -161,19 +162,16 @@ class CheckpointStore:
         # Later ones are of a course that was left, after a resume from an older one. They are replaced
         # when their step comes, and never count as newer than what was just written.
         complete = sorted(p for p in self.directory.glob("step-*") if p.name <= newest.name)
-        scores = {}
+        validated = []
         for path in complete:
-            try:
-                accuracy = read_manifest(path).val_accuracy
-            except UserError:
-                continue  # damaged; it goes when its time has come
-            if accuracy is not None:
-                scores[path] = accuracy
-        best = max(scores, key=lambda p: (scores[p], p.name)) if scores else None
+            with contextlib.suppress(UserError):  # damaged; it goes when its time has come
+                if (accuracy := read_manifest(path).val_accuracy) is not None:
+                    validated.append((accuracy, path.name))
+        best = max(validated)[1] if validated else None
         if best is not None:
-            replace_text(self.directory / "best", best.name)
+            replace_text(self.directory / "best", best)
         for old in complete[: -self._keep]:
-            if old != best:
+            if old.name != best:
                 shutil.rmtree(old)
 
 

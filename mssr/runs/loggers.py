@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mssr.config import Config, to_dict
 from mssr.config.secrets import redact
@@ -14,13 +14,8 @@ from mssr.errors import UserError
 from mssr.models.files import replace_text
 from mssr.runs.jsonl import append_record
 
-
-class Logger(Protocol):
-    """A place that takes numbers by step."""
-
-    def write(self, step: int, metrics: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
+Logger = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
+"""Takes the metrics of a step; and ends."""
 
 
 class MetricsLog:
@@ -32,16 +27,15 @@ class MetricsLog:
 
     def __init__(self, config: Config, resume_step: int | None) -> None:
         self.run_dir = config.run_dir
-        makers: dict[str, Callable[[Config], Logger]] = {"wandb": _Wandb, "tensorboard": _Tensorboard}
+        self._path = self.run_dir / "metrics.jsonl"
         self._loggers: list[Logger] = []
         for name in config.trainer.loggers:
             try:
-                self._loggers.append(makers[name](config))
+                self._loggers.append({"wandb": _wandb, "tensorboard": _tensorboard}[name](config))
             except ImportError as error:
                 raise UserError(
                     f"trainer.loggers: {name} is not installed; pip install mssr[tracking]"
                 ) from error
-        self._path = self.run_dir / "metrics.jsonl"
         self.written = 0
         self.rewind(resume_step)
 
@@ -53,12 +47,12 @@ class MetricsLog:
         """One step. NaN, which JSON does not know, becomes null in the file."""
         self.written += 1
         append_record(self._path, {k: v if _is_finite(v) else None for k, v in record.items()})
-        for logger in self._loggers:
-            logger.write(record["step"], {k: v for k, v in record.items() if k != "step"})
+        for log, _ in self._loggers:
+            log({k: v for k, v in record.items() if k != "step"}, record["step"])
 
     def close(self) -> None:
-        for logger in self._loggers:
-            logger.close()
+        for _, close in self._loggers:
+            close()
 
 
 def discard_after(path: Path, step: int | None) -> None:
@@ -68,12 +62,13 @@ def discard_after(path: Path, step: int | None) -> None:
     metrics.discarded.jsonl, so that the file has neither gap nor duplicate and nothing is lost.
     """
     path.touch()
+    last = -1 if step is None else step
     lines = path.read_text().splitlines(keepends=True)
-    stands = [step is not None and _step_of(line) <= step for line in lines]
-    if not all(stands):
+    dropped = [line for line in lines if _step_of(line) > last]
+    if dropped:
         with path.with_suffix(".discarded.jsonl").open("a") as file:
-            file.writelines(line for line, keep in zip(lines, stands, strict=True) if not keep)
-        replace_text(path, "".join(line for line, keep in zip(lines, stands, strict=True) if keep))
+            file.writelines(dropped)
+        replace_text(path, "".join(line for line in lines if _step_of(line) <= last))
 
 
 def _step_of(line: str) -> float:
@@ -87,40 +82,30 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-class _Wandb:
+def _wandb(config: Config) -> Logger:
     """One wandb run per run directory, continued on resume."""
+    import wandb
 
-    def __init__(self, config: Config) -> None:
-        import wandb
-
-        id_file = Path(config.run_dir) / "wandb_run_id"
-        run_id = id_file.read_text().strip() if id_file.is_file() else None
-        self._run = wandb.init(
-            project="mssr",
-            name=config.experiment_name,
-            config=redact(to_dict(config)),
-            dir=str(config.run_dir),
-            id=run_id,
-            resume="allow",
-        )
-        id_file.write_text(self._run.id)
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        self._run.log(metrics, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    id_file = config.run_dir / "wandb_run_id"
+    run = wandb.init(
+        project="mssr",
+        name=config.experiment_name,
+        config=redact(to_dict(config)),
+        dir=str(config.run_dir),
+        id=id_file.read_text().strip() if id_file.is_file() else None,
+        resume="allow",
+    )
+    id_file.write_text(run.id)
+    return lambda metrics, step: run.log(metrics, step=step), run.finish
 
 
-class _Tensorboard:
-    def __init__(self, config: Config) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+def _tensorboard(config: Config) -> Logger:
+    from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(Path(config.run_dir) / "tensorboard"))
+    writer = SummaryWriter(str(config.run_dir / "tensorboard"))
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def log(metrics: dict[str, float], step: int) -> None:
         for key, value in metrics.items():
-            self._writer.add_scalar(key, value, step)
+            writer.add_scalar(key, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
+    return log, writer.close

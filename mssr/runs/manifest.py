@@ -86,22 +86,19 @@ def verify(directory: Path) -> Manifest:
     """
     manifest = read_manifest(directory)
     with ThreadPoolExecutor() as pool:
-        for fault in pool.map(lambda item: _fault(directory / item[0], item[1]), manifest.files.items()):
-            if fault:
-                raise UserError(fault)
+        list(pool.map(lambda item: _verify_file(directory / item[0], item[1]), manifest.files.items()))
     return manifest
 
 
-def _fault(path: Path, expected: Mapping[str, Any]) -> str | None:
+def _verify_file(path: Path, expected: Mapping[str, Any]) -> None:
     try:
         size = path.stat().st_size
         if size != expected["bytes"]:
-            return f"{path} has {size} bytes instead of {expected['bytes']}"
+            raise UserError(f"{path} has {size} bytes instead of {expected['bytes']}")
         if sha256(path) != expected["sha256"]:
-            return f"{path} is damaged: its checksum does not fit"
+            raise UserError(f"{path} is damaged: its checksum does not fit")
     except OSError as error:
-        return f"{path} cannot be read ({error.strerror})"
-    return None
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -111,27 +112,18 @@ def summary(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
             rows.append((f"{name}, before -> after", f"{values[0]:.3f} -> {values[-1]:.3f}"))
             if key == "val/accuracy":
                 rows.append((f"{name}, best", f"{max(values):.3f}"))
-    speeds = sorted(r["perf/rollouts_per_s"] for r in records if "perf/rollouts_per_s" in r)
-    if speeds:
+    if speeds := sorted(r["perf/rollouts_per_s"] for r in records if "perf/rollouts_per_s" in r):
         rows.append(("rollouts/s, median", f"{speeds[len(speeds) // 2]:.1f}"))
-    memory = [r["memory/total_rss_gib"] for r in records if "memory/total_rss_gib" in r]
-    if memory:
+    if memory := [r["memory/total_rss_gib"] for r in records if "memory/total_rss_gib" in r]:
         rows.append(("memory of driver and workers, GiB", f"{max(memory):.2f}"))
     return rows
 
 
 def episodes(records: list[dict[str, Any]], flag: str) -> list[tuple[int, int]]:
     """First and last step of each stretch of records in which a flag is 1."""
-    found: list[tuple[int, int]] = []
-    before = False
-    for record in records:
-        if flag not in record:
-            continue  # as the validation before the first step
-        now = bool(record[flag])
-        if now:
-            found.append((found.pop()[0], record["step"]) if before else (record["step"], record["step"]))
-        before = now
-    return found
+    flagged = [r for r in records if flag in r]  # the validation before the first step has none
+    spans = [list(group) for holds, group in groupby(flagged, key=lambda r: bool(r[flag])) if holds]
+    return [(span[0]["step"], span[-1]["step"]) for span in spans]
 
 
 def watch_sentences(records: list[dict[str, Any]]) -> list[str]:
@@ -168,10 +160,7 @@ def _draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-        if name == "accuracy":
-            axis.set_ylim(0, 1)
-        else:
-            axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1 if name == "accuracy" else None)
     figure.savefig(path, dpi=110)
 
 

@@ -12,65 +12,11 @@ from omegaconf import OmegaConf
 
 from mssr.config import Config, flatten, to_dict
 from mssr.config.loading import save_config
+from mssr.config.options import FORM, LISTED, REFUSED, describe, nearest
 from mssr.config.secrets import redact
 from mssr.errors import UserError
 from mssr.runs.lock import HeldDirectory, hold_directory
 from mssr.runs.manifest import read_manifest
-
-FREE_TO_CHANGE = (
-    "experiment_name",
-    "trainer",
-    "cluster",
-    "rollout.workers",
-    "rollout.max_num_seqs",
-    "rollout.kv_cache_gib",
-    "rollout.gpu_memory_utilization",
-    "rollout.enforce_eager",
-    "rollout.engine_options",
-    "actor.num_ranks",
-    "actor.micro_batch_tokens",
-    "actor.keep_gathered",
-    "actor.head_chunk_tokens",
-    "actor.score_early",
-    "actor.activation_checkpointing",
-    "actor.offload",
-    "actor.max_nonfinite_updates",
-    "data.max_bad_fraction",
-    "data.cache_dir",
-    "data.image_cache_gib",
-    "reward.workers",
-)
-"""Keys and sections that say how a run is computed and not what it computes."""
-
-LISTED = ("data.val", "reward.time_limit_s", "actor.lora.dropout")
-"""Keys within those of `MEANING` that the state does not depend on."""
-
-MEANING = (
-    "seed",
-    "model",
-    "data",
-    "reward",
-    "algorithm",
-    "sampler",
-    "actor.lora",
-    "actor.optimizer",
-    "actor.master_dtype",
-    "actor.rounding",
-    "rollout.engine",
-    "rollout.n",
-    "rollout.rollouts_per_step",
-)
-"""Keys and sections that say what the saved state means: whose weights, which prompts, whose baselines, which
-position in which order. All others may change on the way, and are shown when they do."""
-
-FORM = (
-    "actor.lora.rank",
-    "actor.lora.targets",
-    "actor.optimizer",
-    "actor.master_dtype",
-    "actor.rounding",
-)
-"""Keys of `MEANING` that decide which tensors a state is made of: with others it cannot be read at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +70,9 @@ def compare_configs(old: dict[str, Any], new: dict[str, Any]) -> Drift:
         if a == b:
             continue
         line = f"{key}: {a} -> {b}"
-        if _decides_lr(key, before, now):
-            drift.listed.append(line)
-        elif _under(key, FREE_TO_CHANGE):
-            continue
-        elif _under(key, MEANING) and not _under(key, LISTED):
+        if (verdict := _verdict(key)) in (REFUSED, FORM):
             drift.refused.append(line)
-        else:
+        elif verdict == LISTED or _decides_lr(key, before, now):
             drift.listed.append(line)
     return drift
 
@@ -150,9 +92,10 @@ def _decides_lr(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
     return key in ("trainer.steps", "trainer.epochs") and not before[schedule] == now[schedule] == "constant"
 
 
-def _under(key: str, keys: tuple[str, ...]) -> bool:
-    """Whether it is one of some keys, or within one of some sections."""
-    return any(key == k or key.startswith(f"{k}.") for k in keys)
+def _verdict(key: str) -> str:
+    """What a resume thinks of a change of the key; one that only another version has is listed."""
+    option = nearest(describe(Config), key)
+    return option.resume if option else LISTED
 
 
 def _has_begun(run_dir: Path) -> bool:
@@ -203,7 +146,7 @@ def check_checkpoint(config: Config, checkpoint: Path) -> tuple[str, ...]:
 def _describe(drift: Drift, what: str, remedy: str, force: bool) -> tuple[str, ...]:
     if drift.refused and not force:
         raise UserError(f"{what} ({'; '.join(drift.refused)}); {remedy}")
-    if unreadable := [line for line in drift.refused if line.partition(":")[0] in FORM]:
+    if unreadable := [line for line in drift.refused if _verdict(line.partition(":")[0]) == FORM]:
         raise UserError(
             f"{what} ({'; '.join(unreadable)}), whose state has another form, so trainer.resume_force=true "
             "cannot go on from it; start from an export of it in another trainer.run_dir"

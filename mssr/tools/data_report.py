@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mssr.config.checks import advice
-from mssr.config.loading import load_config
 from mssr.config.secrets import redact
-from mssr.data.dataset import BadRow, Row
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import LoadedPrompts
+from mssr.data.rows import BadRow, Row
 from mssr.models.loading import check_model_path
 from mssr.rewards.extraction import unwrap
+from mssr.runs.config import advice, load_config
 from mssr.runs.html import data_uri, render
 from mssr.trainer.data import load_data
 
@@ -42,7 +41,7 @@ KINDS = (
 )
 
 
-def data_report(config_file: str | Path, overrides: Sequence[str] = (), out: str | None = None) -> Path:
+def data_report(config_file: str | Path, overrides: Sequence[str] = (), out: Path | None = None) -> Path:
     """Check the data of a config as a training would, print the counts, write the page; returns its path.
 
     Raises:
@@ -68,7 +67,7 @@ def data_report(config_file: str | Path, overrides: Sequence[str] = (), out: str
             print(f"  {count} x {reason}")
     if config.trainer.epochs is not None:
         print(f"trainer.epochs={config.trainer.epochs}: {data.config.trainer.steps} steps")
-    path = Path(out) if out else config.run_dir / "data.html"
+    path = out or config.run_dir / "data.html"
     described = [
         _split(data.encoder, name, loaded, config.data.max_prompt_length) for name, loaded in splits.items()
     ]

@@ -96,11 +96,8 @@ class RolloutCollector:
         scorer: Scorer,
         cluster: Cluster,
     ) -> None:
-        self.config = config
-        self.dataset = dataset
-        self.sampler = sampler
-        self.scorer = scorer
-        self.cluster = cluster
+        self.config, self.dataset, self.sampler = config, dataset, sampler
+        self.scorer, self.cluster = scorer, cluster
         self.timer = PhaseTimer()
         self.lengths = ResponseLengths()
         self._early = computes_early(config, cluster)

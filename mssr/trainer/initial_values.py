@@ -16,6 +16,7 @@ import numpy as np
 
 from mssr.algorithms import Algorithm, plugins
 from mssr.config import Config, flatten, to_dict
+from mssr.config.options import describe, nearest
 from mssr.models.files import replace_text
 from mssr.runs.jsonl import append_record, read_records, to_lines
 from mssr.trainer.collect import RolloutCollector
@@ -23,17 +24,6 @@ from mssr.trainer.collect import RolloutCollector
 FILE = "init_rollouts.jsonl"
 _STEP = -1
 """Seeds of this pass are those of a step that no training step has."""
-_DEPENDS_ON = (
-    "seed model. data. reward. algorithm.baseline.init_rollouts rollout.engine rollout.temperature "
-    "rollout.max_response_length"
-).split()
-_INDEPENDENT_OF = (
-    "data.val",
-    "data.image_cache_gib",
-    "data.max_bad_fraction",
-    "data.shuffle",
-    "reward.workers",
-)
 
 
 def initialize_values(
@@ -95,10 +85,11 @@ class _Cache:
 
 def _fingerprint(config: Config) -> str:
     """Of everything that decides responses and scores of the base model."""
+    known = describe(Config)
     tree = {
         key: value
         for key, value in flatten(to_dict(config)).items()
-        if key.startswith(tuple(_DEPENDS_ON)) and not key.startswith(_INDEPENDENT_OF)
+        if (option := nearest(known, key)) and option.first_values
     }
     if plugins.is_spec(config.reward.name):
         tree["reward file"] = Path(config.reward.name.rpartition(":")[0]).read_text()

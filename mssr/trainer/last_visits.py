@@ -27,9 +27,6 @@ class LastVisits:
     def __init__(self) -> None:
         self._visits: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-    def __len__(self) -> int:
-        return len(self._visits)
-
     def previous(self, rollouts: Sequence[Rollout]) -> dict[int, Rollout]:
         """Index of each rollout whose prompt was visited before -> the same prompt with the response then.
 

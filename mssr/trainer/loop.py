@@ -13,8 +13,7 @@ from mssr.cluster.base import Cluster
 from mssr.config import Config, to_dict
 from mssr.config.secrets import redact
 from mssr.data.dataset import PromptDataset
-from mssr.data.mixture import MixtureSampler
-from mssr.data.sampler import EpochSampler, PromptSampler, UncertaintySampler
+from mssr.data.sampler import EpochSampler, MixtureSampler, PromptSampler, UncertaintySampler
 from mssr.errors import StopRequestedError, TrainingError, UserError
 from mssr.rewards import Scorer
 from mssr.runs.checkpoint import read_state
@@ -174,10 +173,10 @@ class Trainer:
         self.console.step(self.step, metrics)
         if self.store.written:
             self._finish_save()
-        if self._due(self.config.trainer.save_every, at_end=True):
+        collapsed = self.watch.collapsed and self.config.trainer.stop_on_collapse
+        if collapsed or self._due(self.config.trainer.save_every, at_end=True):
             self._begin_save(metrics.get("val/accuracy"))
-        if self.watch.collapsed and self.config.trainer.stop_on_collapse:
-            self._begin_save(metrics.get("val/accuracy"))
+        if collapsed:
             self._finish_save()
             raise TrainingError(
                 "the policy has collapsed, see events.jsonl, and trainer.stop_on_collapse=true; "
@@ -189,9 +188,9 @@ class Trainer:
         metrics: dict[str, float] = {}
         for prompts in self.validation.due(self.step):
             with self.timer("val"):
-                done = self.validation.ask(prompts)
-            self._write_samples(prompts.set.key, prompts.dataset, done.rollouts, done.scores)
-            metrics |= done.metrics
+                rollouts, scores, found = self.validation.ask(prompts)
+            self._write_samples(prompts.set.key, prompts.dataset, rollouts, scores)
+            metrics |= found
         return metrics
 
     def _begin_save(self, val_accuracy: float | None = None) -> None:

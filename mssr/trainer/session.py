@@ -8,10 +8,10 @@ from typing import TextIO
 
 from mssr.cluster.launch import launch
 from mssr.config import Config
-from mssr.config.checks import advice
 from mssr.errors import EXIT_OK
 from mssr.rewards import Scorer
 from mssr.runs.checkpoint import CheckpointStore
+from mssr.runs.config import advice
 from mssr.runs.console import Console
 from mssr.runs.events import EventLog
 from mssr.runs.loggers import MetricsLog

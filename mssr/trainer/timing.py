@@ -17,8 +17,10 @@ class PhaseTimer:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        self.add({f"timing/{phase}_s": time.perf_counter() - start})
+        try:
+            yield
+        finally:  # a stop may end it, and the step be finished by the next start
+            self.add({f"timing/{phase}_s": time.perf_counter() - start})
 
     def add(self, seconds: Mapping[str, float]) -> None:
         """Add seconds by metric name, for example those of another timer."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mssr.config.loading import load_config
 from mssr.models.loading import check_model_path
+from mssr.runs.config import load_config
 from mssr.runs.console import captured_output
 from mssr.runs.run_directory import prepare_run_directory
 

@@ -116,17 +116,6 @@ def _by_benchmark(
     return scores, metrics
 
 
-@dataclass(frozen=True, slots=True)
-class Validated:
-    """What one set gave."""
-
-    prompts: ValidationPrompts
-    rollouts: list[Rollout]
-    scores: np.ndarray
-    metrics: dict[str, float]
-    """By their full names."""
-
-
 class Validation:
     """Asks the sets that are due."""
 
@@ -139,15 +128,14 @@ class Validation:
     def due(self, step: int) -> list[ValidationPrompts]:
         """The sets to ask after this step: where its frequency divides it, and all after the last."""
         trainer = self.config.trainer
-        found = []
-        for one in self.sets:
-            every = trainer.val_every if one.set.every is None else one.set.every
-            if every and (step % every == 0 or step == trainer.steps):
-                found.append(one)
-        return found
 
-    def ask(self, prompts: ValidationPrompts) -> Validated:
-        """Have responses generated and scored.
+        def is_due(every: int) -> bool:
+            return every > 0 and (step % every == 0 or step == trainer.steps)
+
+        return [s for s in self.sets if is_due(trainer.val_every if s.set.every is None else s.set.every)]
+
+    def ask(self, prompts: ValidationPrompts) -> tuple[list[Rollout], np.ndarray, dict[str, float]]:
+        """Have responses generated and scored: rollouts, their (B,) scores, and metrics by their full names.
 
         Raises:
             StopRequestedError: see `Cluster.generate`.
@@ -169,7 +157,7 @@ class Validation:
         named = {f"{one.key}/{key}": value for key, value in metrics.items()}
         if prompts is self.sets[0]:
             named |= {f"val/{key}": metrics[key] for key in ("accuracy", "response_length")}
-        return Validated(prompts, rollouts, scores, named)
+        return rollouts, scores, named
 
 
 def describe(sets: Sequence[ValidationPrompts]) -> str:

@@ -1,4 +1,4 @@
-"""Time of the advantages of one large step, mssr beside verl, as a Markdown table; and of the import.
+"""Time of the advantages of one large step, mssr beside verl, as a Markdown table.
 
     PYTHONPATH=. python scripts/bench/advantages.py --out scripts/bench/results/advantages.md
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 
@@ -36,8 +35,6 @@ METHODS = {
     "spo": (),
 }
 COLUMNS = ("method", "mssr, ms", "and copied to tokens, ms", "verl, ms", "largest difference")
-IMPORT = "import time; t = time.perf_counter(); import mssr.algorithms, mssr.algorithms.losses;"
-IMPORT += " print(time.perf_counter() - t)"
 
 
 def milliseconds(call: Callable[[], object], repeats: int, digits: int) -> str:
@@ -107,17 +104,6 @@ def rows(batch: int, tokens: int, repeats: int) -> list[tuple[str, ...]]:
     return found
 
 
-def import_seconds(repeats: int = 5) -> tuple[float, float]:
-    """Medians over new processes: the import with NumPy and torch, and the whole process."""
-    inside: list[float] = []
-
-    def run() -> None:
-        inside.append(float(subprocess.check_output([sys.executable, "-c", IMPORT], text=True)))
-
-    whole = [timed(run)[0] for _ in range(repeats)]
-    return statistics.median(inside), statistics.median(whole)
-
-
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--batch", type=int, default=2048, help=f"responses, a multiple of {GROUP}")
@@ -128,7 +114,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     def measure() -> list[str]:
-        import_time, process_time = import_seconds()
         beside = "verl is not installed here: mssr only."
         if importlib.util.find_spec("verl"):
             beside = "verl's functions ran in the same process on the same scores, padded as it has them."
@@ -138,9 +123,6 @@ def main() -> None:
             f" (fastest) of {args.repeats} calls. {beside}",
             "",
             *table(COLUMNS, rows(args.batch, args.tokens, args.repeats)),
-            "",
-            f"`import mssr.algorithms, mssr.algorithms.losses` in a new process, with NumPy and torch:"
-            f" {import_time:.2f} s (the whole process {process_time:.2f} s; medians of 5).",
         ]
 
     publish(args, measure, "verl torch numpy")

@@ -22,12 +22,12 @@ import numpy as np
 from report import arguments, publish, table
 
 from mssr.cluster.local import LocalCluster
-from mssr.config.loading import load_config
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import load_prompts
 from mssr.models.loading import load_processor
 from mssr.rewards import Scorer
 from mssr.rollout.seeds import request_seed
+from mssr.runs.config import load_config
 from mssr.trainer.collect import RolloutCollector
 from mssr.trainer.estimate import Estimator
 from mssr.trainer.loop import make_sampler

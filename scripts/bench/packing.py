@@ -1,4 +1,4 @@
-"""Tokens per second of the update, packed beside padded, and the balance of ranks, as Markdown tables.
+"""Tokens per second of the update, packed beside padded, as a Markdown table.
 
     python scripts/bench/packing.py --out scripts/bench/results/packing.md
     python scripts/bench/packing.py --device cuda --model 3b --scale 1 --sequences 512
@@ -29,22 +29,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from gpu_update import make_batches, make_config
-from report import arguments, in_turn, publish, table, timed
-from workload import PROMPT, RESPONSE_LIMIT, SHAPES, draw_lengths, model_config, write_model, write_rows
+from report import arguments, in_turn, publish, table
+from workload import PROMPT, RESPONSE_LIMIT, SHAPES, draw_lengths, write_model, write_rows
 
-from mssr.actor.planning import MicroBatch, Planner, UpdatePlan
-from mssr.actor.step import StepState
+from mssr.actor.planning import MicroBatch, UpdatePlan
 from mssr.actor.update import PolicyUpdater
 from mssr.actor.worker import PolicyWorker
-from mssr.models.cost import CostModel, SequenceWork
 from mssr.models.packing import PackedBatch, pack
 from mssr.types import TrainBatch
 
 BUDGET = 16384
 COLUMNS = ("update", "micro-batches", "share of real tokens", "s", "tokens/s", "time to packed",
            "CPU time to packed")  # fmt: skip
-BALANCE = ("responses a prompt", "passes", "dearest rank to mean", "time with waiting to mean",
-           "times an image is encoded", "planning, ms")  # fmt: skip
 
 
 class PaddedUpdater(PolicyUpdater):
@@ -123,7 +119,7 @@ def throughput(args: argparse.Namespace, scratch: Path) -> list[tuple[str, ...]]
     def update(updater: PolicyUpdater, plan: UpdatePlan) -> Callable[[], None]:
         def run() -> None:
             worker.policy.zero_grad()
-            updater.backward(StepState(batch, worker.device), plan)
+            updater.backward(updater.begin(batch), plan)
 
         return run
 
@@ -150,34 +146,6 @@ def throughput(args: argparse.Namespace, scratch: Path) -> list[tuple[str, ...]]
     return rows
 
 
-def balance(ranks: int, count: int) -> list[tuple[str, ...]]:
-    """What ranks wait for each other, in the 3B shape."""
-    cost, rows = CostModel(model_config("3b")), []
-    for n in (1, 8):
-        prompt, response = draw_lengths(count // n, n, 1.0)
-        lengths = np.repeat(prompt, n) + response
-        images = cost.images(4 * np.maximum(prompt - 100, 0))
-        index = np.repeat(np.arange(count // n), n)
-        work = SequenceWork(lengths, response, cost.text(lengths, response), images[index], index, index)
-        planner = Planner(work, ranks=ranks, token_budget=BUDGET)
-        seconds, _ = timed(planner.everything)
-        plan = [[list(m.sequences) for m in passes] for passes in planner.everything()]
-        totals = [sum(map(planner.cost, passes)) for passes in plan]
-        waited = sum(max(map(planner.cost, passes)) for passes in zip(*plan, strict=True))
-        encoded = sum(len({index[s] for s in m}) for passes in plan for m in passes)
-        rows.append(
-            (
-                str(n),
-                str(len(plan[0])),
-                f"{max(totals) / np.mean(totals):.3f}",
-                f"{waited / np.mean(totals):.3f}",
-                f"{encoded / (count // n):.2f}",
-                f"{1e3 * seconds:.0f}",
-            )
-        )
-    return rows
-
-
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -187,7 +155,6 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=512, help="sequences whose longest decides the width")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--ranks", type=int, default=8, help="of the balance table")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -201,12 +168,6 @@ def main() -> None:
             "those of prompts and responses, without padding.",
             "",
             *table(COLUMNS, speed),
-            "",
-            f"Balance of 512 sequences at full length on {args.ranks} ranks, {BUDGET} tokens a micro-batch, "
-            "cost by the formula of `mssr/models/cost.py` in the 3B shape. Ranks wait for the dearest in "
-            "every pass.",
-            "",
-            *table(BALANCE, balance(args.ranks, 512)),
         ]
 
     publish(args, measure, "torch transformers")

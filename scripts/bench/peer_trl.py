@@ -1,8 +1,8 @@
 """GRPO in TRL's GRPOTrainer beside GRPO and MSSR here: the same tiny Qwen2.5-VL, rows, budget, machine.
 
     mssr prepare digits --out data/digits
-    PYTHONPATH=. python scripts/bench/peer_trl.py --out scripts/bench/results/peer_trl.md
-    PYTHONPATH=. python scripts/bench/peer_trl.py curves --out scripts/bench/results/peer_trl_curves.md
+    python scripts/bench/peer_trl.py --out scripts/bench/results/peer_trl.md
+    python scripts/bench/peer_trl.py curves --out scripts/bench/results/peer_trl_curves.md
 
 ``speed``: seconds a step of 256 rollouts, (a) of 32 tokens each (a model that never ends a response), (b)
 with a long tail of lengths (its end token has probability 1/48 at every position; at most 256 tokens);
@@ -21,10 +21,8 @@ temperature 1, the same reward function. TRL has an environment of its own, made
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import os
 import shutil
 import statistics
 import subprocess
@@ -32,12 +30,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from peer.turns import Side
+from report import arguments, publish, table
+
 HERE = Path(__file__).resolve().parent / "peer"
 REPO = HERE.parents[2]
-sys.path.insert(0, str(HERE))
-
-from turns import Side  # noqa: E402
-
 ROLLOUTS, GROUP = 256, 8
 END_PROBABILITY = 1 / 48
 CASES = {"a": ("32 tokens each", 0.0, 32), "b": ("long tail of lengths, at most 256", END_PROBABILITY, 256)}
@@ -104,9 +101,15 @@ class Peer:
         self.args, self.work = args, work
         self.python = args.trl_environment.absolute() / "bin" / "python"
 
-    def trl(self, name: str, **settings: Any) -> Side:
-        """TRL's GRPO."""
-        settings |= {
+    def start(self, name: str, algorithm: str, settings: dict[str, Any]) -> Side:
+        """TRL's GRPO where ``algorithm`` is "trl", or ours; ready for its first step."""
+        start = self._trl if algorithm == "trl" else self._ours
+        side = start(name, settings | {"algorithm": algorithm})
+        side.ready()
+        return side
+
+    def _trl(self, name: str, settings: dict[str, Any]) -> Side:
+        settings = settings | {
             "data": str(self.args.data / "train.parquet"),
             "out": str(self.work / name),
             "threads": self.args.threads,
@@ -122,10 +125,10 @@ class Peer:
         command = [str(self.python), str(HERE / "trl_side.py"), json.dumps(settings)]
         return Side(name, command, self.work / f"{name}.log", environment)
 
-    def ours(self, name: str, algorithm: str, **settings: Any) -> Side:
+    def _ours(self, name: str, settings: dict[str, Any]) -> Side:
         """``mssr train`` with the config of the digits run."""
         overrides = {
-            "algorithm.name": algorithm,
+            "algorithm.name": settings["algorithm"],
             "algorithm.kl.coef": 0.01,
             "model.path": settings["model"],
             "data.train": self.args.data / "train.parquet",
@@ -166,25 +169,19 @@ def speed(peer: Peer) -> list[str]:
             "lr": 1e-6,
             "steps": first_steps(args)[1] + args.rounds,
             "seed": 0,
+            "banned": [],
         }
-        sides = []
-        for side in args.sides:
-            name = f"{case}-{side}"
-            sides.append(
-                peer.trl(name, **settings, banned=[]) if side == "trl" else peer.ours(name, side, **settings)
-            )
-            sides[-1].ready()  # one after the other: starting is work, too
+        # One after the other: starting is work, too.
+        trainers = {side: peer.start(f"{case}-{side}", side, settings) for side in args.sides}
         steps: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}
         for _ in range(settings["steps"]):
-            for side, trainer in zip(args.sides, sides, strict=True):
+            for side, trainer in trainers.items():
                 steps[side].append(trainer.step())
-        for trainer in sides:
+        for side, trainer in trainers.items():
             trainer.close()
-        for side in args.sides:
             if side != "trl":
-                steps[side] = [
-                    a | b for a, b in zip(steps[side], peer.records(f"{case}-{side}"), strict=True)
-                ]
+                pairs = zip(steps[side], peer.records(f"{case}-{side}"), strict=True)
+                steps[side] = [told | metrics for told, metrics in pairs]
         for first, prompts in zip(first_steps(args), PROMPTS, strict=True):
             part = {side: records[first : first + args.rounds] for side, records in steps.items()}
             rows = [speed_row(side, part[side], part.get("trl")) for side in args.sides]
@@ -229,28 +226,23 @@ def curves(peer: Peer) -> list[str]:
     """Mean reward in windows of five steps, for each seed and over all."""
     args = peer.args
     rewards: dict[str, list[list[float]]] = {"trl": [], "grpo": []}
-    banned = vision_tokens(args.data / "model")
+    settings = {
+        "model": str(args.data / "model"),
+        "reward": "digits",
+        "limit": 32,
+        "updates": args.updates,
+        "lr": 5e-5,
+        "steps": args.steps,
+        "banned": vision_tokens(args.data / "model"),
+    }
     for seed in range(args.seeds):
-        settings = {
-            "model": str(args.data / "model"),
-            "reward": "digits",
-            "limit": 32,
-            "updates": args.updates,
-            "lr": 5e-5,
-            "steps": args.steps,
-            "seed": seed,
-        }
-        for side, start in (("trl", peer.trl), ("grpo", peer.ours)):
-            extra = {"banned": banned} if side == "trl" else {"algorithm": "grpo"}
+        for side, of_side in rewards.items():
             name = f"curves-{side}-{seed}"
-            running = start(name, **extra, **settings)
-            running.ready()
-            told = [running.step() for _ in range(args.steps)]
-            running.close()
-            if side == "trl":
-                rewards[side].append([record["reward"] for record in told])
-            else:
-                rewards[side].append([record["reward/accuracy"] for record in peer.records(name)])
+            trainer = peer.start(name, side, settings | {"seed": seed})
+            told = [trainer.step() for _ in range(args.steps)]
+            trainer.close()
+            records, key = (told, "reward") if side == "trl" else (peer.records(name), "reward/accuracy")
+            of_side.append([record[key] for record in records])
     return curve_table(rewards, args.steps)
 
 
@@ -288,10 +280,6 @@ def curve_table(rewards: dict[str, list[list[float]]], steps: int, window: int =
             *table(columns, rows), ""]  # fmt: skip
 
 
-def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (columns, ("---",) * len(columns), *rows)]
-
-
 def versions(python: Path) -> str:
     code = (
         "import torch, transformers, trl; print(trl.__version__, transformers.__version__, torch.__version__)"
@@ -301,14 +289,11 @@ def versions(python: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("what", nargs="?", choices=("speed", "curves"), default="speed")
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
-    parser.add_argument(
-        "--sides", nargs="+", choices=("trl", "grpo", "mssr"), default=["trl", "grpo", "mssr"]
-    )
+    sides = ["trl", "grpo", "mssr"]
+    parser.add_argument("--sides", nargs="+", choices=sides, default=sides)
     parser.add_argument("--rounds", type=int, default=7, help="measured steps of each side, in turn")
     parser.add_argument("--warm-up", type=int, default=1, help="steps before them")
     parser.add_argument("--updates", type=int, help="optimizer steps a step; 1 for speed, 4 for curves")
@@ -323,32 +308,28 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of ours")
     parser.add_argument("--trl-environment", type=Path, default=REPO / ".venv-trl")
     parser.add_argument("--work", type=Path, default=REPO / "runs/peer")
-    parser.add_argument("--out", type=Path, help="also write the tables to this file")
     args = parser.parse_args()
     args.updates = args.updates or {"speed": 1, "curves": 4}[args.what]
     subprocess.run([HERE / "trl_environment.sh", args.trl_environment.absolute()], check=True)
     args.work.mkdir(parents=True, exist_ok=True)
-    load = os.getloadavg()[0]
     peer = Peer(args, args.work.absolute())
-    tables = {"speed": speed, "curves": curves}[args.what](peer)
-    command = " ".join(["python", "scripts/bench/peer_trl.py", *sys.argv[1:]])
     how = {
         "speed": f"medians of {args.rounds} after {args.warm_up}, the sides in turn",
         "curves": f"GRPO with {args.seeds} seeds a side, {args.steps} steps",
     }
-    lines = [
-        f"`PYTHONPATH=. {command}`, {datetime.date.today()}, {os.cpu_count()} CPU cores, no GPU, "
-        f"{versions(peer.python)}; load average {load:.1f} before, {os.getloadavg()[0]:.1f} after. "
-        f"{ROLLOUTS} rollouts and {args.updates} updates a step, {how[args.what]}. TRL: "
-        f"per_device_train_batch_size at most {args.trl_batch}, {args.threads} threads, no gradient "
-        f"checkpointing. Ours: {args.config.name}, {' '.join(args.set) or 'as it is'}.",
-        "",
-        *tables,
-    ]
-    print("\n".join(lines))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(lines))
+
+    def measure() -> list[str]:
+        tables = {"speed": speed, "curves": curves}[args.what](peer)
+        return [
+            f"{versions(peer.python)}. {ROLLOUTS} rollouts and {args.updates} updates a step, "
+            f"{how[args.what]}. TRL: per_device_train_batch_size at most {args.trl_batch}, {args.threads} "
+            f"threads, no gradient checkpointing. Ours: {args.config.name}, "
+            f"{' '.join(args.set) or 'as it is'}.",
+            "",
+            *tables,
+        ]
+
+    publish(args, measure)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 MIB, GIB = 2**20, 2**30
 
 
@@ -41,7 +39,8 @@ def publish(
     lines = measure()
     words = ["DIR" if Path(word).is_absolute() else word for word in sys.argv[1:]]
     command = " ".join(["python", f"scripts/bench/{Path(sys.argv[0]).name}", *words])
-    machine = f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / GIB:.0f} GiB, "
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = f"{os.cpu_count()} CPU cores, {memory / GIB:.0f} GiB, "
     machine += gpu_name() if getattr(args, "device", "cpu") == "cuda" else "no GPU"
     load = f"load average {before:.1f} before, {os.getloadavg()[0]:.1f} after"
     python = f"Python {platform.python_version()}"

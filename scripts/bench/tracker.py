@@ -26,20 +26,20 @@ from mssr.data.sampler import UncertaintySampler
 from mssr.runs.checkpoint import read_state, write_state
 
 STEP = 2048
-# What is shown, its name in the results of the processes, and the limits of the issue by number of prompts.
-ROWS: tuple[tuple[str, str, dict[int, str]], ...] = (
-    ("memory of the tracker, MiB", "memory", {10_000_000: "1024"}),
-    ("its peak while growing, MiB", "peak_growing", {10_000_000: "1024"}),
-    ("peak with the first save, MiB", "peak_saving", {}),
-    ("peak with the first load, MiB", "peak_loading", {}),
-    (f"values + update of {STEP} new ids, ms", "new_ms", {10_000_000: "2"}),
-    (f"values + update of {STEP} seen ids, ms", "seen_ms", {10_000_000: "2"}),
-    ("longest values + update (doubling), ms", "longest_ms", {}),
-    ("mean of all values, ms", "mean_ms", {}),
-    ("save, s", "save_s", {1_000_000: "1", 10_000_000: "10"}),
-    ("load, s", "load_s", {1_000_000: "1", 10_000_000: "10"}),
-    (f"draw of {STEP} of all prompts by uncertainty, s", "draw_s", {}),
-)
+ROWS = {
+    "memory": "memory of the tracker, MiB",
+    "peak_growing": "its peak while growing, MiB",
+    "peak_saving": "peak with the first save, MiB",
+    "peak_loading": "peak with the first load, MiB",
+    "new_ms": f"values + update of {STEP} new ids, ms",
+    "seen_ms": f"values + update of {STEP} seen ids, ms",
+    "longest_ms": "longest values + update (doubling), ms",
+    "mean_ms": "mean of all values, ms",
+    "save_s": "save, s",
+    "load_s": "load, s",
+    "draw_s": f"draw of {STEP} of all prompts by uncertainty, s",
+}
+"""What the stages measure, by its name in their results."""
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -118,15 +118,6 @@ def load_and_draw(prompts: int, directory: Path, repeats: int) -> dict[str, str]
     }
 
 
-def measure(prompts: int, repeats: int) -> dict[str, str]:
-    results: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as directory:
-        for stage in ("grow_and_save", "load_and_draw"):
-            sizes = "--prompts", str(prompts), "--repeats", str(repeats)
-            results |= in_new_process("--stage", stage, "--directory", directory, *sizes)
-    return results
-
-
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1_000_000, 10_000_000])
@@ -139,16 +130,17 @@ def main() -> None:
         print(json.dumps(stage(args.prompts[0], args.directory, args.repeats)))
         return
 
-    def tables() -> list[str]:
-        results = {prompts: measure(prompts, args.repeats) for prompts in args.prompts}
-        columns = ["", *(f"{p:,} prompts{c}" for p in args.prompts for c in ("", ", to be below"))]
-        rows = [
-            [title, *(c for p in args.prompts for c in (results[p][name], limits.get(p, "")))]
-            for title, name, limits in ROWS
-        ]
-        return table(columns, rows)
+    def measure() -> list[str]:
+        found: list[dict[str, str]] = [{} for _ in args.prompts]
+        for prompts, results in zip(args.prompts, found, strict=True):
+            with tempfile.TemporaryDirectory() as directory:
+                sizes = "--prompts", str(prompts), "--repeats", str(args.repeats)
+                for stage in ("grow_and_save", "load_and_draw"):
+                    results |= in_new_process("--stage", stage, "--directory", directory, *sizes)
+        rows = [[title, *(results[name] for results in found)] for name, title in ROWS.items()]
+        return table(["", *(f"{prompts:,} prompts" for prompts in args.prompts)], rows)
 
-    publish(args, tables, "numpy")
+    publish(args, measure, "numpy")
 
 
 if __name__ == "__main__":

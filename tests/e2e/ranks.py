@@ -17,8 +17,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
+from mssr.runs.config import load_config
 from mssr.types import TrainBatch
 from tests.conftest import Workspace
 
@@ -99,7 +99,7 @@ def _run_jobs(rank: int, config_file: str, directory: str) -> None:
         batch = TrainBatch(prompt_ids=tuple(job["prompt_ids"]), kl_coef=config.algorithm.kl.coef, **arrays)
         worker = PolicyWorker(config, rank, f"file://{here}/rendezvous-{number}")
         if job.get("load"):
-            worker.load(job["load"])
+            worker.checkpoint.load(job["load"])
         if job.get("gradient"):
             results.append(_first_gradient(worker, batch))
         elif job.get("gather"):
@@ -110,8 +110,8 @@ def _run_jobs(rank: int, config_file: str, directory: str) -> None:
                 metrics = worker.update(batch, step)
             results.append((worker.export_weights(), metrics))
         if job.get("save"):
-            worker.begin_save(job["save"])
-            worker.finish_save()
+            worker.checkpoint.begin(job["save"])
+            worker.checkpoint.result()
         worker.close()
     if rank == 0:
         torch.save(results, here / "results.pt")
@@ -133,10 +133,9 @@ def _gathered(shapes: list[tuple[int, ...]]) -> Tensors:
 
 def _first_gradient(worker: Any, batch: TrainBatch) -> tuple[Tensors, dict[str, float]]:
     from mssr.actor.distributed import full_tensors
-    from mssr.actor.step import StepState
 
     updater = worker.updater
-    state = StepState(batch, worker.device)
+    state = updater.begin(batch)
     plan = updater.plan(batch, 0).updates[0]
     runs: list[int] = []
     first_layer = worker.policy.model.model.language_model.layers[0]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mssr.config.loading import load_config
 from mssr.models.loading import load_model
+from mssr.runs.config import load_config
 from tests.conftest import Workspace
 from tests.e2e.ranks import RunRanks, make_batch, relative_difference
 

@@ -95,11 +95,11 @@ def test_engine_and_actor_agree_after_every_weight_update(straight_run: Path) ->
 
 def test_the_gate_sees_stale_weights(workspace: Workspace) -> None:
     """Each kind of staleness alone would be orders of magnitude above the gate."""
-    from mssr.config.loading import load_config
     from mssr.data.prompt_source import PromptSource
     from mssr.models.loading import load_model
     from mssr.models.packing import PackItem, pack
     from mssr.models.policy import PolicyModel
+    from mssr.runs.config import load_config
 
     config = load_config(workspace.config)
     source = PromptSource(config)
@@ -206,9 +206,9 @@ def test_a_policy_that_wants_image_tokens_trains_on(
 
 def prefer_image_pad(model_dir: Path, workspace: Workspace) -> None:
     """Turn the token's output embedding towards what the model's hidden states have in common."""
-    from mssr.config.loading import load_config
     from mssr.data.prompt_source import PromptSource
     from mssr.models.loading import load_model
+    from mssr.runs.config import load_config
 
     config = load_config(workspace.config, [f"model.path={model_dir}"])
     model = load_model(config.model, torch.float32)

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from mssr.actor.optimizers import make_optimizer
 from mssr.actor.prompts import PromptCache
 from mssr.actor.update import PolicyUpdater
-from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.loading import load_model
 from mssr.models.policy import PolicyModel
+from mssr.runs.config import load_config
 from tests.conftest import Workspace
 from tests.e2e.ranks import make_batch
 from tests.unit.naive_step import NaiveStep, Recipe

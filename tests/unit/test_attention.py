@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.errors import UserError
 from mssr.models import attention
 from mssr.models.loading import load_model
 from mssr.models.packing import PackedBatch, PackItem, pack
 from mssr.models.policy import PolicyModel
+from mssr.runs.config import load_config
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.unit

@@ -94,10 +94,10 @@ def test_unusable_rows_are_named_and_listed(fails, damaged: Path, tmp_path: Path
 def test_unusable_rows_may_be_allowed(
     workspace: Workspace, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mssr.config.loading import load_config
     from mssr.data.encoder import PromptEncoder
     from mssr.data.loading import load_prompts
     from mssr.models.loading import load_processor
+    from mssr.runs.config import load_config
 
     monkeypatch.setenv("MSSR_CACHE", str(tmp_path / "cache"))
     config = load_config(workspace.config, ["data.max_bad_fraction=0.5"])
@@ -108,8 +108,8 @@ def test_unusable_rows_may_be_allowed(
 
 
 def test_train_and_validation_rows_may_share_ids(workspace: Workspace) -> None:
-    from mssr.config.loading import load_config
     from mssr.data.prompt_source import PromptSource
+    from mssr.runs.config import load_config
 
     source = PromptSource(load_config(workspace.config))
     train, val = source.row("t0"), source.row("val/t0")
@@ -142,7 +142,7 @@ def test_unknown_reward(fails, tmp_path: Path) -> None:
 
 
 def test_a_run_directory_of_another_run(fails, workspace: Workspace, tmp_path: Path) -> None:
-    from mssr.config.loading import load_config
+    from mssr.runs.config import load_config
     from mssr.runs.run_directory import prepare_run_directory
 
     run_dir = tmp_path / "taken"

@@ -1,8 +1,7 @@
-"""The Beta baseline and the adaptive discount: closed forms, repeated visits, errors, exact resume."""
+"""The Beta baseline: closed forms, repeated visits, errors, exact resume."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mssr.algorithms import AdaptiveDiscount, BetaBaseline
+from mssr.algorithms import BetaBaseline
 from mssr.runs.checkpoint import read_state, write_state
 
 pytestmark = pytest.mark.unit
@@ -323,72 +322,3 @@ def test_a_state_of_version_1_is_still_read() -> None:
     assert baseline.mean() == pytest.approx(0.525)
     with pytest.raises(ValueError, match="twice"):
         baseline.load_state_dict(state | {"ids": ["x", "x"], "counts": np.ones((2, 2))})
-
-
-# --- AdaptiveDiscount ----------------------------------------------------------------------------
-
-
-def test_eta_is_the_formula() -> None:
-    discount = AdaptiveDiscount()
-    assert discount.eta == 0.96
-    discount.observe(0.005)
-    assert discount.eta == pytest.approx(0.9175)
-    discount.observe(0.001)  # the mean is .003
-    assert discount.eta == pytest.approx(0.96 - 0.3 * 0.085)
-    discount.observe(1.0)
-    assert discount.eta == 0.875
-    negative = AdaptiveDiscount()
-    negative.observe(-0.01)
-    assert negative.eta == 0.96
-
-
-def test_eta_falls_with_the_kl_without_a_jump() -> None:
-    def eta(kl: float) -> float:
-        discount = AdaptiveDiscount()
-        discount.observe(kl)
-        return discount.eta
-
-    etas = np.array([eta(kl) for kl in np.linspace(0, 0.02, 201)])
-    assert (np.diff(etas) <= 1e-15).all()
-    assert etas[0] == 0.96 and etas[-1] == 0.875
-    assert np.abs(np.diff(etas)).max() < 0.001
-
-
-def test_the_window_forgets() -> None:
-    discount = AdaptiveDiscount(window=2)
-    for kl in (1.0, 0.0, 0.0):
-        discount.observe(kl)
-    assert discount.eta == 0.96
-
-
-def test_discount_state_and_errors() -> None:
-    discount = AdaptiveDiscount(window=3)
-    for kl in (0.1, 0.001, 0.002, 0.003):
-        discount.observe(kl)
-    state = json.loads(json.dumps(discount.state_dict()))
-    restored = AdaptiveDiscount(window=3)
-    restored.load_state_dict(state)
-    for d in (discount, restored):
-        d.observe(0.004)
-    assert restored.eta == discount.eta != 0.96
-    with pytest.raises(ValueError, match="version"):
-        restored.load_state_dict({"version": 0, "kls": []})
-    with pytest.raises(ValueError, match="finite"):
-        discount.observe(math.nan)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"eta_min": 0.97},
-        {"eta_max": 1.1},
-        {"eta_min": -0.1},
-        {"kl_target": 0.0},
-        {"kl_target": math.inf},
-        {"window": 0},
-        {"window": 2.5},
-    ],
-)
-def test_discount_refuses_wrong_settings(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        AdaptiveDiscount(**wrong)

@@ -185,9 +185,9 @@ def test_the_prompt_is_the_official_one(name: str, position: int, question: str,
 @pytest.mark.parametrize("name", CASES)
 def test_prompts_are_encoded_as_in_training(name: str, workspace: Workspace, tmp_path: Path) -> None:
     """The picture before the question (or at its mark), the instruction behind it; nothing is refused."""
-    from mssr.config.loading import load_config
     from mssr.data.encoder import PromptEncoder
     from mssr.models.loading import load_processor
+    from mssr.runs.config import load_config
 
     config = load_config(workspace.config, ["data.instruction=Think first."])
     encoder = PromptEncoder(load_processor(config.model), config.data)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from mssr import algorithms
-from mssr.config import to_dict
-from mssr.config.checks import advice
-from mssr.config.loading import from_dict, load_config
+from mssr.config import Config, reference, to_dict
+from mssr.config.loading import from_dict
+from mssr.config.options import check_read, check_values, describe
 from mssr.errors import UserError
+from mssr.runs.config import advice, load_config
 from mssr.tools.cli import main
 
 pytestmark = pytest.mark.unit
@@ -171,3 +175,69 @@ def test_steps_or_epochs(tmp_path: Path) -> None:
             length(*overrides, **trainer)
     with pytest.raises(UserError, match=r"trainer\.epochs=0 must be greater than 0"):
         length(epochs=0)
+
+
+def test_the_reference_is_what_the_fields_say() -> None:
+    """Every option with its meaning, default, range, readers and what a resume thinks of a change."""
+    page = (DIGITS.parents[2] / "docs/config.md").read_text()
+    assert page == reference.reference(), "run python -m mssr.config.reference > docs/config.md"
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert len(rows) == sum(not option.section for option in describe(Config).values())
+    [window] = [row for row in rows if "`algorithm.discount.window`" in row]
+    assert window == (
+        "| `algorithm.discount.window` | `20` | Steps over which the KL is averaged. Range: `> 0`. | "
+        "`algorithm.name takes it` and `algorithm.discount.eta = null` and `kl_source != last_visit` | "
+        "refused | unread |"
+    )
+
+
+def test_the_defaults_of_every_method_are_in_range_and_read() -> None:
+    """So no condition names a key that is not there."""
+    for key, option in describe(Config).items():
+        for condition in option.read_if.replace(" or ", " and ").split(" and "):
+            setting, section = condition.split(" ")[0], key.rpartition(".")[0]
+            assert not condition or {setting, f"{section}.{setting}"} & describe(Config).keys(), key
+    for name in algorithms.names():
+        config = load_config(DIGITS, [f"algorithm.name={name}"])
+        check_values(config)
+        check_read(config, meant=config.meant)
+
+
+@pytest.mark.parametrize(
+    ("key", "taken", "refused"),
+    [
+        ("actor.lora.dropout", (0.0, 0.5), {-0.1: "not be negative", 1.0: "be below 1", math.nan: "not be"}),
+        ("algorithm.eps", (None, 1e-9), {0.0: "be greater than 0", math.nan: "be greater than 0"}),
+        ("actor.kl_probe_fraction", (None, 1.0), {0.0: r"lie in \(0, 1\]", 1.1: r"lie in \(0, 1\]"}),
+        ("algorithm.discount.eta", (0.0, 1.0), {-0.1: r"lie in \[0, 1\]", math.inf: r"lie in \[0, 1\]"}),
+        ("algorithm.discount.eta_max", (0.9,), {1.0: r"lie in \(0, 1\)", 0.0: r"lie in \(0, 1\)"}),
+        ("watch.length_growth", (1.5, None), {1.0: "be greater than 1"}),
+        ("rollout.lag", (0, 1), {2: "be 0 or 1", -1: "be 0 or 1"}),
+        ("algorithm.kl.estimator", ("k1", "k3"), {"k4": "be one of k1, k2, k3"}),
+        ("actor.betas", ([0.0, 0.9],), {(0.9, 1.0): r"lie in \[0, 1\)"}),
+    ],
+)
+def test_the_edges_of_a_range(key: str, taken: tuple[Any, ...], refused: dict[Any, str]) -> None:
+    def check(value: Any) -> None:
+        config = load_config(DIGITS)
+        *sections, name = key.split(".")
+        section: Any = config
+        for part in sections:
+            section = getattr(section, part)
+        setattr(section, name, list(value) if isinstance(value, tuple) else value)
+        check_values(config)
+
+    for value in taken:
+        check(value)
+    for value, words in refused.items():
+        with pytest.raises(UserError, match=rf"^{re.escape(key)}=.* must {words}"):
+            check(value)
+
+
+def test_what_null_means_is_told_with_an_option_that_nothing_reads() -> None:
+    with pytest.raises(UserError) as error:
+        load_config(DIGITS, ["algorithm.name=rloo", "algorithm.shaping.coef=0.5"])
+    assert str(error.value) == (
+        "algorithm.shaping.coef=0.5 is read by nothing with algorithm.shaping.enabled=false (as null means "
+        "here); change that or remove it"
+    )

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.cost import UNIT, CostModel
 from mssr.models.loading import load_model
+from mssr.runs.config import load_config
 from mssr.types import TrainBatch
 from tests.conftest import Workspace
 

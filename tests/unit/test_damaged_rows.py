@@ -102,8 +102,8 @@ LINE_CASES: list[tuple[Callable[[int], Any], str | None]] = [
 
 @pytest.fixture(scope="module")
 def encoder(workspace: Workspace) -> PromptEncoder:
-    from mssr.config.loading import load_config
     from mssr.models.loading import load_processor
+    from mssr.runs.config import load_config
 
     config = load_config(workspace.config)
     return PromptEncoder(load_processor(config.model), config.data)

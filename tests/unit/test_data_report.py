@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
+from mssr.runs.config import load_config
 from mssr.tools.cli import main
 from mssr.tools.data_report import answer_kind
 from tests.conftest import Workspace, make_rows, write_rows

@@ -80,6 +80,32 @@ def test_a_fixed_discount_follows_nothing() -> None:
     assert discount.observe_each([math.nan, 0.0, 9.0]).tolist() == [0.5] * 3
 
 
+def test_eta_is_the_formula() -> None:
+    discount = AdaptiveDiscount()
+    assert discount.eta == 0.96
+    discount.observe(0.005)
+    assert discount.eta == pytest.approx(0.9175)
+    discount.observe(0.001)  # the mean is .003
+    assert discount.eta == pytest.approx(0.96 - 0.3 * 0.085)
+    discount.observe(1.0)
+    assert discount.eta == 0.875
+    negative = AdaptiveDiscount()
+    negative.observe(-0.01)
+    assert negative.eta == 0.96
+
+
+def test_eta_falls_with_the_kl_without_a_jump() -> None:
+    def eta(kl: float) -> float:
+        discount = AdaptiveDiscount()
+        discount.observe(kl)
+        return discount.eta
+
+    etas = np.array([eta(kl) for kl in np.linspace(0, 0.02, 201)])
+    assert (np.diff(etas) <= 1e-15).all()
+    assert etas[0] == 0.96 and etas[-1] == 0.875
+    assert np.abs(np.diff(etas)).max() < 0.001
+
+
 def test_the_window_forgets() -> None:
     discount = AdaptiveDiscount(window=2)
     for kl in (1.0, 0.0, 0.005):

@@ -33,9 +33,9 @@ import numpy as np
 import pytest
 
 from mssr.cluster.base import OnFinished
-from mssr.config.loading import load_config
 from mssr.data.dataset import PromptDataset
 from mssr.rewards import Scorer
+from mssr.runs.config import load_config
 from mssr.trainer.loop import Trainer
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
 from tests.conftest import Workspace, make_rows, write_rows

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mssr.config.loading import load_config
 from mssr.errors import UserError
+from mssr.runs.config import load_config
 
 pytestmark = pytest.mark.unit
 PASTED = """

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from mssr.config import Config, to_dict
-from mssr.config.loading import load_config
 from mssr.errors import UserError
 from mssr.evaluation.model import open_model
 from mssr.evaluation.progress import EvaluationProgress
 from mssr.evaluation.responses import Response, ResponseFile
+from mssr.runs.config import load_config
 from mssr.runs.manifest import Manifest, write_manifest
 from tests.conftest import Workspace
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mssr.actor.worker import PolicyWorker
-from mssr.config.loading import load_config
 from mssr.models.bounded_cache import BoundedCache
 from mssr.models.packing import PackedBatch, pack
 from mssr.models.policy import PolicyModel
+from mssr.runs.config import load_config
 from tests.conftest import Workspace
 from tests.unit.test_attention import make_policy, run
 

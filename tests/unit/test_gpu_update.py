@@ -16,7 +16,6 @@ from phases import Operations
 from torch.utils.flop_counter import FlopCounterMode
 from workload import draw_lengths, model_config, write_model, write_rows
 
-from mssr.actor.step import StepState
 from mssr.actor.worker import PolicyWorker
 from mssr.config import Config
 from mssr.models.cost import CostModel
@@ -42,7 +41,7 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
     try:
         [batch] = make_batches(config, 4, 512, responses)
         with FlopCounterMode(display=False) as counter:
-            worker.updater.backward(StepState(batch, worker.device), worker.updater.plan(batch, 0).updates[0])
+            worker.updater.backward(worker.updater.begin(batch), worker.updater.plan(batch, 0).updates[0])
     finally:
         worker.close()
     assert len(batch) == 4 and abs(batch.prompt_lengths - prompts).max() < 20

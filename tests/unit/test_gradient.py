@@ -7,14 +7,14 @@ import dataclasses
 import pytest
 import torch
 
-from mssr.algorithms.objective import KnownTokens, LossInParts, Objective, TokenBatch
+from mssr.algorithms.objective import LossInParts, Objective, TokenBatch
 from mssr.algorithms.shaping import entropy_bonus
-from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.head import token_log_probs_and_entropy, token_loss
 from mssr.models.loading import load_model
 from mssr.models.packing import PackedBatch, PackItem, pack
 from mssr.models.policy import PolicyModel
+from mssr.runs.config import load_config
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.unit
@@ -52,14 +52,12 @@ class Lab:
         self.lengths = packed.response_lengths
         self.parameters = list(self.policy.parameters())
         with torch.no_grad():
-            log_probs, entropy = self.policy(self.packed)
+            log_probs, self.entropy = self.policy(self.packed)
 
         def near(scale: float) -> torch.Tensor:
             return log_probs + scale * torch.randn(len(log_probs), generator=generator).double()
 
         self.fixed = TokenBatch(
-            log_probs=log_probs,
-            entropy=entropy,
             old_log_probs=near(0.1),
             engine_log_probs=near(0.1),
             advantages=torch.randn(3, generator=generator).double().repeat_interleave(self.lengths),
@@ -71,13 +69,11 @@ class Lab:
 
     def loss(self, objective: Objective, **changes: torch.Tensor) -> torch.Tensor:
         log_probs, entropy = self.policy(self.packed)
-        tokens = dataclasses.replace(self.fixed, log_probs=log_probs, entropy=entropy, **changes)
-        return objective(tokens, objective.denominator(self.lengths), KL_COEF)[0]
+        tokens = dataclasses.replace(self.fixed, **changes)
+        return objective(tokens, log_probs, entropy, objective.denominator(self.lengths), KL_COEF)[0]
 
-    def known(self, old_known: bool) -> KnownTokens:
-        names = [f.name for f in dataclasses.fields(KnownTokens)]
-        known = KnownTokens(**{name: getattr(self.fixed, name) for name in names})
-        return known if old_known else dataclasses.replace(known, old_log_probs=None)
+    def known(self, old_known: bool) -> TokenBatch:
+        return self.fixed if old_known else dataclasses.replace(self.fixed, old_log_probs=None)
 
     def gradient(self, objective: Objective) -> list[torch.Tensor]:
         return list(torch.autograd.grad(self.loss(objective), self.parameters))
@@ -98,7 +94,7 @@ def test_the_gradient_is_that_of_the_loss(lab: Lab, loss: str) -> None:
     # advantages of the starting point; if shaping leaked a gradient, the two would differ.
     fixed = lab.fixed
     shaped = fixed.advantages + entropy_bonus(
-        fixed.advantages, fixed.entropy, coef=objective.shaping_coef, divisor=objective.shaping_divisor
+        fixed.advantages, lab.entropy, coef=objective.shaping_coef, divisor=objective.shaping_divisor
     )
     assert not torch.equal(shaped, fixed.advantages)
     unshaped = dataclasses.replace(objective, shaping=False)
@@ -145,14 +141,13 @@ def test_every_part_of_the_loss_is_in_the_gradient(lab: Lab, change: dict) -> No
 
 def test_the_anchor_leaves_prompts_without_image_alone(lab: Lab) -> None:
     objective = Objective(anchor_coef=0.5)
-    _, metrics = objective(lab.fixed, 1.0)
+    _, metrics = objective(lab.fixed, *lab.policy(lab.packed), 1.0)
     assert (metrics["policy/kl_anchor"] > 0).tolist() == lab.fixed.has_image.tolist()
 
 
 def test_metrics_carry_no_gradient_and_one_value_a_token(lab: Lab) -> None:
     log_probs, entropy = lab.policy(lab.packed)
-    tokens = dataclasses.replace(lab.fixed, log_probs=log_probs, entropy=entropy)
-    _, metrics = EVERYTHING(tokens, EVERYTHING.denominator(lab.lengths), KL_COEF)
+    _, metrics = EVERYTHING(lab.fixed, log_probs, entropy, EVERYTHING.denominator(lab.lengths), KL_COEF)
     expected = {
         *("policy/entropy", "policy/kl_ref", "policy/kl_anchor", "loss", "policy/clip_fraction"),
         *("shaping/mean", "shaping/entropy_branch_fraction", "shaping/sign_flip_fraction"),
@@ -224,7 +219,7 @@ def test_parts_of_sequences_give_the_gradient_and_metrics_of_the_whole(
     known = _cast(lab.known(old_known), dtype)
     denominator = objective.denominator(lab.lengths)
     log_probs, entropy = token_log_probs_and_entropy(*inputs, lab.packed.targets)
-    loss, metrics = objective(known.measured(log_probs, entropy), denominator, KL_COEF)
+    loss, metrics = objective(known.after(log_probs), log_probs, entropy, denominator, KL_COEF)
     expected = loss, *torch.autograd.grad(loss, inputs)
     parts = LossInParts(objective, known, denominator, KL_COEF)
     # Sequences have 5, 3 and 6 tokens: a chunk of 4 ends within the first, and spans the second and third.
@@ -244,7 +239,7 @@ def test_parts_of_sequences_give_the_gradient_and_metrics_of_the_whole(
         )
 
 
-def _cast(known: KnownTokens, dtype: torch.dtype) -> KnownTokens:
+def _cast(known: TokenBatch, dtype: torch.dtype) -> TokenBatch:
     values = {f.name: getattr(known, f.name) for f in dataclasses.fields(known)}
     floats = {k: v.to(dtype) for k, v in values.items() if v is not None and v.is_floating_point()}
     return dataclasses.replace(known, **floats)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from mssr.actor.prompts import PromptCache
-from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.loading import load_model
 from mssr.models.packing import pack
 from mssr.models.policy import PolicyModel
 from mssr.rollout.hf_engine import HfEngine
 from mssr.rollout.queue import RequestQueue
+from mssr.runs.config import load_config
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
 from tests.conftest import Workspace
 

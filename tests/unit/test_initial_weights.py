@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from mssr.actor.initial_weights import InitialWeights
-from mssr.config.loading import load_config
 from mssr.errors import UserError
 from mssr.models.loading import empty_model, load_model
+from mssr.runs.config import load_config
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.unit

@@ -15,7 +15,6 @@ import pytest
 
 from mssr.config import Config
 from mssr.config.data import DataConfig
-from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.data.sampler import EpochSampler
 from mssr.errors import UserError
@@ -24,6 +23,7 @@ from mssr.evaluation.prompts import Question
 from mssr.evaluation.responses import Response
 from mssr.evaluation.verdicts import VerdictBook
 from mssr.rewards import Scorer
+from mssr.runs.config import load_config
 from mssr.tools.cli import main
 from mssr.trainer.collect import RolloutCollector
 from mssr.trainer.data import load_data

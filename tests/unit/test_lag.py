@@ -12,8 +12,8 @@ import pytest
 
 from mssr.config import Config
 from mssr.config.checks import validate
-from mssr.config.loading import load_config
 from mssr.errors import StopRequestedError, UserError, WorkersLostError
+from mssr.runs.config import load_config
 from mssr.types import TrainBatch
 from tests.conftest import Workspace
 from tests.unit.test_recovery import STEPS, FakeCluster, Signal, drive, never, world  # noqa: F401

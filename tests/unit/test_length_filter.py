@@ -29,8 +29,8 @@ PIXELS = {"min_pixels": 3136, "max_pixels": 50176}
 
 @pytest.fixture(scope="module")
 def processor(workspace: Workspace) -> Any:
-    from mssr.config.loading import load_config
     from mssr.models.loading import load_processor
+    from mssr.runs.config import load_config
 
     return load_processor(load_config(workspace.config).model)
 

@@ -27,13 +27,13 @@ from mssr.actor.prompts import PromptCache
 from mssr.actor.update import PolicyUpdater
 from mssr.cluster.base import OnFinished, join_log_probs
 from mssr.config import Config, flatten, to_dict
-from mssr.config.loading import load_config
 from mssr.data.dataset import PromptDataset
 from mssr.data.prompt_source import PromptSource
 from mssr.errors import TrainingError
 from mssr.models.loading import load_model
 from mssr.models.policy import PolicyModel
 from mssr.rewards import Scorer
+from mssr.runs.config import load_config
 from mssr.trainer.loop import Trainer
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 from tests.conftest import Workspace

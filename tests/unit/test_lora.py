@@ -16,13 +16,13 @@ from mssr.actor.checkpoint import SafeReader
 from mssr.actor.worker import PolicyWorker
 from mssr.cluster.base import join_log_probs
 from mssr.config import LoraConfig, to_dict
-from mssr.config.loading import load_config
 from mssr.errors import UserError
 from mssr.models.loading import load_model
 from mssr.models.lora import add_adapters, is_adapter
 from mssr.models.packing import pack
 from mssr.models.policy import PolicyModel
 from mssr.runs import export as export_tool
+from mssr.runs.config import load_config
 from tests.conftest import Workspace
 from tests.e2e.ranks import make_batch
 
@@ -104,8 +104,8 @@ def test_a_checkpoint_holds_the_adapters_alone_and_exports_merged(
     bitwise = "actor.vision_cache_gib=0"
     with make_worker(workspace, tmp_path, bitwise) as worker:
         worker.update(batch, 0)
-        worker.begin_save(str(tmp_path / "saved" / "actor"))
-        worker.finish_save()
+        worker.checkpoint.begin(str(tmp_path / "saved" / "actor"))
+        worker.checkpoint.result()
         saved, config = weights_of(worker), worker.config
         worker.update(batch, 1)
         onward = weights_of(worker)
@@ -113,7 +113,7 @@ def test_a_checkpoint_holds_the_adapters_alone_and_exports_merged(
     assert names and all(is_adapter(name) for name in names)
     assert any(name.startswith("optimizer") for name in names)
     with make_worker(workspace, tmp_path, bitwise) as worker:
-        worker.load(str(tmp_path / "saved" / "actor"))
+        worker.checkpoint.load(str(tmp_path / "saved" / "actor"))
         loaded = weights_of(worker)
         worker.update(batch, 1)
         resumed = weights_of(worker)
@@ -147,12 +147,12 @@ def test_a_run_that_is_resumed_goes_on_bitwise(workspace: Workspace, tmp_path: P
     batch, directory = make_batch(workspace, ["t0", "t1", "t2", "t3"]), str(tmp_path / "saved")
     with make_worker(workspace, tmp_path, *options.split()) as worker:
         worker.update(batch, 0)
-        worker.begin_save(directory)
-        worker.finish_save()
+        worker.checkpoint.begin(directory)
+        worker.checkpoint.result()
         worker.update(batch, 1)
         onward = weights_of(worker)
     with make_worker(workspace, tmp_path, *options.split()) as worker:
-        worker.load(directory)
+        worker.checkpoint.load(directory)
         worker.update(batch, 1)
         resumed = weights_of(worker)
     assert all(torch.equal(resumed[n], onward[n]) for n in onward)

@@ -130,8 +130,8 @@ def test_images_of_parts_and_columns(rows, tmp_path: Path) -> None:
 
 def test_turns_reach_the_model(rows, workspace: Workspace) -> None:
     """Images without marks stand before the user's first turn; data.system_prompt replaces theirs."""
-    from mssr.config.loading import load_config
     from mssr.models.loading import load_processor
+    from mssr.runs.config import load_config
 
     config = load_config(workspace.config)
     encoder = PromptEncoder(load_processor(config.model), config.data)

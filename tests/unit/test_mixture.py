@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mssr.data.mixture import MixtureSampler
-from mssr.data.sampler import EpochSampler
+from mssr.data.sampler import EpochSampler, MixtureSampler
 
 pytestmark = pytest.mark.unit
 

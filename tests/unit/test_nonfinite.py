@@ -19,11 +19,11 @@ from safetensors.numpy import load_file
 from mssr.actor import guard
 from mssr.actor.prompts import PromptCache
 from mssr.actor.update import PolicyUpdater
-from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.errors import TrainingError
 from mssr.models.loading import load_model
 from mssr.models.policy import PolicyModel
+from mssr.runs.config import load_config
 from mssr.types import TrainBatch
 from tests.conftest import Workspace
 from tests.e2e.ranks import make_batch

@@ -21,8 +21,8 @@ from mssr.actor.adamw import (
     split,
 )
 from mssr.actor.offload import OffloadedOptimizer, with_offload
-from mssr.config.loading import load_config
 from mssr.models.policy import PolicyModel
+from mssr.runs.config import load_config
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.unit

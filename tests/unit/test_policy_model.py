@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.head import token_log_probs_and_entropy
 from mssr.models.loading import load_model
 from mssr.models.packing import PackedBatch, PackItem, pack, split_images
 from mssr.models.policy import PolicyModel
+from mssr.runs.config import load_config
 from tests.conftest import Workspace
 
 pytestmark = pytest.mark.unit

@@ -12,14 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from mssr.config.loading import load_config
 from mssr.data import encoder as encoder_module
-from mssr.data.dataset import ImageSource, Row
 from mssr.data.encoder import PromptEncoder
+from mssr.data.images import ImageSource
+from mssr.data.rows import Row
 from mssr.errors import UserError
 from mssr.models.encoded import EncodedPrompt
 from mssr.models.loading import load_processor
 from mssr.models.packing import split_images
+from mssr.runs.config import load_config
 from tests.conftest import Workspace
 from tests.unit.data_forms import encoded
 

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from mssr.config import flatten, to_dict
-from mssr.config.checks import advice
-from mssr.config.loading import load_config
 from mssr.errors import UserError
+from mssr.runs.config import advice, load_config
 from mssr.tools.cli import main
 
 pytestmark = pytest.mark.unit

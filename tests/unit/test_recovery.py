@@ -20,7 +20,6 @@ import pytest
 
 from mssr.cluster.base import OnFinished
 from mssr.config import Config
-from mssr.config.loading import load_config
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import load_prompts
 from mssr.errors import StopRequestedError, TrainingError, UserError, WorkersLostError
@@ -28,6 +27,7 @@ from mssr.models.files import sha256
 from mssr.models.loading import load_processor
 from mssr.rewards import Scorer
 from mssr.runs.checkpoint import CheckpointStore
+from mssr.runs.config import load_config
 from mssr.runs.console import Console
 from mssr.runs.events import EventLog
 from mssr.runs.loggers import MetricsLog
@@ -247,6 +247,23 @@ def test_a_stop_during_generation_gives_it_up_and_resumes_alike(
     in_validation = count in (4, 7, 10)
     done = len(before) - 1 + in_validation
     assert (steps[-1] if steps else None) == (f"step-{done:06d}" if done > 0 else None)
+    assert drive(world, tmp_path / "run", never) == straight
+
+
+@pytest.mark.parametrize("count", range(1, CALLS["sync_weights"] + 1))
+def test_a_stop_while_weights_are_sent_resumes_alike(
+    world: Any, straight: list[dict[str, Any]], tmp_path: Path, count: int
+) -> None:
+    """As where an engine has to be replaced for it: the step's update is done, its record is not written."""
+    stop = Signal()
+
+    def fail(v: str, k: int) -> None:
+        if (v, k) == ("sync_weights", count):
+            stop.requested = True
+            raise StopRequestedError
+
+    before = drive(world, tmp_path / "run", fail, stop)
+    assert before == straight[: len(before)] and len(before) < len(straight)
     assert drive(world, tmp_path / "run", never) == straight
 
 

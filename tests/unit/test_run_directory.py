@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from mssr.config import Config, flatten, to_dict
-from mssr.config.loading import load_config
 from mssr.errors import UserError
+from mssr.runs.config import load_config
 from mssr.runs.run_directory import compare_configs, prepare_run_directory
 
 pytestmark = pytest.mark.unit
@@ -24,7 +24,7 @@ DIGITS = Path(__file__).parents[2] / "configs/digits/mssr.yaml"
 
 HOLDER = """
 import os, subprocess, sys, time
-from mssr.config.loading import load_config
+from mssr.runs.config import load_config
 from mssr.runs.run_directory import prepare_run_directory
 held = prepare_run_directory(load_config(sys.argv[1], ["trainer.run_dir=" + sys.argv[2]]))
 # Children of both kinds, which stay when this process is killed.

@@ -15,9 +15,10 @@ import yaml
 
 import mssr
 from mssr.config import Config, ModelConfig, to_dict
-from mssr.config.loading import load_config, save_config
-from mssr.config.secrets import environment_variable, find_secrets, is_secret_name, redact
+from mssr.config.loading import save_config
+from mssr.config.secrets import environment_variable, is_secret_name, named_secrets, redact
 from mssr.errors import UserError
+from mssr.runs.config import load_config
 from mssr.runs.console import Console
 from mssr.tools.cli import main
 
@@ -43,9 +44,9 @@ LOOKS = [
 )
 def test_names_of_secrets(name: str) -> None:
     assert is_secret_name(name)
-    assert find_secrets({"reward": {"options": {name: "value"}}}) == [f"reward.options.{name}"]
-    assert find_secrets({name: ""}) == find_secrets({name: None}) == find_secrets({name: True}) == []
-    assert find_secrets({name: "${oc.env:SOMEWHERE}"}) == []
+    assert named_secrets({"reward": {"options": {name: "value"}}}) == [f"reward.options.{name}"]
+    assert named_secrets({name: ""}) == named_secrets({name: None}) == named_secrets({name: True}) == []
+    assert named_secrets({name: "${oc.env:SOMEWHERE}"}) == []
 
 
 @pytest.mark.parametrize(
@@ -59,16 +60,16 @@ def test_names_of_other_things(name: str) -> None:
 
 
 def test_a_marker_of_a_users_vocabulary_is_no_secret() -> None:
-    assert find_secrets({"answer_token": "<answer>"}) == []
-    assert find_secrets({"judge_token": "a1b2c3"}) == ["judge_token"]
+    assert named_secrets({"answer_token": "<answer>"}) == []
+    assert named_secrets({"judge_token": "a1b2c3"}) == ["judge_token"]
 
 
 @pytest.mark.parametrize("value", LOOKS)
 def test_values_that_look_like_secrets(value: str) -> None:
     tree = {"a": {"b": [1, value]}, "c": "plain"}
-    assert find_secrets(tree) == ["a.b.1"]
     hidden = redact(tree)
-    assert value not in str(hidden) and hidden["c"] == "plain" and find_secrets(hidden) == []
+    assert hidden["a"]["b"][0] == 1 and "***" in hidden["a"]["b"][1]
+    assert value not in str(hidden) and hidden["c"] == "plain"
     assert value not in redact(f"note: {value} was given") and "***" in redact(f"note: {value} was given")
     assert redact(hidden) == hidden
 
@@ -83,9 +84,9 @@ def test_text_hides_what_follows_a_name() -> None:
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_shipped_config_is_suspected(file: Path) -> None:
-    assert find_secrets(yaml.safe_load(file.read_text())) == []
+    assert named_secrets(yaml.safe_load(file.read_text())) == []
     tree = to_dict(load_config(file))
-    assert find_secrets(tree) == [] and redact(tree) == tree
+    assert named_secrets(tree) == [] and redact(tree) == tree
 
 
 def test_there_are_shipped_configs_and_the_defaults_are_clean() -> None:

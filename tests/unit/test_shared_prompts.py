@@ -23,10 +23,10 @@ from mssr.cluster.shared_prompts import (
     SharedPrompts,
     share,
 )
-from mssr.config.loading import load_config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.affinity import home
 from mssr.models.encoded import EncodedPrompt
+from mssr.runs.config import load_config
 from mssr.types import TrainBatch
 from tests.conftest import Workspace
 from tests.unit.test_prompts import assert_equal

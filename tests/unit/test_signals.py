@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch.distributed as dist
 from mssr.actor.step import TokenMeans
 from mssr.cluster.base import join_log_probs
 from mssr.config.checks import validate
-from mssr.config.loading import load_config
 from mssr.errors import UserError
+from mssr.runs.config import load_config
 from mssr.trainer.collect import with_signal
 from mssr.types import Rollout, TrainBatch
 from tests.conftest import Workspace
@@ -146,7 +147,7 @@ def test_what_is_not_finite_dilutes_no_mean(process_group: None) -> None:
     means.max("largest", torch.empty(0))
     means.max("largest", torch.tensor([3.0, float("nan")]))
     means.total("loss", torch.tensor(2.5))
-    before = means.copy()
+    before = copy.deepcopy(means)
     means.add("x", torch.tensor([99.0]))
     means.total("loss", torch.tensor(1.0))
     found = before.reduce()

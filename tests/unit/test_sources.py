@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mssr.config.data import DataConfig
-from mssr.data import index
+from mssr.data import tables
 from mssr.data.cache import DataCache
 from mssr.data.dataset import PromptDataset
 from mssr.data.index import SourceRows
@@ -376,10 +376,10 @@ def test_pages_are_given_back_where_the_file_is_large(
 
     def read() -> int:
         released.clear()
-        for number in range(40):
+        for number in reversed(range(40)):
             rows.row(number, str(number))
         return len(released)
 
-    assert read() == 0 < rows.table.mapped_bytes < index.RELEASE_BYTES
-    monkeypatch.setattr(index, "RELEASE_BYTES", rows.table.mapped_bytes - 1)
+    assert read() == 0 < rows.table.mapped_bytes < tables.RELEASE_BYTES
+    monkeypatch.setattr(tables, "RELEASE_BYTES", rows.table.mapped_bytes - 1)
     assert read() > 0

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from mssr.actor import update
-from mssr.actor.step import StepState
 from mssr.actor.update import PolicyUpdater
 from mssr.cluster.base import join_log_probs
 from mssr.types import TrainBatch
@@ -136,7 +135,7 @@ def test_two_ranks_between_them_have_the_gradient_of_one(
         options = ["actor.updates_per_step=1", f"rollout.rollouts_per_step={len(prompts)}"]
         updater = lab.updater(tmp_path, f"actor.num_ranks={ranks}", *options)
         updater.rank = rank
-        state = StepState(batch, updater.device)
+        state = updater.begin(batch)
         updater.guard.begin()
         updater.backward(state, updater.plan(batch, 0).updates[0])
         updater._probe_kl(state, updater.plan(batch, 0))

@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from mssr.config import Config
-from mssr.config.loading import load_config
 from mssr.data.encoder import PromptEncoder
 from mssr.data.prompt_source import PromptSource
 from mssr.data.validation_sets import validation_sets
 from mssr.errors import UserError
 from mssr.models.loading import load_processor
 from mssr.rewards import Scorer
+from mssr.runs.config import load_config
 from mssr.trainer.validation import Validation, describe, load_validation
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 from tests.conftest import Workspace
@@ -130,15 +130,15 @@ def test_accuracy_by_set_and_every_item_of_a_benchmark_counts(
     plain, sampled, bench = asked.due(0)
     ids = bench.ids
     cluster.texts = {ids[0]: "<think>x</think>\\boxed{A}", ids[1]: "<think>x</think>\\boxed{A}"}
-    metrics = asked.ask(bench).metrics
+    metrics = asked.ask(bench)[2]
     assert metrics["val/bench/accuracy"] == pytest.approx(1 / 3)  # the long one was not asked, and is wrong
     assert "val/accuracy" not in metrics
     # The reward of the tests is right where the sum of a text's characters divides by 3.
     cluster.texts = {i: "c" if k % 2 else "a" for k, i in enumerate(plain.ids)}
-    metrics = asked.ask(plain).metrics
+    metrics = asked.ask(plain)[2]
     assert metrics["val/plain/accuracy"] == metrics["val/accuracy"] == 0.5
     cluster.texts = {i: "c" if k == 0 else "a" for k, i in enumerate(sampled.ids)}
-    metrics = asked.ask(sampled).metrics
+    metrics = asked.ask(sampled)[2]
     assert metrics["val/sampled/accuracy"] == pytest.approx(1 / 5)
     assert metrics["val/sampled/pass_at_3"] == pytest.approx(1 / 5)
 
@@ -153,7 +153,7 @@ def test_several_sources_of_the_only_set_have_their_own_accuracy(
     assert [s.set.key for s in sets] == ["val"]
     cluster = Answers({i: "c" for i in sets[0].ids[:8]})  # all of the first source
     with Scorer(config.reward, config.rollout.max_response_length) as scorer:
-        metrics = Validation(config, sets, scorer, cluster).ask(sets[0]).metrics  # type: ignore[arg-type]
+        metrics = Validation(config, sets, scorer, cluster).ask(sets[0])[2]  # type: ignore[arg-type]
     by_source = [v for k, v in sorted(metrics.items()) if k.endswith("/accuracy") and k.count("/") == 2]
     assert metrics["val/accuracy"] == pytest.approx(8 / 12)
     assert by_source == [1.0, 0.0]  # train-..., val-...

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mssr.config import WatchConfig
-from mssr.config.loading import load_config
 from mssr.errors import UserError
+from mssr.runs.config import load_config
 from mssr.trainer.watch import CollapseWatch
 
 pytestmark = pytest.mark.unit
