@@ -17,7 +17,7 @@ from mssr.errors import UserError, did_you_mean
 _PREFIX = "mssr_plugin_"
 """Of the names of modules that are made here."""
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Callable[..., Any])
 _Registered = TypeVar("_Registered")
 
 
@@ -29,14 +29,18 @@ class Registry(Generic[T]):
         noun: What a file holds of them, "class" or "function".
         check: Raises ValueError for what is no such thing; it gets the thing and what it is called.
         reserved: Characters that no name may have, beside the colon of ``path/to/file.py:attribute``.
+        inputs: Parameters of each that come before its options.
     """
 
-    def __init__(self, kind: str, noun: str, check: Callable[[Any, str], None], reserved: str = "") -> None:
+    def __init__(
+        self, kind: str, noun: str, check: Callable[[Any, str], None], reserved: str = "", inputs: int = 0
+    ) -> None:
         self.known: dict[str, T] = {}
         self._kind = kind
         self._noun = noun
         self._check = check
         self._reserved = reserved
+        self._inputs = inputs
 
     def register(self, name: str) -> Callable[[_Registered], _Registered]:
         """Decorator: make a thing available as ``name``.
@@ -87,6 +91,28 @@ class Registry(Generic[T]):
             thing.name = name  # type: ignore[attr-defined]
         return thing
 
+    def options(self, name: str) -> dict[str, Any]:
+        """The options of what is called ``name`` and their defaults, in the order of its signature."""
+        return self._options(self.get(name))
+
+    def bind(self, name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
+        """What is called ``name`` with options filled in; a file is read once.
+
+        Raises:
+            ValueError: There is no such option; the nearest and all are given.
+        """
+        thing = self.get(name)
+        known = self._options(thing)
+        for option in options:
+            if option not in known:
+                hint, taken = did_you_mean(option, known), list(known) or "none"
+                raise ValueError(f"{self._kind} {name!r} has no option {option!r}{hint}: it takes {taken}")
+        return functools.partial(thing, **options)
+
+    def _options(self, thing: T) -> dict[str, Any]:
+        parameters = list(inspect.signature(thing).parameters.values())
+        return {option.name: option.default for option in parameters[self._inputs :]}
+
     def unknown(self, name: str) -> str:
         """The sentence that there is no such name, with the nearest and all names."""
         hint = did_you_mean(name, self.known)
@@ -105,28 +131,6 @@ def _origin(thing: object) -> tuple[str, str]:
     module = getattr(thing, "__module__", "")
     file = getattr(sys.modules.get(module), "__file__", None)
     return file or module, getattr(thing, "__qualname__", repr(thing))
-
-
-def default_options(function: Callable[..., Any], inputs: int = 0) -> dict[str, Any]:
-    """The options of a function or class after ``inputs`` other parameters, with their defaults, in order."""
-    parameters = list(inspect.signature(function).parameters.values())
-    return {option.name: option.default for option in parameters[inputs:]}
-
-
-def bind(
-    what: str, function: Callable[..., T], options: Mapping[str, Any], inputs: int = 0
-) -> Callable[..., T]:
-    """A function or class, ``what`` in an error, with options filled in, see `default_options`.
-
-    Raises:
-        ValueError: There is no such option; the nearest and all are given.
-    """
-    known = default_options(function, inputs)
-    for option in options:
-        if option not in known:
-            hint = did_you_mean(option, known)
-            raise ValueError(f"{what} has no option {option!r}{hint}: it takes {list(known) or 'none'}")
-    return functools.partial(function, **options)
 
 
 def is_spec(name: str) -> bool:
