@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -21,26 +22,21 @@ T = TypeVar("T", bound=Callable[..., Any])
 _Registered = TypeVar("_Registered")
 
 
+@dataclass(eq=False)
 class Registry(Generic[T]):
-    """Things of one kind by name. A class among them finds its name in its attribute ``name``.
+    """Things of one kind by name. A class among them finds its name in its attribute ``name``."""
 
-    Args:
-        kind: What they are, for every error: "algorithm", "policy loss".
-        noun: What a file holds of them, "class" or "function".
-        check: Raises ValueError for what is no such thing; it gets the thing and what it is called.
-        reserved: Characters that no name may have, beside the colon of ``path/to/file.py:attribute``.
-        inputs: Parameters of each that come before its options.
-    """
-
-    def __init__(
-        self, kind: str, noun: str, check: Callable[[Any, str], None], reserved: str = "", inputs: int = 0
-    ) -> None:
-        self.known: dict[str, T] = {}
-        self._kind = kind
-        self._noun = noun
-        self._check = check
-        self._reserved = reserved
-        self._inputs = inputs
+    kind: str
+    """What they are, for every error: "algorithm", "policy loss"."""
+    noun: str
+    """What a file holds of them, "class" or "function"."""
+    check: Callable[[Any, str], None]
+    """Raises ValueError for what is no such thing; it gets the thing and what it is called."""
+    reserved: str = ""
+    """Characters that no name may have, beside the colon of ``path/to/file.py:attribute``."""
+    inputs: int = 0
+    """Parameters of each that come before its options."""
+    known: dict[str, T] = field(default_factory=dict)
 
     def register(self, name: str) -> Callable[[_Registered], _Registered]:
         """Decorator: make a thing available as ``name``.
@@ -48,15 +44,15 @@ class Registry(Generic[T]):
         Raises:
             ValueError: The name is taken or has a reserved character, or the thing is not of the kind.
         """
-        if any(character in name for character in ":" + self._reserved):
-            others = f" or any of {self._reserved}" if self._reserved else ""
-            raise ValueError(f"the {self._kind} name {name!r} must not contain a colon{others}")
+        if any(character in name for character in ":" + self.reserved):
+            others = f" or any of {self.reserved}" if self.reserved else ""
+            raise ValueError(f"the {self.kind} name {name!r} must not contain a colon{others}")
 
         def add(thing: Any) -> Any:
             taken = self.known.get(name)
             # The same again is a notebook cell that was run twice, or a module reload.
             if taken is not None and _origin(taken) != _origin(thing):
-                raise ValueError(f"the {self._kind} name {name!r} is taken by {_origin(taken)[1]}")
+                raise ValueError(f"the {self.kind} name {name!r} is taken by {_origin(taken)[1]}")
             self._checked(name, thing, getattr(thing, "__name__", repr(thing)))
             if isinstance(thing, type):
                 thing.name = name  # type: ignore[attr-defined]
@@ -82,7 +78,7 @@ class Registry(Generic[T]):
             return self.known[name]
         if not (is_spec(name) or name.endswith(".py")):
             raise ValueError(self.unknown(name))
-        thing = load(name, self._kind, self._noun)
+        thing = load(name, self.kind, self.noun)
         try:
             self._checked(name, thing, name.rpartition(":")[2])
         except ValueError as error:
@@ -106,24 +102,24 @@ class Registry(Generic[T]):
         for option in options:
             if option not in known:
                 hint, taken = did_you_mean(option, known), list(known) or "none"
-                raise ValueError(f"{self._kind} {name!r} has no option {option!r}{hint}: it takes {taken}")
+                raise ValueError(f"{self.kind} {name!r} has no option {option!r}{hint}: it takes {taken}")
         return functools.partial(thing, **options)
 
     def _options(self, thing: T) -> dict[str, Any]:
         parameters = list(inspect.signature(thing).parameters.values())
-        return {option.name: option.default for option in parameters[self._inputs :]}
+        return {option.name: option.default for option in parameters[self.inputs :]}
 
     def unknown(self, name: str) -> str:
         """The sentence that there is no such name, with the nearest and all names."""
         hint = did_you_mean(name, self.known)
-        form = f"path/to/file.py:{'Class' if self._noun == 'class' else self._noun}"
-        return f"unknown {self._kind} {name!r}{hint}: one of {self.names()} or {form}"
+        form = f"path/to/file.py:{'Class' if self.noun == 'class' else self.noun}"
+        return f"unknown {self.kind} {name!r}{hint}: one of {self.names()} or {form}"
 
     def _checked(self, name: str, thing: object, called: str) -> None:
         try:
-            self._check(thing, called)
+            self.check(thing, called)
         except ValueError as error:
-            raise ValueError(f"{self._kind} {name!r}: {error}") from error
+            raise ValueError(f"{self.kind} {name!r}: {error}") from error
 
 
 def _origin(thing: object) -> tuple[str, str]:
