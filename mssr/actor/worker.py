@@ -167,10 +167,3 @@ class PolicyWorker:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def resolve_device(name: str) -> str:
-    """cluster.device -> "cpu" or "cuda"."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
