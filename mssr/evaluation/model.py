@@ -160,7 +160,7 @@ def _model_identity(config: ModelConfig) -> str:
 def _in_float32(config: Config) -> bool:
     if config.model.dtype != "auto":
         return config.model.dtype == "float32"
-    from mssr.actor.worker import resolve_device
+    from mssr.models.loading import resolve_device
 
     return resolve_device(config.cluster.device) == "cpu"
 
