@@ -250,7 +250,7 @@ def test_the_model_has_one_gradient_whichever_way_it_is_taken(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lab.policy, "head_chunk", 4)
-    loss, *_ = lab.policy(lab.packed, objective=lab.loss_of(EVERYTHING, lab.fixed))
+    loss, *_ = lab.policy(lab.packed, loss=lab.loss_of(EVERYTHING, lab.fixed))
     actual, expected = torch.autograd.grad(loss, lab.parameters), lab.gradient(EVERYTHING)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-10 * float(e.abs().max()))
