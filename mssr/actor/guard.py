@@ -93,8 +93,8 @@ class NonFiniteGuard:
             tokens: of them, N in all.
             log_probs, entropy, loss: (N,) as the pass gave them, the loss before aggregation.
         """
-        given = (log_probs, entropy, loss, tokens.advantages, tokens.old_log_probs)
-        given += (tokens.engine_log_probs, tokens.reference_log_probs)
+        ours, old = (log_probs, entropy, loss), tokens.old_log_probs
+        given = (*ours, tokens.advantages, old, tokens.engine_log_probs, tokens.reference_log_probs)
         values = {name: v.detach() for name, v in zip(ARRAYS, given, strict=True) if v is not None}
         bad = torch.stack([~torch.isfinite(v) for v in values.values()], dim=1)
         # With the size given, repeat_interleave need not ask the device for it.

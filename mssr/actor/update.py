@@ -23,7 +23,7 @@ from mssr.actor.planning import MicroBatch, Passes, Planner, StepPlan, UpdatePla
 from mssr.actor.prompts import PromptCache
 from mssr.actor.step import LogProbs, StepState
 from mssr.algorithms.losses import kl_penalty
-from mssr.algorithms.objective import LossInParts, Objective
+from mssr.algorithms.objective import MicroBatchLoss, Objective
 from mssr.config import Config
 from mssr.models.cost import CostModel
 from mssr.models.packing import PackedBatch, pack
@@ -169,15 +169,14 @@ class PolicyUpdater:
             if self.config.actor.keep_gathered:
                 accumulate_locally(self.policy, last=micro is passes[-1])
             tokens = state.tokens(micro.sequences)
+            loss_of = MicroBatchLoss(self.objective, tokens, denominator, kl_coef)
             if self.objective.token_wise(old_known=tokens.old_log_probs is not None):
                 # Forward pass and objective in one.
-                parts = LossInParts(self.objective, tokens, denominator, kl_coef)
-                loss, log_probs, entropy = self.policy(packed, micro.any_rank_has_images, parts)
-                tokens, metrics = tokens.after(log_probs), parts.metrics
+                loss, log_probs, entropy = self.policy(packed, micro.any_rank_has_images, loss_of)
             else:
                 log_probs, entropy = self.policy(packed, micro.any_rank_has_images)
-                tokens = tokens.after(log_probs)
-                loss, metrics = self.objective(tokens, log_probs, entropy, denominator, kl_coef)
+                loss = loss_of(log_probs, entropy)
+            tokens, metrics = tokens.after(log_probs), loss_of.metrics
             assert tokens.old_log_probs is not None
             state.old.put(micro.sequences, tokens.old_log_probs)
             per_token = metrics.pop("loss")

@@ -22,7 +22,7 @@ from mssr.actor.update import PolicyUpdater
 from mssr.config import Config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.bounded_cache import BoundedCache
-from mssr.models.loading import compute_dtype, empty_model, load_model
+from mssr.models.loading import compute_dtype, load_model
 from mssr.models.lora import WithoutAdapters, add_adapters, full_weights
 from mssr.models.policy import PolicyModel
 from mssr.rollout.heartbeat import beat
@@ -35,7 +35,6 @@ class PolicyWorker:
     Args:
         device: "cpu" or "cuda".
         init_method: where the ranks meet, see `init_process_group`.
-        local_rank: which of the visible GPUs.
         set_threads: give torch ``cluster.threads_per_actor`` threads.
     """
 
@@ -45,12 +44,11 @@ class PolicyWorker:
         rank: int,
         init_method: str,
         device: str = "cpu",
-        local_rank: int = 0,
         set_threads: bool = True,
     ) -> None:
         self.config = config
         self.rank = rank
-        self.device = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+        self.device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         if set_threads and device == "cpu":
             torch.set_num_threads(config.cluster.threads_per_actor)
         torch.manual_seed(config.seed)
@@ -99,7 +97,7 @@ class PolicyWorker:
 
     def _build(self, mesh: DeviceMesh, weights: InitialWeights, trainable: bool, last: bool) -> PolicyModel:
         actor = self.config.actor
-        hf_model = empty_model(self.config.model, torch.float32)
+        hf_model = load_model(self.config.model, torch.float32, empty=True)
         hf_model.requires_grad_(trainable)
         if trainable:
             self._add_adapters(hf_model)

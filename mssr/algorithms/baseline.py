@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mssr.algorithms.advantages import Floats
-from mssr.algorithms.checks import check_number
+from mssr.algorithms.checks import check_number, per_prompt
 from mssr.algorithms.id_table import IdTable, Keys, Rows, grown, is_keys
 from mssr.errors import check_version
 
@@ -96,9 +96,7 @@ class BetaBaseline:
 
         To be asked before a step is spent: `update` takes no others.
         """
-        r = np.asarray(rewards, np.float64)
-        if r.shape != (len(ids),):
-            raise ValueError(f"{len(ids)} prompt ids need rewards of shape ({len(ids)},), not {r.shape}")
+        r = per_prompt("rewards", rewards, len(ids))
         wrong = np.flatnonzero(~((r >= 0) & (r <= 1)))  # the negation also catches NaN
         if len(wrong):
             i = int(wrong[0])
@@ -160,12 +158,7 @@ class BetaBaseline:
         keys = self._table.keys(ids)
         check_number("strength", strength)
         check_number("smoothing", smoothing, ">= 0")
-        s, n = np.asarray(successes, np.float64), np.asarray(trials, np.float64)
-        for name, array in (("successes", s), ("trials", n)):
-            if array.shape != (len(keys),):
-                raise ValueError(
-                    f"{len(keys)} prompt ids need {name} of shape ({len(keys)},), not {array.shape}"
-                )
+        s, n = per_prompt("successes", successes, len(keys)), per_prompt("trials", trials, len(keys))
         _refuse(ids, ~((n >= 1) & (n == np.floor(n)) & np.isfinite(n)), "needs a whole number of trials >= 1")
         _refuse(ids, ~((s >= 0) & (s <= n)), "needs a sum of rewards in [0, its number of trials]")
         _refuse(ids, IdTable().insert(keys) != np.arange(len(keys)), "occurs twice")

@@ -24,7 +24,7 @@ class LocalCluster(Cluster):
     def __init__(self, config: Config, stop: Callable[[], bool]) -> None:
         import torch
 
-        self._stop = stop
+        self.config, self._stop = config, stop
         device = resolve_device(config.cluster.device)
         self._scratch = tempfile.TemporaryDirectory(prefix="mssr-")
         # vLLM replaces torch.set_num_threads; the count of the whole process is set before.

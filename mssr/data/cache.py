@@ -22,7 +22,7 @@ VERSION = 3
 """Part of every name: raise it when the meaning of a file changes."""
 
 SETTLED_S = 2.0
-"""A file that changed so recently may change again with the same time stamp: its hash is not kept."""
+"""A file that changed so recently may change again with the same time stamp."""
 
 
 class DataCache:
@@ -65,13 +65,12 @@ class DataCache:
         return digest_of([self._file_hash(path) for path in files])
 
     def _file_hash(self, path: Path) -> str:
-        stat = path.stat()
-        state = digest_of(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-        known = self.load("files", state)
+        state = settled_state(path)
+        known = None if state is None else self.load("files", state)
         if known is not None:
             return str(known["hash"][0].as_py())
         found = hash_of_file(path)
-        if time.time() - stat.st_mtime > SETTLED_S:
+        if state is not None:
             self.save("files", state, pa.table({"hash": [found]}))
         return found
 
@@ -83,6 +82,13 @@ def digest_of(*parts: Any) -> str:
     """32 hexadecimal digits: a hash of values that JSON can hold."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def settled_state(path: Path) -> str | None:
+    """A hash of name, size and time of the last change; None for a file that may change again unnoticed."""
+    stat = path.stat()
+    settled = time.time() - stat.st_mtime > SETTLED_S
+    return digest_of(str(path.resolve()), stat.st_size, stat.st_mtime_ns) if settled else None
 
 
 def hash_of_file(path: Path) -> str:

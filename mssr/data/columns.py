@@ -67,15 +67,14 @@ def resolve_columns(table: Table, config: DataConfig, name: str) -> Columns:
     """
     rows = _sample(table)
     config = replace(config, **_chat_columns(table, config, rows))
-    required = {"data.problem_column": config.problem_column, "data.answer_column": config.answer_column}
-    if config.id_column:
-        required["data.id_column"] = config.id_column
-    for key, column in required.items():
+    required = ["problem_column", "answer_column", *(["id_column"] if config.id_column else [])]
+    for key in required:
+        column = getattr(config, key)
         if not _has(table, column):
-            remedy = "; null takes a hash of the content" if key == "data.id_column" else ""
+            remedy = "; null takes a hash of the content" if key == "id_column" else ""
+            present = ", ".join(map(repr, table.column_names))
             raise UserError(
-                f"{name} has no column {column!r} ({key}{remedy}); its columns are "
-                f"{', '.join(map(repr, table.column_names))}"
+                f"{name} has no column {column!r} (data.{key}{remedy}); its columns are {present}"
             )
     notes, unread = _notes(table, config, name, rows), _unread_images(table, config, rows)
     if not _has(table, config.images_column):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
+import mmap
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mssr.data.pages import release_pages
 from mssr.data.text_rows import convert
 from mssr.errors import UserError
 
@@ -110,12 +112,13 @@ class TextTable(Table):
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
         self._texts = self._dataset.data.column("text")
         self._numbers = np.arange(len(self._texts))
-        first = [json.loads(text) for text in self._texts[:SAMPLED_ROWS].to_pylist()]
+        first = (json.loads(text.as_py()) for text in self._texts[:SAMPLED_ROWS])
         self.column_names = list(
             dict.fromkeys(k for cells in first if isinstance(cells, dict) for k in cells)
         )
         if not self.column_names:
-            why = f"no row that is a JSON object (row 0: {first[0]}); {JSON_FORMS}"
+            problem = json.loads(self._texts[0].as_py())
+            why = f"no row that is a JSON object (row 0: {problem}); {JSON_FORMS}"
             raise UserError(f"data file {files[0]} has {why}")
 
     def __len__(self) -> int:
@@ -126,21 +129,39 @@ class TextTable(Table):
         file = int(np.searchsorted(self._starts, row, "right")) - 1
         return f"{self.files[file]} row {row - self._starts[file]}"
 
+    def _read(self, numbers: Sequence[int]) -> list[dict[str, Any] | str]:
+        """Rows, or what is wrong with them."""
+        self._count(numbers, 1)
+        return [json.loads(self._texts[int(self._numbers[number])].as_py()) for number in numbers]
+
     def cells(self, number: int) -> dict[str, Any]:
-        self._count([number], 1)
-        cells = json.loads(self._texts[int(self._numbers[number])].as_py())
+        (cells,) = self._read([number])
         if isinstance(cells, str):
             raise ValueError(cells)
-        assert isinstance(cells, dict)
         return cells
 
     def column(self, name: str, numbers: Sequence[int]) -> list[Any]:
-        self._count(numbers, 1)
-        rows = (json.loads(self._texts[int(self._numbers[number])].as_py()) for number in numbers)
-        return [cells.get(name) if isinstance(cells, dict) else None for cells in rows]
+        return [None if isinstance(cells, str) else cells.get(name) for cells in self._read(numbers)]
 
     def select(self, numbers: np.ndarray) -> None:
         self._numbers = self._numbers[numbers]
 
     def narrow(self, columns: Sequence[str]) -> None:
         """Nothing: a row is one text."""
+
+
+def release_pages(files: Iterable[str]) -> None:
+    """Give back the pages of all read-only mappings of these files, which count as a process's memory as far
+    as they were read. The next access maps them again, from the system's page cache. Linux only."""
+    if not sys.platform.startswith("linux"):
+        return
+    wanted = {os.path.realpath(file) for file in files}
+    libc = ctypes.CDLL(None)
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            # address range, permissions, offset, device, inode, path
+            fields = line.rstrip("\n").split(maxsplit=5)
+            if len(fields) == 6 and fields[5] in wanted and "w" not in fields[1]:
+                start, end = (int(address, 16) for address in fields[0].split("-"))
+                length = ctypes.c_size_t(end - start)
+                libc.madvise(ctypes.c_void_p(start), length, mmap.MADV_DONTNEED)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from mssr.data.cache import hash_of_file
+from mssr.data.cache import hash_of_file, settled_state
 from mssr.data.messages import is_messages
 from mssr.errors import UserError
 
@@ -55,6 +55,8 @@ def convert(path: Path) -> Any:
     if path.stat().st_size == 0:
         raise UserError(f"data file {path} is empty")
 
+    content = settled_state(path) or hash_of_file(path)
+
     def examples() -> Iterator[dict[str, str]]:
         delimiter = DELIMITERS.get(path.suffix.lower())
         rows = iter(_csv_rows(path, delimiter) if delimiter else _json_rows(path))
@@ -69,7 +71,7 @@ def convert(path: Path) -> Any:
         return datasets.Dataset.from_generator(
             examples,
             features=datasets.Features(text=datasets.Value("large_string")),
-            fingerprint=f"mssr-rows-{VERSION}{path.suffix.lower()}-{hash_of_file(path)}",
+            fingerprint=f"mssr-rows-{VERSION}{path.suffix.lower()}-{content}",
             writer_batch_size=ROWS_IN_MEMORY,
         )
     finally:

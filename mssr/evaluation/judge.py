@@ -294,13 +294,8 @@ def apply(judge: Judge, benchmark: Benchmark, answers: Sequence[tuple[Item, str,
     """
     result = [verdict for _, _, verdict in answers]
     left = [k for k, (item, _, verdict) in enumerate(answers) if benchmark.undecided(item, verdict)]
-    judged = judge.verdicts(
-        [
-            JudgeInput(benchmark.judged_question(item), benchmark.judged_answer(item), response)
-            for item, response, _ in (answers[k] for k in left)
-        ]
-    )
-    for k, correct in zip(left, judged, strict=True):
+    asked = [JudgeInput(*benchmark.judged(answers[k][0]), answers[k][1]) for k in left]
+    for k, correct in zip(left, judge.verdicts(asked), strict=True):
         status: Status = "judge_failed" if correct is None else "right" if correct else result[k].status
         result[k] = Verdict(bool(correct), result[k].extracted, status, "judge")
     return result

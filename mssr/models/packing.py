@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -47,21 +46,9 @@ class PackedBatch:
     """Of the pixels."""
 
     def to(self, device: torch.device) -> PackedBatch:
-        moved = {}
-        for name in self.__slots__:
-            value = getattr(self, name)
-            moved[name] = value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        return PackedBatch(**moved)
-
-    @property
-    def attention_kwargs(self) -> dict[str, Any]:
-        """Where the sequences are, for attention that needs no mask."""
-        return {
-            "cu_seq_lens_q": self.cu_seqlens,
-            "cu_seq_lens_k": self.cu_seqlens,
-            "max_length_q": self.max_length,
-            "max_length_k": self.max_length,
-        }
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from gpu_update import make_batches, make_config
 from report import arguments, in_turn, publish, table
-from workload import PROMPT, RESPONSE_LIMIT, SHAPES, draw_lengths, write_model, write_rows
+from workload import PROMPT, RESPONSE_LIMIT, SHAPES, VOCABULARY, draw_lengths, write_model, write_rows
 
 from mssr.actor.planning import MicroBatch, UpdatePlan
 from mssr.actor.update import PolicyUpdater
@@ -93,7 +93,7 @@ def throughput(args: argparse.Namespace, scratch: Path) -> list[tuple[str, ...]]
     of_step = draw_lengths(args.step, 1, args.scale)
     prompts, responses = (x[: args.sequences] for x in of_step)
     config = make_config(args, scratch / "model", write_rows(scratch, prompts, args.scale))
-    [batch] = make_batches(config, args.sequences, SHAPES[args.size]["vocab"], responses)
+    [batch] = make_batches(config, args.sequences, VOCABULARY[args.size], responses)
     lengths = batch.lengths
     worker = PolicyWorker(config, 0, f"file://{scratch}/rendezvous", args.device)
     packing = worker.updater

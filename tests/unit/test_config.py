@@ -31,6 +31,8 @@ DIGITS = Path(__file__).parents[2] / "configs/digits/mssr.yaml"
         ("trainer.steps=many", "trainer.steps"),
         ("rollout.n=1.5", "rollout.n"),
         ("actor=3", "actor"),
+        ("actor.lr.x=1", "unknown key actor.lr.x, did you mean actor.lr?"),
+        ("trainer.loggers={}", "has the wrong type"),
         ("trainer.steps=0", "trainer.steps=0 must be greater than 0"),
         ("rollout.engine=sglang", "rollout.engine=sglang must be one of vllm, hf"),
         ("algorithm.name=mssrr", "did you mean 'mssr'"),
@@ -185,9 +187,9 @@ def test_the_reference_is_what_the_fields_say() -> None:
     assert len(rows) == sum(not option.section for option in describe(Config).values())
     [window] = [row for row in rows if "`algorithm.discount.window`" in row]
     assert window == (
-        "| `algorithm.discount.window` | `20` | Steps over which the KL is averaged. Range: `> 0`. | "
-        "`algorithm.name takes it` and `algorithm.discount.eta = null` and `kl_source != last_visit` | "
-        "refused | unread |"
+        "| `algorithm.discount.window` | `20` | `> 0` | Steps over which the KL is averaged. | "
+        "`algorithm.name takes it and algorithm.discount.eta = null and kl_source != last_visit` | refused | "
+        "unread |"
     )
 
 

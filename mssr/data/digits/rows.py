@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import PIL.Image
 
 DIGIT_SIDE = 56
 """Pixels of one digit: 4 x 4 patches, 2 x 2 merged tokens, one attention window of the tiny model."""
@@ -85,14 +86,13 @@ class Example:
 
 def load_scans(seed: int = 0) -> ScanSplit:
     """Read scikit-learn's scans, enlarge them sevenfold and divide them by ``seed``."""
-    from PIL import Image
     from sklearn.datasets import load_digits
 
     bundle = load_digits()
     # 0 is paper and 16 is ink; the enlarged scan should look like pen on paper.
     grey = np.round(255 - bundle.images * (255 / 16)).astype(np.uint8)
-    side = (DIGIT_SIDE, DIGIT_SIDE)
-    pixels = np.stack([np.asarray(Image.fromarray(g).resize(side, Image.Resampling.BICUBIC)) for g in grey])
+    side, bicubic = (DIGIT_SIDE, DIGIT_SIDE), PIL.Image.Resampling.BICUBIC
+    pixels = np.stack([np.asarray(PIL.Image.fromarray(g).resize(side, bicubic)) for g in grey])
     order = np.random.default_rng([seed, 0]).permutation(len(pixels))
     cut = len(order) * 4 // 5
     train, val = (
@@ -131,23 +131,18 @@ def write_parquet(scans: Scans, examples: list[Example], split: str, path: Path)
 
     text = Value("string")
     features = Features(id=text, images=Sequence(Image()), problem=text, answer=text, kind=text)
-    rows = [
-        {
-            "id": f"{split}-{index:05d}",
-            "images": [{"bytes": _png(pair_image(scans, example.left, example.right)), "path": None}],
-            "problem": f"<image>{example.question}",
-            "answer": str(scans.answer(example)),
-            "kind": example.kind,
-        }
-        for index, example in enumerate(examples)
-    ]
+    rows = []
+    for index, example in enumerate(examples):
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(pair_image(scans, example.left, example.right)).save(buffer, format="PNG")
+        rows.append(
+            {
+                "id": f"{split}-{index:05d}",
+                "images": [{"bytes": buffer.getvalue(), "path": None}],
+                "problem": f"<image>{example.question}",
+                "answer": str(scans.answer(example)),
+                "kind": example.kind,
+            }
+        )
     # Not Dataset.to_parquet: that shows a progress bar of its own.
     pq.write_table(Dataset.from_list(rows, features=features).data.table, path)
-
-
-def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()

@@ -109,12 +109,9 @@ def prepare(out: Path, seed: int = 0, quiet: bool = False, settings: DigitsSetti
             _publish(partial, out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    share = summary["accuracy"]
+    sampled, careful = summary["accuracy"]["sampled"], summary["accuracy"]["careful"]
     _say(quiet, f"digits: {settings.train_rows} + {settings.val_rows} rows and the base model are in {out}")
-    _say(
-        quiet,
-        f"digits: the model is right {share['sampled']:.0%} of the time, {share['careful']:.0%} if it looks",
-    )
+    _say(quiet, f"digits: the model is right {sampled:.0%} of the time, {careful:.0%} if it looks")
 
 
 def fingerprint(seed: int, settings: DigitsSettings) -> str:
@@ -160,18 +157,15 @@ def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings) -> di
             "careful": accuracy(encoder, scans.val, val, seed, careful=True),
         }
     parameters = sum(p.numel() for p in model.parameters())
-    (folder / "README.md").write_text(
-        README.format(seed=seed, train=len(train), val=len(val), millions=parameters / 1e6, **share)
-    )
+    told = {"seed": seed, "train": len(train), "val": len(val), "millions": parameters / 1e6} | share
+    (folder / "README.md").write_text(README.format(**told))
+    libraries = {name: version(name) for name in ("torch", "transformers", "scikit-learn")}
     return {
         "task": "digits",
         "task_version": TASK_VERSION,
         "seed": seed,
         "settings": asdict(settings),
-        "versions": {
-            "mssr": mssr.__version__,
-            **{name: version(name) for name in ("torch", "transformers", "scikit-learn")},
-        },
+        "versions": {"mssr": mssr.__version__} | libraries,
         "rows": {"train": len(train), "val": len(val)},
         "parameters": parameters,
         "accuracy": {name: round(value, 4) for name, value in share.items()},
