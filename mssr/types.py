@@ -69,7 +69,8 @@ class Rollout:
 class PackedRollouts:
     """K rollouts as few arrays, for the way to the driver and for checkpoints; see `Rollout`.
 
-    To restore an array costs about as much as the rest of a rollout, and a step has thousands.
+    To restore an array costs about as much as the rest of a rollout, and a step has thousands. So the P
+    tokens of every prompt, and the T tokens and log-probs of every response, are laid end to end.
     """
 
     prompt_ids: list[str]
@@ -80,13 +81,10 @@ class PackedRollouts:
     prompt_lengths: npt.NDArray[np.int64]
     """(K,) P of each."""
     prompt_tokens: npt.NDArray[np.int32]
-    """(sum of P,)"""
     lengths: npt.NDArray[np.int64]
     """(K,) T of each."""
     tokens: npt.NDArray[np.int32]
-    """(sum of T,) of the responses."""
     log_probs: npt.NDArray[np.float32]
-    """(sum of T,)"""
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout]) -> PackedRollouts:

@@ -22,6 +22,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+FORK = multiprocessing.get_context("fork")
 STEP = "step_oracle update_by_value"
 NUMBERS = "defaults_and_states ranges"
 TESTS = {
@@ -146,50 +148,46 @@ class _Replaced(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoad
 def run(names: list[str], mutant: Mutant | None, limit_s: float, workspace: Any) -> tuple[str, float]:
     """survived, killed or timeout; and the seconds. In a process of its own."""
     start = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        os.setpgid(0, 0)
-        status = 99
-        try:
-            sink = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(sink, 1)
-            os.dup2(sink, 2)
-            if mutant is not None:
-                sys.meta_path.insert(0, _Replaced(mutant))
-            import pytest
+    child = FORK.Process(target=_run_tests, args=(names, mutant, workspace))
+    child.start()
+    child.join(limit_s)
+    outcome = "killed" if child.exitcode else "survived"
+    if child.exitcode is None:
+        os.killpg(child.pid or 0, signal.SIGKILL)
+        child.join()
+        outcome = "timeout"
+    return outcome, time.monotonic() - start
 
-            import tests.conftest
 
-            tests.conftest.make_workspace = lambda path: workspace
-            basetemp = tempfile.mkdtemp(prefix="mssr-mutant-")
-            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={basetemp}"]
-            for name in names:  # one by one, so that what comes later need not be imported
-                status = int(pytest.main([*options, name]))
-                if status:
-                    break
-        finally:
+def _run_tests(names: list[str], mutant: Mutant | None, workspace: Any) -> None:
+    os.setpgid(0, 0)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    if mutant is not None:
+        sys.meta_path.insert(0, _Replaced(mutant))
+    import pytest
+
+    import tests.conftest
+
+    tests.conftest.make_workspace = lambda path: workspace
+    basetemp = tempfile.mkdtemp(prefix="mssr-mutant-")
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={basetemp}"]
+    for name in names:  # one by one, so that what comes later need not be imported
+        if status := int(pytest.main([*options, name])):
             os._exit(status)
-    while time.monotonic() - start < limit_s:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            outcome = "survived" if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0 else "killed"
-            return outcome, time.monotonic() - start
-        time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return "timeout", time.monotonic() - start
+    os._exit(0)
 
 
 def _workspace() -> Any:
-    """The one of all tests, made once."""
+    """The one of all tests, made once, and in a process that may import mssr."""
     from tests import conftest
 
     path = Path(tempfile.mkdtemp(prefix="mssr-mutants-"))
-    child = os.fork()
-    if child == 0:
-        conftest.make_workspace(path)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+    child = FORK.Process(target=conftest.make_workspace, args=(path,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
     return conftest.Workspace(path)
 
 
@@ -200,13 +198,10 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=list(TESTS), help="modules")
     parser.add_argument("--all", action="store_true", help="not one of a kind")
     parser.add_argument("--sample", type=int, help="so many mutants, at random")
-    parser.add_argument(
-        "--again", action="store_true", help="run survivors of --out again, with the tests of now"
-    )
+    parser.add_argument("--again", action="store_true", help="run survivors of --out again")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--out", type=Path, default=Path("mutation.jsonl"), help="added to; what is in it is not run again"
-    )
+    help_out = "added to; what is in it is not run again"
+    parser.add_argument("--out", type=Path, default=Path("mutation.jsonl"), help=help_out)
     args = parser.parse_args()
     everything = [mutant for path in args.only for mutant in mutants(path)]
     print(f"{len(everything)} mutants", end="")
@@ -219,6 +214,7 @@ def main() -> int:
     if args.out.exists():
         records = map(json.loads, args.out.open())
         known = {(r["path"], r["operator"], r["occurrence"]): r for r in records}
+    sys.path.insert(0, str(ROOT))
     for library in IMPORTED.split():
         importlib.import_module(library)
     assert not any(name.split(".")[0] == "mssr" for name in sys.modules)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from mssr.algorithms import advantages
 from mssr.algorithms.base import Algorithm
@@ -28,9 +27,6 @@ from mssr.algorithms.kl_control import KLController
 from mssr.algorithms.registry import create, get, names, options, register
 from mssr.algorithms.reinforce_pp import ReinforcePP, ReinforcePPBaseline
 from mssr.algorithms.single_rollout import MSSR, MVSR, SPO
-
-if TYPE_CHECKING:
-    from mssr.algorithms import correction, losses, policy_losses, shaping
 
 __all__ = [
     "GRPO",

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mssr.algorithms.advantages import Floats, FloatVector, Ints, check_penalties
+from mssr.algorithms.checks import per_prompt
 from mssr.errors import check_version
 
 if TYPE_CHECKING:
@@ -48,8 +49,6 @@ class Algorithm(ABC):
     """How prompts are drawn unless the user says otherwise: "epochs" or "uncertainty"."""
     bounded_rewards: ClassVar[bool] = False
     """Whether rewards must be in [0, 1]. KL then cannot be in the reward."""
-    token_level: ClassVar[bool] = False
-    """Whether `token_advantages` gives the tokens of a response different advantages."""
     kl_source: str = "update"
     """The KL that `observe` is to be given: "update" (policies before and after the step), "reference"
     (policy and frozen base model), or "last_visit" (how far the policy has moved on a prompt's previous
@@ -77,8 +76,8 @@ class Algorithm(ABC):
             a baseline.
 
         Raises:
-            ValueError: The lengths differ, a reward is not finite (or not in [0, 1] where they are
-                bounded), or the method cannot use such a batch.
+            ValueError: A reward is not in [0, 1] where they are bounded, or the method cannot use such a
+                batch.
         """
 
     def token_advantages(
@@ -101,8 +100,7 @@ class Algorithm(ABC):
             (N,) float32 advantages, and the metrics of `advantages`.
 
         Raises:
-            ValueError: As `advantages`; or there are not as many penalties as tokens, or one is not
-                finite, or rewards are bounded, which a penalty would not respect.
+            ValueError: As `advantages`; or rewards are bounded, which a penalty would not respect.
         """
         if self.bounded_rewards:
             raise ValueError(f"{self.name} takes rewards in [0, 1] only, so KL cannot be in the reward")
@@ -154,7 +152,7 @@ class Algorithm(ABC):
         """Go on exactly where `state_dict` was taken. MVSR, MSSR and SPO read each other's state.
 
         Raises:
-            ValueError: The state has another version, or is of a method that keeps other things.
+            ValueError: The state is of a method that keeps other things.
         """
         check_version(state, _STATE_VERSION, self.name)
         parts = self._parts()
@@ -177,12 +175,10 @@ def group_indices(prompt_ids: Sequence[str]) -> Ints:
 def signal_metrics(
     advantages: FloatVector, degenerate: bool | npt.NDArray[np.bool_], lengths: Ints
 ) -> dict[str, float]:
-    """The metrics that every method reports.
+    """The metrics that every method reports, of (B,) advantages, or (N,) of the tokens.
 
-    Args:
-        advantages: (B,) float32, or (N,) of the tokens.
-        degenerate: (B,) True for a rollout without signal, or whether that is so for all.
-        lengths: (B,) response lengths; an empty response has no token that could learn.
+    ``degenerate`` is (B,) True for a rollout without signal, or whether that is so for all; an empty
+    response, of which ``lengths`` tells, has no token that could learn.
     """
     return {
         "advantage/std": float(np.std(advantages, dtype=np.float64)) if len(advantages) else 0.0,
@@ -193,23 +189,14 @@ def signal_metrics(
 def check_batch(
     prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike
 ) -> tuple[Floats, Ints]:
-    """(B,) rewards and (B,) lengths as arrays.
-
-    Raises:
-        ValueError: There are not as many ids as rewards as lengths, the ids are a single string, or
-            the lengths are no whole numbers >= 0.
-    """
+    """(B,) rewards and (B,) lengths as arrays; ValueError unless lengths are whole numbers >= 0."""
     if isinstance(prompt_ids, str):
         raise ValueError(f"prompt ids must be a sequence of strings, not the single string {prompt_ids!r}")
-    b = len(prompt_ids)
-    r, tokens = np.asarray(rewards, np.float64), np.asarray(lengths)
-    for name, array in (("rewards", r), ("lengths", tokens)):
-        if array.shape != (b,):
-            raise ValueError(f"{b} prompt ids need {name} of shape ({b},), not {array.shape}")
-    if tokens.dtype.kind not in "iu" and not (tokens == np.floor(tokens)).all():  # NaN differs from itself
-        raise ValueError(
-            f"lengths must be whole numbers of tokens, not {tokens[tokens != np.floor(tokens)][0]}"
-        )
-    if b and tokens.min() < 0:
-        raise ValueError(f"lengths must be >= 0, not {tokens.min()}")
+    r = per_prompt("rewards", rewards, len(prompt_ids))
+    tokens = per_prompt("lengths", lengths, len(prompt_ids))
+    parts = tokens != np.floor(tokens)  # NaN too, which differs from itself
+    if parts.any():
+        raise ValueError(f"lengths must be whole numbers of tokens, not {tokens[parts][0]}")
+    if (tokens < 0).any():
+        raise ValueError(f"lengths must be >= 0, not {tokens.min():g}")
     return r, tokens.astype(np.int64)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mssr.algorithms.advantages import Floats
-from mssr.algorithms.checks import check_number
+from mssr.algorithms.checks import check_number, per_prompt
 from mssr.algorithms.id_table import IdTable, Keys, Rows, grown, is_keys
 from mssr.errors import check_version
 
@@ -96,9 +96,7 @@ class BetaBaseline:
 
         To be asked before a step is spent: `update` takes no others.
         """
-        r = np.asarray(rewards, np.float64)
-        if r.shape != (len(ids),):
-            raise ValueError(f"{len(ids)} prompt ids need rewards of shape ({len(ids)},), not {r.shape}")
+        r = per_prompt("rewards", rewards, len(ids))
         wrong = np.flatnonzero(~((r >= 0) & (r <= 1)))  # the negation also catches NaN
         if len(wrong):
             i = int(wrong[0])
@@ -126,9 +124,10 @@ class BetaBaseline:
         for k in range(visit.max(initial=-1) + 1):
             # The k-th visits of all prompts at once: no row occurs twice among them.
             now = np.flatnonzero(visit == k)
-            kept = keep[now] * self._counts.take(rows[now], axis=0)
+            row = rows[now]
+            counts = keep[now] * self._counts.take(row, axis=0) + observed[now]
             for column in (0, 1):  # four times as fast as both at once
-                self._counts[rows[now], column] = kept[:, column] + observed[now, column]
+                self._counts[row, column] = counts[:, column]
         self._value_units += _units(self._values_of(once))
         self._reward_sum += math.fsum(r)  # exact, so that the order of a batch changes nothing
         self._reward_count += len(r)
@@ -160,12 +159,7 @@ class BetaBaseline:
         keys = self._table.keys(ids)
         check_number("strength", strength)
         check_number("smoothing", smoothing, ">= 0")
-        s, n = np.asarray(successes, np.float64), np.asarray(trials, np.float64)
-        for name, array in (("successes", s), ("trials", n)):
-            if array.shape != (len(keys),):
-                raise ValueError(
-                    f"{len(keys)} prompt ids need {name} of shape ({len(keys)},), not {array.shape}"
-                )
+        s, n = per_prompt("successes", successes, len(keys)), per_prompt("trials", trials, len(keys))
         _refuse(ids, ~((n >= 1) & (n == np.floor(n)) & np.isfinite(n)), "needs a whole number of trials >= 1")
         _refuse(ids, ~((s >= 0) & (s <= n)), "needs a sum of rewards in [0, its number of trials]")
         _refuse(ids, IdTable().insert(keys) != np.arange(len(keys)), "occurs twice")
@@ -261,6 +255,9 @@ def _refuse(ids: Sequence[str], wrong: npt.NDArray[np.bool_], why: str) -> None:
 
 def _occurrence(rows: Rows) -> Rows:
     """How many times each entry occurred before: [5, 7, 5, 5] -> [0, 0, 1, 2]."""
+    in_order = np.sort(rows)
+    if (in_order[1:] != in_order[:-1]).all():  # mostly so, and this is fast
+        return np.zeros(len(rows), np.int64)
     order = np.argsort(rows, kind="stable")
     is_first = np.diff(rows[order], prepend=-1) != 0
     position = np.arange(len(rows))

@@ -1,9 +1,12 @@
-"""What an option may be: each of these raises ValueError with the option's name."""
+"""What an option or an argument may be: each of these raises ValueError with its name."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 
 def check_number(name: str, value: float | None, bounds: str = "> 0", *, optional: bool = False) -> None:
@@ -27,3 +30,11 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """One of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def per_prompt(name: str, values: npt.ArrayLike, count: int) -> npt.NDArray[np.float64]:
+    """(count,) float64 ``values``, one for each prompt id."""
+    array = np.asarray(values, np.float64)
+    if array.shape != (count,):
+        raise ValueError(f"{count} prompt ids need {name} of shape ({count},), not {array.shape}")
+    return array

@@ -7,7 +7,7 @@ Per response token, with A the advantage, H the entropy, w the rollout correctio
            + anchor_coef * k3_t(pi, pi without the image) - entropy_coef * H_t
     loss = sum_t weight_t * l_t / denominator                            by the aggregation
 
-A loss in which every token stands for itself can be taken part by part, see `LossInParts`.
+A loss in which every token stands for itself can be taken part by part, see `MicroBatchLoss`.
 
 Pure torch, no model and no config: the actor fills in what it measured.
 """
@@ -67,12 +67,11 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised."""
+    """What is minimised; `MicroBatchLoss` is its value."""
 
     loss: str = "ppo"
     """Name of the policy loss, see `mssr.algorithms.policy_losses`."""
     loss_options: Mapping[str, Any] = field(default_factory=dict)
-    """Its options."""
     aggregation: str = "token_mean"
     """token_mean, sequence_mean or constant_length."""
     constant_length: int | None = None
@@ -97,31 +96,6 @@ class Objective:
         """Of a whole mini-batch, over all ranks, from the (S,) lengths of its responses."""
         return aggregation_denominator(lengths, self.aggregation, self.constant_length)
 
-    def __call__(
-        self,
-        tokens: TokenBatch,
-        log_probs: torch.Tensor,
-        entropy: torch.Tensor,
-        denominator: float,
-        kl_coef: float = 0.0,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The part of the loss that these tokens contribute.
-
-        Args:
-            tokens: of whole sequences, with old log-probs.
-            log_probs: (N,) of the policy in training, with gradient.
-            entropy: (N,) exact entropy of its next-token distributions, with gradient.
-            denominator: of the mini-batch, see `denominator`.
-            kl_coef: weight of the KL to the reference; it may change from step to step.
-
-        Returns:
-            () loss with gradient, and (N,) tensors without, by metric name; ``loss`` is each token's before
-            aggregation.
-        """
-        weights = aggregation_weights(tokens.lengths, self.aggregation, self.constant_length)
-        correction = self._correct(tokens)
-        return self._evaluate(tokens, log_probs, entropy, weights, correction, denominator, kl_coef)
-
     def token_wise(self, old_known: bool) -> bool:
         """Whether no token's loss depends on the log-probs of others in the forward pass to come.
 
@@ -132,50 +106,8 @@ class Objective:
         levels = {self.correction.get(key, "none") for key in ("weight", "mask")}
         return is_token_wise(self._policy_loss) and (old_known or levels <= {"none", "token"})
 
-    def _evaluate(
-        self,
-        tokens: TokenBatch,
-        log_probs: torch.Tensor,
-        entropy: torch.Tensor,
-        weights: torch.Tensor | None,
-        correction: Correction | None,
-        denominator: float,
-        kl_coef: float,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """As `__call__`, with the two things that belong to whole sequences given: (N,) weights of the
-        aggregation, and the rollout correction, None where there is none."""
-        old = tokens.old_log_probs
-        assert old is not None
-        metrics: dict[str, torch.Tensor] = {"policy/entropy": entropy}
-        advantages = tokens.advantages
-        if self.shaping:
-            advantages = self._shaped(advantages, log_probs, entropy, metrics)
-        per_token, info = self._policy_loss(log_probs, old, advantages, tokens.lengths)
-        check_same_shape(log_probs=log_probs, loss=per_token, **info)  # it may be a user's
-        metrics |= {f"policy/{key}": value for key, value in info.items()}
-        mismatch = kl_penalty(tokens.engine_log_probs, old, kind="k3")
-        metrics["rollout/mismatch_kl"] = mismatch
-        if correction is not None:
-            factor, info = correction
-            per_token = factor * per_token
-            metrics |= {f"correction/{key}": value for key, value in info.items()}
-        if tokens.reference_log_probs is not None:
-            kl = kl_penalty(log_probs, tokens.reference_log_probs, kind=self.kl_estimator)
-            per_token = per_token + kl_coef * kl
-            # Always k3 in the metrics: k1 of one batch may be negative, and runs are to be comparable.
-            metrics["policy/kl_ref"] = kl_penalty(log_probs, tokens.reference_log_probs, kind="k3")
-        if tokens.anchor_log_probs is not None:
-            assert tokens.has_image is not None
-            anchor = kl_penalty(log_probs, tokens.anchor_log_probs, kind="k3") * tokens.has_image
-            per_token = per_token + self.anchor_coef * anchor
-            metrics["policy/kl_anchor"] = anchor
-        if self.entropy_coef:
-            per_token = per_token - self.entropy_coef * entropy
-        metrics["loss"] = per_token
-        loss = aggregate(per_token, denominator, weights)
-        return loss, {key: value.detach() for key, value in metrics.items()}
-
-    def _correct(self, tokens: TokenBatch) -> Correction | None:
+    def correct(self, tokens: TokenBatch) -> Correction | None:
+        """The rollout correction of tokens whose old log-probs are known; None where it is off."""
         if all(self.correction.get(key, "none") == "none" for key in ("weight", "mask")):
             return None
         assert tokens.old_log_probs is not None
@@ -183,66 +115,94 @@ class Objective:
             tokens.old_log_probs, tokens.engine_log_probs, tokens.lengths, **self.correction
         )
 
-    def _shaped(
+    def per_token(
         self,
-        a: torch.Tensor,
+        tokens: TokenBatch,
         log_probs: torch.Tensor,
         entropy: torch.Tensor,
-        metrics: dict[str, torch.Tensor],
-    ) -> torch.Tensor:
+        correction: Correction | None,
+        kl_coef: float,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(N,) loss of tokens `TokenBatch.after` their forward pass, and (N,) tensors by metric name."""
+        old, advantages = tokens.old_log_probs, tokens.advantages
+        assert old is not None
+        metrics = {"policy/entropy": entropy}
+        if self.shaping:
+            advantages, info = self._shaped(advantages, log_probs, entropy)
+            metrics |= {f"shaping/{key}": value for key, value in info.items()}
+        loss, info = self._policy_loss(log_probs, old, advantages, tokens.lengths)
+        check_same_shape(log_probs=log_probs, loss=loss, **info)  # it may be a user's
+        metrics |= {f"policy/{key}": value for key, value in info.items()}
+        metrics["rollout/mismatch_kl"] = kl_penalty(tokens.engine_log_probs, old, kind="k3")
+        if correction is not None:
+            factor, info = correction
+            loss = factor * loss
+            metrics |= {f"correction/{key}": value for key, value in info.items()}
+        if tokens.reference_log_probs is not None:
+            loss = loss + kl_coef * kl_penalty(log_probs, tokens.reference_log_probs, kind=self.kl_estimator)
+            # Always k3 in the metrics: k1 of one batch may be negative, and runs are to be comparable.
+            metrics["policy/kl_ref"] = kl_penalty(log_probs, tokens.reference_log_probs, kind="k3")
+        if tokens.anchor_log_probs is not None:
+            assert tokens.has_image is not None
+            anchor = kl_penalty(log_probs, tokens.anchor_log_probs, kind="k3") * tokens.has_image
+            loss = loss + self.anchor_coef * anchor
+            metrics["policy/kl_anchor"] = anchor
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * entropy
+        return loss, metrics
+
+    def _shaped(
+        self, a: torch.Tensor, log_probs: torch.Tensor, entropy: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The advantages with their bonus."""
         if self.shaping_entropy == "sampled":
             entropy = sampled_entropy(log_probs)
         bonus = entropy_bonus(a, entropy, coef=self.shaping_coef, divisor=self.shaping_divisor)
         shaped = a + bonus
-        metrics["shaping/mean"] = bonus
-        metrics["shaping/entropy_branch_fraction"] = (
-            self.shaping_coef * entropy <= a.abs() / self.shaping_divisor
-        )
-        metrics["shaping/sign_flip_fraction"] = (a < 0) & (shaped > 0)
-        return shaped
+        return shaped, {
+            "mean": bonus,
+            "entropy_branch_fraction": self.shaping_coef * entropy <= a.abs() / self.shaping_divisor,
+            "sign_flip_fraction": (a < 0) & (shaped > 0),
+        }
 
 
-class LossInParts:
-    """A token-wise objective on a micro-batch whose log-probs come part by part, in order.
+@dataclass(eq=False)
+class MicroBatchLoss:
+    """What a micro-batch adds to the loss: called with what its forward pass gives, at once or, where the
+    objective is `Objective.token_wise`, part by part in order."""
 
-    Args:
-        objective: `Objective.token_wise`.
-        tokens: all tokens of the micro-batch, of whole sequences.
-        denominator, kl_coef: as in `Objective.__call__`.
-    """
+    objective: Objective
+    tokens: TokenBatch
+    """All of the micro-batch, of whole sequences."""
+    denominator: float
+    """Of the mini-batch, see `Objective.denominator`."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference; it may change from step to step."""
 
-    def __init__(
-        self, objective: Objective, tokens: TokenBatch, denominator: float, kl_coef: float = 0.0
-    ) -> None:
-        old_known = tokens.old_log_probs is not None
-        assert objective.token_wise(old_known)
-        self._objective = objective
-        self._tokens = tokens
-        self._denominator = denominator
-        self._kl_coef = kl_coef
+    def __post_init__(self) -> None:
+        tokens, objective = self.tokens, self.objective
         self._weights = aggregation_weights(tokens.lengths, objective.aggregation, objective.constant_length)
-        self._correction = objective._correct(tokens) if old_known else None
+        # With known old log-probs it is of whole sequences, whichever part of them is asked for.
+        self._correction = None if tokens.old_log_probs is None else objective.correct(tokens)
         self._parts: list[dict[str, torch.Tensor]] = []
 
-    def __call__(self, log_probs: torch.Tensor, entropy: torch.Tensor, part: slice) -> torch.Tensor:
-        """() what the tokens ``part`` contribute to the loss, from their (n,) log-probs and entropies."""
-        tokens = self._tokens.after(log_probs, part)
-        weights = None if self._weights is None else self._weights[part]
-        if self._tokens.old_log_probs is None:
-            correction = self._objective._correct(tokens)
-        elif self._correction is not None:
-            factor, info = self._correction
+    def __call__(
+        self, log_probs: torch.Tensor, entropy: torch.Tensor, part: slice = slice(None)
+    ) -> torch.Tensor:
+        """() loss of the tokens ``part``, with gradient, from their (n,) log-probs and entropies."""
+        old_known = self.tokens.old_log_probs is not None
+        assert len(log_probs) == len(self.tokens.advantages) or self.objective.token_wise(old_known)
+        tokens, correction = self.tokens.after(log_probs, part), self._correction
+        if correction is not None:
+            factor, info = correction
             correction = factor[part], {key: value[part] for key, value in info.items()}
-        else:
-            correction = None
-        loss, metrics = self._objective._evaluate(
-            tokens, log_probs, entropy, weights, correction, self._denominator, self._kl_coef
-        )
-        self._parts.append(metrics)
-        return loss
+        elif not old_known:
+            correction = self.objective.correct(tokens)
+        loss, metrics = self.objective.per_token(tokens, log_probs, entropy, correction, self.kl_coef)
+        self._parts.append({key: value.detach() for key, value in (metrics | {"loss": loss}).items()})
+        return aggregate(loss, self.denominator, None if self._weights is None else self._weights[part])
 
     @property
     def metrics(self) -> dict[str, torch.Tensor]:
-        """(N,) by name, when all parts have come."""
+        """(N,) by name, without gradient, when all parts have come; ``loss`` is before aggregation."""
         return {key: torch.cat([part[key] for part in self._parts]) for key in self._parts[0]}

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
 from mssr.algorithms.checks import check_number
-from mssr.algorithms.plugins import Registry, bind, default_options
+from mssr.algorithms.plugins import Registry
 from mssr.algorithms.sequences import (
     check_lengths,
     check_same_shape,
@@ -81,17 +81,12 @@ def _check(function: Any, called: str) -> None:
             raise ValueError(f"option {option.name!r} of {called} must be keyword-only and have a default")
 
 
-LOSSES: Registry[PolicyLoss] = Registry("policy loss", "function", _check)
+LOSSES: Registry[PolicyLoss] = Registry("policy loss", "function", _check, inputs=len(_INPUTS))
 
-loss_names = LOSSES.names
-get_loss = LOSSES.get
+get_loss, bind_loss, loss_options = LOSSES.get, LOSSES.bind, LOSSES.options
 """A loss from a file may have attributes ``aggregation`` and ``token_wise``, as in `register_loss`. Its
-file is read at each call: a training resolves its loss once, with `bind_loss`."""
-
-
-def loss_options(name: str) -> dict[str, Any]:
-    """The options of a loss and their defaults, in the order of its signature."""
-    return default_options(get_loss(name), len(_INPUTS))
+file is read at each call: a training resolves its loss once, with `bind_loss`, to be called with the four
+tensors."""
 
 
 def loss_aggregation(name: str) -> str | None:
@@ -99,11 +94,6 @@ def loss_aggregation(name: str) -> str | None:
     aggregation = getattr(get_loss(name), "aggregation", None)
     _check_aggregation(aggregation, name)
     return aggregation
-
-
-def bind_loss(name: str, options: Mapping[str, Any]) -> PolicyLoss:
-    """The loss with its options filled in, to be called with the four tensors."""
-    return bind(f"policy loss {name!r}", get_loss(name), options, len(_INPUTS))
 
 
 def is_token_wise(loss: PolicyLoss) -> bool:
@@ -137,12 +127,8 @@ def ppo(
 
     PPO, arXiv 1707.06347; unequal bounds from DAPO, arXiv 2503.14476. Dual clip, arXiv 1912.09729:
     where A < 0 the loss is at most -dual_clip * A, because -rho*A has no upper bound there. A token
-    that either clip decided has no gradient.
-
-    Args:
-        clip_low: In [0, 1].
-        clip_high: >= 0.
-        dual_clip: > 1, or None for no dual clip.
+    that either clip decided has no gradient. clip_low is in [0, 1], clip_high >= 0, and dual_clip > 1, or
+    None for no dual clip.
     """
     _check_clips(clip_low, clip_high)
     if dual_clip is not None and not dual_clip > 1:
@@ -177,12 +163,8 @@ def gspo(
     response. arXiv 2507.18071: this is its GSPO-token form, which takes a different advantage for
     each token; where they are equal, the mean over the sequence has the value and the gradient of the
     sequence form, so aggregate it as ``sequence_mean``. Defaults: its section 5.1. Each log rho is
-    clamped before the mean, and a token beyond has no gradient. ``ratio`` is s.
-
-    Args:
-        lengths: Needed here.
-        clip_low: In [0, 1].
-        clip_high: >= 0. Both are small because s hardly moves: it is a mean over many tokens.
+    clamped before the mean, and a token beyond has no gradient. ``lengths`` are needed, and ``ratio`` is s.
+    clip_low in [0, 1] and clip_high >= 0 are small because s hardly moves: it is a mean over many tokens.
     """
     _check_clips(clip_low, clip_high)
     log_ratio, a = _inputs(log_probs, old_log_probs, advantages)
@@ -212,11 +194,7 @@ def cispo(
     keeps a gradient. The paper has no lower bound and does not state the upper one. Ours is a largest
     weight of 5, which ScaleRL (arXiv 2510.13786) calls eps_max and TRL recommends; verl's example has
     clip_low=10, clip_high=0.2. ``ratio`` is rho before the clip, and ``clip_fraction`` marks tokens whose
-    weight was clipped.
-
-    Args:
-        clip_low: >= 0; from 1 on there is no lower bound.
-        clip_high: >= 0.
+    weight was clipped. Both bounds are >= 0; with clip_low from 1 on there is no lower one.
     """
     _check_clips(clip_low, clip_high, largest_low=math.inf)
     log_ratio, a = _inputs(log_probs, old_log_probs, advantages)
@@ -239,10 +217,7 @@ def sapo(
 
     arXiv 2511.20347: a smooth gate in place of the clip. Its slope at rho = 1 is 1, so the gradient on
     policy is that of the others, and it falls off on both sides, faster for a larger tau. The paper
-    has tau_negative > tau_positive, because lowering one token raises all others.
-
-    Args:
-        tau_positive, tau_negative: > 0.
+    has tau_negative > tau_positive, because lowering one token raises all others. Both are > 0.
     """
     check_number("tau_positive", tau_positive)
     check_number("tau_negative", tau_negative)

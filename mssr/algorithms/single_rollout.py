@@ -98,13 +98,12 @@ class SingleRollout(Algorithm):
     def advantages(self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike) -> Signal:
         r, tokens = check_batch(prompt_ids, rewards, lengths)
         self.baseline.check_rewards(prompt_ids, r)  # now, not after the actor's update
-        keys = self.baseline.keys(prompt_ids)
-        advantages = estimators.single_rollout(
-            r, self.baseline.values(keys), self.eps, tokens if self.weighting == "token" else None
-        )
+        values = self.baseline.values(prompt_ids)
+        weights = tokens if self.weighting == "token" else None
+        advantages = estimators.single_rollout(r, values, self.eps, weights)
         # The batch is normalised as one: either all rollouts lack a signal or none does.
         metrics = signal_metrics(advantages, not advantages.any(), tokens)
-        metrics["baseline/unseen_fraction"] = self.baseline.unseen_fraction(keys)
+        metrics["baseline/unseen_fraction"] = self.baseline.unseen_fraction(prompt_ids)
         return advantages, metrics
 
     def observe(self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, kl: float | npt.ArrayLike) -> None:

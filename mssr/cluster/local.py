@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 
-from mssr.actor.worker import PolicyWorker, resolve_device
+from mssr.actor.worker import PolicyWorker
 from mssr.cluster.base import Cluster, OnFinished, SaveHandle, join_log_probs, rss_gib
 from mssr.config import Config
 from mssr.errors import StopRequestedError
 from mssr.models.bounded_cache import BoundedCache
 from mssr.models.encoded import EncodedPrompt
+from mssr.models.loading import resolve_device
 from mssr.rollout.engine import make_engine
 from mssr.rollout.queue import RequestQueue
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
@@ -24,7 +25,7 @@ class LocalCluster(Cluster):
     def __init__(self, config: Config, stop: Callable[[], bool]) -> None:
         import torch
 
-        self._stop = stop
+        self.config, self._stop = config, stop
         device = resolve_device(config.cluster.device)
         self._scratch = tempfile.TemporaryDirectory(prefix="mssr-")
         # vLLM replaces torch.set_num_threads; the count of the whole process is set before.

@@ -51,7 +51,7 @@ class DiscountConfig:
     the frozen base), last_visit (a prompt's previous response, scored again: an eta of its own for every
     prompt). null: last_visit for spo, else update."""
     half_life: float = option(0.06, "> 0", read_if="eta_rule = half_life")
-    """Mean change of a log-prob that halves the memory; read by eta_rule=half_life."""
+    """Mean change of a log-prob that halves the memory."""
 
 
 @dataclass
@@ -140,13 +140,10 @@ class AlgorithmConfig:
     """mssr, mvsr, spo, grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, lite_ppo, or
     path/to/file.py:Class."""
     baseline: BaselineConfig = section(BaselineConfig, read_if="algorithm.name takes it")
-    """Read by mssr, mvsr and spo."""
     discount: DiscountConfig = section(
         DiscountConfig, read_if="algorithm.name takes it and algorithm.discount.eta = null"
     )
-    """Read by mssr, mvsr and spo."""
     shaping: ShapingConfig = section(ShapingConfig, read_if="algorithm.shaping.enabled = true")
-    """Read where shaping is on."""
     loss: LossConfig = section(LossConfig)
     kl: KLConfig = section(KLConfig)
     correction: CorrectionConfig = section(CorrectionConfig)

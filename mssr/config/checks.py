@@ -5,8 +5,10 @@ Every complaint is one line with the key, the reason and what to do.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
+from collections.abc import Iterator
 
 from mssr import algorithms
 from mssr.algorithms import plugins
@@ -89,18 +91,15 @@ def _check_overlap(config: Config) -> None:
         raise UserError(f"cluster.launcher=local runs in one process; set {' '.join(several)}")
 
 
-def responses_per_prompt(config: Config) -> int:
-    """n of a config that is not checked yet.
-
-    Raises:
-        UserError: there is no such method.
-    """
+@contextlib.contextmanager
+def naming(setting: str) -> Iterator[None]:
+    """Let a complaint of a method or a loss begin with the setting that chose it."""
     try:
-        return config.responses_per_prompt
+        yield
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"algorithm.name={config.algorithm.name}: {error}") from error
+        raise UserError(f"{setting}: {error}") from error
 
 
 def advice(config: Config) -> list[str]:
@@ -144,13 +143,12 @@ def _check_numbers(config: Config) -> None:
         raise UserError(
             f"trainer.steps={steps} and trainer.epochs={epochs} both say how long to train; set one of them"
         )
-    discount, data = config.algorithm.discount, config.data
-    for low, small, high, large in (
-        ("algorithm.discount.eta_min", discount.eta_min, "algorithm.discount.eta_max", discount.eta_max),
-        ("data.min_pixels", data.min_pixels, "data.max_pixels", data.max_pixels),
-    ):
-        if small > large:
-            raise UserError(f"{low}={small} exceeds {high}={large}")
+    low, high = config.algorithm.discount.eta_min, config.algorithm.discount.eta_max
+    if low > high:
+        raise UserError(f"algorithm.discount.eta_min={low} exceeds algorithm.discount.eta_max={high}")
+    data = config.data
+    if data.min_pixels > data.max_pixels:
+        raise UserError(f"data.min_pixels={data.min_pixels} exceeds data.max_pixels={data.max_pixels}")
     if len(config.actor.betas) != 2:
         raise UserError(f"actor.betas={config.actor.betas} must be two numbers in [0, 1)")
     if data.prompt_template and data.instruction not in (PAPER_INSTRUCTION, ""):
@@ -166,19 +164,15 @@ def _check_numbers(config: Config) -> None:
 
 def _check_method(config: Config) -> None:
     section = config.algorithm
-    try:
+    for key, options, name in (
+        ("algorithm.options", section.options, section.name),
+        ("algorithm.loss.options", section.loss.options, section.loss.name),
+    ):
+        if options and not plugins.is_spec(name):
+            raise UserError(f"{key} is for a method or loss from a file; {name} has keys of its own")
+    with naming(f"algorithm.name={section.name}, loss.name={section.loss.name}"):
         method = config.method
-        for key, options, name in (
-            ("algorithm.options", section.options, section.name),
-            ("algorithm.loss.options", section.loss.options, section.loss.name),
-        ):
-            if options and not plugins.is_spec(name):
-                raise UserError(f"{key} is for a method or loss from a file; {name} has keys of its own")
         _try_loss(config)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"algorithm.name={section.name}, loss.name={section.loss.name}: {error}") from error
     if config.responses_per_prompt < method.min_n:
         raise UserError(
             f"rollout.n={config.rollout.n}: algorithm.name={section.name} compares the responses of a prompt "
@@ -216,12 +210,8 @@ def _check_engine_options(config: Config) -> None:
 
 def _check_combinations(config: Config) -> None:
     section = config.algorithm
-    try:
+    with naming(f"algorithm.name={section.name}"):
         estimator = algorithms.create(section.name, **config.estimator_options)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"algorithm.name={section.name}: {error}") from error
     if config.sampler_name == "uncertainty" and estimator.baseline is None:
         raise UserError(
             "sampler.name=uncertainty draws by the Beta baseline, and "

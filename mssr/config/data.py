@@ -18,11 +18,11 @@ PAPER_INSTRUCTION = (
 class DataConfig:
     """Where the prompts come from and how a row becomes one."""
 
-    train: Any = option("", required=True, evaluation="--benchmarks")
+    train: Any = option("", required=True, own_keys=True, evaluation="--benchmarks")
     """A source: parquet, JSON, JSONL, CSV or TSV file, a directory of a saved dataset, a folder with such
     files, or hub/name@split. Or a list of sources; one of them may be {path: ..., weight: 2.0}, its share of
     the prompts that are drawn (without weights every prompt counts the same)."""
-    val: Any = option(None, resume=LISTED, evaluation="--benchmarks", first_values=False)
+    val: Any = option(None, own_keys=True, resume=LISTED, evaluation="--benchmarks", first_values=False)
     """The same for validation; null to train without. Or several sets by name, each with path or benchmark,
     and with every, limit, n and temperature of its own: see mssr/data/validation_sets.py."""
     id_column: str | None = option(None)
@@ -86,7 +86,7 @@ class RewardConfig:
     """What <think></think> and one box are worth (the named rules only): gate (no credit without), weighted
     ((1 - format_weight) * accuracy + format_weight * format), or none."""
     format_weight: float = option(0.1, "[0, 1]", read_if="format = weighted")
-    """Read by format=weighted."""
+    """Share of the format in a weighted score."""
     length_penalty: float = option(0.0, ">= 0")
     """Taken off a score for a response of rollout.max_response_length tokens, in proportion for a shorter."""
     repetition_penalty: float = option(0.0, ">= 0")
@@ -97,7 +97,7 @@ class RewardConfig:
     """Over the last so many tokens before rollout.max_response_length the score falls by up to
     overlong_penalty (soft overlong punishment, arXiv 2503.14476); 0 for none."""
     overlong_penalty: float = option(1.0, ">= 0", read_if="overlong_buffer != 0")
-    """Read with overlong_buffer."""
+    """How far it falls there."""
     time_limit_s: float = option(10.0, "> 0", resume=LISTED)
     """Seconds of CPU time for one response; one that takes more scores 0 and counts in reward/errors. One
     that sleeps or waits, for a network or a core, has ten times as many seconds by the clock."""

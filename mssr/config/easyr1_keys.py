@@ -54,22 +54,20 @@ def translate(tree: dict[str, Any], source: str) -> tuple[dict[str, Any], int | 
             f"{source} is a whole config of EasyR1; its section data can be pasted into a config of ours "
             "(configs/), where model.path, algorithm.name, rollout.n, reward.name and trainer.epochs are set"
         )
-    data = tree.get("data")
-    if not isinstance(data, dict) or not ONLY_EASYR1.intersection(data):
+    given = tree.get("data")
+    if not isinstance(given, dict) or not ONLY_EASYR1.intersection(given):
         return tree, None, []
     tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
-    data = tree["data"]
-    notes = []
+    data, notes = tree["data"], []
     for key, ours in RENAMED.items():
-        if key in data:
-            value = data.pop(key)
+        if key in given:
             section, _, leaf = ours.rpartition(".")
             target = tree.setdefault(section, {}) if section else tree
             if leaf in target:
                 raise UserError(f"{source}: data.{key} is EasyR1's name of {ours}; set one of the two")
-            target[leaf] = value
+            target[leaf] = data.pop(key)
             notes.append(f"{key} as {ours}")
-    if data.get("prompt_template", ...) is None and "format_prompt as" in " ".join(notes):
+    if given.get("format_prompt", ...) is None:
         data.setdefault("instruction", "")  # without format_prompt EasyR1 asks the bare question
     for key, reason in WITHOUT_EFFECT.items():
         if data.pop(key, None) is not None:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mssr.config import easyr1_keys
-from mssr.config.checks import responses_per_prompt
+from mssr.config.checks import naming
 from mssr.config.options import describe, nearest
 from mssr.config.run import Config, flatten, to_dict
 from mssr.config.secrets import environment_variable, named_secrets, redact
@@ -23,14 +23,24 @@ Layer = tuple[str, dict[str, Any]]
 """Where keys are from, for messages, and the tree of them."""
 
 
-def file_layers(path: str | Path) -> list[Layer]:
+def file_layers(path: str | Path, above: Sequence[Path] = ()) -> list[Layer]:
     """What a YAML file and those that it is based on say, the last counting most.
+
+    Args:
+        above: the files that led here, each based on the next.
 
     Raises:
         UserError: a file is missing or no YAML.
     """
-    chain = reversed(_with_bases(Path(path)))
-    return [(str(file), cast(dict[str, Any], OmegaConf.to_container(tree))) for file, tree in chain]
+    path, asked_by = Path(path), f" (base of {above[-1]})" if above else ""
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist{asked_by}")
+    if any(path.samefile(file) for file in above):
+        raise UserError(f"{path} is based on itself{asked_by}")
+    tree = _read(path)
+    base = tree.pop(BASE, None)
+    below = [] if base is None else file_layers(path.parent / str(base), [*above, path])
+    return [*below, (str(path), _plain(tree))]
 
 
 def merge(layers: Sequence[Layer], overrides: Sequence[str], note: Callable[[str], None]) -> Config:
@@ -59,7 +69,8 @@ def merge(layers: Sequence[Layer], overrides: Sequence[str], note: Callable[[str
     if config.trainer.progress == "False":  # so YAML reads a bare off
         config.trainer.progress = "off"
     if prompts_per_step is not None:
-        config.rollout.rollouts_per_step = prompts_per_step * responses_per_prompt(config)
+        with naming(f"algorithm.name={config.algorithm.name}"):
+            config.rollout.rollouts_per_step = prompts_per_step * config.responses_per_prompt
     return config
 
 
@@ -72,7 +83,7 @@ def _override(text: str) -> Layer:
         parsed = OmegaConf.from_dotlist([text])
     except Exception as error:
         raise UserError(f"{source} cannot be read: {redact(_first_line(error))}") from error
-    return source, cast(dict[str, Any], OmegaConf.to_container(parsed))
+    return source, _plain(parsed)
 
 
 def _one_length(tree: dict[str, Any]) -> dict[str, Any]:
@@ -82,24 +93,6 @@ def _one_length(tree: dict[str, Any]) -> dict[str, Any]:
         return tree
     other = {"epochs": None} if "steps" in trainer else {"steps": 0}
     return tree | {"trainer": trainer | other}
-
-
-def _with_bases(path: Path) -> list[tuple[Path, DictConfig]]:
-    """The file and what it is based on, the nearest first."""
-    chain: list[tuple[Path, DictConfig]] = []
-    asked_by = ""
-    while True:
-        if not path.is_file():
-            raise UserError(f"config file {path} does not exist{asked_by}")
-        if any(path.samefile(file) for file, _ in chain):
-            raise UserError(f"{path} is based on itself{asked_by}")
-        tree = _read(path)
-        base = tree.pop(BASE, None)
-        chain.append((path, tree))
-        if base is None:
-            return chain
-        asked_by = f" (base of {path})"
-        path = path.parent / str(base)
 
 
 def _read(path: Path) -> DictConfig:
@@ -133,12 +126,13 @@ def _check_no_secrets(tree: dict[str, Any], source: str) -> None:
 
 def _merge(base: DictConfig, extra: DictConfig, source: str) -> DictConfig:
     known = describe(Config)
-    for key in flatten(cast(dict[str, Any], OmegaConf.to_container(extra))):
-        if (holder := nearest(known, key)) is None or (holder.section and key not in known):
+    for key in flatten(_plain(extra)):
+        holder = nearest(known, key)
+        if key not in known and not (holder and holder.own_keys):
             raise UserError(f"{source}: unknown key {key}{_hint(key, known)}")
     try:
         return cast(DictConfig, OmegaConf.merge(base, extra))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", None) or "a value"
         reason = redact(re.sub(r"\s+", " ", _first_line(error)))
         raise UserError(f"{source}: {key} has the wrong type: {reason}") from error
@@ -147,6 +141,10 @@ def _merge(base: DictConfig, extra: DictConfig, source: str) -> DictConfig:
 def _hint(key: str, known: Collection[str]) -> str:
     same_leaf = [k for k in sorted(known) if k.rpartition(".")[2] == key.rpartition(".")[2]]
     return f", did you mean {same_leaf[0]}?" if same_leaf else did_you_mean(key, known).replace("'", "")
+
+
+def _plain(tree: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(tree))
 
 
 def _first_line(error: Exception) -> str:

@@ -44,6 +44,7 @@ class Option:
     choices: str = ""
     """The values that there are, or those of each in a list."""
     required: bool = False
+    nullable: bool = False
     read_if: str = ""
     """Conditions joined by ``and``; where they do not hold, a changed option is an error."""
     resume: str = ""
@@ -52,11 +53,14 @@ class Option:
     """READ, UNREAD, or the option of `mssr eval` that takes its place."""
     first_values: bool | None = None
     """Whether the base model's responses or their scores depend on it, see `mssr.trainer.initial_values`."""
+    own_keys: bool = False
+    """Whether its value may have keys, which are not ours."""
     section: type | None = None
 
 
 def option(default: Any, within: str = "", **facts: Any) -> Any:
     """The field of an option; the facts are those of `Option`."""
+    facts.setdefault("own_keys", isinstance(default, dict))
     metadata = {"option": Option(default, within, **facts)}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
@@ -79,17 +83,20 @@ def describe(kind: type, prefix: str = "", above: Option | None = None) -> dict[
     outer = above or Option(resume=LISTED, evaluation=READ, first_values=False)
     found: dict[str, Option] = {}
     for f in fields(kind):
-        own: Option = f.metadata["option"]
+        key, own = prefix + f.name, f.metadata["option"]
+        conditions = [*outer.read_if.split(" and "), *own.read_if.split(" and ")]
         full = replace(
             own,
-            read_if=" and ".join(filter(None, (outer.read_if, own.read_if))),
+            nullable="None" in str(f.type),
+            # What decides about a whole section may be an option in it.
+            read_if=" and ".join(c for c in conditions if c and not c.startswith(f"{key} ")),
             resume=own.resume or outer.resume,
             evaluation=own.evaluation or outer.evaluation,
             first_values=outer.first_values if own.first_values is None else own.first_values,
         )
-        found[prefix + f.name] = full
+        found[key] = full
         if own.section:
-            found |= describe(own.section, f"{prefix}{f.name}.", full)
+            found |= describe(own.section, f"{key}.", full)
     return found
 
 
@@ -119,13 +126,15 @@ def check_values(config: Any, prefix: str = "") -> None:
     Raises:
         UserError: names the key, the value and what it must be.
     """
-    known = describe(type(config), prefix)
+    known = describe(config.__class__, prefix)
     for key, value in values(config, prefix):
         if known[key].required and not value:
             raise UserError(f"{key} is not set")
-        for one in value if isinstance(value, list) else [value]:
+        listed = isinstance(value, list)
+        for one in value if listed else [value]:
             if one is not None and (complaint := _complaint(one, known[key])):
-                raise UserError(f"{key}={in_yaml(value)} must {complaint}")
+                off = ", or be null" if known[key].nullable else ""
+                raise UserError(f"{key}{': ' if listed else '='}{in_yaml(one)} must {complaint}{off}")
 
 
 def _complaint(value: Any, about: Option) -> str:
@@ -161,7 +170,7 @@ def check_read(config: Any, prefix: str = "", meant: Mapping[str, Any] | None = 
     Raises:
         UserError: names the option, and the settings that keep it from being read.
     """
-    known, given = describe(type(config), prefix), dict(values(config, prefix))
+    known, given = describe(config.__class__, prefix), dict(values(config, prefix))
     effective = given | dict(meant or {})
     for key, value in given.items():
         conditions = known[key].read_if.split(" and ") if value != known[key].default else []
@@ -185,9 +194,7 @@ def _unmet(condition: str, key: str, effective: Mapping[str, Any]) -> list[str]:
         setting, relation, wanted = alternative.split(" ", 2)
         setting = neighbour if (neighbour := f"{section}.{setting}") in effective else setting
         value = effective[setting]
-        if setting == key:  # what decides about a whole section is in it
-            holds = True
-        elif relation == "takes":
+        if relation == "takes":
             holds = name in _parameters(setting, value)
         elif relation == "names":
             holds = not is_spec(value)

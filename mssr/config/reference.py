@@ -19,38 +19,32 @@ option; to change it is then an error. *On resume*: **refused**, because the sta
 (unless `trainer.resume_force=true`), or also when forced, because it is made of other tensors; **listed**,
 because it changes the course of the run; **free**. *`mssr eval`*: reads it or not, or has an option for it.
 """
+COLUMNS = "| key | default | values | meaning | read with | on resume | `mssr eval` |\n" + "| --- " * 7 + "|"
 
 
 def reference() -> str:
     """The page: a table a section."""
+    known = describe(Config)
     lines = [HEAD]
-    sections = {key: about.section for key, about in describe(Config).items() if about.section}
-    for name, kind in {"": Config, **sections}.items():
-        assert kind is not None
-        meanings = _docstrings(kind)
-        own = {
-            key: o for key, o in describe(Config).items() if key.rpartition(".")[0] == name and not o.section
-        }
+    for name, kind in {"": Config, **{key: o.section for key, o in known.items() if o.section}}.items():
+        own = {k: o for k, o in known.items() if k.rpartition(".")[0] == name and not o.section}
         if own:
-            lines += [f"## {name or 'Top'}", "", inspect.cleandoc(kind.__doc__ or ""), ""]
-            lines += ["| key | default | meaning | read with | on resume | `mssr eval` |", "| --- " * 6 + "|"]
-            lines += [_row(key, meanings[key.rpartition(".")[2]], option) for key, option in own.items()]
-            lines += [""]
+            meanings = _docstrings(kind)
+            lines += [f"## {name or 'Top'}", "", inspect.cleandoc(kind.__doc__ or ""), "", COLUMNS]
+            lines += [*(_row(key, o, meanings[key.rpartition(".")[2]]) for key, o in own.items()), ""]
     return "\n".join(lines)
 
 
-def _row(key: str, meaning: str, about: Option) -> str:
-    if about.within:
-        meaning += f" Range: `{about.within}`."
-    if about.choices:
-        meaning += f" Choices: {', '.join(f'`{choice}`' for choice in about.choices.split(', '))}."
-    meaning = meaning.replace("|", "\\|").replace("<", "&lt;")
+def _row(key: str, about: Option, meaning: str) -> str:
     default = "required" if about.required else f"`{in_yaml(about.default)}`"
-    conditions = " and ".join(
-        f"`{c}`" for c in about.read_if.split(" and ") if c and not c.startswith(f"{key} ")
+    values, conditions = (
+        f"`{text}`" if text else "" for text in (about.within or about.choices, about.read_if)
     )
-    cells = (f"`{key}`", default, meaning, conditions, about.resume, about.evaluation)
-    return "| " + " | ".join(cells) + " |"
+    meaning = meaning.replace("|", "\\|").replace("<", "&lt;")
+    return (
+        " | ".join((f"| `{key}`", default, values, meaning, conditions, about.resume, about.evaluation))
+        + " |"
+    )
 
 
 def _docstrings(kind: type) -> dict[str, str]:

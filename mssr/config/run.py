@@ -7,7 +7,7 @@ whether shaping is on) is asked of the methods here, in one place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,7 +65,7 @@ class RolloutConfig:
     """Share of GPU memory an engine may take."""
     enforce_eager: bool = option(False, resume=FREE)
     """Do not capture CUDA graphs (always so on CPU)."""
-    engine_options: dict[str, Any] = option({}, resume=FREE)
+    engine_options: dict[str, Any] = option({}, resume=FREE, first_values=True)
     """Further arguments for vllm.LLM, passed as they are."""
 
 
@@ -339,11 +339,9 @@ class Config:
     @property
     def loss_options(self) -> dict[str, Any]:
         """Those of the configured options that the policy loss takes."""
-        from mssr.algorithms import policy_losses  # needs torch
-
         loss = self.algorithm.loss
         names = ("clip_low", "clip_high", "tau_positive", "tau_negative")
-        taken = policy_losses.loss_options(loss.name)
+        taken = algorithms.policy_losses.loss_options(loss.name)
         options = {k: getattr(loss, k) for k in names if k in taken and getattr(loss, k) is not None}
         if "dual_clip" in taken:
             options["dual_clip"] = loss.dual_clip
@@ -352,10 +350,8 @@ class Config:
     @property
     def aggregation(self) -> str:
         """How the losses of tokens become one: as configured, or the method's, or the loss's own."""
-        from mssr.algorithms import policy_losses  # needs torch
-
         loss = self.algorithm.loss
-        own = self.method.aggregation or policy_losses.loss_aggregation(loss.name) or "token_mean"
+        own = self.method.aggregation or algorithms.policy_losses.loss_aggregation(loss.name) or "token_mean"
         return _own(loss.aggregation, own)
 
     @property
@@ -375,14 +371,7 @@ def _own(configured: _T | None, default: _T) -> _T:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain nested dict of a config dataclass, ready for YAML or JSON."""
-    result: dict[str, Any] = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            result[f.name] = to_dict(value)
-        else:
-            result[f.name] = value
-    return result
+    return asdict(config)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -157,13 +157,9 @@ class Benchmark:
             return scoring.yes_no(verdict.extracted) is None
         return None in (_plain(verdict.extracted), _plain(item.answer))
 
-    def judged_question(self, item: Item) -> str:
-        """The question as a judge sees it, in text alone."""
-        return item.question.replace(IMAGE_MARK, "").strip()
-
-    def judged_answer(self, item: Item) -> str:
-        """The ground truth as a judge sees it."""
-        return item.answer
+    def judged(self, item: Item) -> tuple[str, str]:
+        """Question and ground truth as a judge sees them, in text alone."""
+        return item.question.replace(IMAGE_MARK, "").strip(), item.answer
 
     def breakdown(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> Counts:
         """Right and all answers by the groups of every tag in `breakdowns`, groups sorted by name."""

@@ -28,16 +28,13 @@ SUFFIXES = (".parquet", ".arrow", ".jsonl", ".ndjson", ".json", ".tsv", ".csv")
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a benchmark's data are. Example: ``Location("AI4Math/MathVerse", "testmini", "testmini",
-    ("mathverse",))``"""
+    """Where a benchmark's data are. Example: ``Location("AI4Math/MathVerse", "testmini", "testmini")``"""
 
     hub: str
     """Owner and name on the hub."""
     split: str
     config: str | None = None
     """Configuration on the hub, if it has several."""
-    names: tuple[str, ...] = ()
-    """Further names that local files and directories may have."""
 
     @property
     def hub_source(self) -> str:
@@ -88,7 +85,7 @@ def open_benchmark(name: str, location: Location, data_dir: Path | None) -> Tabl
 def find(name: str, location: Location, data_dir: Path) -> str | None:
     """What `mssr.data.sources.open_table` opens for a benchmark, under a directory; None if nothing."""
     owner, _, base = location.hub.partition("/")
-    names = {_key(n) for n in (name, base, *location.names)}
+    names = {_key(n) for n in (name, base)}
     for folder in (data_dir, *_named(data_dir, {_key(owner)})):
         if file := _file(folder, names):
             return file

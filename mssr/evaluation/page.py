@@ -16,13 +16,12 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 
 from mssr.data.images import image_sources, reason
 from mssr.evaluation.items import STATUSES
-from mssr.runs.html import BASE_STYLE, data_uri
+from mssr.runs.html import data_uri, render
 
 ImageOf = Callable[[str, str], bytes | Sequence[bytes] | None]
 """(benchmark, item id) -> the item's encoded image, or several, or None where there is none."""
@@ -53,17 +52,11 @@ def items_page(
     """
     items = [list(rows) for _, rows in groupby(records, key=lambda row: (row["benchmark"], row["id"]))]
     counts = Counter(row["status"] for row in records)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mssr", "evaluation"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters["sha256"] = _sha256
-    environment.filters["cut"] = partial(_cut, most=max_characters)
-    return environment.get_template("page.html").render(
+    return render(
+        "evaluation",
+        "page.html",
+        {"sha256": _sha256, "cut": partial(_cut, most=max_characters)},
         title=title,
-        base_style=BASE_STYLE,
         responses=len(records),
         items=len(items),
         chosen=[(rows, _pictures(rows[0], image_of, image_side)) for rows in _choose(items, max_items)],

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -52,6 +53,7 @@ _TYPES: Mapping[str, Any] = {
     "tags": dict,
 }
 """Of the values of a record."""
+_KEY = itemgetter("benchmark", "id", "sample")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ def write(
             the directory cannot be written.
     """
     summary = summarize(records, meta, breakdowns, metrics)
-    ordered = sorted(records, key=_key)
+    ordered = sorted(records, key=_KEY)
     texts = {
         ITEMS: "".join(_json(row) + "\n" for row in ordered),
         TABLE: results_table(summary),
@@ -153,13 +155,13 @@ def summarize(
         raise UserError("an evaluation without items has no results")
     for number, row in enumerate(records, 1):
         _check_record(row, f"record {number}")
-    ordered = sorted(records, key=_key)
+    ordered = sorted(records, key=_KEY)
     for before, row in pairwise(ordered):
-        if _key(before) == _key(row):
-            raise UserError("{} item {} has two records of sample {}".format(*_key(row)))
+        if _KEY(before) == _KEY(row):
+            raise UserError("{} item {} has two records of sample {}".format(*_KEY(row)))
     benchmarks: dict[str, Any] = {}
     accuracies: dict[str, Bootstrap] = {}
-    for name, part in groupby(ordered, key=lambda row: row["benchmark"]):
+    for name, part in groupby(ordered, itemgetter("benchmark")):
         rows = list(part)
         means = np.array(list(item_means(rows).values()))
         accuracies[name] = statistics.bootstrap(means, seed_of(name))
@@ -182,11 +184,9 @@ def summarize(
         if len(names) > 1
     }
     own = {"schema": SCHEMA, "benchmarks": benchmarks, "averages": averages}
-    if "model" not in meta or own.keys() & meta.keys():
-        raise ValueError(f"meta has to have model, and none of {', '.join(own)}")
-    rounded = json.loads(_json({**meta, **own}), parse_float=lambda text: round(float(text), DECIMALS))
-    assert isinstance(rounded, dict)
-    return rounded
+    assert "model" in meta and not own.keys() & meta.keys(), meta.keys()
+    summary = _json({**meta, **own})
+    return dict(json.loads(summary, parse_float=lambda text: round(float(text), DECIMALS)))
 
 
 def item_means(rows: Records) -> dict[str, float]:
@@ -195,16 +195,14 @@ def item_means(rows: Records) -> dict[str, float]:
     Raises:
         UserError: an item has another number of samples than the first.
     """
-    right: dict[str, list[bool]] = {}
-    for row in rows:
-        right.setdefault(row["id"], []).append(row["correct"])
-    samples = len(next(iter(right.values())))
-    for item, values in right.items():
-        if len(values) != samples:
+    counts = count_right((row["id"], row["correct"]) for row in rows)
+    _, samples = counts[rows[0]["id"]]
+    for item, (_, count) in counts.items():
+        if count != samples:
             raise UserError(
-                f"{rows[0]['benchmark']} item {item} has {len(values)} samples, but others have {samples}"
+                f"{rows[0]['benchmark']} item {item} has {count} samples, but others have {samples}"
             )
-    return {item: sum(values) / samples for item, values in sorted(right.items())}
+    return {item: right / samples for item, (right, _) in counts.items()}
 
 
 def seed_of(benchmark: str) -> int:
@@ -278,7 +276,7 @@ def _check_record(row: Mapping[str, Any], where: str) -> None:
 
 def _counts(rows: Records) -> dict[str, Any]:
     """The numbers of a benchmark that are counted from its sorted records."""
-    items = [list(group) for _, group in groupby(rows, key=lambda row: row["id"])]
+    items = [list(group) for _, group in groupby(rows, itemgetter("id"))]
     samples = len(items[0])
     counts = Counter(row["status"] for row in rows)
     responses = [row["response"] for row in rows]
@@ -307,10 +305,6 @@ def _counts(rows: Records) -> dict[str, Any]:
 
 def _share(score: Bootstrap) -> dict[str, Any]:
     return {"accuracy": score.value, "interval": list(score.interval())}
-
-
-def _key(row: Mapping[str, Any]) -> tuple[str, str, int]:
-    return row["benchmark"], row["id"], row["sample"]
 
 
 def _json(value: Any, indent: int | None = None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,7 @@ class VerdictBook:
         self._prefix = prefix
         self._reward_prefix = prefix if config.reward.rule else ""
         self.questions = list(questions)
-        self.responses: dict[Key, Response] = {}
-        self.verdicts: dict[Key, Verdict] = {}
+        self._answers: dict[Key, tuple[Response, Verdict]] = {}
         self._by_key = {(q.benchmark.name, q.item.id): q for q in questions}
         self._scorer = self._make_scorer(config, tell) if reward else None
 
@@ -63,15 +63,13 @@ class VerdictBook:
     def add(self, responses: Sequence[Response]) -> None:
         """Score responses by the rules, those to rewarded data by the reward."""
         rewarded: list[tuple[Response, Item, Own]] = []
-        for response in responses:
-            self.responses[response.key] = response
-            question = self._by_key[response.benchmark, response.id]
-            if isinstance(question.benchmark, Own) and question.benchmark.rewarded:
-                rewarded.append((response, question.item, question.benchmark))
+        for r in responses:
+            question = self._by_key[r.benchmark, r.id]
+            item, benchmark = question.item, question.benchmark
+            if isinstance(benchmark, Own) and benchmark.rewarded:
+                rewarded.append((r, item, benchmark))
             else:
-                self.verdicts[response.key] = question.benchmark.verdict(
-                    question.item, self._prefix + response.text, response.truncated
-                )
+                self._answers[r.key] = r, benchmark.verdict(item, self._prefix + r.text, r.truncated)
         if not rewarded:
             return
         assert self._scorer is not None
@@ -80,31 +78,29 @@ class VerdictBook:
         )
         accuracies = scored.parts.get("accuracy", scored.scores)
         for (r, _, own), accuracy in zip(rewarded, accuracies, strict=True):
-            self.verdicts[r.key] = own.rewarded_verdict(self._prefix + r.text, float(accuracy), r.truncated)
+            verdict = own.rewarded_verdict(self._prefix + r.text, float(accuracy), r.truncated)
+            self._answers[r.key] = r, verdict
 
     def accuracies(self) -> tuple[dict[str, float], float | None]:
         """By benchmark and of all, of the responses so far."""
-        counts = count_right((name, verdict.correct) for (name, _, _), verdict in self.verdicts.items())
+        counts = count_right((r.benchmark, verdict.correct) for r, verdict in self._answers.values())
         if not counts:
             return {}, None
-        overall = sum(right for right, _ in counts.values()) / len(self.verdicts)
+        overall = sum(right for right, _ in counts.values()) / len(self._answers)
         return {name: right / count for name, (right, count) in counts.items()}, overall
 
     def of(self, question: Question, sample: int) -> tuple[Response, Verdict]:
         """The response to a question and its verdict, whether it was asked or not."""
         key = (question.benchmark.name, question.item.id, sample)
         if question.asked:
-            return self.responses[key], self.verdicts[key]
+            return self._answers[key]
         rule = question.benchmark.rule(question.item)
         return Response(*key, "", 0, "not_asked"), Verdict(False, None, "extraction_failed", rule)
 
     def by_benchmark(self) -> Iterator[tuple[Benchmark, list[Question]]]:
         """Benchmarks in the order asked for, with their questions."""
-        groups: dict[str, list[Question]] = {}
-        for question in self.questions:
-            groups.setdefault(question.benchmark.name, []).append(question)
-        for group in groups.values():
-            yield group[0].benchmark, group
+        for benchmark, questions in groupby(self.questions, lambda q: q.benchmark):
+            yield benchmark, list(questions)
 
     def judge(self, judge: judges.Judge, n: int) -> str | None:
         """Let a judge decide what the rules leave open; returns its last problem, if verdicts failed."""
@@ -113,7 +109,7 @@ class VerdictBook:
             asked = [(q.item, *self.of(q, k)) for q in questions if q.asked for k in range(n)]
             answers = [(item, self._prefix + r.text, verdict) for item, r, verdict in asked]
             judged = judges.apply(judge, benchmark, answers)
-            self.verdicts |= {r.key: verdict for (_, r, _), verdict in zip(asked, judged, strict=True)}
+            self._answers |= {r.key: (r, verdict) for (_, r, _), verdict in zip(asked, judged, strict=True)}
             failed += sum(verdict.status == "judge_failed" for verdict in judged)
         return f"{failed} verdicts failed, the last because {judge.problem}" if failed else None
 

@@ -41,8 +41,6 @@ class SequenceWork:
 
     lengths: npt.NDArray[np.int64]
     """(B,) tokens of prompt and response."""
-    response_lengths: npt.NDArray[np.int64]
-    """(B,) tokens of the response."""
     text_cost: npt.NDArray[np.int64]
     """(B,) cost in the language model, in any unit."""
     image_cost: npt.NDArray[np.int64]
@@ -109,7 +107,6 @@ class CostModel:
         homes = np.array([home(prompt_id) for prompt_id in numbers], dtype=np.int64)
         return SequenceWork(
             lengths=batch.lengths,
-            response_lengths=batch.response_lengths,
             text_cost=self.text(batch.lengths, batch.response_lengths),
             image_cost=image_cost,
             prompts=prompts,

@@ -19,6 +19,7 @@ Either holds ``chunk`` x V logits, twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ _BANNED_LOGIT = -1e30
 _CONVERTED_ROWS = 16384
 """Rows of a weight in less than the working precision that are multiplied, or converted, at a time."""
 
-Objective = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
+PartLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 """(log-probs, entropies, which tokens these are) -> () the part that they add to the loss, with graph."""
 
 
@@ -55,7 +56,7 @@ def token_log_probs_and_entropy(
     Returns:
         (N,) log-probs and (N,) entropies, in nats, float32 or, for float64 inputs, float64.
     """
-    log_probs, entropy = _TwoPassHead.apply(hidden, weight, targets, temperature, tuple(banned), chunk)
+    log_probs, entropy = _TwoPassHead.apply(hidden, weight, targets, _Head(temperature, banned, chunk))
     return log_probs, entropy
 
 
@@ -63,7 +64,7 @@ def token_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
-    objective: Objective,
+    loss: PartLoss,
     *,
     temperature: float = 1.0,
     banned: Sequence[int] = (),
@@ -74,32 +75,51 @@ def token_loss(
     The other arguments are those of `token_log_probs_and_entropy`.
 
     Args:
-        objective: called for consecutive parts of the tokens, at least once and in order; what it returns
-            for a token must not depend on the log-probs and entropies of others.
+        loss: called for consecutive parts of the tokens, at least once and in order; what it returns for a
+            token must not depend on the log-probs and entropies of others.
 
     Returns:
         () loss, differentiable once, and without gradient (N,) log-probs and (N,) entropies.
     """
-    return _LossHead.apply(hidden, weight, targets, objective, temperature, tuple(banned), chunk)
+    return _LossHead.apply(hidden, weight, targets, _Head(temperature, banned, chunk), loss)
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What is asked of the head, see `token_log_probs_and_entropy`."""
+
+    temperature: float
+    banned: Sequence[int]
+    chunk: int
+
+    def logits(
+        self, hidden: torch.Tensor, weight: torch.Tensor, rows: slice, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """(C, rows) logits of some of the vocabulary."""
+        logits = _product(hidden, weight[rows].T, dtype)
+        if self.temperature != 1:
+            logits /= self.temperature
+        self.fill_banned(logits, rows, _BANNED_LOGIT)
+        return logits
+
+    def fill_banned(self, values: torch.Tensor, rows: slice, value: float) -> None:
+        """A banned logit is a constant: the gradient by it is 0, even where it is the target's."""
+        for token in self.banned:
+            if rows.start <= token < rows.stop:
+                values[:, token - rows.start] = value
 
 
 class _TwoPassHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        temperature: float,
-        banned: tuple[int, ...],
-        chunk: int,
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, head: _Head
     ) -> tuple[torch.Tensor, torch.Tensor]:
         n, dtype = len(hidden), _precision(hidden)
         # Of each token, over the blocks so far: its largest logit m, sum exp(z - m), sum exp(z - m) (z - m).
         largest = hidden.new_full((n,), _BANNED_LOGIT, dtype=dtype)
         mass, moment, of_target = hidden.new_zeros((3, n), dtype=dtype).unbind()
-        for rows in _row_blocks(weight, n, chunk, dtype):
-            logits = _logits(hidden, weight, temperature, banned, rows, dtype)
+        for rows in _row_blocks(weight, n, head.chunk, dtype):
+            logits = head.logits(hidden, weight, rows, dtype)
             column, inside = _columns(targets, rows)
             of_target = torch.where(inside, logits.gather(1, column)[:, 0], of_target)
             new = torch.maximum(largest, logits.amax(-1))
@@ -117,7 +137,7 @@ class _TwoPassHead(torch.autograd.Function):
         log_probs = (of_target - largest) - log_mass
         entropy = log_mass - moment / mass
         ctx.save_for_backward(hidden, weight, targets, largest, mass, entropy)
-        ctx.temperature, ctx.banned, ctx.chunk = temperature, banned, chunk
+        ctx.head = head
         ctx.set_materialize_grads(False)
         return log_probs, entropy
 
@@ -125,27 +145,26 @@ class _TwoPassHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *slopes: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, targets, largest, mass, entropy = ctx.saved_tensors
-        dtype = _precision(hidden)
-        of_log_prob, of_entropy = (None if slope is None else slope / ctx.temperature for slope in slopes)
+        head, dtype = ctx.head, _precision(hidden)
+        of_log_prob, of_entropy = (None if slope is None else slope / head.temperature for slope in slopes)
         if of_log_prob is None:
             of_log_prob = torch.zeros_like(mass)
         grad_hidden = torch.zeros_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for rows in _row_blocks(weight, len(hidden), ctx.chunk, dtype):
-            logits = _logits(hidden, weight, ctx.temperature, ctx.banned, rows, dtype)
-            shifted = logits.sub_(largest[:, None])
+        for rows in _row_blocks(weight, len(hidden), head.chunk, dtype):
+            shifted = head.logits(hidden, weight, rows, dtype).sub_(largest[:, None])
             grad = _logit_gradient(shifted, torch.exp(shifted), mass, entropy, of_log_prob, of_entropy)
-            del logits, shifted
+            del shifted
             column, inside = _columns(targets, rows)
             grad.scatter_add_(1, column, torch.where(inside, of_log_prob, 0)[:, None])
-            _clear(grad, ctx.banned, rows)
+            head.fill_banned(grad, rows, 0)
             if grad_hidden is not None:
                 _add_product(grad_hidden, grad, weight[rows])
             if grad_weight is not None:
                 grad_weight[rows] = _product(grad.T, hidden, dtype)
             del grad
         grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None
 
 
 class _LossHead(torch.autograd.Function):
@@ -155,37 +174,34 @@ class _LossHead(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor,
-        objective: Objective,
-        temperature: float,
-        banned: tuple[int, ...],
-        chunk: int,
+        head: _Head,
+        loss_of: PartLoss,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        n, vocabulary, dtype = len(hidden), len(weight), _precision(hidden)
-        everything = slice(0, vocabulary)
+        n, dtype = len(hidden), _precision(hidden)
         log_probs, entropy = hidden.new_empty((2, n), dtype=dtype).unbind()
         loss = hidden.new_zeros((), dtype=dtype)
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
         blocks = list(_row_blocks(weight, 1, 1, dtype))
-        for start in range(0, max(n, 1), chunk):
-            part = slice(start, min(start + chunk, n))
-            blocks_of_logits = [_logits(hidden[part], weight, temperature, banned, b, dtype) for b in blocks]
-            logits = torch.cat(blocks_of_logits, dim=1) if len(blocks) > 1 else blocks_of_logits[0]
-            del blocks_of_logits
+        for start in range(0, max(n, 1), head.chunk):
+            part = slice(start, min(start + head.chunk, n))
+            parts = [head.logits(hidden[part], weight, rows, dtype) for rows in blocks]
+            logits = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            del parts
             shifted = logits.sub_(logits.amax(-1, keepdim=True))
             masses = torch.exp(shifted)
             mass = masses.sum(-1)
             log_mass = torch.log(mass)
             log_probs[part] = shifted.gather(1, targets[part, None])[:, 0] - log_mass
             entropy[part] = log_mass - torch.linalg.vecdot(masses, shifted) / mass
-            of_part, of_log_prob, of_entropy = _slopes(objective, log_probs[part], entropy[part], part)
+            of_part, of_log_prob, of_entropy = _slopes(loss_of, log_probs[part], entropy[part], part)
             loss += of_part
-            of_log_prob = of_log_prob / temperature
-            of_entropy = None if of_entropy is None else of_entropy / temperature
+            of_log_prob = of_log_prob / head.temperature
+            of_entropy = None if of_entropy is None else of_entropy / head.temperature
             grad = _logit_gradient(shifted, masses, mass, entropy[part], of_log_prob, of_entropy)
             del logits, shifted, masses
             grad.scatter_add_(1, targets[part, None], of_log_prob[:, None])
-            _clear(grad, banned, everything)
+            head.fill_banned(grad, slice(0, len(weight)), 0)
             if grad_hidden is not None:
                 into = torch.zeros_like(grad_hidden[part], dtype=dtype)
                 for rows in blocks:
@@ -207,16 +223,16 @@ class _LossHead(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("the gradient of a token_loss can be taken only once")
         of_hidden, of_weight = (None if g is None else g.mul_(scale) for g in gradients)
-        return of_hidden, of_weight, None, None, None, None, None
+        return of_hidden, of_weight, None, None, None
 
 
 def _slopes(
-    objective: Objective, log_probs: torch.Tensor, entropy: torch.Tensor, part: slice
+    loss_of: PartLoss, log_probs: torch.Tensor, entropy: torch.Tensor, part: slice
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """() loss of some tokens, and its (C,) derivatives by log-prob and, if it has any, by entropy."""
     log_probs, entropy = log_probs.clone().requires_grad_(), entropy.clone().requires_grad_()
     with torch.enable_grad():
-        loss = objective(log_probs, entropy, part)
+        loss = loss_of(log_probs, entropy, part)
         of_log_prob, of_entropy = torch.autograd.grad(loss, (log_probs, entropy), allow_unused=True)
     return loss.detach(), torch.zeros_like(log_probs) if of_log_prob is None else of_log_prob, of_entropy
 
@@ -243,31 +259,6 @@ def _logit_gradient(
     slope = -of_entropy / mass
     level = slope * (entropy - torch.log(mass)) - of_log_prob / mass
     return shifted.mul_(slope[:, None]).add_(level[:, None]).mul_(masses)
-
-
-def _logits(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    temperature: float,
-    banned: tuple[int, ...],
-    rows: slice,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """(C, rows) logits of some of the vocabulary."""
-    logits = _product(hidden, weight[rows].T, dtype)
-    if temperature != 1:
-        logits /= temperature
-    for token in banned:
-        if rows.start <= token < rows.stop:
-            logits[:, token - rows.start] = _BANNED_LOGIT
-    return logits
-
-
-def _clear(grad: torch.Tensor, banned: tuple[int, ...], rows: slice) -> None:
-    """A banned logit is a constant, even where it is the target's."""
-    for token in banned:
-        if rows.start <= token < rows.stop:
-            grad[:, token - rows.start] = 0
 
 
 def _columns(targets: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,20 +45,15 @@ def load_processor(config: ModelConfig) -> Any:
     Raises:
         UserError: there is none, it has no chat template, or its tokenizer is not the model's.
     """
-    transformers = import_transformers()
-
+    auto = import_transformers().AutoProcessor
     try:
-        processor = transformers.AutoProcessor.from_pretrained(
-            config.path, trust_remote_code=config.trust_remote_code
-        )
+        processor = auto.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises many types for an incomplete directory
         raise UserError(f"model.path: {config.path} has no processor ({_reason(error)})") from error
     if not getattr(processor, "chat_template", None):
         raise UserError(f"model.path: the processor of {config.path} has no chat template")
     # transformers makes an empty tokenizer where its files are missing, without a word.
-    model_config = transformers.AutoConfig.from_pretrained(
-        config.path, trust_remote_code=config.trust_remote_code
-    )
+    model_config = _read_config(config)
     if processor.image_token_id != model_config.image_token_id:
         raise UserError(
             f"model.path: {config.path} has no processor with the model's tokenizer (the image token is "
@@ -67,31 +62,17 @@ def load_processor(config: ModelConfig) -> Any:
     return processor
 
 
-def load_model(config: ModelConfig, dtype: Any, packed: bool = True) -> Any:
+def load_model(config: ModelConfig, dtype: Any, packed: bool = True, empty: bool = False) -> Any:
     """The model with its weights in ``dtype``, on CPU, in eval mode (no dropout anywhere).
 
     Args:
         packed: for passes over packed sequences; false where it is to generate, with padding and a cache.
+        empty: on the meta device: every tensor with its shape and without memory.
 
     Raises:
-        UserError: the weights cannot be read or do not fit the config.
+        UserError: config or weights cannot be read or do not fit.
     """
-    return _make_model(config, dtype, packed, with_weights=True)
-
-
-def empty_model(config: ModelConfig, dtype: Any) -> Any:
-    """What `load_model` gives, on the meta device: every tensor with its shape and without memory.
-
-    Raises:
-        UserError: the config of the model cannot be read.
-    """
-    return _make_model(config, dtype, packed=True, with_weights=False)
-
-
-def _make_model(config: ModelConfig, dtype: Any, packed: bool, with_weights: bool) -> Any:
     import torch
-
-    transformers = import_transformers()
 
     from mssr.models.attention import use_varlen_attention
     from mssr.models.patch_embed import use_linear_patch_embed
@@ -102,16 +83,14 @@ def _make_model(config: ModelConfig, dtype: Any, packed: bool, with_weights: boo
         "attn_implementation": "sdpa" if varlen else config.attn_implementation,
         "trust_remote_code": config.trust_remote_code,
     }
-    kind = transformers.AutoModelForImageTextToText
+    kind = import_transformers().AutoModelForImageTextToText
     try:
-        if with_weights:
-            model = kind.from_pretrained(config.path, **options)
-        else:
-            model_config = transformers.AutoConfig.from_pretrained(
-                config.path, trust_remote_code=config.trust_remote_code
-            )
+        if empty:
+            model_config = _read_config(config)
             with torch.device("meta"):
                 model = kind.from_config(model_config, **options)
+        else:
+            model = kind.from_pretrained(config.path, **options)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise UserError(f"model.path: {config.path} cannot be loaded ({_reason(error)})") from error
     if varlen and packed:
@@ -124,6 +103,20 @@ def _make_model(config: ModelConfig, dtype: Any, packed: bool, with_weights: boo
             )
     use_linear_patch_embed(model)
     return model.eval()
+
+
+def _read_config(config: ModelConfig) -> Any:
+    auto = import_transformers().AutoConfig
+    return auto.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+
+
+def resolve_device(name: str) -> str:
+    """``cluster.device`` -> "cpu" or "cuda"."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
 
 
 def compute_dtype(name: str, device: str) -> Any:

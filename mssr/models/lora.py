@@ -7,7 +7,6 @@ the layers and leaves the tree of modules as it is: ``q_proj`` becomes ``q_proj.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,17 +103,10 @@ def full_weights(
         yield name.replace(_BASE, "."), weight
 
 
+@torch.no_grad()
 def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """(O, I) float32 weight of a layer and its adapter together.
-
-    Args:
-        weight: (O, I) of the base layer.
-        a: (rank, I).
-        b: (O, rank).
-        scaling: alpha / rank.
-    """
-    with torch.no_grad():
-        return weight.float() + scaling * (b.float() @ a.float())
+    """(O, I) float32 weight of a layer and its adapter together, from (O, I), (rank, I) and (O, rank)."""
+    return weight.float() + scaling * (b.float() @ a.float())
 
 
 def remove_adapters(model: nn.Module) -> None:
@@ -153,21 +145,15 @@ class WithoutAdapters(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Like the policy's, with every adapter passed by."""
-        with _disabled(self.policy):
-            return self.policy(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _disabled(model: nn.Module) -> Iterator[None]:
-    layers = adapted_layers(model).values()
-    # Not enable_adapters(False): it also takes requires_grad from the parameters, which FSDP relies on.
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
+        layers = adapted_layers(self.policy).values()
+        # Not enable_adapters(False): it also takes requires_grad from the parameters, which FSDP relies on.
         for layer in layers:
-            layer._disable_adapters = False
+            layer._disable_adapters = True
+        try:
+            return self.policy(*args, **kwargs)
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
 
 
 class _TrainingDropout(nn.Module):

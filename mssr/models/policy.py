@@ -9,9 +9,9 @@ from torch import nn
 
 from mssr.models.bounded_cache import BoundedCache
 from mssr.models.encoded import EncodedPrompt
-from mssr.models.head import Objective, token_log_probs_and_entropy, token_loss
+from mssr.models.head import PartLoss, token_log_probs_and_entropy, token_loss
 from mssr.models.packing import PackedBatch
-from mssr.models.vision_positions import VisionPositions
+from mssr.models.vision_positions import vision_positions
 
 
 class PolicyModel(nn.Module):
@@ -37,7 +37,6 @@ class PolicyModel(nn.Module):
         self.temperature = temperature
         self.head_chunk = head_chunk
         self.features = features
-        self.positions = VisionPositions(model.model.visual)
         self.banned_ids = vision_placeholder_ids(model.config)
 
     @property
@@ -54,7 +53,7 @@ class PolicyModel(nn.Module):
         return positions[:, 0]
 
     def forward(
-        self, batch: PackedBatch, touch_vision: bool = False, objective: Objective | None = None
+        self, batch: PackedBatch, touch_vision: bool = False, loss: PartLoss | None = None
     ) -> tuple[torch.Tensor, ...]:
         """Log-probs and entropies of the response tokens, or a loss over them.
 
@@ -62,12 +61,12 @@ class PolicyModel(nn.Module):
             batch: packed sequences on the model's device.
             touch_vision: run the vision tower on a blank image, with no effect on the result, when
                 the batch has none. Ranks that share a sharded tower must all run it or none.
-            objective: a loss in which every token stands for itself, see `token_loss`. It is evaluated
+            loss: one in which every token stands for itself, see `token_loss`. It is evaluated
                 in here because a sharded weight of the head is whole only in here.
 
         Returns:
-            (N,) float32 log-probs and (N,) float32 exact entropies, in nats. With an objective the ()
-            loss comes first, and it alone has a gradient.
+            (N,) float32 log-probs and (N,) float32 exact entropies, in nats. With a loss its () sum
+            comes first, and it alone has a gradient.
         """
         core = self.model.model
         embeds = core.language_model.embed_tokens(batch.input_ids)
@@ -87,18 +86,22 @@ class PolicyModel(nn.Module):
             position_ids=batch.position_ids,
             attention_mask=None,
             use_cache=False,
-            **batch.attention_kwargs,
+            # Where the sequences are, for attention that needs no mask.
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_length,
+            max_length_k=batch.max_length,
         ).last_hidden_state
         head = hidden[0, batch.response_index], self.model.lm_head.weight, batch.targets
         options: Any = {"temperature": self.temperature, "banned": self.banned_ids, "chunk": self.head_chunk}
-        if objective is None:
+        if loss is None:
             return token_log_probs_and_entropy(*head, **options)
-        return token_loss(*head, objective, **options)
+        return token_loss(*head, loss, **options)
 
     def _image_features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         """(merged patches, D)."""
         visual = self.model.model.visual
-        positions = self.positions([(t, h, w) for t, h, w in grid_thw.tolist()], pixel_values.device)
+        positions = vision_positions(visual, list(map(tuple, grid_thw.tolist())), pixel_values.device)
         pixel_values = pixel_values.to(visual.patch_embed.proj.weight.dtype)
         return visual(pixel_values, grid_thw=grid_thw, **positions).pooler_output
 

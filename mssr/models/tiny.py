@@ -91,24 +91,30 @@ class TinySize:
     max_positions: int = 4096
 
     def __post_init__(self) -> None:
-        if self.vocab_limit < 256:
-            raise UserError(f"TinySize.vocab_limit={self.vocab_limit}: at least 256, one entry a byte")
-        if self.hidden % self.heads or self.hidden // self.heads % 32:
-            raise UserError(
-                f"TinySize.hidden={self.hidden} with heads={self.heads}: head size not a multiple of 32"
-            )
-        if self.heads % self.kv_heads:
-            raise UserError(f"TinySize.kv_heads={self.kv_heads} does not divide heads={self.heads}")
-        if self.vision_hidden % self.vision_heads or self.vision_hidden // self.vision_heads % 4:
-            raise UserError(
-                f"TinySize.vision_hidden={self.vision_hidden} with vision_heads={self.vision_heads}: "
-                "the head size must be a multiple of 4 (rope over height and width)"
-            )
-        if not all(0 <= block < self.vision_depth for block in self.full_attention_blocks):
-            raise UserError(
-                f"TinySize.full_attention_blocks={self.full_attention_blocks}: "
-                f"the vision tower has blocks 0 to {self.vision_depth - 1}"
-            )
+        rules = (
+            (self.vocab_limit >= 256, f"vocab_limit={self.vocab_limit}: at least 256, one entry a byte"),
+            (
+                self.hidden % (32 * self.heads) == 0,
+                f"hidden={self.hidden} with heads={self.heads}: head size not a multiple of 32",
+            ),
+            (
+                self.heads % self.kv_heads == 0,
+                f"kv_heads={self.kv_heads} does not divide heads={self.heads}",
+            ),
+            (
+                self.vision_hidden % (4 * self.vision_heads) == 0,
+                f"vision_hidden={self.vision_hidden} with vision_heads={self.vision_heads}: "
+                "the head size must be a multiple of 4 (rope over height and width)",
+            ),
+            (
+                all(0 <= block < self.vision_depth for block in self.full_attention_blocks),
+                f"full_attention_blocks={self.full_attention_blocks}: "
+                f"the vision tower has blocks 0 to {self.vision_depth - 1}",
+            ),
+        )
+        for holds, rule in rules:
+            if not holds:
+                raise UserError(f"TinySize.{rule}")
 
 
 def train_tokenizer(corpus: Sequence[str], vocab_limit: int = 512) -> Qwen2Tokenizer:
@@ -213,23 +219,15 @@ def build_tiny_qwen2_5_vl(
 
     from mssr.models.loading import import_transformers
 
-    import_transformers()
-    from transformers import (
-        GenerationConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
-
+    transformers = import_transformers()
     size = size or TinySize()
     tokenizer = train_tokenizer(corpus, size.vocab_limit)
     config, ids = tiny_config(tokenizer, size), special_ids(tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = transformers.Qwen2_5_VLForConditionalGeneration(config)
     model.eval()
-    model.generation_config = GenerationConfig(
+    model.generation_config = transformers.GenerationConfig(
         # Qwen2.5-VL stops at either of the two, so code that assumes a single id shows it here.
         eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
         bos_token_id=ids["<|endoftext|>"],
@@ -240,10 +238,10 @@ def build_tiny_qwen2_5_vl(
         top_k=0,
     )
     pixels = {"shortest_edge": size.min_pixels, "longest_edge": size.max_pixels}
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=pixels),
+    processor = transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(size=pixels),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=pixels, cap_pixels_per_frame=True),
+        video_processor=transformers.Qwen2VLVideoProcessor(size=pixels, cap_pixels_per_frame=True),
         chat_template=CHAT_TEMPLATE,
     )
     out_dir.mkdir(parents=True, exist_ok=True)

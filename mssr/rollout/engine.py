@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 
 class RolloutEngine(Protocol):
-    """Generates responses; holds its own copy of the policy.
-
-    Attributes:
-        prompts: where it has its prompts from.
-    """
+    """Generates responses; holds its own copy of the policy."""
 
     prompts: PromptSource
 

@@ -29,7 +29,7 @@ class HfEngine:
         self._batch = config.rollout.max_num_seqs
         self._version = 0
         self._banned = vision_placeholder_ids(self._model.config)
-        tokenizer = self.prompts.encoder.processor.tokenizer
+        tokenizer = self._tokenizer = self.prompts.encoder.processor.tokenizer
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         eos = self._model.generation_config.eos_token_id
         eos = tokenizer.eos_token_id if eos is None else eos
@@ -72,7 +72,6 @@ class HfEngine:
         for i, request in enumerate(requests):
             tokens = responses[i].tolist()
             end = next((k + 1 for k, token in enumerate(tokens) if token in self._eos), len(tokens))
-            finished = tokens[end - 1] in self._eos
             result.append(
                 Rollout(
                     prompt_id=request.prompt_id,
@@ -80,11 +79,9 @@ class HfEngine:
                     prompt_token_ids=prompts[i].token_ids.numpy().astype(np.int32),
                     response_token_ids=np.asarray(tokens[:end], dtype=np.int32),
                     log_probs=chosen[i, :end].float().numpy(),
-                    finish_reason="stop" if finished else "length",
+                    finish_reason="stop" if tokens[end - 1] in self._eos else "length",
                     policy_version=self._version,
-                    text=self.prompts.encoder.processor.tokenizer.decode(
-                        tokens[:end], skip_special_tokens=True
-                    ),
+                    text=self._tokenizer.decode(tokens[:end], skip_special_tokens=True),
                 )
             )
         return result

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable, Mapping
 from typing import Any
-
-from mssr.config.secrets import redact
 
 BASE_STYLE = (
     "body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; color: #222 }\n"
@@ -14,17 +13,17 @@ BASE_STYLE = (
 )
 
 
-def render(room: str, template: str, **values: Any) -> str:
-    """A page from ``mssr/<room>/<template>``; all values are escaped. Its filter ``redact`` hides secrets."""
+def render(room: str, template: str, filters: Mapping[str, Callable[[Any], Any]], **values: Any) -> str:
+    """A page from ``mssr/<room>/<template>``; in HTML all values are escaped."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mssr", room),
-        autoescape=True,
+        autoescape=template.endswith(".html"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters["redact"] = redact
+    environment.filters |= filters
     return environment.get_template(template).render(base_style=BASE_STYLE, **values)
 
 

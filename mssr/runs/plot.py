@@ -72,6 +72,7 @@ def write_report(run_dir: Path) -> list[tuple[str, str]]:
     page = render(
         "runs",
         "report.html",
+        {},
         name=run_dir.name,
         summary=rows,
         warnings=watch_sentences(records),

@@ -25,7 +25,7 @@ def draw(
         layout.append(["evaluations"] * (4 if runs else 1))
     size = (17 if runs else 8, 4.2 * len(layout))
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplot_mosaic(layout)
+    axes: Mapping[str, Any] = figure.subplot_mosaic(layout)
     if runs:
         for axis, label in AXES.items():
             _accuracy(axes[axis], runs, axis, label, targets)

@@ -72,7 +72,7 @@ def data_report(config_file: str | Path, overrides: Sequence[str] = (), out: Pat
         _split(data.encoder, name, loaded, config.data.max_prompt_length) for name, loaded in splits.items()
     ]
     title = redact(f"Data of {config.experiment_name}")
-    path.write_text(render("tools", "data.html", title=title, splits=described))
+    path.write_text(render("tools", "data.html", {"redact": redact}, title=title, splits=described))
     print(f"written: {path}")
     return path
 

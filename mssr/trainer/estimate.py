@@ -47,25 +47,25 @@ class Estimator:
         """
         ids, scores, lengths = collected.prompt_ids, collected.scores, collected.lengths
         known, metrics = self._log_probs(collected)
-        advantages, token_advantages = np.zeros(len(ids), np.float32), None
+        penalties = None
+        if self.config.kl_in_reward:
+            assert known is not None
+            penalties, metrics["policy/kl_ref"] = self._penalties(known)
+            known = replace(known, reference=None)  # the loss has no KL
+        batch = TrainBatch.of(collected.rollouts)
         try:
-            if self.config.kl_in_reward:
-                assert known is not None
-                penalties, metrics["policy/kl_ref"] = self._penalties(known)
-                token_advantages, signal = self.algorithm.token_advantages(ids, scores, lengths, penalties)
-            else:
+            if penalties is None:
                 advantages, signal = self.algorithm.advantages(ids, scores, lengths)
+                batch = replace(batch, advantages=advantages)
+            else:
+                advantages, signal = self.algorithm.token_advantages(ids, scores, lengths, penalties)
+                batch = replace(batch, token_advantages=advantages)
         except ValueError as error:
             raise UserError(f"reward.name={self.config.reward.name}: {error}") from error
-        batch = replace(
-            TrainBatch.of(collected.rollouts),
-            advantages=advantages,
-            token_advantages=token_advantages,
-            old_log_probs=None if known is None else known.policy,
-            reference_log_probs=None if known is None or self.config.kl_in_reward else known.reference,
-            kl_coef=self.kl.coef if self.config.kl_in_loss else 0.0,
-        )
-        return batch, metrics | signal
+        if known is not None:
+            batch = replace(batch, old_log_probs=known.policy, reference_log_probs=known.reference)
+        kl_coef = self.kl.coef if self.config.kl_in_loss else 0.0
+        return replace(batch, kl_coef=kl_coef), metrics | signal
 
     def observe(self, collected: Collected, metrics: Mapping[str, float]) -> dict[str, float]:
         """Let the method and the KL weight learn from a step that is done.

@@ -32,15 +32,12 @@ def initialize_values(
     collector: RolloutCollector,
     note: Callable[[str], None],
     stop: Callable[[], bool],
-) -> bool:
+) -> None:
     """Generate what is missing, then give every prompt its first value.
 
     Args:
         note: told how far it is.
-        stop: asked between parts whether to stop.
-
-    Returns:
-        False if it was stopped; what was generated is in the file.
+        stop: asked between parts whether to stop; what was generated stays in the file.
     """
     n = algorithm.init_rollouts
     cache = _Cache(config.run_dir / FILE, _fingerprint(config))
@@ -49,7 +46,7 @@ def initialize_values(
     part = max(1, config.rollout.rollouts_per_step // n)
     for start in range(0, len(missing), part):
         if stop():
-            return False
+            return
         found = collector.generate(collector.requests(missing[start : start + part], _STEP, n))
         scores = found.rewards.scores.tolist()
         for k in range(0, len(scores), n):
@@ -59,7 +56,6 @@ def initialize_values(
     successes = np.array([sum(cache.scores[i]) for i in ids])
     algorithm.initialize(ids, successes, np.full(len(ids), n))
     note(f"first values: mean reward of the base model {successes.mean() / n:.3f} ({len(ids)} prompts x {n})")
-    return True
 
 
 class _Cache:

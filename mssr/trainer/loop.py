@@ -265,7 +265,7 @@ class Trainer:
 def make_sampler(config: Config, dataset: PromptDataset, algorithm: Algorithm) -> PromptSampler:
     """The sampler that ``sampler.name`` means; of each source, where ``data.train`` weighs several."""
 
-    def sampler(ids: Sequence[str]) -> PromptSampler:
+    def sampler(ids: Sequence[str]) -> EpochSampler | UncertaintySampler:
         if config.sampler_name == "uncertainty":
             baseline = algorithm.baseline
             assert baseline is not None  # the config check asks for one

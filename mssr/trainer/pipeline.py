@@ -63,6 +63,7 @@ class RolloutPipeline:
         if not self.config.rollout.lag:
             self.collector.cluster.prepare(self.collector.upcoming())
         else:
+            self._before_draw = self.collector.sampler.state_dict()
             prompts = self.collector.draw()
             self._next = self._thread.submit(self.collector.collect, step, prompts, stoppable=False)
 
@@ -74,8 +75,13 @@ class RolloutPipeline:
         """
         if self._next is None:
             return
-        with self.timer("rollout"):
-            self._waiting = self._next.result()
+        try:
+            with self.timer("rollout"):
+                self._waiting = self._next.result()
+        except StopRequestedError:
+            # Engines were lost as the run was to end: as if nothing had been drawn. The next start collects
+            # its first batch with the weights that it has.
+            self.collector.sampler.load_state_dict(self._before_draw)
         self._next = None
         seconds = self.collector.timer.take()
         # They passed beside those of the training, and are no part of the step's sum.

@@ -110,12 +110,6 @@ class FakeRolloutWorker(RayRolloutWorker):
     def start(self, device: str) -> None:
         self._engine = FakeEngine(self._config)
 
-    def load_weights(self, weights: list[Any], version: int) -> None:
-        import ray
-
-        ray.get(weights[0])
-        self._engine.load_weights([], version)
-
 
 class FakePolicyWorker(RayPolicyWorker):
     """An actor rank that sleeps."""

@@ -53,11 +53,8 @@ def straightforward(inputs: Inputs) -> torch.Tensor:
     hidden, weight, targets, advantages, coef = inputs
     log_p = torch.log_softmax(_at_least_float(hidden @ weight.T), dim=-1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
-    if coef:
+    with torch.set_grad_enabled(coef != 0):  # else it is a metric
         entropy = -(log_p.exp() * log_p).sum(-1)
-    else:  # as a metric
-        with torch.no_grad():
-            entropy = -(log_p.exp() * log_p).sum(-1)
     return loss_of(log_probs, entropy, advantages, coef)
 
 

@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import statistics
@@ -52,7 +51,7 @@ import yaml
 from phases import Operations, Phases
 from report import arguments, gpu_name, publish
 from report import table as markdown
-from workload import SHAPES, draw_lengths, write_model, write_rows
+from workload import SHAPES, VOCABULARY, draw_lengths, write_model, write_rows
 
 from mssr.config import Config
 from mssr.data.prompt_source import PromptSource
@@ -61,7 +60,6 @@ from mssr.types import TrainBatch
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """bfloat16 operations a second, dense, of the SXM boards, by what is in a device's name."""
-IMPORTS = "jinja2 PIL psutil pyarrow qwen_vl_utils safetensors torchvision yaml".split()
 SYNCS = 5
 """Exports of the weights that are measured."""
 
@@ -77,9 +75,7 @@ def make_config(args: argparse.Namespace, model: Path, rows: Path) -> Config:
     config.actor.updates_per_step, config.trainer.val_every, config.trainer.save_every = 1, 0, 0
     config.actor.activation_checkpointing = args.size != "tiny"
     if args.lora:
-        if not hasattr(config.actor, "lora"):
-            sys.exit("gpu_update: this version of mssr has no actor.lora, so --lora cannot be measured")
-        set_option(config, f"actor.lora.rank={args.lora}")
+        config.actor.lora.rank = args.lora
     for option in args.options:
         set_option(config, option)
     return config
@@ -152,7 +148,7 @@ def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> 
     # One and the same where it is frozen.
     towers = {m for model in models for name, m in model.named_modules() if name.split(".")[-1] == "visual"}
     encoded = vision_operations(towers, worker.policy.model.config, phases)
-    batches = make_batches(config, args.per_update, SHAPES[args.size]["vocab"], responses)
+    batches = make_batches(config, args.per_update, VOCABULARY[args.size], responses)
     updates: list[Update] = []
     for number, batch in enumerate([batches[-1], *batches]):
         with phases("step"):
@@ -259,13 +255,9 @@ def benchmark(args: argparse.Namespace) -> list[str]:
         config, responses = write_workload(args, Path(scratch))
         lines = table(*measure(args, config, responses), peak)
     assert not {"ray", "vllm"} & (set(sys.modules) - loaded)
-    what, formula = "full training", "3 F"
-    if args.lora:
-        what, formula = f"LoRA, rank {args.lora}", "2 matrices + 3 attention + vision"
+    formula = "2 matrices + 3 attention + vision" if args.lora else "3 F"
     actor = config.actor
     return [
-        f"## {args.size}, {what}",
-        "",
         f"{args.sequences} sequences of Vision-R1's lengths (times {args.scale:g}), {args.per_update} an "
         f"update, {actor.micro_batch_tokens} tokens a micro-batch, activation checkpointing "
         f"{'on' if actor.activation_checkpointing else 'off'}. Tokens are those of prompts and responses.",
@@ -306,10 +298,8 @@ def main(command_line: list[str] | None = None) -> None:
     args = parser.parse_args(command_line)
     if args.sequences % args.per_update:
         parser.error("--per-update does not divide --sequences")
-    needed = IMPORTS + ["peft"] * bool(args.lora)
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        sys.exit(f"gpu_update: not installed here: {', '.join(missing)}")
-    publish(args, lambda: benchmark(args), "torch transformers", append=True)
+    title = f"{args.size}, " + (f"LoRA, rank {args.lora}" if args.lora else "full training")
+    publish(args, lambda: benchmark(args), "torch transformers", append=True, title=title)
 
 
 if __name__ == "__main__":

@@ -14,24 +14,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
 from report import arguments, publish, table
 
 from mssr.cluster.local import LocalCluster
-from mssr.data.encoder import PromptEncoder
-from mssr.data.loading import load_prompts
-from mssr.models.loading import load_processor
-from mssr.rewards import Scorer
+from mssr.data.dataset import PromptDataset
 from mssr.rollout.seeds import request_seed
-from mssr.runs.config import load_config
-from mssr.trainer.collect import RolloutCollector
-from mssr.trainer.estimate import Estimator
-from mssr.trainer.loop import make_sampler
-from mssr.trainer.timing import PhaseTimer
+from mssr.trainer import session
+from mssr.trainer.train import train
 from mssr.types import RolloutRequest, SamplingParams, TrainBatch
 
 WAYS = {
@@ -59,50 +51,34 @@ class Measured:
 
 
 def measure(config_file: str, overrides: list[str], rollouts: int, steps: int, fresh: int) -> list[Measured]:
-    """Train some steps and compare in each."""
+    """Train some steps, and compare in each, with a cluster that measures its updates."""
+    found: list[Measured] = []
+
+    class Measuring(LocalCluster):
+        def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
+            sample = fresh_sample(self, step, fresh)
+            before = self.log_probs(sample).policy
+            metrics = super().update(batch, step)
+            change = self.log_probs(sample).policy.astype(np.float64) - before
+            kl, lengths = np.expm1(change) - change, sample.response_lengths
+            sums = np.add.reduceat(kl, sample.response_offsets[:-1])
+            spread = np.std(sums - kl.mean() * lengths) / lengths.mean() / math.sqrt(fresh)
+            found.append(Measured(metrics["policy/kl_update"], float(kl.mean()), float(spread)))
+            return metrics
+
+    session.launch = lambda config, report, stop: Measuring(config, stop)
     with tempfile.TemporaryDirectory() as directory:
-        config = load_config(
-            config_file,
-            [
-                "cluster.launcher=local",
-                "actor.num_ranks=1",
-                "rollout.workers=1",
-                f"rollout.rollouts_per_step={rollouts}",
-                f"trainer.run_dir={directory}/run",
-                "reward.workers=1",
-                *overrides,
-            ],
-        )
-        encoder = PromptEncoder(load_processor(config.model), config.data)
-        dataset = load_prompts(config.data.train, config.data, encoder, Path(directory, "bad.jsonl")).dataset
-        cluster, timer = LocalCluster(config, lambda: False), PhaseTimer()
-        try:
-            with Scorer(config.reward, config.rollout.max_response_length, clip=True) as scorer:
-                estimator = Estimator(config, cluster, timer)
-                sampler = make_sampler(config, dataset, estimator.algorithm)
-                collector = RolloutCollector(config, dataset, sampler, scorer, cluster)
-                found = []
-                for step in range(steps):
-                    cluster.sync_weights(step)
-                    collected = collector.collect(step, collector.draw())
-                    batch, signal = estimator.batch(collected)
-                    sample = fresh_sample(cluster, dataset.ids, config.seed, step, fresh)
-                    before = cluster.log_probs(sample).policy
-                    metrics = signal | cluster.update(batch, step)
-                    change = cluster.log_probs(sample).policy.astype(np.float64) - before
-                    kl, lengths = np.expm1(change) - change, sample.response_lengths
-                    sums = np.add.reduceat(kl, sample.response_offsets[:-1])
-                    spread = np.std(sums - kl.mean() * lengths) / lengths.mean() / math.sqrt(fresh)
-                    found.append(Measured(metrics["policy/kl_update"], float(kl.mean()), float(spread)))
-                    estimator.observe(collected, metrics)
-                    print(rollouts, overrides, step, found[-1], file=sys.stderr, flush=True)
-                return found
-        finally:
-            cluster.shutdown()
+        options = ["cluster.launcher=local", "actor.num_ranks=1", "rollout.workers=1", "reward.workers=1"]
+        options += [f"rollout.rollouts_per_step={rollouts}", f"trainer.steps={steps}", "data.val=null"]
+        options += [f"trainer.run_dir={directory}/run", "trainer.save_every=0", "trainer.progress=off"]
+        assert train(config_file, [*options, *overrides]) == 0
+    return found
 
 
-def fresh_sample(cluster: LocalCluster, ids: list[str], seed: int, step: int, count: int) -> TrainBatch:
+def fresh_sample(cluster: LocalCluster, step: int, count: int) -> TrainBatch:
     """Responses of the policy as it is to training prompts, with seeds of their own."""
+    config = cluster.config
+    ids, seed = PromptDataset(config.data.train, config.data).ids, config.seed
     rng = np.random.default_rng([seed, step, FRESH_SEED])
     prompts = [ids[i] for i in rng.integers(len(ids), size=count)]
     requests = [

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from gpu_update import make_batches, make_config
 from report import arguments, in_turn, publish, table
-from workload import PROMPT, RESPONSE_LIMIT, SHAPES, draw_lengths, write_model, write_rows
+from workload import PROMPT, RESPONSE_LIMIT, SHAPES, VOCABULARY, draw_lengths, write_model, write_rows
 
 from mssr.actor.planning import MicroBatch, UpdatePlan
 from mssr.actor.update import PolicyUpdater
@@ -57,7 +57,8 @@ class PaddedUpdater(PolicyUpdater):
             filled, real = [], []
             for item in items:
                 missing = longest - len(item.prompt.token_ids) - len(item.response)
-                filled.append(item.with_response(torch.cat([item.response, torch.zeros(missing).long()])))
+                response = torch.cat([item.response, torch.zeros(missing).long()])
+                filled.append(dataclasses.replace(item, response=response))
                 real += [True] * len(item.response) + [False] * missing
             packed = pack(filled, self.policy.merge_size)
             yield (
@@ -66,7 +67,6 @@ class PaddedUpdater(PolicyUpdater):
                     packed,
                     response_index=packed.response_index[real],
                     targets=packed.targets[real],
-                    response_lengths=torch.tensor([len(i.response) for i in items]),
                 ).to(self.device),
             )
 
@@ -93,7 +93,7 @@ def throughput(args: argparse.Namespace, scratch: Path) -> list[tuple[str, ...]]
     of_step = draw_lengths(args.step, 1, args.scale)
     prompts, responses = (x[: args.sequences] for x in of_step)
     config = make_config(args, scratch / "model", write_rows(scratch, prompts, args.scale))
-    [batch] = make_batches(config, args.sequences, SHAPES[args.size]["vocab"], responses)
+    [batch] = make_batches(config, args.sequences, VOCABULARY[args.size], responses)
     lengths = batch.lengths
     worker = PolicyWorker(config, 0, f"file://{scratch}/rendezvous", args.device)
     packing = worker.updater

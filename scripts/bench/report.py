@@ -27,13 +27,18 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
 
 
 def publish(
-    args: argparse.Namespace, measure: Callable[[], Sequence[str]], packages: str = "", append: bool = False
+    args: argparse.Namespace,
+    measure: Callable[[], Sequence[str]],
+    packages: str = "",
+    append: bool = False,
+    title: str = "",
 ) -> None:
     """Print what is measured below command, day and machine, and write it to ``--out``.
 
     Args:
         packages: whose versions are told.
         append: to the file, in place of what it holds.
+        title: above all of it.
     """
     before = os.getloadavg()[0]
     lines = measure()
@@ -45,7 +50,8 @@ def publish(
     load = f"load average {before:.1f} before, {os.getloadavg()[0]:.1f} after"
     python = f"Python {platform.python_version()}"
     parts = [f"`{command}`", f"{datetime.date.today()}", machine, python, *versions(packages.split())]
-    text = "\n".join([f"{', '.join(parts)}; {load}.", "", *lines, ""])
+    heading = [f"## {title}", ""] if title else []
+    text = "\n".join([*heading, f"{', '.join(parts)}; {load}.", "", *lines, ""])
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

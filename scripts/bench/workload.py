@@ -18,87 +18,57 @@ import transformers
 from PIL import Image
 
 from mssr.models import tiny
+from mssr.models.tiny import TinySize
 
 RESPONSE_MEAN, RESPONSE_LIMIT, SIGMA, PROMPT, TEXT = 500, 4096, 0.8, (300, 1500), (40, 160)
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden": 128, "mlp": 256, "layers": 4, "heads": 4, "kv_heads": 2, "vocab": 512},
-    "3b": {"hidden": 2048, "mlp": 11008, "layers": 36, "heads": 16, "kv_heads": 2, "vocab": 151936},
-    "7b": {"hidden": 3584, "mlp": 18944, "layers": 28, "heads": 28, "kv_heads": 4, "vocab": 152064},
+VISION: dict[str, Any] = {
+    "vision_hidden": 1280,
+    "vision_mlp": 3420,
+    "vision_depth": 32,
+    "vision_heads": 16,
+    "full_attention_blocks": (7, 15, 23, 31),
+    "window": 112,
+    "max_positions": 128000,
 }
-TINY_VISION = {"hidden_size": 64, "intermediate_size": 128, "depth": 4, "num_heads": 2,
-               "fullatt_block_indexes": [3]}  # fmt: skip
-VISION = {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16,
-          "fullatt_block_indexes": [7, 15, 23, 31]}  # fmt: skip
+SHAPES = {
+    "tiny": TinySize(vision_depth=4, full_attention_blocks=(3,), window=112),
+    "3b": TinySize(hidden=2048, mlp=11008, text_layers=36, heads=16, kv_heads=2, **VISION),
+    "7b": TinySize(hidden=3584, mlp=18944, text_layers=28, heads=28, kv_heads=4, **VISION),
+}
+VOCABULARY = {"tiny": 512, "3b": 151936, "7b": 152064}
 CELL = 28
 """Side in pixels of what becomes one token: 2 x 2 patches of 14."""
 
 
-def model_config(name: str, special: dict[str, int] | None = None) -> transformers.Qwen2_5_VLConfig:
-    """A Qwen2.5-VL in the shape of the 3B or 7B one, or a tiny one.
+def make_tokenizer() -> Any:
+    """A few hundred tokens, whose ids are the lowest of the vocabulary, so special tokens and text fit; a
+    policy with random weights also samples the others, which decode to nothing."""
+    return tiny.train_tokenizer(["0 1 2 3 4 5 6 7 8 9"], 256)
 
-    Args:
-        special: ids of the special tokens in the tokenizer; None puts those for images at the end of the
-            vocabulary and has no end token.
-    """
-    shape = SHAPES[name]
-    last = shape["vocab"] - 1
-    ids: dict[str, Any] = special or {
-        "<|image_pad|>": last,
-        "<|video_pad|>": last - 1,
-        "<|vision_start|>": last - 2,
-        "<|vision_end|>": last - 3,
-    }
-    section = [4, 6, 6] if name == "tiny" else [16, 24, 24]
-    return transformers.Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": shape["hidden"],
-            "intermediate_size": shape["mlp"],
-            "num_hidden_layers": shape["layers"],
-            "num_attention_heads": shape["heads"],
-            "num_key_value_heads": shape["kv_heads"],
-            "vocab_size": shape["vocab"],
-            "max_position_embeddings": 128000,
-            "rms_norm_eps": 1e-6,
-            "bos_token_id": ids.get("<|endoftext|>"),
-            "eos_token_id": ids.get("<|im_end|>"),
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section},
-            "tie_word_embeddings": name != "7b",
-        },
-        vision_config={
-            **(TINY_VISION if name == "tiny" else VISION),
-            "out_hidden_size": shape["hidden"],
-            "window_size": 112,
-            "tokens_per_second": 2,
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=name != "7b",
-    )
+
+def model_config(name: str) -> transformers.Qwen2_5_VLConfig:
+    """A Qwen2.5-VL in the shape of the 3B or 7B one, or a tiny one, for the tokens of `make_tokenizer`."""
+    config = tiny.tiny_config(make_tokenizer(), SHAPES[name])
+    config.text_config.vocab_size = VOCABULARY[name]
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = name != "7b"
+    return config
 
 
 def write_model(directory: Path, name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Random weights in a Hugging Face directory, with a tokenizer of a few hundred tokens.
-
-    The tokenizer's ids are the lowest of the vocabulary, so that special tokens and text fit; a policy with
-    random weights also samples the others, which decode to nothing.
+    """Random weights in a Hugging Face directory, with `make_tokenizer`.
 
     Args:
         device: where the random numbers are drawn.
         dtype: of the weights in the file.
     """
-    tokenizer = tiny.train_tokenizer(["0 1 2 3 4 5 6 7 8 9"], 256)
-    special = tiny.special_ids(tokenizer)
-    config = model_config(name, special)
+    tokenizer, config = make_tokenizer(), model_config(name)
+    end = [config.text_config.eos_token_id, config.text_config.pad_token_id]
     torch.manual_seed(0)
     with device:
         model = transformers.AutoModelForImageTextToText.from_config(
             config, dtype=dtype, attn_implementation="sdpa"
         )
-    model.generation_config = transformers.GenerationConfig(
-        eos_token_id=[special["<|im_end|>"], special["<|endoftext|>"]], pad_token_id=special["<|endoftext|>"]
-    )
+    model.generation_config = transformers.GenerationConfig(eos_token_id=end, pad_token_id=end[1])
     pixels = {"shortest_edge": 56 * 56, "longest_edge": CELL * CELL * 2 * PROMPT[1]}
     processor = transformers.Qwen2_5_VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(size=pixels),

@@ -46,7 +46,6 @@ def test_the_methods_are_there_with_their_defaults() -> None:
         assert algorithm.init_rollouts == (8 if name == "spo" else 0)
         assert algorithm.bounded_rewards == (name in SINGLE_ROLLOUT)
         assert (algorithm.baseline is not None) == (name in SINGLE_ROLLOUT)
-        assert algorithm.token_level == name.startswith("reinforce_pp")
         weightings = {name: "sequence" for name in (*SINGLE_ROLLOUT, "lite_ppo")}
         weightings |= {"reinforce_pp": "token", "reinforce_pp_baseline": "token"}
         assert algorithms.options(name).get("weighting") == weightings.get(name)
@@ -242,8 +241,14 @@ def test_a_users_method_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 FILE_METHOD = """
-from mssr.algorithms import Algorithm, GRPO
+from dataclasses import dataclass
+from mssr.algorithms import SPO, Algorithm, GRPO
 import numpy as np
+
+@dataclass(kw_only=True, eq=False)
+class Slower(SPO):
+    half_life: float = 0.2
+    extra: int = 3
 
 class Signs(Algorithm):
     aggregation = "sequence_mean"
@@ -278,6 +283,9 @@ def test_a_users_method_can_be_a_file(tmp_path: Path) -> None:
     assert signal.tolist() == [2.0, -2.0]
     with pytest.raises(ValueError, match="no option 'scal', did you mean 'scale'"):
         algorithms.create(spec, scal=2.0)
+    slower = f"{path}:Slower"
+    assert algorithms.options(slower) == algorithms.options("spo") | {"half_life": 0.2, "extra": 3}
+    assert algorithms.create(slower).discount.half_life == 0.2  # type: ignore[attr-defined]
     assert algorithms.get(f"{path}:Stricter").name == f"{path}:Stricter"
     assert algorithms.get(f"{path}:GRPO") is algorithms.GRPO
     assert algorithms.GRPO.name == "grpo" and algorithms.names() == ALL
@@ -297,14 +305,18 @@ def test_a_users_method_can_be_a_file(tmp_path: Path) -> None:
 
 
 def test_importing_algorithms_loads_no_torch_and_nothing_else_of_ours() -> None:
+    """Nor do the rewards, which are checked before a run: they know the config, the room below them."""
     program = (
-        "import sys, mssr.algorithms, mssr.rewards\n"
+        "import sys, mssr.algorithms\n"
+        "def ours(*but):\n"
+        "    rooms = {m.split('.')[1] for m in sys.modules if m.startswith('mssr.')}\n"
+        "    return sorted(rooms - {'errors', *but})\n"
+        "algorithms = ours('algorithms')\n"
+        "import mssr.rewards\n"
         "light = 'torch' not in sys.modules\n"
         "mssr.algorithms.losses.policy_loss; mssr.algorithms.shaping.entropy_bonus\n"
         "heavy = sorted({'ray', 'transformers', 'vllm', 'datasets', 'omegaconf'} & set(sys.modules))\n"
-        "ours = sorted(m for m in sys.modules if m.startswith('mssr.') and m.split('.')[1] not in"
-        " ('algorithms', 'rewards', 'errors', 'plugins'))\n"
-        "print(light, heavy, ours)"
+        "print(light, heavy, algorithms, ours('algorithms', 'config', 'rewards'))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True [] []"
+    assert done.stdout.strip() == "True [] [] []"

@@ -12,7 +12,7 @@ from mssr import algorithms
 from mssr.algorithms import AdaptiveDiscount, BetaBaseline, advantages
 from mssr.algorithms.correction import rollout_correction
 from mssr.algorithms.kl_control import KLController
-from mssr.algorithms.objective import LossInParts, Objective
+from mssr.algorithms.objective import MicroBatchLoss, Objective
 from mssr.algorithms.policy_losses import get_loss, is_token_wise, loss_aggregation, loss_options
 from mssr.algorithms.shaping import entropy_bonus
 
@@ -57,7 +57,6 @@ def test_methods_start_from_the_numbers_of_their_papers(name: str) -> None:
     assert algorithm.shapes_entropy == (name == "mssr")
     assert algorithm.default_sampler == ("uncertainty" if name == "spo" else "epochs")
     assert algorithm.bounded_rewards == (name in ("mssr", "mvsr", "spo"))
-    assert algorithm.token_level == name.startswith("reinforce_pp")
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -70,7 +69,7 @@ def test_the_parts_have_the_same_numbers() -> None:
     assert defaults(entropy_bonus) == {"coef": 0.4, "divisor": 2.0}
     assert (objective.shaping_coef, objective.shaping_divisor, objective.shaping) == (0.4, 2.0, False)
     assert (objective.entropy_coef, objective.anchor_coef, objective.kl_estimator) == (0.0, 0.0, "k3")
-    assert defaults(Objective.__call__) == defaults(LossInParts) == {"kl_coef": 0.0}
+    assert defaults(MicroBatchLoss) == {"kl_coef": 0.0}
     assert (objective.loss, objective.aggregation, objective.shaping_entropy) == (
         "ppo",
         "token_mean",

@@ -101,13 +101,9 @@ def test_vision_counts_where_the_tower_runs(tmp_path: Path, freeze: str) -> None
         assert found["old log-probs"] == pytest.approx(operations.forward)
 
 
-def test_an_option_that_is_none_and_lora_that_is_not_there_are_named() -> None:
+def test_an_option_that_is_none_is_named() -> None:
     with pytest.raises(SystemExit, match=r"no option actor\.nonsense"):
         gpu_update.set_option(Config(), "actor.nonsense=1")
-    if not hasattr(Config().actor, "lora"):
-        args = argparse.Namespace(size="tiny", device="cpu", threads=1, lora=8, options=[])
-        with pytest.raises(SystemExit, match=r"no actor\.lora"):
-            make_config(args, Path("model"), Path("rows.jsonl"))
 
 
 def test_neither_ray_nor_vllm_nor_datasets_is_imported(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from mssr.algorithms.objective import LossInParts, Objective, TokenBatch
+from mssr.algorithms.objective import MicroBatchLoss, Objective, TokenBatch
 from mssr.algorithms.shaping import entropy_bonus
 from mssr.data.prompt_source import PromptSource
 from mssr.models.head import token_log_probs_and_entropy, token_loss
@@ -49,7 +49,7 @@ class Lab:
         packed = pack(items, self.policy.merge_size)
         assert packed.pixels is not None
         self.packed: PackedBatch = packed
-        self.lengths = packed.response_lengths
+        self.lengths = torch.tensor([len(item.response) for item in items])
         self.parameters = list(self.policy.parameters())
         with torch.no_grad():
             log_probs, self.entropy = self.policy(self.packed)
@@ -68,9 +68,10 @@ class Lab:
         )
 
     def loss(self, objective: Objective, **changes: torch.Tensor) -> torch.Tensor:
-        log_probs, entropy = self.policy(self.packed)
-        tokens = dataclasses.replace(self.fixed, **changes)
-        return objective(tokens, log_probs, entropy, objective.denominator(self.lengths), KL_COEF)[0]
+        return self.loss_of(objective, dataclasses.replace(self.fixed, **changes))(*self.policy(self.packed))
+
+    def loss_of(self, objective: Objective, tokens: TokenBatch) -> MicroBatchLoss:
+        return MicroBatchLoss(objective, tokens, objective.denominator(self.lengths), KL_COEF)
 
     def known(self, old_known: bool) -> TokenBatch:
         return self.fixed if old_known else dataclasses.replace(self.fixed, old_log_probs=None)
@@ -140,14 +141,15 @@ def test_every_part_of_the_loss_is_in_the_gradient(lab: Lab, change: dict) -> No
 
 
 def test_the_anchor_leaves_prompts_without_image_alone(lab: Lab) -> None:
-    objective = Objective(anchor_coef=0.5)
-    _, metrics = objective(lab.fixed, *lab.policy(lab.packed), 1.0)
-    assert (metrics["policy/kl_anchor"] > 0).tolist() == lab.fixed.has_image.tolist()
+    loss_of = lab.loss_of(Objective(anchor_coef=0.5), lab.fixed)
+    loss_of(*lab.policy(lab.packed))
+    assert (loss_of.metrics["policy/kl_anchor"] > 0).tolist() == lab.fixed.has_image.tolist()
 
 
 def test_metrics_carry_no_gradient_and_one_value_a_token(lab: Lab) -> None:
-    log_probs, entropy = lab.policy(lab.packed)
-    _, metrics = EVERYTHING(lab.fixed, log_probs, entropy, EVERYTHING.denominator(lab.lengths), KL_COEF)
+    loss_of = lab.loss_of(EVERYTHING, lab.fixed)
+    loss_of(*lab.policy(lab.packed))
+    metrics = loss_of.metrics
     expected = {
         *("policy/entropy", "policy/kl_ref", "policy/kl_anchor", "loss", "policy/clip_fraction"),
         *("shaping/mean", "shaping/entropy_branch_fraction", "shaping/sign_flip_fraction"),
@@ -155,7 +157,7 @@ def test_metrics_carry_no_gradient_and_one_value_a_token(lab: Lab) -> None:
     }
     assert expected <= set(metrics)
     for value in metrics.values():
-        assert value.shape == log_probs.shape and not value.requires_grad
+        assert value.shape == lab.entropy.shape and not value.requires_grad
 
 
 CORRECTIONS = {
@@ -217,11 +219,10 @@ def test_parts_of_sequences_give_the_gradient_and_metrics_of_the_whole(
     hidden = (3 * torch.randn(len(lab.packed.targets), head.shape[1], generator=generator)).to(dtype)
     inputs = [hidden.requires_grad_(), head.clone().requires_grad_()]
     known = _cast(lab.known(old_known), dtype)
-    denominator = objective.denominator(lab.lengths)
     log_probs, entropy = token_log_probs_and_entropy(*inputs, lab.packed.targets)
-    loss, metrics = objective(known.after(log_probs), log_probs, entropy, denominator, KL_COEF)
+    whole, parts = lab.loss_of(objective, known), lab.loss_of(objective, known)
+    loss = whole(log_probs, entropy)
     expected = loss, *torch.autograd.grad(loss, inputs)
-    parts = LossInParts(objective, known, denominator, KL_COEF)
     # Sequences have 5, 3 and 6 tokens: a chunk of 4 ends within the first, and spans the second and third.
     loss, part_log_probs, part_entropy = token_loss(*inputs, lab.packed.targets, parts, chunk=4)
     actual = loss, *torch.autograd.grad(loss, inputs)
@@ -230,8 +231,8 @@ def test_parts_of_sequences_give_the_gradient_and_metrics_of_the_whole(
         size = max(float(e.detach().abs().max()), 0.0 if e.dim() else 1.0)  # terms of the loss may cancel
         torch.testing.assert_close(a, e, rtol=0, atol=tolerance * size)
     torch.testing.assert_close((part_log_probs, part_entropy), (log_probs.detach(), entropy.detach()))
-    assert parts.metrics.keys() == metrics.keys()
-    for key, value in metrics.items():
+    assert parts.metrics.keys() == whole.metrics.keys()
+    for key, value in whole.metrics.items():
         # Log-probs agree to rounding, which k3 with its exponential magnifies.
         close = {"rtol": 1e-5, "atol": 1e-5} if value.dtype == torch.float32 else {}
         torch.testing.assert_close(
@@ -249,9 +250,7 @@ def test_the_model_has_one_gradient_whichever_way_it_is_taken(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lab.policy, "head_chunk", 4)
-    denominator = EVERYTHING.denominator(lab.lengths)
-    parts = LossInParts(EVERYTHING, lab.known(True), denominator, KL_COEF)
-    loss, *_ = lab.policy(lab.packed, objective=parts)
+    loss, *_ = lab.policy(lab.packed, loss=lab.loss_of(EVERYTHING, lab.fixed))
     actual, expected = torch.autograd.grad(loss, lab.parameters), lab.gradient(EVERYTHING)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-10 * float(e.abs().max()))

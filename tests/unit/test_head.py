@@ -148,13 +148,13 @@ def test_no_more_logits_at_a_time_than_a_chunk_of_tokens_has(
     way: Callable[[Case], Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    logits = head._logits
+    logits = head._Head.logits
 
     def spy(*args) -> torch.Tensor:
         sizes.append(logits(*args).numel())
         return logits(*args)
 
-    monkeypatch.setattr(head, "_logits", spy)
+    monkeypatch.setattr(head._Head, "logits", spy)
     way(Case(n=37, chunk=10))
     assert 10 * 157 * 0.8 <= max(sizes) <= 10 * 157
 

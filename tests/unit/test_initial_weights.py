@@ -12,7 +12,7 @@ from torch import nn
 
 from mssr.actor.initial_weights import InitialWeights
 from mssr.errors import UserError
-from mssr.models.loading import empty_model, load_model
+from mssr.models.loading import load_model
 from mssr.runs.config import load_config
 from tests.conftest import Workspace
 
@@ -33,7 +33,7 @@ def test_a_model_without_memory_becomes_the_one_that_was_loaded(workspace: Works
     loaded = load_model(config, torch.float32)
     weights = InitialWeights(lambda: loaded, 0, CPU)
     for last in (False, True):
-        model = empty_model(config, torch.float32)
+        model = load_model(config, torch.float32, empty=True)
         assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
         model.model.language_model.norm.to(torch.bfloat16)
         model.lm_head.requires_grad_(False)

@@ -279,7 +279,7 @@ def test_the_tag_of_the_prompt_counts_as_the_responses(
     (item, *_) = own.load()
     with VerdictBook(config, [Question(own, item, True)], True, data.encoder.response_prefix) as book:
         book.add([Response(own.name, item.id, 0, text, 3, "stop")])
-    assert [verdict.correct for verdict in book.verdicts.values()] == [bool(right)]
+    assert book.of(Question(own, item, True), 0)[1].correct == bool(right)
     config = load_config(workspace.config, overrides)
     assert load_data(config).train.dataset.response_prefix == ""
 

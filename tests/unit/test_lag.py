@@ -110,6 +110,32 @@ def test_a_stop_finishes_the_batch_that_is_under_way_and_resumes_alike(
     assert drive(world, tmp_path / "run", never, lag=1) == straight
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_stop_that_takes_the_engines_with_it_leaves_a_checkpoint(
+    world: Any,  # noqa: F811
+    tmp_path: Path,
+    count: int,
+) -> None:
+    """As where a machine is given back: the batch under way is lost, the step beside it is not."""
+    stop = Signal()
+
+    class Preempted(FakeCluster):
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            if self.calls.get("generate", 0) == count:
+                stop.requested = True
+                raise StopRequestedError
+            return super().generate(*args, **kwargs)
+
+    options: dict[str, Any] = {"lag": 1, "val_every": 0}
+    before = drive(world, tmp_path / "run", never, stop, cluster_type=Preempted, **options)
+    assert [r["step"] for r in before] == list(range(1, count + 1))
+    assert (tmp_path / "run/checkpoints/latest").read_text() == f"step-{count:06d}"
+    records = drive(world, tmp_path / "run", never, **options)
+    assert records[:count] == before and [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert [r["rollout/policy_lag"] for r in records] == [0] + [float(k != count) for k in range(1, STEPS)]
+    assert [r["epoch"] for r in records] == sorted({r["epoch"] for r in records})  # nothing drawn is left out
+
+
 def test_the_batch_that_waits_is_in_the_checkpoint(world: Any, tmp_path: Path) -> None:  # noqa: F811
     from mssr.runs.checkpoint import read_state
     from mssr.trainer.collect import Collected

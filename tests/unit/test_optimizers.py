@@ -230,9 +230,9 @@ def test_offload_is_for_a_gpu(workspace: Workspace, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         distributed, "fully_shard", lambda *_, offload_policy, **__: policies.append(offload_policy)
     )
-    from mssr.models.loading import empty_model
+    from mssr.models.loading import load_model
 
-    model = PolicyModel(empty_model(load_config(workspace.config).model, torch.float32))
+    model = PolicyModel(load_model(load_config(workspace.config).model, torch.float32, empty=True))
     for device_type, offload, expected in (
         ("cuda", True, True),
         ("cuda", False, False),

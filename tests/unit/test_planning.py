@@ -25,7 +25,7 @@ def make_work(seed: int, count: int, n: int = 1) -> SequenceWork:
     lengths = responses + rng.integers(5, 40, count)[prompts]
     images = np.where(rng.random(count) < 0.3, rng.integers(100, 2000, count), 0)
     cost = 10 * lengths + lengths**2 // 50 + 20 * responses
-    return SequenceWork(lengths, responses, cost, images[prompts], prompts, homes=7 * prompts)
+    return SequenceWork(lengths, cost, images[prompts], prompts, homes=7 * prompts)
 
 
 def vision_like(seed: int, prompts: int, n: int) -> SequenceWork:
@@ -36,7 +36,7 @@ def vision_like(seed: int, prompts: int, n: int) -> SequenceWork:
     lengths = prompt + responses
     cost = 20 * lengths + lengths**2 // 1500 + responses
     numbers = np.repeat(np.arange(prompts), n)
-    return SequenceWork(lengths, responses, cost, 30 * prompt, numbers, homes=numbers)
+    return SequenceWork(lengths, cost, 30 * prompt, numbers, homes=numbers)
 
 
 def elapsed(planner: Planner, ranks: tuple[tuple[MicroBatch, ...], ...]) -> int:
@@ -100,14 +100,12 @@ def test_cost_decides_and_not_tokens() -> None:
     """Four sequences as long as each other, one as dear as the three others."""
     lengths, prompts = np.full(4, 100), np.arange(4)
     cost = np.array([300, 100, 100, 100])
-    planner = Planner(
-        SequenceWork(lengths, lengths, cost, 0 * cost, prompts, prompts), ranks=2, token_budget=1000
-    )
+    planner = Planner(SequenceWork(lengths, cost, 0 * cost, prompts, prompts), ranks=2, token_budget=1000)
     shares = {passes[0].sequences for passes in planner.everything()}
     assert shares == {(0,), (1, 2, 3)}
     images = np.array([300, 0, 0, 0])
     planner = Planner(
-        SequenceWork(lengths, lengths, cost // cost, images, prompts, prompts), ranks=2, token_budget=1000
+        SequenceWork(lengths, cost // cost, images, prompts, prompts), ranks=2, token_budget=1000
     )
     assert {passes[0].sequences for passes in planner.everything()} == {(0,), (1, 2, 3)}
 
@@ -124,10 +122,10 @@ def test_responses_of_a_prompt_share_a_pass() -> None:
 def test_a_prompt_is_cut_where_balance_asks_for_it() -> None:
     """One prompt on two ranks: its image is encoded twice, so that neither rank stands still."""
     lengths = np.full(8, 100)
-    work = SequenceWork(lengths, lengths, lengths * 10, lengths, 0 * lengths, 0 * lengths)
+    work = SequenceWork(lengths, lengths * 10, lengths, 0 * lengths, 0 * lengths)
     passes = Planner(work, ranks=2, token_budget=10000).everything()
     assert [len(p[0].sequences) for p in passes] == [4, 4]
-    two = SequenceWork(lengths, lengths, lengths * 10, lengths, *2 * [np.repeat([0, 1], 4)])
+    two = SequenceWork(lengths, lengths * 10, lengths, *2 * [np.repeat([0, 1], 4)])
     passes = Planner(two, ranks=2, token_budget=10000).everything()
     assert {tuple(sorted(p[0].sequences)) for p in passes} == {(0, 1, 2, 3), (4, 5, 6, 7)}
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray
 import torch.distributed as dist
 
-from mssr.cluster import ray_cluster
-from mssr.cluster.ray_calls import Failure, Worker, WorkerDiedError, WorkerHungError, _cause_of_death
+from mssr.cluster import ray_calls, ray_cluster
+from mssr.cluster.ray_calls import (
+    Calls,
+    Failure,
+    Worker,
+    WorkerDiedError,
+    WorkerHungError,
+    _cause_of_death,
+)
 from mssr.cluster.ray_cluster import PREPARING, RayCluster, _init_ray, _is_lost
 from mssr.cluster.ray_generation import Generation
 from mssr.config import Config
@@ -54,6 +62,62 @@ def test_a_death_is_told_in_a_line() -> None:
     assert str(Failure(Worker("engine 1", None), ValueError("a\nb"))) == "engine 1: ValueError: a"
 
 
+class ThreeCalls:
+    """Three calls of three workers on a clock of their own: what a call gives and when, None: never; and what
+    its worker says when it is asked for a sign of life, None: nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[float | None, Any, Any]]) -> None:
+        self.now, self.calls = 0.0, calls
+        self.refs = [(Worker(f"actor rank {k}", self.handle(k)), ("call", k)) for k in range(len(calls))]
+        monkeypatch.setattr(ray_calls.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(ray, "is_initialized", lambda: True)
+        monkeypatch.setattr(ray, "wait", self.wait)
+        monkeypatch.setattr(ray, "get", lambda ref: self.result(*ref))
+
+    def handle(self, k: int) -> Any:
+        handle = Mock()
+        handle.silent_s.options.return_value.remote.return_value = "sign", k
+        return handle
+
+    def wait(self, refs: list[Any], timeout: float, fetch_local: bool = True) -> tuple[list[Any], list[Any]]:
+        self.now += timeout
+        ready = [ref for ref in refs if self.ready(*ref)]
+        return ready, [ref for ref in refs if ref not in ready]
+
+    def ready(self, kind: str, k: int) -> bool:
+        at, _, sign = self.calls[k]
+        return sign is not None if kind == "sign" else at is not None and self.now >= at
+
+    def result(self, kind: str, k: int) -> Any:
+        _, value, sign = self.calls[k]
+        if kind == "sign":
+            return sign
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+
+@pytest.mark.parametrize("sign", [None, 41.0])
+def test_who_shows_no_sign_of_life_hangs_and_who_works_on_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, sign: float | None
+) -> None:
+    """Whether it does not answer at all, or says itself that nothing goes on in it."""
+    calls = ThreeCalls(monkeypatch, [(1.0, "a", 0.5), (500.0, "b", 0.5), (None, None, sign)])
+    [first, second, hung] = Calls(hang_timeout_s=40).gather(calls.refs)
+    assert (first, second) == ("a", "b") and isinstance(hung.error, WorkerHungError)
+    assert str(hung).startswith("actor rank 2: no sign of life for 41 s")
+
+
+def test_after_one_rank_has_died_the_others_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    died = ray.exceptions.ActorDiedError()
+    calls = ThreeCalls(monkeypatch, [(2.0, died, 0.5), (None, None, 0.5), (4.0, RuntimeError(GLOO), 0.5)])
+    monkeypatch.setattr(ray.exceptions, "RayTaskError", RuntimeError)
+    calls.calls[2][1].cause = calls.calls[2][1]
+    [first, given_up, third] = Calls(hang_timeout_s=40).gather(calls.refs, together=True)
+    assert isinstance(first.error, WorkerDiedError) and given_up is None
+    assert _is_lost(third) and 4 <= calls.now < 20
+
+
 class Engine:
     """Stands for the handle of an engine; `prepare` is its only method."""
 
@@ -85,7 +149,7 @@ def test_prompts_are_prepared_where_they_are_generated() -> None:
     class Stop(Exception):
         pass
 
-    class Calls:
+    class Stopping:
         def parts(self, streams: Any, stop: Any) -> Any:
             raise Stop
 
@@ -103,7 +167,7 @@ def test_prompts_are_prepared_where_they_are_generated() -> None:
 
     handles = [Worker(f"engine {k}", Handle(f"engine {k}")) for k in range(3)]
     with pytest.raises(Stop):
-        Generation(Calls(), requests, SamplingParams(1.0, 8), slots=6).run(handles)  # type: ignore[arg-type]
+        Generation(Stopping(), requests, SamplingParams(1.0, 8), slots=6).run(handles)  # type: ignore[arg-type]
     for k, engine in enumerate(engines):
         assert set(first[f"engine {k}"]) <= set(engine.prepared)
 

@@ -65,9 +65,10 @@ class HallusionBench(Benchmark):
                 return Verdict(True, boxed or "unknown", "right", verdict.rule)
         return verdict
 
-    def judged_answer(self, item: Item) -> str:
-        details = str(item.metadata["gt_answer_details"])
-        return f"{item.answer} ({details})" if details else item.answer
+    def judged(self, item: Item) -> tuple[str, str]:
+        question, answer = super().judged(item)
+        details = item.metadata["gt_answer_details"]
+        return question, f"{answer} ({details})" if details else answer
 
     def breakdown(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> Counts:
         """aAcc, qAcc and fAcc, each for all, by category and by subcategory."""

@@ -42,6 +42,7 @@ class MathVerse(Benchmark):
             metadata={"question_for_eval": question_for_eval},
         )
 
-    def judged_question(self, item: Item) -> str:
-        """The full question in text, which the prompt of a "Vision Only" item has not."""
-        return str(item.metadata["question_for_eval"]) or super().judged_question(item)
+    def judged(self, item: Item) -> tuple[str, str]:
+        """With the full question in text, which the prompt of a "Vision Only" item has not."""
+        question, answer = super().judged(item)
+        return item.metadata["question_for_eval"] or question, answer

@@ -25,7 +25,7 @@ from mssr.evaluation.registry import register
 class R1OnevisionBench(Benchmark):
     """Columns: index, question, answer, level, category, image, and in some copies choices."""
 
-    location = Location("Fancy-MLLM/R1-Onevision-Bench", "train", names=("r1_onevision_bench",))
+    location = Location("Fancy-MLLM/R1-Onevision-Bench", "train")
     id_column = "index"
     image_columns = ("image", "image_path")
     breakdowns = ("category", "level")

@@ -6,11 +6,12 @@ TRL's environment imports this, too.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import time
 from collections.abc import Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,7 @@ class Gate:
     """In the trainer's process: `wait` before a step, `done` after it."""
 
     def __init__(self) -> None:
-        go, told = map(int, os.environ.pop(VARIABLE).split(","))
-        self._go, self._told = os.fdopen(go, "rb"), os.fdopen(told, "w")
+        self._benchmark = Connection(int(os.environ.pop(VARIABLE)))
         self._begun = False
 
     def wait(self) -> None:
@@ -32,11 +32,13 @@ class Gate:
         if not self._begun:
             self._begun = True
             self.done({})
-        if not self._go.read(1):
-            raise SystemExit("the benchmark is gone")
+        try:
+            self._benchmark.recv()
+        except EOFError as error:
+            raise SystemExit("the benchmark is gone") from error
 
     def done(self, record: dict[str, Any]) -> None:
-        print(json.dumps(record), file=self._told, flush=True)
+        self._benchmark.send(record)
 
 
 class Side:
@@ -48,34 +50,30 @@ class Side:
 
     def __init__(self, name: str, command: Sequence[str], log: Path, environment: dict[str, str]) -> None:
         self.name, self._log = name, log
-        go_here, self._go = os.pipe()
-        told, told_here = os.pipe()
-        variables = os.environ | environment | {VARIABLE: f"{go_here},{told_here}"}
-        with log.open("w") as output:
+        self._trainer, there = Pipe()
+        variables = os.environ | environment | {VARIABLE: str(there.fileno())}
+        with log.open("w") as output, there:
             self._process = subprocess.Popen(
-                command, stdout=output, stderr=output, env=variables, pass_fds=(go_here, told_here)
+                command, stdout=output, stderr=output, env=variables, pass_fds=[there.fileno()]
             )
-        os.close(go_here)
-        os.close(told_here)
-        self._told = os.fdopen(told)
 
     def ready(self) -> None:
         """Wait until the first step can begin."""
-        self._read()
+        self._receive()
 
     def step(self) -> dict[str, Any]:
         """Let it make one step: what it tells of it, the ``seconds`` until it was done, and the
         ``cpu_seconds`` of its processes, which depend less on what else the machine does."""
         cpu, start = self._cpu_seconds(), time.perf_counter()
-        os.write(self._go, b"1")
-        record = self._read()
+        self._trainer.send(None)
+        record = self._receive()
         record["seconds"] = time.perf_counter() - start
         record["cpu_seconds"] = self._cpu_seconds() - cpu
         return record
 
     def close(self) -> None:
         """Wait for its end after the last step."""
-        os.close(self._go)
+        self._trainer.close()
         self._process.wait(120)
 
     def _cpu_seconds(self) -> float:
@@ -83,9 +81,10 @@ class Side:
         times = (process.cpu_times() for process in (root, *root.children(recursive=True)))
         return sum(t.user + t.system for t in times)
 
-    def _read(self) -> dict[str, Any]:
-        line = self._told.readline()
-        if not line:
+    def _receive(self) -> dict[str, Any]:
+        try:
+            record: dict[str, Any] = self._trainer.recv()
+            return record
+        except EOFError:
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
-            raise SystemExit(f"{self.name} ended, see {self._log}:\n{tail}")
-        return json.loads(line)
+            raise SystemExit(f"{self.name} ended, see {self._log}:\n{tail}") from None
