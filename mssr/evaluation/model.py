@@ -60,7 +60,7 @@ class EvaluatedModel:
             return self.config.model.path
         dtype = self.config.model.dtype
         if dtype == "auto":
-            from mssr.actor.worker import resolve_device
+            from mssr.models.loading import resolve_device
 
             dtype = "float32" if resolve_device(self.config.cluster.device) == "cpu" else dtype
         exported = export(self.checkpoint, scratch / "model", "float32" if dtype == "float32" else None)

@@ -1,13 +1,8 @@
 """Reward functions in all their forms: found, called, and what they return made one thing.
 
-A user's function is named ``path/to/file.py:function``; `mssr.rewards.binding` says what it is given. It may
-be ``async def``. Each response gets a number, a scalar of NumPy or torch, a list of one of these, a
-`RewardResult`, or a dict with ``score`` or ``overall``, whose other numbers are the parts that the metrics
-show as ``reward/<part>`` (what is no number is left out). A function of a batch returns a list of them, an
-array, or yields them.
-
-The function is called in any order and in several processes, so it must not depend on earlier calls. Each
-process loads its file.
+A user's function is named ``path/to/file.py:function``; docs/data.md says what it may take and return. It is
+called in any order and in several processes, so it must not depend on earlier calls. Each process loads its
+file.
 """
 
 from __future__ import annotations
@@ -98,44 +93,38 @@ def load(config: RewardConfig, access: RowAccess | None = NO_ROWS) -> LoadedRewa
             arguments, or not these options.
     """
     name, options = config.name, config.options
+    function: Callable[..., Any]
     if plugins.is_spec(name):
-        return _load_file(name, options, access)
-    if name not in RULES:
+        function = plugins.load(name, "reward", noun="function")
+        path, _, attribute = name.rpartition(":")
+        if not callable(function):
+            raise UserError(f"reward {name!r}: {path} has no function {attribute!r}")
+        try:
+            binding = bind(function, options, access)
+        except ValueError as error:
+            raise UserError(f"reward {name!r}: {attribute} {error}") from None
+        known = binding.options
+    elif name in RULES:
+        function = functools.partial(score, name, format=config.format, format_weight=config.format_weight)
+        binding = bind(function, {}, NO_ROWS)
+        known = dict.fromkeys([*inspect.signature(RULES[name]).parameters][2:], False)
+    else:
         raise UserError(
             f"reward.name: unknown reward {name!r}{did_you_mean(name, RULES)}: one of {sorted(RULES)} or "
             "path/to/file.py:function"
         )
-    _check_options(name, options, dict.fromkeys([*inspect.signature(RULES[name]).parameters][2:], False))
-    rule = functools.partial(score, name, format=config.format, format_weight=config.format_weight, **options)
-    return LoadedReward(rule, bind(rule, {}, NO_ROWS), NO_ROWS)
-
-
-def _load_file(name: str, options: Mapping[str, Any], access: RowAccess | None) -> LoadedReward:
-    function = plugins.load(name, "reward", noun="function")
-    path, _, attribute = name.rpartition(":")
-    if not callable(function):
-        raise UserError(f"reward {name!r}: {path} has no function {attribute!r}")
-    try:
-        binding = bind(function, options, access)
-    except ValueError as error:
-        raise UserError(f"reward {name!r}: {attribute} {error}") from None
-    _check_options(name, options, binding.options)
-    missing = [n for n, required in binding.options.items() if required and n not in options]
-    if missing:
-        hint = " or have a column of that name" if access is not None and access.sources else ""
-        raise UserError(
-            f"reward {name!r}: {attribute} needs {', '.join(missing)}; set reward.options.{missing[0]}{hint}"
-        )
-    return LoadedReward(functools.partial(function, **options), binding, access or NO_ROWS)
-
-
-def _check_options(name: str, options: Mapping[str, Any], known: Mapping[str, bool]) -> None:
     for key in options:
         if key not in known and not ("**" in known and key.isidentifier()):
             names = ", ".join(k for k in known if k != "**") or "none"
             raise UserError(
                 f"reward.options.{key} is no option of {name} (it takes {names}){did_you_mean(key, known)}"
             )
+    if missing := [n for n, required in known.items() if required and n not in options]:
+        hint = " or have a column of that name" if access is not None and access.sources else ""
+        raise UserError(
+            f"reward {name!r}: {attribute} needs {', '.join(missing)}; set reward.options.{missing[0]}{hint}"
+        )
+    return LoadedReward(functools.partial(function, **options), binding, access or NO_ROWS)
 
 
 def as_result(value: object) -> RewardResult:
