@@ -1,6 +1,6 @@
 """What a config may not say: values out of range, options that nothing reads, contradictions.
 
-Every complaint is one line with the key, the reason and what to do.
+Every error is one line with the key, the reason and what to do.
 """
 
 from __future__ import annotations
@@ -19,11 +19,7 @@ from mssr.errors import UserError
 
 
 def validate(config: Config) -> None:
-    """Refuse a config that cannot mean what it says.
-
-    Raises:
-        UserError: one line with the key, the reason and what to do.
-    """
+    """Refuse a config that cannot mean what it says, with a UserError."""
     check_values(config)
     _check_numbers(config)
     _check_method(config)
@@ -33,60 +29,35 @@ def validate(config: Config) -> None:
     _check_overlap(config)
 
 
-def _check_budget(config: Config) -> None:
-    """Whole groups, whole updates."""
-    n, rollouts = config.responses_per_prompt, config.rollout.rollouts_per_step
-    updates = config.actor.updates_per_step
-    if rollouts % n:
-        raise UserError(
-            f"rollout.rollouts_per_step={rollouts} is not a multiple of the {n} responses per prompt "
-            f"(rollout.n) that algorithm.name={config.algorithm.name} uses"
+def advice(config: Config) -> Iterator[str]:
+    """What is allowed and likely not meant; one line each, shown at the start of a run."""
+    section = config.algorithm
+    if config.shapes_entropy and section.shaping.divisor < 1:
+        yield (
+            f"algorithm.shaping.divisor={section.shaping.divisor} is below 1: where entropy is high the "
+            "bonus outweighs a negative advantage, so wrong answers are reinforced; watch "
+            "shaping/sign_flip_fraction"
         )
-    if rollouts % updates:
-        raise UserError(
-            f"actor.updates_per_step={updates} does not divide rollout.rollouts_per_step={rollouts}"
+    if config.kl_in_loss and section.kl.estimator == "k1":
+        yield (
+            "algorithm.kl.estimator=k1 in the loss has a gradient of mean zero: it adds noise and no "
+            "regularisation; k2 and k3 regularise, and k1 is right with algorithm.kl.placement=reward"
         )
-    if config.holds_out:
-        prompts = config.prompts_per_step
-        held = math.ceil(config.kl_probe_fraction * prompts)
-        if (prompts - held) * n < updates:
-            raise UserError(
-                f"actor.kl_probe=held_out takes {held} of the {prompts} prompts of a step, too many for "
-                f"actor.updates_per_step={updates}; lower actor.kl_probe_fraction, or set "
-                "actor.kl_probe=trained"
-            )
-
-
-def _check_overlap(config: Config) -> None:
-    """What may run at the same time."""
-    lag, early = config.rollout.lag, config.actor.score_early == "always"
-    local = config.cluster.launcher == "local"
-    if local and (lag or early):
-        key = "rollout.lag=1" if lag else "actor.score_early=always"
-        raise UserError(f"{key} lets engines and ranks work at the same time: it needs cluster.launcher=ray")
-    if early and not config.needs_reference and config.actor.updates_per_step == 1:
-        raise UserError(
-            "actor.score_early=always has nothing to score: there is no reference, and the only update of a "
-            "step computes the log-probs itself; remove it"
+    if config.init_rollouts:
+        yield (
+            f"algorithm.baseline.init_rollouts={config.init_rollouts}: before training every prompt gets as "
+            "many responses, beside the rollouts of the steps"
         )
-    if lag and early:
-        raise UserError(
-            "actor.score_early=always with rollout.lag=1: the ranks train while responses are generated; "
-            "remove one of them"
+    if config.actor.lora.rank and config.actor.lr < 5e-6:
+        yield (
+            f"actor.lr={config.actor.lr} is a rate for full training; adapters (actor.lora) learn at ten "
+            "times that and more"
         )
-    if lag and config.correction_options["weight"] == "none" and config.algorithm.correction.mask == "none":
-        raise UserError(
-            "rollout.lag=1 trains on responses of older weights and algorithm.correction.weight=none does "
-            "not correct for it; remove that, or set algorithm.correction.mask"
+    if section.correction.mask == "sequence":
+        yield (
+            "algorithm.correction.mask=sequence bounds the product of all token ratios of a response, which "
+            "long responses leave easily; geometric bounds their mean"
         )
-    if lag and config.sampler.dynamic and config.sampler_name == "uncertainty":
-        raise UserError(
-            "rollout.lag=1 with sampler.dynamic=true and sampler.name=uncertainty: further draws would "
-            "depend on how far the training of the step before is; turn one of them off"
-        )
-    counts = {"actor.num_ranks": config.actor.num_ranks, "rollout.workers": config.rollout.workers}
-    if local and (several := [f"{key}=1" for key, count in counts.items() if count != 1]):
-        raise UserError(f"cluster.launcher=local runs in one process; set {' '.join(several)}")
 
 
 @contextlib.contextmanager
@@ -98,38 +69,6 @@ def naming(setting: str) -> Iterator[None]:
         raise
     except ValueError as error:
         raise UserError(f"{setting}: {error}") from error
-
-
-def advice(config: Config) -> list[str]:
-    """What is allowed and likely not meant; one line each, shown at the start of a run."""
-    section, lines = config.algorithm, []
-    if config.shapes_entropy and section.shaping.divisor < 1:
-        lines.append(
-            f"algorithm.shaping.divisor={section.shaping.divisor} is below 1: where entropy is high the "
-            "bonus outweighs a negative advantage, so wrong answers are reinforced; watch "
-            "shaping/sign_flip_fraction"
-        )
-    if config.kl_in_loss and section.kl.estimator == "k1":
-        lines.append(
-            "algorithm.kl.estimator=k1 in the loss has a gradient of mean zero: it adds noise and no "
-            "regularisation; k2 and k3 regularise, and k1 is right with algorithm.kl.placement=reward"
-        )
-    if config.init_rollouts:
-        lines.append(
-            f"algorithm.baseline.init_rollouts={config.init_rollouts}: before training every prompt gets as "
-            "many responses, beside the rollouts of the steps"
-        )
-    if config.actor.lora.rank and config.actor.lr < 5e-6:
-        lines.append(
-            f"actor.lr={config.actor.lr} is a rate for full training; adapters (actor.lora) learn at ten "
-            "times that and more"
-        )
-    if config.algorithm.correction.mask == "sequence":
-        lines.append(
-            "algorithm.correction.mask=sequence bounds the product of all token ratios of a response, which "
-            "long responses leave easily; geometric bounds their mean"
-        )
-    return lines
 
 
 def _check_numbers(config: Config) -> None:
@@ -205,15 +144,18 @@ def _try_loss(config: Config) -> None:
 
 
 def _check_engine_options(config: Config) -> None:
-    ours = {"trust_remote_code": "set model.trust_remote_code, which decides for engine and actor alike"}
-    ours |= dict.fromkeys(
-        ("mm_processor_kwargs", "mm_processor_cache_gb", "mm_device_do_normalize"),
-        "engines get their images ready from our encoder; set data.min_pixels, data.max_pixels or "
-        "data.image_cache_gib",
-    )
-    for name, instead in ours.items():
-        if name in config.rollout.engine_options:
-            raise UserError(f"rollout.engine_options.{name}: {instead}")
+    options = config.rollout.engine_options
+    if "trust_remote_code" in options:
+        raise UserError(
+            "rollout.engine_options.trust_remote_code: set model.trust_remote_code, which decides for "
+            "engine and actor alike"
+        )
+    for name in ("mm_processor_kwargs", "mm_processor_cache_gb", "mm_device_do_normalize"):
+        if name in options:
+            raise UserError(
+                f"rollout.engine_options.{name}: engines get their images ready from our encoder; set "
+                "data.min_pixels, data.max_pixels or data.image_cache_gib"
+            )
 
 
 def _check_memory(config: Config) -> None:
@@ -240,3 +182,59 @@ def _check_memory(config: Config) -> None:
             "actor.keep_gathered=true holds whole parameters on the device, off which actor.offload=all is "
             "to keep them; set one of the two"
         )
+
+
+def _check_budget(config: Config) -> None:
+    """Whole groups, whole updates."""
+    n, rollouts = config.responses_per_prompt, config.rollout.rollouts_per_step
+    updates = config.actor.updates_per_step
+    if rollouts % n:
+        raise UserError(
+            f"rollout.rollouts_per_step={rollouts} is not a multiple of the {n} responses per prompt "
+            f"(rollout.n) that algorithm.name={config.algorithm.name} uses"
+        )
+    if rollouts % updates:
+        raise UserError(
+            f"actor.updates_per_step={updates} does not divide rollout.rollouts_per_step={rollouts}"
+        )
+    if config.holds_out:
+        prompts = config.prompts_per_step
+        held = math.ceil(config.kl_probe_fraction * prompts)
+        if (prompts - held) * n < updates:
+            raise UserError(
+                f"actor.kl_probe=held_out takes {held} of the {prompts} prompts of a step, too many for "
+                f"actor.updates_per_step={updates}; lower actor.kl_probe_fraction, or set "
+                "actor.kl_probe=trained"
+            )
+
+
+def _check_overlap(config: Config) -> None:
+    """What may run at the same time."""
+    lag, early = config.rollout.lag, config.actor.score_early == "always"
+    local = config.cluster.launcher == "local"
+    if local and (lag or early):
+        key = "rollout.lag=1" if lag else "actor.score_early=always"
+        raise UserError(f"{key} lets engines and ranks work at the same time: it needs cluster.launcher=ray")
+    if early and not config.needs_reference and config.actor.updates_per_step == 1:
+        raise UserError(
+            "actor.score_early=always has nothing to score: there is no reference, and the only update of a "
+            "step computes the log-probs itself; remove it"
+        )
+    if lag and early:
+        raise UserError(
+            "actor.score_early=always with rollout.lag=1: the ranks train while responses are generated; "
+            "remove one of them"
+        )
+    if lag and config.correction_options["weight"] == "none" and config.algorithm.correction.mask == "none":
+        raise UserError(
+            "rollout.lag=1 trains on responses of older weights and algorithm.correction.weight=none does "
+            "not correct for it; remove that, or set algorithm.correction.mask"
+        )
+    if lag and config.sampler.dynamic and config.sampler_name == "uncertainty":
+        raise UserError(
+            "rollout.lag=1 with sampler.dynamic=true and sampler.name=uncertainty: further draws would "
+            "depend on how far the training of the step before is; turn one of them off"
+        )
+    counts = {"actor.num_ranks": config.actor.num_ranks, "rollout.workers": config.rollout.workers}
+    if local and (several := [f"{key}=1" for key, count in counts.items() if count != 1]):
+        raise UserError(f"cluster.launcher=local runs in one process; set {' '.join(several)}")

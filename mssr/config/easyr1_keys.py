@@ -1,7 +1,4 @@
-"""EasyR1's data section, read as it is.
-
-Users paste it from their EasyR1 config; every key gets the meaning it has there, under our name.
-"""
+"""EasyR1's data section, pasted as it is: every key gets the meaning it has there, under our name."""
 
 from __future__ import annotations
 

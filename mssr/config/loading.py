@@ -51,11 +51,7 @@ def file_layers(path: str | Path, above: Sequence[Path] = ()) -> list[Layer]:
 def merge(layers: Sequence[Layer], overrides: Sequence[str], note: Callable[[str], None]) -> Config:
     """Merge trees of keys, the last counting most, then ``key=value`` overrides, over the defaults.
 
-    Args:
-        note: told in which sense EasyR1's keys were taken, a line a file.
-
-    Raises:
-        UserError: a key is unknown, or a value has the wrong type or is a secret.
+    The rest as of `mssr.runs.config.load_config`, but for what the checks refuse.
     """
     if {"trainer.steps", "trainer.epochs"} <= {override.partition("=")[0] for override in overrides}:
         raise UserError("trainer.steps and trainer.epochs both say how long to train; set one of them")

@@ -77,9 +77,7 @@ def section(kind: type, **facts: Any) -> Any:
 def describe(kind: type, prefix: str = "", above: Option | None = None) -> dict[str, Option]:
     """Options and sections of a config class by dotted key, in order, with what their sections say of them.
 
-    Args:
-        prefix: of the keys: "reward." for the section of that name.
-        above: the section itself.
+    Of a section's class: the prefix of its keys, "reward.", and the section itself, which is above them.
     """
     outer = above or Option(resume=LISTED, evaluation=READ, first_values=False)
     found: dict[str, Option] = {}
@@ -119,10 +117,7 @@ def values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_values(config: Any, prefix: str = "") -> None:
-    """Refuse values that an option cannot have.
-
-    Args:
-        config: a config, or a section and the prefix of its keys.
+    """Refuse values that an option of a config, or of a section and the prefix of its keys, cannot have.
 
     Raises:
         UserError: names the key, the value and what it must be.
@@ -165,7 +160,7 @@ def check_read(config: Any, prefix: str = "", meant: Mapping[str, Any] | None = 
     """Refuse a changed option that nothing reads: it would mislead.
 
     Args:
-        config: a config, or a section and the prefix of its keys.
+        config, prefix: as of `check_values`.
         meant: what options that may be null mean, by key.
 
     Raises:
@@ -178,7 +173,8 @@ def check_read(config: Any, prefix: str = "", meant: Mapping[str, Any] | None = 
         for condition in filter(None, conditions):
             if unmet := _unmet(condition, key, effective):
                 settings = " and ".join(
-                    f"{k}={in_yaml(effective[k])}{' (as null means here)' * (given[k] != effective[k])}"
+                    f"{k}={in_yaml(effective[k])}"
+                    + ("" if given[k] == effective[k] else " (as null means here)")
                     for k in unmet
                 )
                 raise UserError(

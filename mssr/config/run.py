@@ -1,8 +1,7 @@
 """What a run is made of: one dataclass a room, one docstring a field.
 
-A YAML file and ``key=value`` overrides are merged over these defaults by `load_config`; nothing
-rewrites a config afterwards. What follows from several fields (how many responses a prompt gets,
-whether shaping is on) is asked of the methods here, in one place.
+Nothing rewrites a config once `load_config` has made it. What follows from several fields (how many responses
+a prompt gets, whether shaping is on) is asked of the properties of `Config`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from mssr.config.data import DataConfig, RewardConfig
 from mssr.config.options import FORM, FREE, LISTED, READ, REFUSED, UNREAD, option, section
 
 _T = TypeVar("_T")
+_WATCHED = "watch.entropy_floor != null or watch.accuracy_drop != null or watch.length_growth != null"
 
 
 @dataclass
@@ -197,10 +197,7 @@ class TrainerConfig:
     profile_steps: list[int] = option([])
     """Steps whose update is traced on every rank with the torch profiler (Chrome trace in
     <run_dir>/profiles), beside a timeline of all Ray workers up to then."""
-    stop_on_collapse: bool = option(
-        False,
-        read_if="watch.entropy_floor != null or watch.accuracy_drop != null or watch.length_growth != null",
-    )
+    stop_on_collapse: bool = option(False, read_if=_WATCHED)
     """Checkpoint and stop when one of the signs in watch lasts; false only warns."""
 
 
@@ -215,9 +212,7 @@ class WatchConfig:
     length_growth: float | None = option(4.0, "> 1")
     """Responses longer than so many times their mean over the first 10 steps while more of them are cut
     (a tenth of all more than then), or half of all more cut than then. null: not watched."""
-    patience: int = option(
-        5, "> 0", read_if="entropy_floor != null or accuracy_drop != null or length_growth != null"
-    )
+    patience: int = option(5, "> 0", read_if=_WATCHED)
     """Steps in a row that a sign must last to count, and be absent to be over."""
 
 
@@ -331,11 +326,12 @@ class Config:
 
     @property
     def loss_options(self) -> dict[str, Any]:
-        """Those of the configured options that the policy loss takes; it knows what a null is."""
+        """Those of the configured options that the policy loss takes; a null is left to the loss."""
         loss = self.algorithm.loss
         names = ("clip_low", "clip_high", "dual_clip", "tau_positive", "tau_negative")
         taken = algorithms.policy_losses.loss_options(loss.name)
         options = {k: getattr(loss, k) for k in names if k in taken}
+        # A null dual_clip turns it off.
         return {k: v for k, v in options.items() if v is not None or k == "dual_clip"} | loss.options
 
     @property

@@ -1,8 +1,5 @@
-"""Keys and passwords: kept out of configs, and out of everything that is written.
-
-A config is written to config.yaml, sent to loggers and shown in reports, so a secret has no place in it:
-`named_secrets` finds them, and `redact` takes out of what is written whatever got in all the same.
-"""
+"""Keys and passwords: kept out of configs, which are written, logged and shown (`named_secrets` finds them),
+and out of everything else that is written (`redact`)."""
 
 from __future__ import annotations
 
@@ -36,10 +33,7 @@ _ASSIGNMENT = re.compile(r"([A-Za-z_][\w.-]{0,99})([\"']?[=:]\s?)(\"[^\"\n]*\"|'
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a key's own name says that its value is a secret: api_key, hf_token, but not max_tokens.
-
-    Example: ``is_secret_name("wandb_api_key")``, ``not is_secret_name("pad_token")``
-    """
+    """Whether a key's own name says that its value is a secret: api_key, hf_token, but not pad_token."""
     words = re.sub(r"[^a-z0-9]+", "_", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
     return bool(_SECRET.search(words)) and not _HARMLESS.search(words)
 
