@@ -1,2 +1,6 @@
-"""The FSDP2 policy: `worker` is a rank, `update` the update step, `planning` says who computes what,
-`prompts` keeps encoded prompts, `distributed` holds process group and sharding."""
+"""The FSDP2 policy, in the order of a step.
+
+`worker` is a rank: it makes the model (`initial_weights`, `distributed`) and its optimizer (`optimizers`,
+`adamw`, `offload`). `update` runs the step: who computes what (`planning`), encoded prompts (`prompts`), what
+is known and measured of their tokens (`step`), what is not finite (`guard`). `checkpoint` saves and loads.
+"""

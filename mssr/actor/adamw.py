@@ -231,8 +231,6 @@ def _qmap(signed: bool, device: torch.device) -> torch.Tensor:
 
 def _chunks(tensors: Rows) -> Iterator[Rows]:
     """The same rows of all of them, a view, about `_CHUNK` elements of the parameter at a time."""
-    if not tensors["parameter"].ndim:
-        tensors = {name: tensor[None] for name, tensor in tensors.items()}
     parameter = tensors["parameter"]
     # A rank may have no rows.
     size = max(1, _CHUNK * len(parameter) // max(1, parameter.numel()))

@@ -6,18 +6,19 @@ A dump is two files in ``<run_dir>/nonfinite``, named by step (as in metrics.jso
     step-000012-update-1-rank-0.json          which sequences, what was not finite in each, and parameters
     step-000012-update-1-rank-0.safetensors   their arrays, flat, laid end to end in the order of the JSON
 
-The flags are made on the device while the passes run, and looked at together with the gradient norm, for
+Whether something is not finite is found out on the device, and looked at together with the gradient norm, for
 which the rank waits in any case.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -46,15 +47,14 @@ ARRAYS = {
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """One pass over S sequences, all on the device."""
-
+class _Pass(NamedTuple):
     sequences: tuple[int, ...]
     values: dict[str, torch.Tensor]
-    """(N,) of its response tokens, by the names of `ARRAYS`."""
-    flags: torch.Tensor
-    """(S, len(values)) int32 tokens of each sequence that are not finite."""
+    """(N,) of their response tokens, by the names of `ARRAYS`, on the device."""
+
+
+Observed = dict[int, dict[str, np.ndarray]]
+"""Sequence -> (T,) values of its response tokens, by the names of `ARRAYS`."""
 
 
 class NonFiniteGuard:
@@ -96,18 +96,12 @@ class NonFiniteGuard:
         ours, old = (log_probs, entropy, loss), tokens.old_log_probs
         given = (*ours, tokens.advantages, old, tokens.engine_log_probs, tokens.reference_log_probs)
         values = {name: v.detach() for name, v in zip(ARRAYS, given, strict=True) if v is not None}
-        bad = torch.stack([~torch.isfinite(v) for v in values.values()], dim=1)
-        # With the size given, repeat_interleave need not ask the device for it.
-        owner = torch.arange(len(sequences), device=loss.device)
-        owner = owner.repeat_interleave(tokens.lengths, output_size=len(loss))
-        flags = torch.zeros(len(sequences), len(values), dtype=torch.int32, device=loss.device)
-        self._passes.append(_Pass(sequences, values, flags.index_add_(0, owner, bad.int())))
+        self._passes.append(_Pass(sequences, values))
 
     def flag(self) -> torch.Tensor:
         """() float32 on the device: 1 if something in a sequence of this rank is not finite, else 0."""
-        if not self._passes:
-            return torch.zeros((), device=self._device)
-        return torch.cat([p.flags for p in self._passes]).any().float()
+        finite = [torch.isfinite(v).all() for p in self._passes for v in p.values.values()]
+        return 1 - torch.stack(finite).all().float() if finite else torch.zeros((), device=self._device)
 
     def passed(self) -> None:
         """The update was finite."""
@@ -135,7 +129,10 @@ class NonFiniteGuard:
             TrainingError: it is the last that ``max_in_a_row`` allows.
         """
         self.in_a_row += 1
-        reasons = self._reasons(flagged)
+        observed = self._observed(batch)
+        bad = {s: [n for n, v in of.items() if not np.isfinite(v).all()] for s, of in observed.items()}
+        # Where no sequence of any rank shows anything, it is the gradient of one of them.
+        reasons = {s: found or ["gradient"] for s, found in bad.items() if found or not flagged}
         ids = list(dict.fromkeys(batch.prompt_ids[s] for s in reasons))
         if not flagged:
             cause = "no sequence shows anything non-finite"
@@ -144,8 +141,20 @@ class NonFiniteGuard:
         else:
             cause = "the prompts are on another rank"
         text = f"gradient norm {norm}; {cause}"
-        report = {"step": step, "update": update, "rank": self._rank, "gradient_norm": str(norm)}
-        where = self._dump(report, batch, reasons, parameters) if reasons else "no dump"
+        gradients = {name: local_tensor(p.grad) for name, p in parameters if p.grad is not None}
+        report = {
+            "step": step,
+            "update": update,
+            "rank": self._rank,
+            "gradient_norm": str(norm),  # JSON knows no NaN
+            "sequences": [
+                {"index": s, "prompt_id": batch.prompt_ids[s], "nonfinite": found}
+                for s, found in itertools.islice(reasons.items(), MAX_SEQUENCES)
+            ],
+            "left_out": max(0, len(reasons) - MAX_SEQUENCES),
+            "parameters": [name for name, g in gradients.items() if not torch.isfinite(g).all()],
+        }
+        where = self._dump(report, batch, observed) if reasons else "no dump"
         _log.warning(
             "step %d, update %d, rank %d: not finite, update skipped (%s); %s",
             *(step, update, self._rank, text, where),
@@ -156,61 +165,39 @@ class NonFiniteGuard:
                 f"({text}); see {self._directory}; actor.max_nonfinite_updates is how many are borne"
             )
 
-    def _reasons(self, flagged: bool) -> dict[int, list[str]]:
-        """Offending sequences of this rank -> what is not finite in them; all of them, for their gradient, if
-        no sequence of any rank shows anything."""
-        reasons: dict[int, list[str]] = {}
+    def _observed(self, batch: TrainBatch) -> Observed:
+        observed: Observed = {}
         for p in self._passes:
-            for sequence, counts in zip(p.sequences, p.flags.tolist(), strict=True):
-                found = [name for name, count in zip(p.values, counts, strict=True) if count]
-                if found or not flagged:
-                    reasons[sequence] = found or ["gradient"]
-        return reasons
+            ends = np.cumsum(batch.response_lengths[list(p.sequences)])[:-1]
+            for name, values in p.values.items():
+                parts = np.split(values.double().cpu().numpy(), ends)
+                for s, part in zip(p.sequences, parts, strict=True):
+                    observed.setdefault(s, {})[name] = part
+        return observed
 
-    def _dump(
-        self,
-        report: dict[str, object],
-        batch: TrainBatch,
-        reasons: dict[int, list[str]],
-        parameters: Iterable[tuple[str, torch.nn.Parameter]],
-    ) -> str:
+    def _dump(self, report: dict[str, Any], batch: TrainBatch, observed: Observed) -> str:
         """Write both files, if the disk takes them: no reason to end a run. Returns a note for the log."""
         name = f"step-{report['step']:06d}-update-{report['update']}-rank-{self._rank}"
-        kept = list(reasons)[:MAX_SEQUENCES]
-        report["sequences"] = [
-            {"index": s, "prompt_id": batch.prompt_ids[s], "nonfinite": reasons[s]} for s in kept
-        ]
-        report["left_out"] = len(reasons) - len(kept)
-        gradients = {n: local_tensor(p.grad) for n, p in parameters if p.grad is not None}
-        report["parameters"] = [n for n, g in gradients.items() if not torch.isfinite(g).all()]
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            earlier = {p.stem for p in self._directory.glob(f"step-*-rank-{self._rank}.json")} - {name}
-            if len(earlier) >= MAX_DUMPS:
-                return f"no dump, {self._directory} holds {len(earlier)} of this rank"
-            arrays = safetensors.numpy.save(self._arrays(batch, kept))
-            _write(self._directory / f"{name}.safetensors", arrays)
-            _write(self._directory / f"{name}.json", (json.dumps(report, indent=1) + "\n").encode())
-        except OSError as error:
-            return f"no dump, {self._directory} cannot be written ({error.strerror or error})"
-        return f"dumped as {self._directory / name}.json"
-
-    def _arrays(self, batch: TrainBatch, sequences: list[int]) -> dict[str, np.ndarray]:
-        """The sequences' tokens and, over their response tokens, all of `ARRAYS`."""
+        sequences = [sequence["index"] for sequence in report["sequences"]]
         arrays = {
             "sequences": np.array(sequences, np.int64),
             "tokens": np.concatenate([batch.tokens[slice(*batch.offsets[s : s + 2])] for s in sequences]),
             "prompt_lengths": batch.prompt_lengths[sequences].astype(np.int64),
             "response_lengths": batch.response_lengths[sequences].astype(np.int64),
         }
-        for name in self._passes[0].values:
-            of_sequence: dict[int, np.ndarray] = {}
-            for p in self._passes:
-                ends = np.cumsum(batch.response_lengths[list(p.sequences)])[:-1]
-                parts = np.split(p.values[name].float().cpu().numpy(), ends)
-                of_sequence.update(zip(p.sequences, parts, strict=True))
-            arrays[ARRAYS[name]] = np.concatenate([of_sequence[s] for s in sequences])
-        return arrays
+        for key in observed[sequences[0]]:
+            values = np.concatenate([observed[s][key] for s in sequences])
+            arrays[ARRAYS[key]] = values.astype(np.float32)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            earlier = {p.stem for p in self._directory.glob(f"step-*-rank-{self._rank}.json")} - {name}
+            if len(earlier) >= MAX_DUMPS:
+                return f"no dump, {self._directory} holds {len(earlier)} of this rank"
+            _write(self._directory / f"{name}.safetensors", safetensors.numpy.save(arrays))
+            _write(self._directory / f"{name}.json", (json.dumps(report, indent=1) + "\n").encode())
+        except OSError as error:
+            return f"no dump, {self._directory} cannot be written ({error.strerror or error})"
+        return f"dumped as {self._directory / name}.json"
 
 
 def _write(path: Path, data: bytes) -> None:

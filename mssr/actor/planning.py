@@ -64,7 +64,8 @@ class StepPlan:
 
 
 Bins = list[list[int]]
-"""Bins of sequences; one is what a rank runs in one pass."""
+"""A bin holds the sequences of one pass of one rank. It is filled with units: responses of a prompt that stay
+together."""
 
 
 class Planner:

@@ -19,11 +19,8 @@ from mssr.types import TrainBatch
 
 Prepared = Callable[[Sequence[str]], dict[str, EncodedPrompt]]
 """Prompts by id, those of the ones asked for that somebody else has encoded already."""
-
-
-def nothing_prepared(prompt_ids: Sequence[str]) -> dict[str, EncodedPrompt]:
-    """Where nobody else has encoded any."""
-    return {}
+_Prompt = tuple[EncodedPrompt, torch.Tensor]
+"""And its (3, P) rope positions."""
 
 
 class PromptCache:
@@ -35,19 +32,19 @@ class PromptCache:
 
     def __init__(self, source: PromptSource, model: PolicyModel, max_bytes: int = 2**30) -> None:
         self.encoded = 0
-        self._prepared: Prepared = nothing_prepared
+        self._prepared: Prepared | None = None
         self._source = source
         self._model = model
-        self._items: BoundedCache[tuple[str, bool], PackItem] = BoundedCache(max_bytes)
+        self._kept: BoundedCache[tuple[str, bool], _Prompt] = BoundedCache(max_bytes)
 
     @contextlib.contextmanager
-    def using(self, prepared: Prepared) -> Iterator[None]:
+    def using(self, prepared: Prepared | None) -> Iterator[None]:
         """Inside, ``prepared`` is asked for prompts before they are read and encoded here."""
         self._prepared = prepared
         try:
             yield
         finally:
-            self._prepared = nothing_prepared
+            self._prepared = None
 
     def items(self, batch: TrainBatch, sequences: Sequence[int], text_only: bool = False) -> list[PackItem]:
         """Sequences of a batch, by their indices.
@@ -61,32 +58,32 @@ class PromptCache:
         prompts = self._prompts([batch.prompt_ids[s] for s in sequences], text_only)
         result = []
         for s in sequences:
-            item = prompts[batch.prompt_ids[s]]
+            prompt, positions = prompts[batch.prompt_ids[s]]
             tokens = batch.tokens[batch.offsets[s] : batch.offsets[s + 1]]
-            prompt, response = np.split(tokens, [batch.prompt_lengths[s]])
-            if not text_only and not np.array_equal(prompt, item.prompt.token_ids.numpy()):
+            seen, response = np.split(tokens, [batch.prompt_lengths[s]])
+            if not text_only and not np.array_equal(seen, prompt.token_ids.numpy()):
                 where = self._source.row(batch.prompt_ids[s]).where
                 raise RuntimeError(
                     f"{where} (id {batch.prompt_ids[s]}): engine and actor tokenise this prompt differently "
-                    f"({len(prompt)} and {len(item.prompt.token_ids)} tokens)"
+                    f"({len(seen)} and {len(prompt.token_ids)} tokens)"
                 )
-            result.append(item.with_response(torch.from_numpy(response.astype(np.int64))))
+            result.append(PackItem(prompt, positions, torch.from_numpy(response.astype(np.int64))))
         return result
 
-    def _prompts(self, prompt_ids: Sequence[str], text_only: bool) -> dict[str, PackItem]:
+    def _prompts(self, prompt_ids: Sequence[str], text_only: bool) -> dict[str, _Prompt]:
         wanted = dict.fromkeys(prompt_ids)
-        found = {i: kept for i in wanted if (kept := self._items.get((i, text_only))) is not None}
+        found = {i: kept for i in wanted if (kept := self._kept.get((i, text_only))) is not None}
         missing = [i for i in wanted if i not in found]
         encoded = self._without_images(missing) if text_only else self._encoded(missing)
         for prompt_id, prompt in encoded.items():
             positions = self._model.rope_positions(prompt)
-            item = PackItem(prompt, positions, response=torch.empty(0, dtype=torch.int64))
-            found[prompt_id] = item
-            self._items.put((prompt_id, text_only), item, prompt.nbytes + positions.nbytes)
+            found[prompt_id] = prompt, positions
+            size = prompt.nbytes + positions.nbytes
+            self._kept.put((prompt_id, text_only), found[prompt_id], size)
         return found
 
     def _encoded(self, prompt_ids: Sequence[str]) -> dict[str, EncodedPrompt]:
-        found = self._prepared(prompt_ids) if prompt_ids else {}
+        found = self._prepared(prompt_ids) if prompt_ids and self._prepared else {}
         missing = [i for i in prompt_ids if i not in found]
         self.encoded += len(missing)
         return found | dict(zip(missing, self._source.encode(missing), strict=True))

@@ -140,7 +140,7 @@ class PolicyUpdater:
             own_pass = number == 0 and not self.config.actor.lora.dropout
             self._before_update(state, update.ranks[self.rank], needs_old=not own_pass)
         if self.config.holds_out:
-            self._score(state.batch, plan.probe[self.rank], (state.old, self.policy))
+            self._add_log_probs(state.batch, plan.probe[self.rank], (state.old, self.policy))
         self._reshard()
 
     @torch.no_grad()
@@ -148,13 +148,15 @@ class PolicyUpdater:
         wanted: list[tuple[LogProbs, torch.nn.Module]] = [(state.old, self.policy)] if needs_old else []
         if self.reference is not None and not self.config.kl_in_reward:
             wanted.append((state.reference, self.reference))
-        self._score(state.batch, passes, *wanted)
+        self._add_log_probs(state.batch, passes, *wanted)
         if self.objective.anchor_coef:
             for micro, packed in self._packed(state.batch, passes, text_only=True):
                 state.anchor.put(micro.sequences, self.policy(packed)[0])
 
     @torch.no_grad()
-    def _score(self, batch: TrainBatch, passes: Passes, *wanted: tuple[LogProbs, torch.nn.Module]) -> None:
+    def _add_log_probs(
+        self, batch: TrainBatch, passes: Passes, *wanted: tuple[LogProbs, torch.nn.Module]
+    ) -> None:
         """Log-probs under some models, all from one packing, but for those that the batch brought along."""
         missing = [(known, model) for known, model in wanted if not known.complete]
         for micro, packed in self._packed(batch, passes) if missing else ():
@@ -171,8 +173,9 @@ class PolicyUpdater:
             tokens = state.tokens(micro.sequences)
             loss_of = MicroBatchLoss(self.objective, tokens, denominator, kl_coef)
             if self.objective.token_wise(old_known=tokens.old_log_probs is not None):
-                # Forward pass and objective in one.
-                loss, log_probs, entropy = self.policy(packed, micro.any_rank_has_images, loss_of)
+                # Forward pass and objective in one. A method, because FSDP rebuilds a dataclass among the
+                # arguments, with its tensors in the dtype of the pass.
+                loss, log_probs, entropy = self.policy(packed, micro.any_rank_has_images, loss_of.__call__)
             else:
                 log_probs, entropy = self.policy(packed, micro.any_rank_has_images)
                 loss = loss_of(log_probs, entropy)

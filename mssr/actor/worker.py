@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from mssr.actor.distributed import full_tensors, init_process_group, shard
 from mssr.actor.initial_weights import InitialWeights
 from mssr.actor.offload import with_offload
 from mssr.actor.optimizers import make_optimizer
-from mssr.actor.prompts import Prepared, PromptCache, nothing_prepared
+from mssr.actor.prompts import Prepared, PromptCache
 from mssr.actor.update import PolicyUpdater
 from mssr.config import Config
 from mssr.data.prompt_source import PromptSource
@@ -62,7 +63,7 @@ class PolicyWorker:
         )
         adapters = config.actor.lora.rank > 0
         two_models = config.needs_reference and not adapters
-        weights = InitialWeights(self._load, rank, self.device)
+        weights = InitialWeights(lambda: self._model(trainable=True, empty=False), rank, self.device)
         self.policy = self._build(mesh, weights, trainable=True, last=not two_models)
         self.reference: torch.nn.Module | None = None
         if two_models:
@@ -85,31 +86,25 @@ class PolicyWorker:
             config, self.policy, self.reference, steps, self._prompts, rank, self.device
         )
 
-    def _load(self) -> torch.nn.Module:
-        """The whole model with its adapters, in host memory."""
-        hf_model = load_model(self.config.model, torch.float32)
-        self._add_adapters(hf_model)
-        return hf_model
-
-    def _add_adapters(self, hf_model: torch.nn.Module) -> None:
-        if self.config.actor.lora.rank:
+    def _model(self, trainable: bool, empty: bool) -> Any:
+        """The model of the config; the one in training has the adapters."""
+        hf_model = load_model(self.config.model, torch.float32, empty=empty).requires_grad_(trainable)
+        if trainable and self.config.actor.lora.rank:
             add_adapters(hf_model, self.config.actor.lora, self.config.seed)
+        return hf_model
 
     def _build(self, mesh: DeviceMesh, weights: InitialWeights, trainable: bool, last: bool) -> PolicyModel:
         actor = self.config.actor
-        hf_model = load_model(self.config.model, torch.float32, empty=True)
-        hf_model.requires_grad_(trainable)
-        if trainable:
-            self._add_adapters(hf_model)
+        hf_model = self._model(trainable, empty=True)
         if trainable and actor.activation_checkpointing:
             hf_model.gradient_checkpointing_enable({"use_reentrant": False})
             hf_model.train()  # transformers checkpoints only in train mode; Qwen2.5-VL has no dropout
         frozen_tower = not self.config.trains_vision
         if frozen_tower:
             hf_model.model.visual.requires_grad_(False)
+        master = getattr(torch, actor.master_dtype)
         for parameter in hf_model.parameters():
             # What is not trained need not be more exact than the forward pass makes it.
-            master = getattr(torch, actor.master_dtype)
             parameter.data = parameter.data.to(master if parameter.requires_grad else self.compute_dtype)
         fill = weights.filler(hf_model, last)
         if frozen_tower:
@@ -125,7 +120,7 @@ class PolicyWorker:
         offload = actor.offload == "all"
         return shard(model, mesh, self.compute_dtype, actor.keep_gathered, offload, fill)
 
-    def update(self, batch: TrainBatch, step: int, prepared: Prepared = nothing_prepared) -> dict[str, float]:
+    def update(self, batch: TrainBatch, step: int, prepared: Prepared | None = None) -> dict[str, float]:
         """See `PolicyUpdater.step`.
 
         Args:
@@ -152,9 +147,7 @@ class PolicyWorker:
             yield
         profile.export_chrome_trace(str(directory / f"step-{step:06d}-rank-{self.rank}.json"))
 
-    def log_probs(
-        self, batch: TrainBatch, reference: bool, prepared: Prepared = nothing_prepared
-    ) -> RankLogProbs:
+    def log_probs(self, batch: TrainBatch, reference: bool, prepared: Prepared | None = None) -> RankLogProbs:
         """See `PolicyUpdater.log_probs`: this rank's share of the batch."""
         with self._prompts.using(prepared):
             return self.updater.log_probs(batch, reference)
@@ -174,10 +167,3 @@ class PolicyWorker:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def resolve_device(name: str) -> str:
-    """cluster.device -> "cpu" or "cuda"."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name

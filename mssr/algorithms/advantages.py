@@ -32,8 +32,7 @@ Ints = npt.NDArray[np.int64]
 def grpo(rewards: npt.ArrayLike, groups: npt.ArrayLike, eps: float = 1e-6) -> FloatVector:
     """A_i = (r_i - mean_g) / (std_g + eps), std unbiased. GRPO, arXiv 2402.03300."""
     check_number("eps", eps)
-    r, group, size = _grouped(rewards, groups, "GRPO")
-    difference = _centred(r, group, size)
+    difference, group, size = _differences(rewards, groups, "GRPO")
     std = np.sqrt(np.bincount(group, difference * difference) / (size - 1))
     return (difference / (std[group] + eps)).astype(np.float32)
 
@@ -48,8 +47,8 @@ def dr_grpo(rewards: npt.ArrayLike, groups: npt.ArrayLike) -> FloatVector:
 
 def rloo(rewards: npt.ArrayLike, groups: npt.ArrayLike) -> FloatVector:
     """A_i = r_i - mean of the others of its group = n/(n-1) * (r_i - mean_g). RLOO, arXiv 2402.14740."""
-    r, group, size = _grouped(rewards, groups, "RLOO")
-    return ((size / (size - 1))[group] * _centred(r, group, size)).astype(np.float32)
+    difference, group, size = _differences(rewards, groups, "RLOO")
+    return ((size / (size - 1))[group] * difference).astype(np.float32)
 
 
 def lite_ppo(
@@ -64,13 +63,12 @@ def lite_ppo(
     responses in any case.
     """
     check_number("eps", eps)
-    r, group, size = _grouped(rewards, groups, "Lite PPO")
-    counts = _weights(weights, len(r))
+    r, difference = _vector(rewards, "rewards"), centred(rewards, groups, "Lite PPO")
+    counts = _lengths(weights, len(r))
     moments = _moments(r, counts, counts.sum(), unbiased=True)
     if moments is None:
         return np.zeros(len(r), np.float32)
-    scaled = _centred(r, group, size) / (np.sqrt(moments[1]) + eps)
-    return np.where(counts > 0, scaled, 0.0).astype(np.float32)
+    return np.where(counts > 0, difference / (np.sqrt(moments[1]) + eps), 0.0).astype(np.float32)
 
 
 def reinforce_pp(rewards: npt.ArrayLike, lengths: npt.ArrayLike, eps: float = 1e-8) -> FloatVector:
@@ -116,11 +114,8 @@ def single_rollout(
     """
     check_number("eps", eps)
     r = _vector(rewards, "rewards")
-    v = _vector(values, "values")
-    if r.shape != v.shape:
-        raise ValueError(f"{len(r)} rewards need as many values, not {len(v)}")
-    counts = _weights(weights, len(r))
-    difference = r - v
+    difference = r - _vector(values, "values", len(r))
+    counts = _lengths(weights, len(r))
     moments = _moments(difference, counts, counts.sum(), unbiased=False)
     if moments is None:
         return np.zeros(len(r), np.float32)
@@ -165,7 +160,7 @@ def whiten(values: npt.ArrayLike, lengths: npt.ArrayLike, eps: float, weighting:
 
 def centred(rewards: npt.ArrayLike, groups: npt.ArrayLike, method: str) -> Floats:
     """(B,) float64 r - mean_g; ``method`` is named as what needs more than one response."""
-    return _centred(*_grouped(rewards, groups, method))
+    return _differences(rewards, groups, method)[0]
 
 
 def constant_groups(rewards: npt.ArrayLike, groups: npt.ArrayLike) -> npt.NDArray[np.bool_]:
@@ -188,11 +183,13 @@ def check_penalties(penalties: npt.ArrayLike, lengths: Ints) -> Floats:
     return _vector(array, "token penalties") if len(array) else array
 
 
-def _vector(values: npt.ArrayLike, name: str) -> Floats:
-    """``values`` as a finite, non-empty (B,) float64 array."""
+def _vector(values: npt.ArrayLike, name: str, size: int | None = None) -> Floats:
+    """``values`` as a finite, non-empty (B,) float64 array, one for each of ``size`` rewards."""
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or not len(array):
         raise ValueError(f"{name} must be a non-empty vector, not an array of shape {array.shape}")
+    if size is not None and len(array) != size:
+        raise ValueError(f"{size} rewards need as many {name}, not {len(array)}")
     finite = np.isfinite(array)
     if not finite.all():
         wrong = int(finite.argmin())
@@ -200,18 +197,14 @@ def _vector(values: npt.ArrayLike, name: str) -> Floats:
     return array
 
 
-def _lengths(lengths: npt.ArrayLike, size: int) -> Floats:
-    """``lengths`` as a non-negative (size,) float64 array (exact up to 2^53 tokens)."""
-    tokens = _vector(lengths, "lengths")
-    if len(tokens) != size:
-        raise ValueError(f"{size} rewards need as many lengths, not {len(tokens)}")
+def _lengths(lengths: npt.ArrayLike | None, size: int) -> Floats:
+    """``lengths`` as a non-negative (size,) float64 array (exact up to 2^53 tokens); ones for None."""
+    if lengths is None:
+        return np.ones(size)
+    tokens = _vector(lengths, "lengths", size)
     if tokens.min() < 0:
         raise ValueError(f"lengths must be >= 0, not {tokens.min():g}")
     return tokens
-
-
-def _weights(weights: npt.ArrayLike | None, size: int) -> Floats:
-    return np.ones(size) if weights is None else _lengths(weights, size)
 
 
 def _grouped(rewards: npt.ArrayLike, groups: npt.ArrayLike, method: str) -> tuple[Floats, Ints, Ints]:
@@ -229,9 +222,11 @@ def _grouped(rewards: npt.ArrayLike, groups: npt.ArrayLike, method: str) -> tupl
     return r, group, size
 
 
-def _centred(r: Floats, group: Ints, size: Ints) -> Floats:
-    """(B,) r - mean_g, exactly 0 in a group whose rewards are all equal."""
-    return np.where(_constant(r, group), 0.0, r - (np.bincount(group, r) / size)[group])
+def _differences(rewards: npt.ArrayLike, groups: npt.ArrayLike, method: str) -> tuple[Floats, Ints, Ints]:
+    """(B,) r - mean_g, exactly 0 in a group whose rewards are all equal; groups and sizes of `_grouped`."""
+    r, group, size = _grouped(rewards, groups, method)
+    difference = r - (np.bincount(group, r) / size)[group]
+    return np.where(_constant(r, group), 0.0, difference), group, size
 
 
 def _constant(rewards: Floats, group: Ints) -> npt.NDArray[np.bool_]:

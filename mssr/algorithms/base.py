@@ -49,8 +49,6 @@ class Algorithm(ABC):
     """How prompts are drawn unless the user says otherwise: "epochs" or "uncertainty"."""
     bounded_rewards: ClassVar[bool] = False
     """Whether rewards must be in [0, 1]. KL then cannot be in the reward."""
-    token_level: ClassVar[bool] = False
-    """Whether `token_advantages` gives the tokens of a response different advantages."""
     kl_source: str = "update"
     """The KL that `observe` is to be given: "update" (policies before and after the step), "reference"
     (policy and frozen base model), or "last_visit" (how far the policy has moved on a prompt's previous

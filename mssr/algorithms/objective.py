@@ -166,23 +166,21 @@ class Objective:
         }
 
 
+@dataclass(eq=False)
 class MicroBatchLoss:
     """What a micro-batch adds to the loss: called with what its forward pass gives, at once or, where the
-    objective is `Objective.token_wise`, part by part in order.
+    objective is `Objective.token_wise`, part by part in order."""
 
-    Args:
-        tokens: all of the micro-batch, of whole sequences.
-        denominator: of the mini-batch, see `Objective.denominator`.
-        kl_coef: weight of the KL to the reference; it may change from step to step.
-    """
+    objective: Objective
+    tokens: TokenBatch
+    """All of the micro-batch, of whole sequences."""
+    denominator: float
+    """Of the mini-batch, see `Objective.denominator`."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference; it may change from step to step."""
 
-    def __init__(
-        self, objective: Objective, tokens: TokenBatch, denominator: float, kl_coef: float = 0.0
-    ) -> None:
-        self._objective = objective
-        self._tokens = tokens
-        self._denominator = denominator
-        self._kl_coef = kl_coef
+    def __post_init__(self) -> None:
+        tokens, objective = self.tokens, self.objective
         self._weights = aggregation_weights(tokens.lengths, objective.aggregation, objective.constant_length)
         # With known old log-probs it is of whole sequences, whichever part of them is asked for.
         self._correction = None if tokens.old_log_probs is None else objective.correct(tokens)
@@ -192,17 +190,17 @@ class MicroBatchLoss:
         self, log_probs: torch.Tensor, entropy: torch.Tensor, part: slice = slice(None)
     ) -> torch.Tensor:
         """() loss of the tokens ``part``, with gradient, from their (n,) log-probs and entropies."""
-        old_known = self._tokens.old_log_probs is not None
-        assert len(log_probs) == len(self._tokens.advantages) or self._objective.token_wise(old_known)
-        tokens, correction = self._tokens.after(log_probs, part), self._correction
+        old_known = self.tokens.old_log_probs is not None
+        assert len(log_probs) == len(self.tokens.advantages) or self.objective.token_wise(old_known)
+        tokens, correction = self.tokens.after(log_probs, part), self._correction
         if correction is not None:
             factor, info = correction
             correction = factor[part], {key: value[part] for key, value in info.items()}
         elif not old_known:
-            correction = self._objective.correct(tokens)
-        loss, metrics = self._objective.per_token(tokens, log_probs, entropy, correction, self._kl_coef)
+            correction = self.objective.correct(tokens)
+        loss, metrics = self.objective.per_token(tokens, log_probs, entropy, correction, self.kl_coef)
         self._parts.append({key: value.detach() for key, value in (metrics | {"loss": loss}).items()})
-        return aggregate(loss, self._denominator, None if self._weights is None else self._weights[part])
+        return aggregate(loss, self.denominator, None if self._weights is None else self._weights[part])
 
     @property
     def metrics(self) -> dict[str, torch.Tensor]:

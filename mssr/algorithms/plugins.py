@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -17,26 +18,25 @@ from mssr.errors import UserError, did_you_mean
 _PREFIX = "mssr_plugin_"
 """Of the names of modules that are made here."""
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Callable[..., Any])
 _Registered = TypeVar("_Registered")
 
 
+@dataclass(eq=False)
 class Registry(Generic[T]):
-    """Things of one kind by name. A class among them finds its name in its attribute ``name``.
+    """Things of one kind by name. A class among them finds its name in its attribute ``name``."""
 
-    Args:
-        kind: What they are, for every error: "algorithm", "policy loss".
-        noun: What a file holds of them, "class" or "function".
-        check: Raises ValueError for what is no such thing; it gets the thing and what it is called.
-        reserved: Characters that no name may have, beside the colon of ``path/to/file.py:attribute``.
-    """
-
-    def __init__(self, kind: str, noun: str, check: Callable[[Any, str], None], reserved: str = "") -> None:
-        self.known: dict[str, T] = {}
-        self._kind = kind
-        self._noun = noun
-        self._check = check
-        self._reserved = reserved
+    kind: str
+    """What they are, for every error: "algorithm", "policy loss"."""
+    noun: str
+    """What a file holds of them, "class" or "function"."""
+    check: Callable[[Any, str], None]
+    """Raises ValueError for what is no such thing; it gets the thing and what it is called."""
+    reserved: str = ""
+    """Characters that no name may have, beside the colon of ``path/to/file.py:attribute``."""
+    inputs: int = 0
+    """Parameters of each that come before its options."""
+    known: dict[str, T] = field(default_factory=dict)
 
     def register(self, name: str) -> Callable[[_Registered], _Registered]:
         """Decorator: make a thing available as ``name``.
@@ -44,15 +44,15 @@ class Registry(Generic[T]):
         Raises:
             ValueError: The name is taken or has a reserved character, or the thing is not of the kind.
         """
-        if any(character in name for character in ":" + self._reserved):
-            others = f" or any of {self._reserved}" if self._reserved else ""
-            raise ValueError(f"the {self._kind} name {name!r} must not contain a colon{others}")
+        if any(character in name for character in ":" + self.reserved):
+            others = f" or any of {self.reserved}" if self.reserved else ""
+            raise ValueError(f"the {self.kind} name {name!r} must not contain a colon{others}")
 
         def add(thing: Any) -> Any:
             taken = self.known.get(name)
             # The same again is a notebook cell that was run twice, or a module reload.
             if taken is not None and _origin(taken) != _origin(thing):
-                raise ValueError(f"the {self._kind} name {name!r} is taken by {_origin(taken)[1]}")
+                raise ValueError(f"the {self.kind} name {name!r} is taken by {_origin(taken)[1]}")
             self._checked(name, thing, getattr(thing, "__name__", repr(thing)))
             if isinstance(thing, type):
                 thing.name = name  # type: ignore[attr-defined]
@@ -78,7 +78,7 @@ class Registry(Generic[T]):
             return self.known[name]
         if not (is_spec(name) or name.endswith(".py")):
             raise ValueError(self.unknown(name))
-        thing = load(name, self._kind, self._noun)
+        thing = load(name, self.kind, self.noun)
         try:
             self._checked(name, thing, name.rpartition(":")[2])
         except ValueError as error:
@@ -87,17 +87,39 @@ class Registry(Generic[T]):
             thing.name = name  # type: ignore[attr-defined]
         return thing
 
+    def options(self, name: str) -> dict[str, Any]:
+        """The options of what is called ``name`` and their defaults, in the order of its signature."""
+        return self._options(self.get(name))
+
+    def bind(self, name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
+        """What is called ``name`` with options filled in; a file is read once.
+
+        Raises:
+            ValueError: There is no such option; the nearest and all are given.
+        """
+        thing = self.get(name)
+        known = self._options(thing)
+        for option in options:
+            if option not in known:
+                hint, taken = did_you_mean(option, known), list(known) or "none"
+                raise ValueError(f"{self.kind} {name!r} has no option {option!r}{hint}: it takes {taken}")
+        return functools.partial(thing, **options)
+
+    def _options(self, thing: T) -> dict[str, Any]:
+        parameters = list(inspect.signature(thing).parameters.values())
+        return {option.name: option.default for option in parameters[self.inputs :]}
+
     def unknown(self, name: str) -> str:
         """The sentence that there is no such name, with the nearest and all names."""
         hint = did_you_mean(name, self.known)
-        form = f"path/to/file.py:{'Class' if self._noun == 'class' else self._noun}"
-        return f"unknown {self._kind} {name!r}{hint}: one of {self.names()} or {form}"
+        form = f"path/to/file.py:{'Class' if self.noun == 'class' else self.noun}"
+        return f"unknown {self.kind} {name!r}{hint}: one of {self.names()} or {form}"
 
     def _checked(self, name: str, thing: object, called: str) -> None:
         try:
-            self._check(thing, called)
+            self.check(thing, called)
         except ValueError as error:
-            raise ValueError(f"{self._kind} {name!r}: {error}") from error
+            raise ValueError(f"{self.kind} {name!r}: {error}") from error
 
 
 def _origin(thing: object) -> tuple[str, str]:
@@ -105,28 +127,6 @@ def _origin(thing: object) -> tuple[str, str]:
     module = getattr(thing, "__module__", "")
     file = getattr(sys.modules.get(module), "__file__", None)
     return file or module, getattr(thing, "__qualname__", repr(thing))
-
-
-def default_options(function: Callable[..., Any], inputs: int = 0) -> dict[str, Any]:
-    """The options of a function or class after ``inputs`` other parameters, with their defaults, in order."""
-    parameters = list(inspect.signature(function).parameters.values())
-    return {option.name: option.default for option in parameters[inputs:]}
-
-
-def bind(
-    what: str, function: Callable[..., T], options: Mapping[str, Any], inputs: int = 0
-) -> Callable[..., T]:
-    """A function or class, ``what`` in an error, with options filled in, see `default_options`.
-
-    Raises:
-        ValueError: There is no such option; the nearest and all are given.
-    """
-    known = default_options(function, inputs)
-    for option in options:
-        if option not in known:
-            hint = did_you_mean(option, known)
-            raise ValueError(f"{what} has no option {option!r}{hint}: it takes {list(known) or 'none'}")
-    return functools.partial(function, **options)
 
 
 def is_spec(name: str) -> bool:

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
 from mssr.algorithms.checks import check_number
-from mssr.algorithms.plugins import Registry, bind, default_options
+from mssr.algorithms.plugins import Registry
 from mssr.algorithms.sequences import (
     check_lengths,
     check_same_shape,
@@ -81,17 +81,12 @@ def _check(function: Any, called: str) -> None:
             raise ValueError(f"option {option.name!r} of {called} must be keyword-only and have a default")
 
 
-LOSSES: Registry[PolicyLoss] = Registry("policy loss", "function", _check)
+LOSSES: Registry[PolicyLoss] = Registry("policy loss", "function", _check, inputs=len(_INPUTS))
 
-loss_names = LOSSES.names
-get_loss = LOSSES.get
+get_loss, bind_loss, loss_options = LOSSES.get, LOSSES.bind, LOSSES.options
 """A loss from a file may have attributes ``aggregation`` and ``token_wise``, as in `register_loss`. Its
-file is read at each call: a training resolves its loss once, with `bind_loss`."""
-
-
-def loss_options(name: str) -> dict[str, Any]:
-    """The options of a loss and their defaults, in the order of its signature."""
-    return default_options(get_loss(name), len(_INPUTS))
+file is read at each call: a training resolves its loss once, with `bind_loss`, to be called with the four
+tensors."""
 
 
 def loss_aggregation(name: str) -> str | None:
@@ -99,11 +94,6 @@ def loss_aggregation(name: str) -> str | None:
     aggregation = getattr(get_loss(name), "aggregation", None)
     _check_aggregation(aggregation, name)
     return aggregation
-
-
-def bind_loss(name: str, options: Mapping[str, Any]) -> PolicyLoss:
-    """The loss with its options filled in, to be called with the four tensors."""
-    return bind(f"policy loss {name!r}", get_loss(name), options, len(_INPUTS))
 
 
 def is_token_wise(loss: PolicyLoss) -> bool:

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from mssr.algorithms.base import Algorithm
-from mssr.algorithms.plugins import Registry, bind, default_options
+from mssr.algorithms.plugins import Registry
 
 
 def _check(cls: Any, called: str) -> None:
@@ -22,14 +22,10 @@ def _check(cls: Any, called: str) -> None:
 
 ALGORITHMS: Registry[type[Algorithm]] = Registry("algorithm", "class", _check)
 
-register, names, get = ALGORITHMS.register, ALGORITHMS.names, ALGORITHMS.get
-
-
-def options(name: str) -> dict[str, Any]:
-    """The options of an algorithm and their defaults, in the order of its signature."""
-    return default_options(get(name))
+register, names, get, options = ALGORITHMS.register, ALGORITHMS.names, ALGORITHMS.get, ALGORITHMS.options
 
 
 def create(name: str, **settings: Any) -> Algorithm:
     """Build an algorithm, for example ``create("mssr", kl_target=0.02)``."""
-    return bind(f"algorithm {name!r}", get(name), settings)()
+    algorithm: Algorithm = ALGORITHMS.bind(name, settings)()
+    return algorithm

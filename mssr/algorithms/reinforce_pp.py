@@ -26,8 +26,6 @@ class ReinforcePP(Algorithm):
     With KL in the reward, G_t is r less the penalties from token t on, as in the method's first form.
     """
 
-    token_level = True
-
     weighting: str = "token"
     """Each "token" counts the same in mu and var, or each "sequence" that has a token."""
     eps: float = 1e-8

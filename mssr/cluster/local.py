@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 
-from mssr.actor.worker import PolicyWorker, resolve_device
+from mssr.actor.worker import PolicyWorker
 from mssr.cluster.base import Cluster, OnFinished, SaveHandle, join_log_probs, rss_gib
 from mssr.config import Config
 from mssr.errors import StopRequestedError
 from mssr.models.bounded_cache import BoundedCache
 from mssr.models.encoded import EncodedPrompt
+from mssr.models.loading import resolve_device
 from mssr.rollout.engine import make_engine
 from mssr.rollout.queue import RequestQueue
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch

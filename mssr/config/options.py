@@ -44,6 +44,8 @@ class Option:
     choices: str = ""
     """The values that there are, or those of each in a list."""
     required: bool = False
+    nullable: bool = False
+    """Whether its type takes null; `describe` finds it out."""
     read_if: str = ""
     """Conditions joined by ``and``; where they do not hold, a changed option is an error."""
     resume: str = ""
@@ -86,6 +88,7 @@ def describe(kind: type, prefix: str = "", above: Option | None = None) -> dict[
         conditions = [*outer.read_if.split(" and "), *own.read_if.split(" and ")]
         full = replace(
             own,
+            nullable="None" in str(f.type),
             # What decides about a whole section may be an option in it.
             read_if=" and ".join(c for c in conditions if c and not c.startswith(f"{key} ")),
             resume=own.resume or outer.resume,
@@ -128,9 +131,11 @@ def check_values(config: Any, prefix: str = "") -> None:
     for key, value in values(config, prefix):
         if known[key].required and not value:
             raise UserError(f"{key} is not set")
-        for one in value if isinstance(value, list) else [value]:
+        listed = isinstance(value, list)
+        for one in value if listed else [value]:
             if one is not None and (complaint := _complaint(one, known[key])):
-                raise UserError(f"{key}={in_yaml(value)} must {complaint}")
+                off = ", or be null" if known[key].nullable else ""
+                raise UserError(f"{key}{': ' if listed else '='}{in_yaml(one)} must {complaint}{off}")
 
 
 def _complaint(value: Any, about: Option) -> str:

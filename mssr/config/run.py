@@ -65,7 +65,7 @@ class RolloutConfig:
     """Share of GPU memory an engine may take."""
     enforce_eager: bool = option(False, resume=FREE)
     """Do not capture CUDA graphs (always so on CPU)."""
-    engine_options: dict[str, Any] = option({}, resume=FREE)
+    engine_options: dict[str, Any] = option({}, resume=FREE, first_values=True)
     """Further arguments for vllm.LLM, passed as they are."""
 
 

@@ -67,22 +67,31 @@ def resolve_columns(table: Table, config: DataConfig, name: str) -> Columns:
     """
     rows = _sample(table)
     config = replace(config, **_chat_columns(table, config, rows))
-    required = ["problem_column", "answer_column", *(["id_column"] if config.id_column else [])]
-    for key in required:
+    for key in ("problem_column", "answer_column", "id_column"):
         column = getattr(config, key)
-        if not _has(table, column):
+        if not _has(table, column) and (column or key != "id_column"):
             remedy = "; null takes a hash of the content" if key == "id_column" else ""
             present = ", ".join(map(repr, table.column_names))
             raise UserError(
                 f"{name} has no column {column!r} (data.{key}{remedy}); its columns are {present}"
             )
-    notes, unread = _notes(table, config, name, rows), _unread_images(table, config, rows)
-    if not _has(table, config.images_column):
-        absent = f"no column {config.images_column!r} (data.images_column)"
-        Columns(config, notes, unread).refuse_blindness(name, absent)
-    elif unread is not None:
-        notes += (f"{name}: column {unread!r} holds images, too, and is not read",)
-    return Columns(config, notes, unread)
+    has_images = _has(table, config.images_column)
+    notes = []
+    if _holds_messages(rows, config.problem_column):
+        own = config.answer_column == config.problem_column
+        truth = "the assistant's turn behind it" if own else f"column {config.answer_column}"
+        images = f"column {config.images_column}" if has_images else "their parts"
+        notes.append(
+            f"{name}: column {config.problem_column} holds messages: the question is the user's last turn, "
+            f"turns before it stay before it, the truth is {truth}, images are those of {images}"
+        )
+    unread = _unread_images(table, config, rows)
+    if has_images and unread is not None:
+        notes.append(f"{name}: column {unread!r} holds images, too, and is not read")
+    columns = Columns(config, tuple(notes), unread)
+    if not has_images:
+        columns.refuse_blindness(name, f"no column {config.images_column!r} (data.images_column)")
+    return columns
 
 
 def read_columns(config: DataConfig) -> list[str]:
@@ -102,9 +111,9 @@ def _chat_columns(table: Table, config: DataConfig, rows: Sequence[Mapping[str, 
     found: dict[str, Any] = {}
     problem = config.problem_column
     if problem == default.problem_column and not _has(table, problem):
-        problem = next((n for n in MESSAGES if any(is_messages(row.get(n)) for row in rows)), problem)
+        problem = next((n for n in MESSAGES if _holds_messages(rows, n)), problem)
         found["problem_column"] = problem
-    if not any(is_messages(cell(row, problem)) for row in rows):
+    if not _holds_messages(rows, problem):
         return {}
     if config.answer_column == default.answer_column and not _has(table, config.answer_column):
         named = (n for n in TRUTHS if any(cell(row, n) is not None for row in rows))
@@ -115,17 +124,8 @@ def _chat_columns(table: Table, config: DataConfig, rows: Sequence[Mapping[str, 
     return found
 
 
-def _notes(table: Table, config: DataConfig, name: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    if not any(is_messages(cell(row, config.problem_column)) for row in rows):
-        return ()
-    truth = "the assistant's turn behind it"
-    if config.answer_column != config.problem_column:
-        truth = f"column {config.answer_column}"
-    images = f"column {config.images_column}" if _has(table, config.images_column) else "their parts"
-    return (
-        f"{name}: column {config.problem_column} holds messages: the question is the user's last turn, turns "
-        f"before it stay before it, the truth is {truth}, images are those of {images}",
-    )
+def _holds_messages(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
+    return any(is_messages(cell(row, column)) for row in rows)
 
 
 def _unread_images(table: Table, config: DataConfig, rows: Sequence[Mapping[str, Any]]) -> str | None:

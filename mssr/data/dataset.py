@@ -92,11 +92,11 @@ class PromptDataset:
 
     def source_of(self, prompt_id: str) -> str:
         """Label of the source that a prompt is from."""
-        return self.labels[self.position(prompt_id)[0]]
+        return self._find(prompt_id)[0].source.label
 
     def source_name(self, prompt_id: str) -> str:
         """That source, as the user named it."""
-        return self.parts[self.position(prompt_id)[0]].source.name
+        return self._find(prompt_id)[0].source.name
 
     @property
     def column_names(self) -> list[str]:
@@ -112,18 +112,18 @@ class PromptDataset:
         return result
 
     def row(self, prompt_id: str) -> Row:
-        part, number = self.position(prompt_id)
-        return self.parts[part].row(number, prompt_id)
+        part, number = self._find(prompt_id)
+        return part.row(number, prompt_id)
 
     def where(self, prompt_id: str) -> str:
         """File and row of a prompt."""
-        part, number = self.position(prompt_id)
-        return self.parts[part].table.where(number)
+        part, number = self._find(prompt_id)
+        return part.table.where(number)
 
     def cells(self, prompt_id: str) -> dict[str, Any]:
         """A row as the data has it."""
-        part, number = self.position(prompt_id)
-        return self.parts[part].cells(number)
+        part, number = self._find(prompt_id)
+        return part.cells(number)
 
     def answers(self, prompt_ids: Sequence[str], as_cells: bool = False) -> list[Any]:
         """Ground truths, read without touching the images.
@@ -132,10 +132,10 @@ class PromptDataset:
             as_cells: what is no text stays as the data has it, else it becomes text.
         """
         found: dict[str, Any] = {}
-        for k, part in enumerate(self.parts):
-            own = [i for i in dict.fromkeys(prompt_ids) if self.position(i)[0] == k]
-            truths = part.answers([self.position(i)[1] for i in own], as_cells) if own else []
-            found.update(zip(own, truths, strict=True))
+        places = {i: self._find(i) for i in prompt_ids}
+        for part in self.parts:
+            own = {i: number for i, (one, number) in places.items() if one is part}
+            found.update(zip(own, part.answers(list(own.values()), as_cells), strict=True))
         return [found[i] for i in prompt_ids]
 
     def keep(self, prompt_ids: Iterable[str]) -> None:
@@ -177,8 +177,8 @@ class PromptDataset:
                     found.setdefault(prefix + row_id, number)
         return found
 
-    def position(self, prompt_id: str) -> tuple[int, int]:
-        """(position of its source in the list, number of its row there)."""
+    def _find(self, prompt_id: str) -> tuple[SourceRows, int]:
+        """Its source, and the number of its row there."""
         number = self._index[prompt_id]
         part = int(np.searchsorted(self._starts, number, "right")) - 1
-        return part, number - int(self._starts[part])
+        return self.parts[part], number - int(self._starts[part])

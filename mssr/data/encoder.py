@@ -27,6 +27,9 @@ from mssr.errors import UserError
 from mssr.models.encoded import EncodedImage, EncodedPrompt, ImageCache, join_pixels
 from mssr.models.pixels import PixelNormalizer
 
+TEXTS = ("system_prompt", "chat_template", "prompt_template")
+"""Keys of `DataConfig` that hold a text or name a file with it."""
+
 CHUNK_PIXELS = 2**17
 """Pixels of the images that are cut into patches in one go: enough that small ones cost little more than
 their arithmetic, few enough that large ones do not take more memory than they must."""
@@ -47,9 +50,9 @@ class PromptEncoder:
         self._normalizer = PixelNormalizer.of(image_processor)
         self._factor = image_processor.patch_size * image_processor.merge_size
         self._image_token_id: int = processor.image_token_id
-        self._system_prompt = text_or_file(config.system_prompt, "data.system_prompt")
-        self._chat_template = text_or_file(config.chat_template, "data.chat_template")
-        self._prompt_template = _prompt_template(config)
+        self.texts = {key: text_or_file(getattr(config, key), f"data.{key}") for key in TEXTS}
+        """What these keys say, read from the file where they name one."""
+        self._prompt_template = _prompt_template(self.texts["prompt_template"])
         config_tokens = (processor.image_token, processor.video_token, "<|vision_start|>", "<|vision_end|>")
         self._vision_tokens = tuple(dict.fromkeys(config_tokens))
         self.response_prefix = self._try_chat_template()
@@ -73,7 +76,10 @@ class PromptEncoder:
     def _render(self, messages: list[dict[str, Any]], generation: bool = True) -> str:
         try:
             text = self.processor.apply_chat_template(
-                messages, add_generation_prompt=generation, tokenize=False, chat_template=self._chat_template
+                messages,
+                add_generation_prompt=generation,
+                tokenize=False,
+                chat_template=self.texts["chat_template"],
             )
         except Exception as error:  # a template may raise anything
             raise ValueError(f"{self._template_name} cannot be rendered: {reason(error)}") from error
@@ -81,7 +87,7 @@ class PromptEncoder:
 
     @property
     def _template_name(self) -> str:
-        return "data.chat_template" if self._chat_template else "the model's chat template"
+        return "data.chat_template" if self.texts["chat_template"] else "the model's chat template"
 
     def _try_chat_template(self) -> str:
         """Render a prompt; returns what of the generation prompt belongs to the response."""
@@ -120,8 +126,8 @@ class PromptEncoder:
         if count_marks(turns) != len(row.images):
             raise ValueError(f"{count_marks(turns)} {IMAGE_MARK} marks but {len(row.images)} images")
         messages: list[dict[str, Any]] = []
-        if self._system_prompt:
-            messages.append({"role": "system", "content": [text_part(self._system_prompt)]})
+        if self.texts["system_prompt"]:
+            messages.append({"role": "system", "content": [text_part(self.texts["system_prompt"])]})
             turns = [turn for turn in turns if turn[0] != "system"]
         messages += [{"role": role, "content": parts_of(text)} for role, text in turns]
         if self._prompt_template is None and self.config.instruction:
@@ -286,9 +292,8 @@ def text_or_file(value: str | None, key: str) -> str | None:
     return value
 
 
-def _prompt_template(config: DataConfig) -> jinja2.Template | None:
+def _prompt_template(source: str | None) -> jinja2.Template | None:
     """``data.prompt_template``, tried once."""
-    source = text_or_file(config.prompt_template, "data.prompt_template")
     if source is None:
         return None
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)

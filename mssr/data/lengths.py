@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -59,7 +57,7 @@ def encoder_fingerprint(encoder: PromptEncoder) -> str:
     tokenizer = processor.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    settings = {k: _with_file(v) for k, v in asdict(encoder.config).items() if k not in NOT_IN_LENGTH}
+    settings = {k: v for k, v in asdict(encoder.config).items() if k not in NOT_IN_LENGTH} | encoder.texts
     probes = [_text_or_reason(encoder, _row(prompt, images)) for prompt, images in PROBES]
     image_processor = processor.image_processor
     sizes = [image_processor.patch_size, image_processor.merge_size]
@@ -67,15 +65,13 @@ def encoder_fingerprint(encoder: PromptEncoder) -> str:
 
 
 def _compute(rows: SourceRows, index: RowIndex, encoder: PromptEncoder) -> pa.Table:
-    usable = index.states == USABLE
     lengths = np.full(len(rows), -1, np.int32)
     reasons: list[str | None] = [None] * len(rows)
-    for start in range(0, len(rows), BATCH):
-        stop = min(start + BATCH, len(rows))
-        numbers = [n for n in range(start, stop) if usable[n]]
-        sizes = index.sizes(start, stop)
+    usable = np.flatnonzero(index.states == USABLE).tolist()
+    for start in range(0, len(usable), BATCH):
+        numbers = usable[start : start + BATCH]
         for number, prompt in zip(numbers, rows.prompts(numbers), strict=True):
-            images = sizes[number - start]
+            images = index.sizes(number)
             try:
                 lengths[number] = encoder.length(_row(prompt, len(images)), images)
             except ValueError as error:
@@ -94,12 +90,3 @@ def _text_or_reason(encoder: PromptEncoder, row: Row) -> str:
         return encoder.chat_text(row)
     except ValueError as error:  # a template may suit the user's questions and not this one
         return reason(error)
-
-
-def _with_file(value: Any) -> Any:
-    """A setting, with the content of the file if it names one."""
-    if isinstance(value, str) and value and len(value) < 1024 and "\n" not in value:
-        path = Path(value).expanduser()
-        if path.is_file():
-            return [value, path.read_text(errors="replace")]
-    return value

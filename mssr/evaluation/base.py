@@ -42,7 +42,7 @@ class Benchmark:
     numbers_repeats: bool = True
     """Whether a row with the id of an earlier one is an item of its own; else it is an error."""
     rewarded: bool = False
-    """Whether training's reward scores it, and not `verdict`."""
+    """Whether training's reward scores its responses, see `verdicts`, and not `verdict`."""
 
     def load(self, data_dir: Path | None = None, limit: int | None = None) -> list[Item]:
         """The items, in the order of the data.

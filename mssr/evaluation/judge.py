@@ -157,9 +157,9 @@ class Judge:
                 self.problem = f"the reply {reply[:60]!r} is no verdict"
         return [self.cache.get(key) for key in keys]
 
-    def _replies(self, prompts: list[str]) -> Sequence[str | None]:
+    def _replies(self, prompts: list[str]) -> list[str | None]:
         try:
-            replies = self._ask(prompts) if prompts else []
+            replies = list(self._ask(prompts)) if prompts else []
         except Exception as error:  # whatever an engine may raise: no verdict
             self.problem = f"{type(error).__name__}: {error}".splitlines()[0]
             return [None] * len(prompts)
@@ -207,7 +207,7 @@ class HttpJudge(Judge):
 
     def _ask_all(self, prompts: list[str]) -> list[str | None]:
         self._refused = False
-        with ThreadPoolExecutor(max_workers=max(1, min(self._concurrency, len(prompts)))) as threads:
+        with ThreadPoolExecutor(self._concurrency) as threads:
             return list(threads.map(self._ask_one, prompts))
 
     def _ask_one(self, prompt: str) -> str | None:

@@ -58,8 +58,13 @@ class EvaluatedModel:
         """
         if self.checkpoint is None:
             return self.config.model.path
-        dtype = "float32" if _in_float32(self.config) else None
-        return str(export(self.checkpoint, scratch / "model", dtype).absolute())
+        dtype = self.config.model.dtype
+        if dtype == "auto":
+            from mssr.models.loading import resolve_device
+
+            dtype = "float32" if resolve_device(self.config.cluster.device) == "cpu" else dtype
+        exported = export(self.checkpoint, scratch / "model", "float32" if dtype == "float32" else None)
+        return str(exported.absolute())
 
 
 def open_model(
@@ -82,8 +87,13 @@ def open_model(
     """
     _check_overrides(overrides, reward)
     fixed: Layer = ("mssr eval", {"actor": {"num_ranks": 1}})
-    if not _is_checkpoint(Path(name)):
-        _check_is_model(name)
+    path = Path(name)
+    if not (path.is_file() or (path / "checkpoints").is_dir() or (path / manifests.FILE).is_file()):
+        if path.exists() and not (path / "config.json").is_file():
+            raise UserError(
+                f"--model: {name} is no Hugging Face model (no config.json), no checkpoint (no "
+                f"{manifests.FILE}) and no run directory (no checkpoints)"
+            )
         layers: list[Layer] = [("mssr eval", DEFAULTS)]
         layers += file_layers(config_file) if config_file else []
         layers += [("--model", {"model": {"path": name}}), fixed]
@@ -91,23 +101,10 @@ def open_model(
         return EvaluatedModel(name, config, None, None, _model_identity(config.model))
     if config_file:
         raise UserError(f"--config: {name} is a checkpoint and has its own; change it by key=value")
-    path = resolve(Path(name))
+    path = resolve(path)
     manifest = manifests.verify(path)
     config = merge_layers([(str(path), _of_checkpoint(manifest.config, reward)), fixed], overrides, note)
     return EvaluatedModel(name, config, path, manifest.step, sha256(path / manifests.FILE))
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return path.is_file() or (path / "checkpoints").is_dir() or (path / manifests.FILE).is_file()
-
-
-def _check_is_model(name: str) -> None:
-    path = Path(name)
-    if path.exists() and not (path / "config.json").is_file():
-        raise UserError(
-            f"--model: {name} is no Hugging Face model (no config.json), no checkpoint (no {manifests.FILE}) "
-            "and no run directory (no checkpoints)"
-        )
 
 
 def _of_checkpoint(tree: dict[str, Any], reward: bool) -> dict[str, Any]:
@@ -155,14 +152,6 @@ def _model_identity(config: ModelConfig) -> str:
             raise UserError(f"--model: {config.path} cannot be had ({reason(error)})") from error
         known.append([config.path, str(getattr(loaded, "_commit_hash", None))])
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
-
-
-def _in_float32(config: Config) -> bool:
-    if config.model.dtype != "auto":
-        return config.model.dtype == "float32"
-    from mssr.actor.worker import resolve_device
-
-    return resolve_device(config.cluster.device) == "cpu"
 
 
 def engine_config(config: Config, path: str, data: DataConfig, out: Path) -> Config:

@@ -303,8 +303,8 @@ def _counts(rows: Records) -> dict[str, Any]:
     return numbers
 
 
-def _share(score: Bootstrap) -> dict[str, Any]:
-    return {"accuracy": score.value, "interval": list(score.interval())}
+def _share(accuracy: Bootstrap) -> dict[str, Any]:
+    return {"accuracy": accuracy.value, "interval": list(accuracy.interval())}
 
 
 def _json(value: Any, indent: int | None = None) -> str:

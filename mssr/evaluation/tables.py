@@ -50,7 +50,7 @@ def paper_name(benchmark: str) -> str | None:
 def results_table(summary: Mapping[str, Any]) -> str:
     """table.md of the content of results.json."""
     benchmarks = dict(sorted(summary["benchmarks"].items()))
-    parts = [f"# Evaluation of {_cell(summary['model'])}"]
+    parts = [f"# Evaluation of {cell(summary['model'])}"]
     of_paper = {key: name for name in benchmarks if (key := paper_name(name))}
     if of_paper:
         columns = {key: benchmarks[of_paper[key]] for key in PAPER_BENCHMARKS if key in of_paper}
@@ -69,7 +69,7 @@ def results_table(summary: Mapping[str, Any]) -> str:
         parts += ["## Several samples", _several(several)]
     for name, numbers in benchmarks.items():
         details = _details(numbers)
-        parts += [f"## {_cell(name)}", *details] if details else []
+        parts += [f"## {cell(name)}", *details] if details else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -144,7 +144,7 @@ def _details(numbers: Mapping[str, Any]) -> list[str]:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table whose cells may hold anything: bars are escaped, and a line break becomes a space."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -158,5 +158,6 @@ def with_interval(numbers: Mapping[str, Any]) -> str:
     return f"{percent(numbers['accuracy'])} ({percent(low)} to {percent(high)})"
 
 
-def _cell(text: Any) -> str:
+def cell(text: Any) -> str:
+    """Anything as the text of a table's cell."""
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")

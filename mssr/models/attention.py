@@ -69,19 +69,10 @@ def varlen_attention(
         max_length_q = len(q)
     causal = bool(module.is_causal if is_causal is None else is_causal)
     if _kernel_takes(q):
-        assert max_length_q is not None
-        out = varlen_attn(
-            q,
-            k,
-            v,
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
-            scale=scaling,
-            window_size=(-1, 0) if causal else (-1, -1),
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        sequences: Any = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        window = (-1, 0) if causal else (-1, -1)
+        grouped = q.shape[1] != k.shape[1]
+        out = varlen_attn(q, k, v, *sequences, scale=scaling, window_size=window, enable_gqa=grouped)
         assert isinstance(out, torch.Tensor)
     else:
         out = _by_segment(q, k, v, cu_seq_lens_q.tolist(), causal, scaling)

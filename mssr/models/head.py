@@ -185,7 +185,9 @@ class _LossHead(torch.autograd.Function):
         blocks = list(_row_blocks(weight, 1, 1, dtype))
         for start in range(0, max(n, 1), head.chunk):
             part = slice(start, min(start + head.chunk, n))
-            logits = _join([head.logits(hidden[part], weight, rows, dtype) for rows in blocks])
+            parts = [head.logits(hidden[part], weight, rows, dtype) for rows in blocks]
+            logits = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            del parts
             shifted = logits.sub_(logits.amax(-1, keepdim=True))
             masses = torch.exp(shifted)
             mass = masses.sum(-1)
@@ -257,11 +259,6 @@ def _logit_gradient(
     slope = -of_entropy / mass
     level = slope * (entropy - torch.log(mass)) - of_log_prob / mass
     return shifted.mul_(slope[:, None]).add_(level[:, None]).mul_(masses)
-
-
-def _join(blocks: list[torch.Tensor]) -> torch.Tensor:
-    """Side by side; a single one is not copied."""
-    return torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
 
 
 def _columns(targets: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:

@@ -110,6 +110,15 @@ def _read_config(config: ModelConfig) -> Any:
     return auto.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
 
 
+def resolve_device(name: str) -> str:
+    """``cluster.device`` -> "cpu" or "cuda"."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
 def compute_dtype(name: str, device: str) -> Any:
     """``model.dtype`` -> the torch dtype of forward passes on "cpu" or "cuda", in engines and actor."""
     import torch

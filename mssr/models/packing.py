@@ -36,8 +36,6 @@ class PackedBatch:
     """(N,) position in S whose hidden state predicts a response token."""
     targets: torch.Tensor
     """(N,) int64 the response tokens."""
-    response_lengths: torch.Tensor
-    """(sequences,) int64, adding up to N."""
     cu_seqlens: torch.Tensor
     """(sequences + 1,) int32 where each sequence starts in S, and S."""
     max_length: int
@@ -61,9 +59,6 @@ class PackItem:
     response: torch.Tensor
     """(T,) int64."""
 
-    def with_response(self, response: torch.Tensor) -> PackItem:
-        return replace(self, response=response)
-
 
 def split_images(prompt: EncodedPrompt) -> tuple[torch.Tensor, ...]:
     """The pixels of each image, (patches, channels * patch * patch) uint8."""
@@ -79,7 +74,7 @@ def pack(sequences: Sequence[PackItem], merge_size: int) -> PackedBatch:
         sequences: at least one.
         merge_size: patches per side of a merged vision token.
     """
-    ids, positions, response_index, targets, lengths, totals = [], [], [], [], [], []
+    ids, positions, response_index, targets, totals = [], [], [], [], []
     pixels, grids, features = [], [], []
     first_feature: dict[bytes, int] = {}
     feature_count = 0
@@ -94,7 +89,6 @@ def pack(sequences: Sequence[PackItem], merge_size: int) -> PackedBatch:
         positions.append(torch.cat([text[None], mrope]))
         response_index.append(start + p - 1 + torch.arange(t))
         targets.append(s.response)
-        lengths.append(t)
         totals.append(p + t)
         start += p + t
         for k, (key, image) in enumerate(zip(s.prompt.image_keys, split_images(s.prompt), strict=True)):
@@ -115,7 +109,6 @@ def pack(sequences: Sequence[PackItem], merge_size: int) -> PackedBatch:
         feature_index=torch.cat(features) if features else torch.empty(0, dtype=torch.int64),
         response_index=torch.cat(response_index),
         targets=torch.cat(targets),
-        response_lengths=torch.tensor(lengths),
         cu_seqlens=torch.tensor([0, *itertools.accumulate(totals)], dtype=torch.int32),
         max_length=max(totals),
         normalizer=next((s.prompt.normalizer for s in sequences if s.prompt.pixels is not None), None),

@@ -11,7 +11,7 @@ from mssr.models.bounded_cache import BoundedCache
 from mssr.models.encoded import EncodedPrompt
 from mssr.models.head import PartLoss, token_log_probs_and_entropy, token_loss
 from mssr.models.packing import PackedBatch
-from mssr.models.vision_positions import VisionPositions
+from mssr.models.vision_positions import vision_positions
 
 
 class PolicyModel(nn.Module):
@@ -37,7 +37,6 @@ class PolicyModel(nn.Module):
         self.temperature = temperature
         self.head_chunk = head_chunk
         self.features = features
-        self.positions = VisionPositions(model.model.visual)
         self.banned_ids = vision_placeholder_ids(model.config)
 
     @property
@@ -102,7 +101,7 @@ class PolicyModel(nn.Module):
     def _image_features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         """(merged patches, D)."""
         visual = self.model.model.visual
-        positions = self.positions([(t, h, w) for t, h, w in grid_thw.tolist()], pixel_values.device)
+        positions = vision_positions(visual, list(map(tuple, grid_thw.tolist())), pixel_values.device)
         pixel_values = pixel_values.to(visual.patch_embed.proj.weight.dtype)
         return visual(pixel_values, grid_thw=grid_thw, **positions).pooler_output
 

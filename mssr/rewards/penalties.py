@@ -40,8 +40,14 @@ def repetition_penalty(text: str, ngram: int, weight: float = 1.0) -> float:
     return weight * (1 - distinct / count)
 
 
-def penalised(config: RewardConfig, max_length: int, item: RewardInput, result: RewardResult) -> RewardResult:
-    """The result less the configured penalties, which become parts, as does the score before them."""
+def penalised(
+    result: RewardResult, item: RewardInput, config: RewardConfig, max_length: int, clip: bool
+) -> RewardResult:
+    """The result less the configured penalties, which become parts, as does the score before them.
+
+    Args:
+        clip: take a score no lower than 0. One that is so by itself stays: the method is to refuse it.
+    """
     taken: dict[str, float] = {}
     if config.overlong_buffer:
         taken["penalty_overlong"] = overlong_penalty(
@@ -55,11 +61,7 @@ def penalised(config: RewardConfig, max_length: int, item: RewardInput, result: 
         )
     if not taken:
         return result
-    parts = {"accuracy": result.score, **result.parts, "score_raw": result.score, **taken}
-    return RewardResult(result.score - sum(taken.values()), parts)
-
-
-def configured(config: RewardConfig) -> list[str]:
-    """Keys of the penalties that are on."""
-    keys = ("overlong_buffer", "length_penalty", "repetition_penalty")
-    return [f"reward.{key}" for key in keys if getattr(config, key)]
+    raw = result.score
+    score = raw - sum(taken.values())
+    parts = {"accuracy": raw, **result.parts, "score_raw": raw, **taken}
+    return RewardResult(max(score, min(raw, 0.0)) if clip else score, parts)

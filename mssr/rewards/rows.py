@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from mssr.data.encoder import PromptEncoder
     from mssr.data.rows import Row
 
-Sizes = list[tuple[int, int]]
-"""(width, height) in pixels, of each image of a row."""
-
 
 @dataclass(frozen=True)
 class RowAccess:
@@ -142,9 +139,10 @@ class RowView:
         """In RGB, upright, in their original size."""
         return [image.decode() for image in self._row.images]
 
-    def image_sizes(self) -> Sizes:
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(width, height) in pixels of each, as stored."""
         return [image.size() for image in self._row.images]
 
-    def resized_image_sizes(self) -> Sizes:
+    def resized_image_sizes(self) -> list[tuple[int, int]]:
         """As the model sees them."""
         return [self._access.encoder.resized(*size) for size in self.image_sizes()]

@@ -126,11 +126,7 @@ def score(
     - ``none``: the accuracy of the same answer alone; the format is only reported.
 
     Args:
-        rule_name: A key of `RULES`.
-        response: The model's text.
         truth: The ground truth; ``<answer>...</answer>`` around it is taken off.
-        format: One of `FORMATS`.
-        format_weight: In [0, 1].
         options: Keyword arguments of the rule.
 
     Raises:

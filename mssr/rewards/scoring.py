@@ -14,11 +14,10 @@ import numpy.typing as npt
 
 from mssr.config.options import check_read, check_values
 from mssr.errors import TrainingError, UserError
-from mssr.rewards import functions, penalties
+from mssr.rewards import functions
 from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult
 from mssr.rewards.pool import RewardPool
 from mssr.rewards.rows import NO_ROWS, RowAccess
-from mssr.rewards.rules import RULES
 from mssr.rewards.worker import Job
 
 if TYPE_CHECKING:
@@ -83,7 +82,6 @@ class Scorer:
                 f"rollout.max_response_length={max_response_length}"
             )
         self.name = config.name
-        self.clip = clip
         self.takes_cells = not config.rule
         """Whether answers are to be the data's cells as they are; else they are text."""
         self._on_failure = on_failure
@@ -91,10 +89,11 @@ class Scorer:
         job = Job(
             config,
             max_response_length,
+            clip,
             workers=config.workers or min(MAX_WORKERS, len(os.sched_getaffinity(0))),
             together=reward.batch or reward.is_async,
-            rows=rows if reward.binding.rows else NO_ROWS,
-            sized=reward.binding.sized,
+            rows=rows if reward.rows else NO_ROWS,
+            sized=reward.sized,
         )
         self.pool = RewardPool(job, on_restart)
 
@@ -124,7 +123,7 @@ class Scorer:
         results = [RewardResult(0.0) if isinstance(o, Failure) else o for o in outcomes]
         keys = sorted({key for result in results for key in result.parts})
         return ScoredBatch(
-            scores=np.array([self._final(result) for result in results], np.float32),
+            scores=np.array([result.score for result in results], np.float32),
             parts={key: np.array([r.parts.get(key, 0.0) for r in results], np.float32) for key in keys},
             errors=len(failures),
             timeouts=sum(f.timeout for f in failures.values()),
@@ -139,11 +138,6 @@ class Scorer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _final(self, result: RewardResult) -> float:
-        # A score that is out of [0, 1] by itself stays so: the method is to refuse it.
-        raw = result.parts.get("score_raw")
-        return max(result.score, min(raw, 0.0)) if self.clip and raw is not None else result.score
 
     def _tell(self, inputs: Sequence[RewardInput], failures: dict[int, Failure]) -> None:
         """Say that responses failed, and raise TrainingError where all did."""
@@ -181,11 +175,7 @@ class ScoringStream:
         self._scored[index] = item, self._scorer.pool.submit(item)
 
     def result(self) -> ScoredBatch:
-        """The scores of all, when all have come and are scored.
-
-        Raises:
-            TrainingError: as `Scorer.score`.
-        """
+        """The scores of all, when all have come and are scored; raises as `Scorer.score`."""
         scored = [self._scored[i] for i in range(len(self._scored))]
         return self._scorer.combine([item for item, _ in scored], [future.result() for _, future in scored])
 
@@ -195,11 +185,6 @@ class ScoringStream:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._scorer.pool.reset()
-
-
-def names() -> list[str]:
-    """Rewards that need no file, sorted."""
-    return sorted(RULES)
 
 
 def check(config: RewardConfig, rows: RowAccess | None = None) -> functions.LoadedReward:
@@ -224,16 +209,17 @@ def advice(config: RewardConfig, bounded: bool) -> list[str]:
         bounded: whether the method takes rewards in [0, 1] only, as the Beta baseline does.
     """
     lines = []
-    if note := functions.load(config, access=None).binding.note:
+    if note := functions.load(config, access=None).note:
         lines.append(f"reward.name={config.name}: {note}")
     if bounded and config.format == "weighted" and config.format_weight > 0:
         lines.append(
             f"reward.format=weighted: a wrong answer in the right format scores {config.format_weight:g}, so "
             "rewards are not 0 or 1 and the Beta baseline estimates a mean score, not an accuracy"
         )
-    if bounded and (keys := penalties.configured(config)):
+    penalties = ("overlong_buffer", "length_penalty", "repetition_penalty")
+    if bounded and (on := [f"reward.{key}" for key in penalties if getattr(config, key)]):
         lines.append(
-            f"{', '.join(keys)}: the method takes rewards in [0, 1], so no penalty goes below 0 and "
+            f"{', '.join(on)}: the method takes rewards in [0, 1], so no penalty goes below 0 and "
             "wrong answers are not penalised"
         )
     return lines

@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pebble
 
-from mssr.rewards import functions, penalties
+from mssr.rewards import functions
 from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult
+from mssr.rewards.penalties import penalised
 from mssr.rewards.rows import NO_ROWS, RowAccess
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Job:
 
     config: RewardConfig
     max_response_length: int
+    clip: bool
+    """Whether penalties take a score no lower than 0."""
     workers: int
     together: bool
     """Whether the function takes several responses at a time: a list, or by being async."""
@@ -66,7 +69,7 @@ class Job:
 
     def outcome(self, item: RewardInput, result: RewardResult) -> Outcome:
         """That of what the function gave."""
-        return penalties.penalised(self.config, self.max_response_length, item, result)
+        return penalised(result, item, self.config, self.max_response_length, self.clip)
 
     def too_long(self) -> Failure:
         """That of what took longer than `wall_limit_s`."""
@@ -83,7 +86,6 @@ def main(fd: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     signal.signal(signal.SIGTERM, _end)
-    os.set_inheritable(fd, False)
     connection = Connection(fd)
     with contextlib.suppress(EOFError, OSError):  # the driver is gone
         job: Job = connection.recv()

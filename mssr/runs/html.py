@@ -14,12 +14,12 @@ BASE_STYLE = (
 
 
 def render(room: str, template: str, filters: Mapping[str, Callable[[Any], Any]], **values: Any) -> str:
-    """A page from ``mssr/<room>/<template>``; all values are escaped."""
+    """A page from ``mssr/<room>/<template>``; in HTML all values are escaped."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mssr", room),
-        autoescape=True,
+        autoescape=template.endswith(".html"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )

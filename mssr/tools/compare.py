@@ -15,7 +15,8 @@ from typing import Any
 from mssr.errors import UserError
 from mssr.evaluation import results, statistics
 from mssr.evaluation.results import Evaluation
-from mssr.evaluation.tables import markdown_table, percent, with_interval
+from mssr.evaluation.tables import cell, percent, with_interval
+from mssr.runs.html import render
 from mssr.tools.compare_figure import draw
 from mssr.tools.run_curves import AXES, Point, RunCurves, ratio, read_run
 
@@ -41,6 +42,42 @@ def compare(
     for accuracy in at:
         if not 0 < accuracy <= 1:
             raise UserError(f"--at: {accuracy:g} is no accuracy above 0 and up to 1")
+    runs, evaluations = _read(paths, metric)
+    if at and not runs:
+        raise UserError("--at says when runs reach an accuracy, but no run is given")
+    report: dict[str, Any] = {"schema": SCHEMA, "metric": metric}
+    targets: list[float] = []
+    if runs:
+        targets = list(at) or [next(iter(runs.values())).best.value]
+        report["runs"] = [_run_json(name, run) for name, run in runs.items()]
+        report["reached"] = [_reached(runs, accuracy) for accuracy in targets]
+    if evaluations:
+        report["evaluations"] = {name: _numbers(e) for name, e in evaluations.items()}
+        report["differences"] = _differences(evaluations)
+    text = render(
+        "tools",
+        "compare.jinja",
+        {"cell": cell, "percent": percent, "with_interval": with_interval},
+        runs=runs,
+        reached=report.get("reached"),
+        evaluations=evaluations,
+        benchmarks=sorted({name for e in evaluations.values() for name in e.summary["benchmarks"]}),
+        differences=report.get("differences"),
+    )
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "compare.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+        (out / "compare.md").write_text(text)
+        draw(runs, evaluations, targets, metric, out / "compare.png")
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written ({error.strerror or error})") from error
+    print(f"{text}\nwritten: {out / 'compare.md'}, compare.png, compare.json")
+    return out
+
+
+def _read(paths: Sequence[str | Path], metric: str) -> tuple[dict[str, RunCurves], dict[str, Evaluation]]:
+    """Runs and evaluations by short names."""
     runs: dict[str, RunCurves] = {}
     evaluations: dict[str, Evaluation] = {}
     for name, path in _names(paths).items():
@@ -53,31 +90,7 @@ def compare(
                 f"{path} is neither a run directory (it has no metrics.jsonl) nor a finished evaluation (no "
                 f"{results.RESULTS})"
             )
-    if at and not runs:
-        raise UserError("--at says when runs reach an accuracy, but no run is given")
-    report: dict[str, Any] = {"schema": SCHEMA, "metric": metric}
-    parts = ["# Comparison"]
-    targets: list[float] = []
-    if runs:
-        targets = list(at) or [next(iter(runs.values())).best.value]
-        report["runs"] = [_run_json(name, run) for name, run in runs.items()]
-        report["reached"] = [_reached(runs, accuracy) for accuracy in targets]
-        parts += _runs_markdown(runs, report["reached"])
-    if evaluations:
-        report["evaluations"] = {name: _numbers(e) for name, e in evaluations.items()}
-        report["differences"] = _differences(evaluations)
-        parts += _evaluations_markdown(evaluations, report["differences"])
-    out = Path(out)
-    text = "\n\n".join(parts) + "\n"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "compare.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
-        (out / "compare.md").write_text(text)
-        draw(runs, evaluations, targets, metric, out / "compare.png")
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be written ({error.strerror or error})") from error
-    print(f"{text}\nwritten: {out / 'compare.md'}, compare.png, compare.json")
-    return out
+    return runs, evaluations
 
 
 def _names(paths: Sequence[str | Path]) -> dict[str, Path]:
@@ -124,54 +137,6 @@ def _reached(runs: Mapping[str, RunCurves], accuracy: float) -> dict[str, Any]:
         return {axis: getattr(point, axis) for axis in AXES} | {"ratio": ratios}
 
     return {"accuracy": accuracy, "runs": {name: of(point) for name, point in points.items()}}
-
-
-def _runs_markdown(runs: Mapping[str, RunCurves], reached: Sequence[Mapping[str, Any]]) -> list[str]:
-    header = (
-        "run, method, steps, rollouts, hours, first validation, best validation, at step, last validation, "
-        "last training, entropy first -> last"
-    ).split(", ")
-    rows = []
-    for name, run in runs.items():
-        entropy = f"{run.entropy[0].value:.3f} -> {run.entropy[-1].value:.3f}" if run.entropy else "–"
-        values = (run.validation[0], run.best, run.validation[-1])
-        first, best, last = (percent(point.value) for point in values)
-        training = percent(run.training[-1].value if run.training else None)
-        rows.append(
-            [
-                name,
-                run.method,
-                str(run.last.step),
-                f"{run.last.rollouts:,}",
-                f"{run.last.hours:.2f}",
-                *(first, best, str(run.best.step), last, training, entropy),
-            ]
-        )
-    parts = [
-        "## Runs",
-        markdown_table(header, rows),
-        "Accuracy in percent, entropy in nats per token. Rollouts are all that were generated; hours are "
-        "those of training steps, without start, validation and checkpoints.",
-    ]
-    for target in reached:
-        rows = []
-        for name, found in target["runs"].items():
-            if found is None:
-                rows.append([name, "not reached", *[""] * 5])
-                continue
-            amounts = (str(found["step"]), f"{found['rollouts']:,}", f"{found['hours']:.3f}")
-            ratios = ["–" if found["ratio"][a] is None else f"{found['ratio'][a]:.2f}" for a in AXES]
-            rows.append([name, *(cell for pair in zip(amounts, ratios, strict=True) for cell in pair)])
-        header = [
-            "run",
-            *(cell for axis in ("step", "rollouts", "hours") for cell in (axis, "of the first's")),
-        ]
-        parts += [f"### Reaching {percent(target['accuracy'], 2)}%", markdown_table(header, rows)]
-    parts.append(
-        "A run reaches an accuracy at its first validation of at least that much, so this is known to within "
-        "its trainer.val_every."
-    )
-    return parts
 
 
 # Evaluations
@@ -235,38 +200,3 @@ def _difference(part: statistics.Bootstrap) -> dict[str, Any]:
         "interval": [round(low, results.DECIMALS), round(high, results.DECIMALS)],
         "p_value": round(part.p_value(), results.DECIMALS),
     }
-
-
-def _evaluations_markdown(
-    evaluations: Mapping[str, Evaluation], differences: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
-    benchmarks = sorted({name for e in evaluations.values() for name in e.summary["benchmarks"]})
-    rows = []
-    for name, evaluation in evaluations.items():
-        numbers = evaluation.summary["benchmarks"]
-        rows.append([name, *(with_interval(numbers[b]) if b in numbers else "–" for b in benchmarks)])
-    parts = [
-        "## Evaluations",
-        markdown_table(["accuracy, %", *benchmarks], rows),
-        "In brackets 95% intervals (bootstrap over items).",
-    ]
-    if differences:
-        first = next(iter(evaluations))
-        rows = [
-            [
-                name,
-                benchmark,
-                f"{100 * d['difference']:+.1f}",
-                f"{100 * d['interval'][0]:+.1f} to {100 * d['interval'][1]:+.1f}",
-                f"{d['p_value']:.4f}",
-            ]
-            for name, found in differences.items()
-            for benchmark, d in found.items()
-        ]
-        parts += [
-            f"### Differences to {first}",
-            markdown_table(["evaluation", "benchmark", "points", "95% interval", "p"], rows),
-            "Paired bootstrap over the same items; p is two-sided, of no difference, one comparison at a "
-            "time. An average is over the benchmarks that both have.",
-        ]
-    return parts

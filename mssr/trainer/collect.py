@@ -35,16 +35,6 @@ class Generated:
     log_probs: list[TokenLogProbs] | None
     """B, where the ranks computed them while other responses were generated."""
 
-    @classmethod
-    def join(cls, draws: Sequence[Generated]) -> Generated:
-        """Draws one after the other."""
-        log_probs = [x for draw in draws for x in draw.log_probs or ()]
-        return cls(
-            [r for draw in draws for r in draw.rollouts],
-            join_scores([draw.rewards for draw in draws]),
-            log_probs or None,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Collected:
@@ -126,37 +116,41 @@ class RolloutCollector:
         """
         wanted, n = self.config.prompts_per_step, self.config.responses_per_prompt
         sampling = self.config.sampler
-        draws: list[Generated] = []
+        rollouts: list[Rollout] = []
+        log_probs: list[TokenLogProbs] = []
+        rewards: list[ScoredBatch] = []
         while True:
-            earlier = [r for draw in draws for r in draw.rollouts]
-            requests = self.requests(prompt_ids, step, n, earlier)
-            draws.append(self.generate(requests, self._early, stoppable))
-            everything = Generated.join(draws)
-            rollouts, scores = everything.rollouts, everything.rewards.scores
-            kept = with_signal(rollouts, scores, wanted * n) if sampling.dynamic else np.arange(len(rollouts))
+            requests = self.requests(prompt_ids, step, n, rollouts)
+            drawn = self.generate(requests, self._early, stoppable)
+            rollouts += drawn.rollouts
+            log_probs += drawn.log_probs or []
+            rewards.append(drawn.rewards)
+            scored = join_scores(rewards)
+            kept = np.arange(len(rollouts))
+            if sampling.dynamic:
+                kept = with_signal(rollouts, scored.scores, wanted * n)
             missing = wanted - len(kept) // n
             if not missing:
                 break
-            if len(draws) == sampling.max_draws:
+            if len(rewards) == sampling.max_draws:
                 raise TrainingError(
-                    f"step {step + 1}: after {len(draws)} draws (sampler.max_draws) only {wanted - missing} "
-                    f"of {wanted} prompts have responses with different rewards; the data is too easy or too "
-                    "hard for this policy, or sampler.dynamic is to be off"
+                    f"step {step + 1}: after {len(rewards)} draws (sampler.max_draws) only "
+                    f"{wanted - missing} of {wanted} prompts have responses with different rewards; the data "
+                    "is too easy or too hard for this policy, or sampler.dynamic is to be off"
                 )
             prompt_ids = self.sampler.next(missing)
         self.lengths.observe(rollouts)
-        metrics = rollout_metrics(rollouts, everything.rewards)
+        metrics = rollout_metrics(rollouts, scored)
         metrics["rollout/policy_lag"] = float(np.mean([step - r.policy_version for r in rollouts]))
         if sampling.dynamic:
-            metrics["sampler/draws"] = float(len(draws))
+            metrics["sampler/draws"] = float(len(rewards))
             metrics["sampler/kept_fraction"] = len(kept) / len(rollouts)
-        early = everything.log_probs
         return Collected(
             [rollouts[i] for i in kept],
-            scores[kept],
+            scored.scores[kept],
             metrics,
             self.sampler.epoch,
-            None if early is None else [early[i] for i in kept],
+            [log_probs[i] for i in kept] if self._early else None,
         )
 
     def requests(

@@ -1,10 +1,10 @@
 """How far the policy has moved on a prompt since it last trained on it (SPO, arXiv 2509.13232).
 
-Every prompt's most recent response is kept, 8 bytes a token, with its log-probs as the ranks score them at
-the beginning of the step that trains on it; at the next visit it is scored again, likewise. Without a lag
-that is the policy that answered. With ``rollout.lag=1`` it is one step newer, at both visits, so that the
-time between the two is the same; the engine's own log-probs, of the policy that answered, would add the
-rounding of another implementation to every drift.
+Every prompt's most recent response is kept, 8 bytes a token, with its log-probs as the ranks have them at
+the beginning of the step that trains on it, and at the next visit once more. Without a lag that is the
+policy that answered. With ``rollout.lag=1`` it is one step newer, at both visits, so that the time between
+the two is the same; the engine's own log-probs, of the policy that answered, would add the rounding of
+another implementation to every drift.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ class PaddedUpdater(PolicyUpdater):
             filled, real = [], []
             for item in items:
                 missing = longest - len(item.prompt.token_ids) - len(item.response)
-                filled.append(item.with_response(torch.cat([item.response, torch.zeros(missing).long()])))
+                response = torch.cat([item.response, torch.zeros(missing).long()])
+                filled.append(dataclasses.replace(item, response=response))
                 real += [True] * len(item.response) + [False] * missing
             packed = pack(filled, self.policy.merge_size)
             yield (
@@ -66,7 +67,6 @@ class PaddedUpdater(PolicyUpdater):
                     packed,
                     response_index=packed.response_index[real],
                     targets=packed.targets[real],
-                    response_lengths=torch.tensor([len(i.response) for i in items]),
                 ).to(self.device),
             )
 

@@ -46,7 +46,6 @@ def test_the_methods_are_there_with_their_defaults() -> None:
         assert algorithm.init_rollouts == (8 if name == "spo" else 0)
         assert algorithm.bounded_rewards == (name in SINGLE_ROLLOUT)
         assert (algorithm.baseline is not None) == (name in SINGLE_ROLLOUT)
-        assert algorithm.token_level == name.startswith("reinforce_pp")
         weightings = {name: "sequence" for name in (*SINGLE_ROLLOUT, "lite_ppo")}
         weightings |= {"reinforce_pp": "token", "reinforce_pp_baseline": "token"}
         assert algorithms.options(name).get("weighting") == weightings.get(name)

@@ -13,6 +13,7 @@ from PIL import Image
 from mssr.evaluation import results
 from mssr.tools.cli import main
 from mssr.tools.run_curves import read_run
+from tests.unit.evaluation_records import a_record
 
 pytestmark = pytest.mark.unit
 
@@ -48,22 +49,7 @@ def write_run(
 
 def write_evaluation(path: Path, right: dict[str, list[bool]], **changes: Any) -> Path:
     rows = [
-        {
-            "benchmark": benchmark,
-            "id": str(i),
-            "sample": 0,
-            "question": "q",
-            "answer": "8",
-            "response": "8",
-            "response_tokens": 1,
-            "finish_reason": "stop",
-            "extracted": "8",
-            "status": "right" if correct else "wrong",
-            "correct": correct,
-            "rule": "math",
-            "tags": {},
-        }
-        | changes
+        a_record(str(i), "right" if correct else "wrong", benchmark=benchmark, **changes)
         for benchmark, flags in right.items()
         for i, correct in enumerate(flags)
     ]

@@ -57,7 +57,6 @@ def test_methods_start_from_the_numbers_of_their_papers(name: str) -> None:
     assert algorithm.shapes_entropy == (name == "mssr")
     assert algorithm.default_sampler == ("uncertainty" if name == "spo" else "epochs")
     assert algorithm.bounded_rewards == (name in ("mssr", "mvsr", "spo"))
-    assert algorithm.token_level == name.startswith("reinforce_pp")
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -18,27 +18,9 @@ import pytest
 from PIL import Image
 
 from mssr.evaluation.page import items_page
+from tests.unit.evaluation_records import a_record as make
 
 pytestmark = pytest.mark.unit
-
-
-def make(item: str, status: str = "right", **changes: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "benchmark": "mmk12",
-        "id": item,
-        "sample": 0,
-        "question": "How many?",
-        "answer": "8",
-        "response": "It is 8.",
-        "response_tokens": 10,
-        "finish_reason": "stop",
-        "extracted": "8",
-        "status": status,
-        "correct": status == "right",
-        "rule": "choice",
-        "tags": {"subject": "physics"},
-    }
-    return row | changes
 
 
 def png(width: int, height: int, mode: str = "RGB") -> bytes:

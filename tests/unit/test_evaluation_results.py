@@ -13,6 +13,7 @@ from mssr.errors import UserError
 from mssr.evaluation import results
 from mssr.evaluation.items import Item, Verdict
 from mssr.evaluation.tables import PAPER, PAPER_BENCHMARKS, markdown_table, paper_name, results_table
+from tests.unit.evaluation_records import a_record
 
 pytestmark = pytest.mark.unit
 
@@ -20,25 +21,14 @@ META = {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "config": {"temperature": 0.0, "
 RIGHT = r"<think>**Look.** 3 and **5**</think> \boxed{8}"
 
 
-def make(
-    item: str, status: str = "right", *, benchmark: str = "mmk12", sample: int = 0, **changes: Any
-) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "benchmark": benchmark,
-        "id": item,
-        "sample": sample,
-        "question": "How many?",
-        "answer": "8",
+def make(item: str, status: str = "right", **changes: Any) -> dict[str, Any]:
+    """A record whose response and answer are as its verdict says."""
+    of_status = {
         "response": RIGHT if status == "right" else "no idea",
-        "response_tokens": 10,
         "finish_reason": "length" if status == "truncated" else "stop",
         "extracted": {"right": "8", "wrong": "9"}.get(status),
-        "status": status,
-        "correct": status == "right",
-        "rule": "choice",
-        "tags": {"subject": "physics"},
     }
-    return row | changes
+    return a_record(item, status, **of_status | changes)
 
 
 def several() -> list[dict[str, Any]]:

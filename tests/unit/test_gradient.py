@@ -49,7 +49,7 @@ class Lab:
         packed = pack(items, self.policy.merge_size)
         assert packed.pixels is not None
         self.packed: PackedBatch = packed
-        self.lengths = packed.response_lengths
+        self.lengths = torch.tensor([len(item.response) for item in items])
         self.parameters = list(self.policy.parameters())
         with torch.no_grad():
             log_probs, self.entropy = self.policy(self.packed)

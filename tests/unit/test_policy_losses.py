@@ -293,7 +293,7 @@ def test_a_clipped_token_has_no_gradient_and_any_other_has(batch: dict[str, Any]
 
 
 def test_names_options_and_aggregations() -> None:
-    assert policy_losses.loss_names() == list(NAMES)
+    assert policy_losses.LOSSES.names() == list(NAMES)
     assert policy_losses.loss_options("ppo") == {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0}
     assert policy_losses.loss_options("gspo") == {"clip_low": 3e-4, "clip_high": 4e-4}
     assert policy_losses.loss_options("cispo") == {"clip_low": 1.0, "clip_high": 4.0}

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mssr.config.data import RewardConfig
-from mssr.rewards import RewardInput, ScoredBatch, Scorer
+from mssr.rewards import ScoredBatch
+from tests.unit import reward_lab as lab
+from tests.unit.reward_lab import inputs, write
 
 pytestmark = pytest.mark.unit
 
@@ -30,11 +31,8 @@ async def later(response, answer): return f(response, answer)
 
 
 def score(folder: Path, function: str, responses: list[str], limit: float) -> ScoredBatch:
-    path = folder / "burn.py"
-    path.write_text(BURN)
-    config = RewardConfig(name=f"{path}:{function}", time_limit_s=limit, workers=1)
-    with Scorer(config, 10) as scorer:
-        return scorer.score([RewardInput(r, "", 1) for r in responses])
+    file = write(folder, BURN).removesuffix("f")
+    return lab.score(file + function, inputs(*responses), time_limit_s=limit)
 
 
 @pytest.fixture

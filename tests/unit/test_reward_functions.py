@@ -9,7 +9,8 @@ import pytest
 
 from mssr.config.data import RewardConfig
 from mssr.errors import UserError
-from mssr.rewards import RewardInput, ScoredBatch, Scorer, functions
+from mssr.rewards import RewardInput, Scorer, functions
+from tests.unit.reward_lab import inputs, score, write
 
 pytestmark = pytest.mark.unit
 
@@ -79,17 +80,6 @@ FORMS = {
     "            for r in reward_inputs]",
     "easyr1_async": "async def f(reward_input): return {'overall': float(reward_input['ground_truth'])}",
 }
-
-
-def write(folder: Path, body: str) -> str:
-    path = folder / "reward.py"
-    path.write_text(body + "\n")
-    return f"{path}:f"
-
-
-def score(name: str, items: list[RewardInput], **config: Any) -> ScoredBatch:
-    with Scorer(RewardConfig(name=name, workers=1, **config), 10) as scorer:
-        return scorer.score(items)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -206,8 +196,7 @@ def f(responses, answers):
 
 @pytest.mark.parametrize("trouble", ["raise", "exit", "hang", "few", "nan", "text"])
 def test_a_batch_loses_only_the_culprit(tmp_path: Path, trouble: str) -> None:
-    responses = ["fine"] * 6 + [trouble] + ["fine"] * 6
-    items = [RewardInput(r, "", 1) for r in responses]
+    items = inputs(*["fine"] * 6, trouble, *["fine"] * 6)
     batch = score(write(tmp_path, BATCH_TROUBLE), items, time_limit_s=0.3)
     assert batch.scores.tolist() == [0.5] * 6 + [0] + [0.5] * 6
     assert (batch.errors, batch.timeouts) == (1, int(trouble == "hang"))
@@ -235,7 +224,7 @@ async def f(response, answer):
 
 @pytest.mark.parametrize("trouble", ["await", "deaf", "block", "raise", "exit", "sysexit"])
 def test_async_functions_lose_only_the_culprit(tmp_path: Path, trouble: str) -> None:
-    items = [RewardInput(r, "", 1) for r in ["fine"] * 6 + [trouble] + ["fine"] * 6]
+    items = inputs(*["fine"] * 6, trouble, *["fine"] * 6)
     batch = score(write(tmp_path, ASYNC_TROUBLE), items, time_limit_s=0.3)
     assert batch.scores.tolist() == [0.5] * 6 + [0] + [0.5] * 6
     assert (batch.errors, batch.timeouts) == (1, int(trouble in ("await", "deaf", "block")))

@@ -16,6 +16,7 @@ import pytest
 from mssr.config.data import RewardConfig
 from mssr.errors import TrainingError
 from mssr.rewards import RewardInput, Scorer
+from tests.unit.reward_lab import inputs
 
 pytestmark = pytest.mark.unit
 
@@ -78,10 +79,6 @@ LOOPS = ["loop", "regex", "ignores", "float"]
 WAITS = ["sleep", "stubborn", "child"]
 DEATHS = ["exit", "exit0", "kill", "group", "segfault"]
 ERRORS = ["input", "raise", "rude", "interrupt", "sysexit", "recursion", "memory", "nan", "none"]
-
-
-def inputs(*responses: str) -> list[RewardInput]:
-    return [RewardInput(response, "", 1) for response in responses]
 
 
 @pytest.fixture(scope="module")

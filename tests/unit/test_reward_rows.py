@@ -20,6 +20,7 @@ from mssr.trainer.collect import reward_inputs
 from mssr.trainer.data import load_data
 from mssr.types import Rollout
 from tests.conftest import Workspace
+from tests.unit.reward_lab import write
 
 pytestmark = pytest.mark.unit
 
@@ -60,9 +61,7 @@ def access(tmp_path: Path, workspace: Workspace) -> RowAccess:
 def score(
     folder: Path, access: RowAccess, body: str, ids: Sequence[str] = ("0", "1", "val/1"), **options: Any
 ) -> ScoredBatch:
-    path = folder / "reward.py"
-    path.write_text(body)
-    config = RewardConfig(name=f"{path}:f", workers=1, options=options)
+    config = RewardConfig(name=write(folder, body), workers=1, options=options)
     with Scorer(config, 10, rows=access) as scorer:
         return scorer.score([RewardInput(f"to {i}", "yes", 2, i) for i in ids])
 
@@ -172,8 +171,8 @@ def test_functions_of_a_user_get_answers_as_the_data_has_them_and_rules_text(tmp
     found = [reward_inputs(dataset, rollouts, takes_cells=takes_cells) for takes_cells in (True, False)]
     assert found[0] == [RewardInput("So", a, 2, i) for a, i in zip([True, "four", 4], "210", strict=True)]
     assert [item.answer for item in found[1]] == ["True", "four", "4"]
-    for name, takes_cells in (("exact_match", False), (f"{tmp_path}/reward.py:f", True)):
-        (tmp_path / "reward.py").write_text("def f(response, answer): return 1.0")
+    own = write(tmp_path, "def f(response, answer): return 1.0")
+    for name, takes_cells in (("exact_match", False), (own, True)):
         with Scorer(RewardConfig(name=name, workers=1), 10) as scorer:
             assert scorer.takes_cells == takes_cells
 
@@ -215,8 +214,7 @@ def f(prompts, completions, solution, image, **kwargs):
 def test_functions_and_tables_of_others_fit_together(tmp_path: Path, name: str) -> None:
     dataset = PromptDataset(str(INPUTS / f"{name}.parquet"), DataConfig())
     truths = dataset.answers(dataset.ids, as_cells=True)
-    (tmp_path / "reward.py").write_text(OF_OTHERS[name])
-    config = RewardConfig(name=f"{tmp_path}/reward.py:f", workers=1)
+    config = RewardConfig(name=write(tmp_path, OF_OTHERS[name]), workers=1)
     with Scorer(config, 10, rows=RowAccess.of([dataset], ModelConfig())) as scorer:
         items = [RewardInput(str(t).strip("$"), t, 1, i) for i, t in zip(dataset.ids, truths, strict=True)]
         items.append(RewardInput("wrong", truths[0], 1, dataset.ids[0]))

@@ -11,7 +11,10 @@ import pytest
 
 from mssr.config.data import RewardConfig
 from mssr.errors import TrainingError, UserError
-from mssr.rewards import RewardInput, ScoredBatch, Scorer, advice, check, names
+from mssr.rewards import RewardInput, ScoredBatch, Scorer, advice, check
+from mssr.rewards.rules import RULES
+from tests.unit import reward_lab as lab
+from tests.unit.reward_lab import write
 
 pytestmark = pytest.mark.unit
 
@@ -22,17 +25,8 @@ def think(solution: str) -> str:
     return f"<think>some thoughts</think>{solution}"
 
 
-def score(
-    responses: list[str],
-    answers: list[str],
-    *,
-    lengths: list[int] | None = None,
-    clip: bool = False,
-    **config: Any,
-) -> ScoredBatch:
-    """Of one scorer with Lmax = 10, made for the occasion."""
-    with Scorer(RewardConfig(**{"workers": 1, **config}), 10, clip=clip) as scorer:
-        return scorer.score(inputs(responses, answers, lengths))
+def score(responses: list[str], answers: list[str], name: str, **options: Any) -> ScoredBatch:
+    return lab.score(name, inputs(responses, answers, options.pop("lengths", None)), **options)
 
 
 def inputs(
@@ -40,12 +34,6 @@ def inputs(
 ) -> list[RewardInput]:
     answers, lengths = answers or [""] * len(responses), lengths or [1] * len(responses)
     return [RewardInput(*row) for row in zip(responses, answers, lengths, strict=True)]
-
-
-def user_file(folder: Path, body: str, name: str = "reward.py") -> Path:
-    path = folder / name
-    path.write_text(body)
-    return path
 
 
 # --- batches ------------------------------------------------------------------------------------
@@ -76,11 +64,11 @@ def test_the_options_of_a_rule_reach_it() -> None:
 
 
 def test_results_are_in_order_and_the_same_with_any_number_of_workers(tmp_path: Path) -> None:
-    path = user_file(
+    name = write(
         tmp_path, "def f(response, answer): return {'score': float(response), 'set': hash(response)%97}\n"
     )
     responses = [str(i) for i in range(500)]
-    batches = [score(responses, responses, name=f"{path}:f", workers=n) for n in (1, 3)]
+    batches = [score(responses, responses, name=name, workers=n) for n in (1, 3)]
     assert batches[0].scores.tolist() == list(range(500))
     for batch in batches[1:]:
         np.testing.assert_array_equal(batch.scores, batches[0].scores)
@@ -88,12 +76,12 @@ def test_results_are_in_order_and_the_same_with_any_number_of_workers(tmp_path: 
 
 
 def test_a_response_without_a_part_has_zero_there(tmp_path: Path) -> None:
-    path = user_file(
+    name = write(
         tmp_path,
         "def f(response, answer):\n"
         "    return {'score': 0.5, 'length': len(response)} if response else {'score': 1}\n",
     )
-    batch = score(["abc", ""], ["", ""], name=f"{path}:f")
+    batch = score(["abc", ""], ["", ""], name=name)
     assert batch.scores.tolist() == [0.5, 1.0]
     assert batch.parts["length"].tolist() == [3.0, 0.0]
     assert "score" not in batch.parts and batch.errors == 0
@@ -105,7 +93,7 @@ def test_a_response_without_a_part_has_zero_there(tmp_path: Path) -> None:
 def test_a_failing_reward_scores_zero_and_is_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = user_file(
+    name = write(
         tmp_path,
         "def f(response, answer):\n"
         "    if response == 'raise': raise KeyError('lost')\n"
@@ -114,18 +102,22 @@ def test_a_failing_reward_scores_zero_and_is_counted(
         ".get(response, 1.0)\n",
     )
     wrong = ["raise", "nan", "inf", "big", "none", "text", "keyless", "part"]
-    with Scorer(RewardConfig(name=f"{path}:f", workers=2), 10) as scorer, caplog.at_level(logging.WARNING):
+    with Scorer(RewardConfig(name=name, workers=2), 10) as scorer, caplog.at_level(logging.WARNING):
         batch = scorer.score(inputs([*wrong, "fine"]))
         scorer.score(inputs(["raise", "fine"]))
     assert batch.scores.tolist() == [0.0] * 8 + [1.0]
     assert batch.errors == 8 and batch.timeouts == 0 and batch.parts == {}
     assert len(caplog.records) == 1  # the first traceback only
-    assert "KeyError: 'lost'" in caplog.text and "Traceback" in caplog.text and str(path) in caplog.text
+    assert (
+        "KeyError: 'lost'" in caplog.text
+        and "Traceback" in caplog.text
+        and name.removesuffix(":f") in caplog.text
+    )
 
 
 def test_failures_are_told_once_and_again_when_there_are_far_more(tmp_path: Path) -> None:
-    path, told = user_file(tmp_path, "def f(response, answer): return 1.0 / len(response)\n"), list[str]()
-    with Scorer(RewardConfig(name=f"{path}:f", workers=1), 10, on_failure=told.append) as scorer:
+    name, told = write(tmp_path, "def f(response, answer): return 1.0 / len(response)\n"), list[str]()
+    with Scorer(RewardConfig(name=name, workers=1), 10, on_failure=told.append) as scorer:
         scorer.score(inputs(["a"] * 16))
         assert told == []
         for failing in (3, 2, 6, 11, 12, 15):
@@ -135,14 +127,14 @@ def test_failures_are_told_once_and_again_when_there_are_far_more(tmp_path: Path
         "12 of 16 response",
     ]
     assert told[0] == (
-        f"the reward '{path}:f' failed on 3 of 16 responses, which score 0 "
+        f"the reward '{name}' failed on 3 of 16 responses, which score 0 "
         "(ZeroDivisionError: float division by zero); the log has the first traceback"
     )
 
 
 def test_a_reward_that_always_fails_stops_the_run(tmp_path: Path) -> None:
-    path = user_file(tmp_path, "def f(response, answer): return 1.0 / len(response)\n")
-    config = RewardConfig(name=f"{path}:f", workers=1)
+    name = write(tmp_path, "def f(response, answer): return 1.0 / len(response)\n")
+    config = RewardConfig(name=name, workers=1)
     with Scorer(config, 10) as scorer:
         assert scorer.score(inputs([""] * 7)).errors == 7  # too few to judge
         assert scorer.score(inputs([""] * 7 + ["a"])).errors == 7  # not all
@@ -157,8 +149,8 @@ LENGTHS = [0, 5, 8, 10]
 
 
 def test_penalties_are_taken_off_and_reported(tmp_path: Path) -> None:
-    path = user_file(tmp_path, "def f(response, answer): return float(answer)\n")
-    config: dict[str, Any] = {"name": f"{path}:f", "overlong_buffer": 4, "length_penalty": 0.5}
+    name = write(tmp_path, "def f(response, answer): return float(answer)\n")
+    config: dict[str, Any] = {"name": name, "overlong_buffer": 4, "length_penalty": 0.5}
     batch = score([""] * 4, ["1", "1", "0", "0"], lengths=LENGTHS, **config)
     np.testing.assert_allclose(batch.parts["penalty_overlong"], [0, 0, 0.5, 1])
     np.testing.assert_allclose(batch.parts["penalty_length"], [0, 0.25, 0.4, 0.5])
@@ -166,24 +158,24 @@ def test_penalties_are_taken_off_and_reported(tmp_path: Path) -> None:
     for raw in ("score_raw", "accuracy"):  # accuracy stays what the function said
         assert batch.parts[raw].tolist() == [1, 1, 0, 0]
     repeated = score(
-        ["a b a b a b", "a b c"], ["1", "1"], name=f"{path}:f", repetition_penalty=0.5, repetition_ngram=2
+        ["a b a b a b", "a b c"], ["1", "1"], name=name, repetition_penalty=0.5, repetition_ngram=2
     )
     np.testing.assert_allclose(repeated.scores, [1 - 0.5 * 3 / 5, 1], rtol=1e-6)
 
 
 def test_clipped_penalties_stay_in_the_unit_interval_and_hide_no_wrong_score(tmp_path: Path) -> None:
-    path = user_file(tmp_path, "def f(response, answer): return float(answer)\n")
+    name = write(tmp_path, "def f(response, answer): return float(answer)\n")
     answers = ["1", "0.25", "0", "3"]
-    batch = score([""] * 4, answers, lengths=[10] * 4, clip=True, name=f"{path}:f", length_penalty=0.5)
+    batch = score([""] * 4, answers, lengths=[10] * 4, clip=True, name=name, length_penalty=0.5)
     assert batch.scores.tolist() == [0.5, 0, 0, 2.5]
     assert batch.parts["score_raw"].tolist() == [1, 0.25, 0, 3]
-    plain = score(["", ""], ["-1", "2"], clip=True, name=f"{path}:f")
+    plain = score(["", ""], ["-1", "2"], clip=True, name=name)
     assert plain.scores.tolist() == [-1, 2]  # for the method to refuse
 
 
 def test_a_failed_response_scores_zero_whatever_its_length(tmp_path: Path) -> None:
-    path = user_file(tmp_path, "def f(response, answer): return 1 / 0\n")
-    assert score([""], [""], lengths=[10], name=f"{path}:f", length_penalty=0.5).scores.tolist() == [0]
+    name = write(tmp_path, "def f(response, answer): return 1 / 0\n")
+    assert score([""], [""], lengths=[10], name=name, length_penalty=0.5).scores.tolist() == [0]
 
 
 # --- the config section -------------------------------------------------------------------------
@@ -221,8 +213,8 @@ def test_what_means_nothing_is_refused_in_one_line(change: dict[str, Any], messa
 
 
 def test_what_means_something_is_accepted() -> None:
-    assert {"exact_match", "math", "choice", "number"} <= set(names())
-    for name in names():
+    assert {"exact_match", "math", "choice", "number"} <= set(RULES)
+    for name in RULES:
         check(RewardConfig(name=name))
     check(RewardConfig(format="weighted", format_weight=0.5, overlong_buffer=4, overlong_penalty=0.5))
     check(RewardConfig(name=f"{EXAMPLE}:with_format_credit", options={"credit": 0.2}))
@@ -243,10 +235,10 @@ def test_advice_says_what_a_beta_baseline_makes_of_the_rewards() -> None:
 
 
 def test_names_that_are_taken_by_their_place_are_told(tmp_path: Path) -> None:
-    path = user_file(tmp_path, "def f(x, y, *, scale=1): ...\ndef g(response, answer): ...\n")
-    (line,) = advice(RewardConfig(name=f"{path}:f"), bounded=False)
+    name = write(tmp_path, "def f(x, y, *, scale=1): ...\ndef g(response, answer): ...\n")
+    (line,) = advice(RewardConfig(name=name), bounded=False)
     assert line.endswith("f: x is taken for the response and y for the answer, by their place")
-    assert advice(RewardConfig(name=f"{path}:g"), bounded=False) == []
+    assert advice(RewardConfig(name=name.removesuffix("f") + "g"), bounded=False) == []
 
 
 def test_advice_says_nothing_where_rewards_may_be_anything() -> None:

@@ -1,6 +1,6 @@
 """Geometry3K (arXiv 2105.04165) as EasyR1 prepared it, test: 601 problems, the answers are expressions.
 
-The project's own form, scored as such: equal, or the same mathematics. Breakdown: none is official.
+The project's own form, judged as such: equal, or the same mathematics. Breakdown: none is official.
 """
 
 from __future__ import annotations
