@@ -67,16 +67,13 @@ _ALONE = re.compile(r"[\s*\"'`.]*(correct|incorrect)[\s*\"'`.]*", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class JudgeInput:
-    """One question for a judge. Example: ``JudgeInput("Find x.", "12", "... so x is a dozen.")``"""
+    """A question, its ground truth and a response: ``JudgeInput("Find x.", "12", "... so x is a dozen.")``"""
 
     question: str
     answer: str
-    """The ground truth."""
     response: str
-    """The model's text."""
 
     def prompt(self) -> str:
-        """What a language model is asked."""
         visible = outside_thinking(self.response).strip() or self.response.strip()
         return _PROMPT.format(question=self.question, answer=self.answer, response=visible[-TAIL:])
 
@@ -130,7 +127,6 @@ class Judge:
     """Decides by the replies of a language model, True, False or None for each input.
 
     Args:
-        model: what the replies come from, for the cache's key.
         ask: prompts -> replies, one for each; may raise or return too few, which are no verdicts.
         cache: file of earlier verdicts.
     """
@@ -173,13 +169,11 @@ class HttpJudge(Judge):
     """A judge behind OpenAI's ``POST /chat/completions``.
 
     What may pass (no connection, a time-out, status 408, 409, 429 or 5xx) is tried again, up to ``attempts``
-    times with a growing pause. Status 401 or 403 stops all further requests: the key will not get better.
+    times in all. Status 401 or 403 stops all further requests: the key will not get better.
 
     Args:
-        model: as the server knows it.
         url: up to and with ``/v1``.
         time_limit_s: for one request with its reply.
-        attempts: requests for one verdict at most.
         concurrency: requests at a time.
         pause_s: before the second attempt; it doubles with each.
     """
@@ -286,8 +280,7 @@ def from_spec(spec: str, cache: Path | None = None) -> HttpJudge:
 def apply(judge: Judge, benchmark: Benchmark, answers: Sequence[tuple[Item, str, Verdict]]) -> list[Verdict]:
     """The verdicts with the judge's in place of those that the rules leave open; as many, in the same order.
 
-    "correct" makes one right, by the rule ``judge``; "incorrect" leaves its status; without a verdict it is
-    ``judge_failed``.
+    "correct" makes one right, "incorrect" leaves its status; without a verdict it is ``judge_failed``.
 
     Args:
         answers: items, responses to them, and what the rules say of those.

@@ -2,13 +2,11 @@
 
 A directory holds
 
-==============  =====================================================================================
-items.jsonl     one object per item and sample, see `record`; sorted by benchmark, id and sample
-results.json    the numbers, see `summarize`; written last, so that it stands for a whole evaluation
-table.md        the same for people, beside the paper's numbers
-items.html      a page to read items
-timing.json     clocks and speeds, if the caller gave any
-==============  =====================================================================================
+- items.jsonl: one object per item and sample, see `record`; sorted by benchmark, id and sample
+- results.json: the numbers, see `summarize`; written last, so that it stands for a whole evaluation
+- table.md: the same for people, beside the paper's numbers
+- items.html: a page to read items
+- timing.json: clocks and speeds, if the caller gave any
 
 All but timing.json follow from the records alone: no clock, no host, and the same bytes whatever order
 the records came in.
@@ -33,6 +31,7 @@ from mssr.errors import UserError
 from mssr.evaluation import statistics
 from mssr.evaluation.items import STATUSES, Item, Verdict
 from mssr.evaluation.page import ImageOf, items_page
+from mssr.evaluation.responses import Response
 from mssr.evaluation.statistics import Bootstrap, count_right
 from mssr.evaluation.tables import paper_name, results_table
 from mssr.models.files import replace_text
@@ -66,25 +65,18 @@ class Evaluation:
     """items.jsonl."""
 
 
-def record(
-    item: Item, sample: int, response: str, response_tokens: int, finish_reason: str, verdict: Verdict
-) -> dict[str, Any]:
-    """A line of items.jsonl: one response to an item and its verdict.
-
-    Example: ``{"benchmark": "mathvista", "id": "17", "sample": 0, "question": "...", "answer": "4",
-    "response": "...", "response_tokens": 91, "finish_reason": "stop", "extracted": "4", "status":
-    "right", "correct": true, "rule": "mathvista", "tags": {"task": "..."}}``. A caller may add keys.
-    """
+def record(item: Item, response: Response, verdict: Verdict) -> dict[str, Any]:
+    """A line of items.jsonl: one response to an item and its verdict. A caller may add keys."""
     return {
         "benchmark": item.benchmark,
         "id": item.id,
-        "sample": sample,
+        "sample": response.sample,
         "question": item.question,
         "answer": item.answer,
         "tags": dict(item.tags),
-        "response": response,
-        "response_tokens": response_tokens,
-        "finish_reason": finish_reason,
+        "response": response.text,
+        "response_tokens": response.tokens,
+        "finish_reason": response.finish_reason,
         **asdict(verdict),
     }
 
