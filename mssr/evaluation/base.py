@@ -44,7 +44,7 @@ class Benchmark:
         """The items, in the order of the data.
 
         Args:
-            data_dir: searched as `mssr.evaluation.local_data` says; None takes the hub.
+            data_dir: see `mssr.evaluation.local_data`; None takes the hub.
             limit: the first so many.
 
         Raises:
@@ -100,12 +100,7 @@ class Benchmark:
         return Row(item.id, item.question, item.answer, item.images, item.where, item.history)
 
     def verdict(self, item: Item, response: str, truncated: bool = False) -> Verdict:
-        """What the rules say of a response.
-
-        Args:
-            response: the model's text, without special tokens.
-            truncated: whether the length limit ended it.
-        """
+        """What the rules say of a response; ``truncated`` if the length limit ended it."""
         assert not self.rewarded
         answer = self.extract(item, response, truncated)
         status: Status = "truncated" if truncated else "extraction_failed"

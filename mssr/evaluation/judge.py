@@ -3,10 +3,9 @@
 A judge gives True, False or None. None (no answer, or none that can be read) is ``judge_failed``: the item
 stays in the denominator and is not right. True and False are kept on disk and not asked for again.
 
-- `HttpJudge` asks any server with OpenAI's chat completions: the public one, or a local one such as
-  ``vllm serve MODEL`` with ``http://localhost:8000/v1``. The key is only read from the environment,
-  ``MSSR_JUDGE_API_KEY`` or else ``OPENAI_API_KEY``.
 - `Judge` asks any function from prompts to replies, which `local_judge` makes of an engine of our own.
+- `HttpJudge` asks any server with OpenAI's chat completions: the public one, or one such as ``vllm serve``.
+  The key is only read from the environment.
 """
 
 from __future__ import annotations
@@ -277,18 +276,20 @@ def from_spec(spec: str, cache: Path | None = None) -> HttpJudge:
     return HttpJudge(model, url or OPENAI_URL, cache=cache)
 
 
-def apply(judge: Judge, benchmark: Benchmark, answers: Sequence[tuple[Item, str, Verdict]]) -> list[Verdict]:
+def apply(judge: Judge, answers: Sequence[tuple[Benchmark, Item, str, Verdict]]) -> list[Verdict]:
     """The verdicts with the judge's in place of those that the rules leave open; as many, in the same order.
 
     "correct" makes one right, "incorrect" leaves its status; without a verdict it is ``judge_failed``.
 
     Args:
-        answers: items, responses to them, and what the rules say of those.
+        answers: items of benchmarks, responses to them, and what the rules say of those.
     """
-    result = [verdict for _, _, verdict in answers]
-    left = [k for k, (item, _, verdict) in enumerate(answers) if benchmark.undecided(item, verdict)]
-    asked = [JudgeInput(*benchmark.judged(answers[k][0]), answers[k][1]) for k in left]
-    for k, correct in zip(left, judge.verdicts(asked), strict=True):
+    result = [verdict for *_, verdict in answers]
+    asked: dict[int, JudgeInput] = {}
+    for k, (benchmark, item, response, verdict) in enumerate(answers):
+        if benchmark.undecided(item, verdict):
+            asked[k] = JudgeInput(*benchmark.judged(item), response)
+    for k, correct in zip(asked, judge.verdicts(list(asked.values())), strict=True):
         status: Status = "judge_failed" if correct is None else "right" if correct else result[k].status
         result[k] = Verdict(bool(correct), result[k].extracted, status, "judge")
     return result

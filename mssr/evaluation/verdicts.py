@@ -105,13 +105,11 @@ class VerdictBook:
 
     def judge(self, judge: judges.Judge, n: int) -> str | None:
         """Let a judge decide what the rules leave open; returns its last problem, if verdicts failed."""
-        failed = 0
-        for benchmark, questions in self.by_benchmark():
-            asked = [(q.item, *self.of(q, k)) for q in questions if q.asked for k in range(n)]
-            answers = [(item, self._prefix + r.text, verdict) for item, r, verdict in asked]
-            judged = judges.apply(judge, benchmark, answers)
-            self._answers |= {r.key: (r, verdict) for (_, r, _), verdict in zip(asked, judged, strict=True)}
-            failed += sum(verdict.status == "judge_failed" for verdict in judged)
+        asked = [(q, *self.of(q, k)) for q in self.questions if q.asked for k in range(n)]
+        answers = [(q.benchmark, q.item, self._prefix + r.text, verdict) for q, r, verdict in asked]
+        judged = judges.apply(judge, answers)
+        self._answers |= {r.key: (r, verdict) for (_, r, _), verdict in zip(asked, judged, strict=True)}
+        failed = sum(verdict.status == "judge_failed" for verdict in judged)
         return f"{failed} verdicts failed, the last because {judge.problem}" if failed else None
 
     def write(self, out: Path, n: int, meta: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
