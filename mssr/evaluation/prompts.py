@@ -20,6 +20,7 @@ from mssr.data.encoder import PromptEncoder
 from mssr.data.images import ImageSource, reason
 from mssr.data.rows import Row, problem_cell, read_row
 from mssr.data.validation_sets import benchmark_data
+from mssr.errors import UserError
 from mssr.evaluation.base import Benchmark
 from mssr.evaluation.cells import question_text
 from mssr.evaluation.items import Item
@@ -67,7 +68,13 @@ def write_prompts(
 
     Returns:
         the questions, in the order of the items; and a hash of everything in them that an engine sees.
+
+    Raises:
+        UserError: a benchmark has no items.
     """
+    for benchmark, items in benchmarks:
+        if not items:
+            raise UserError(f"{benchmark.name} has no items")
     digest = hashlib.blake2b(digest_size=16)
     questions: list[Question] = []
     sizes: dict[str, tuple[int, int]] = {}

@@ -98,7 +98,7 @@ def evaluate(request: EvaluationRequest) -> int:
         note(line)
     with directory, captured_output(out / "logs" / "driver.log") as terminal:
         try:
-            code = _Evaluation(request, model, benchmarks, out, terminal).run()
+            code = _Evaluation(request, model, out).run(benchmarks, terminal)
         finally:
             shutil.rmtree(out / SCRATCH, ignore_errors=True)
     if code == EXIT_OK:
@@ -127,30 +127,23 @@ class EvaluationProgress(ProgressLine):
 class _Evaluation:
     """One call of the command."""
 
-    def __init__(
-        self,
-        request: EvaluationRequest,
-        model: EvaluatedModel,
-        benchmarks: Sequence[Benchmark],
-        out: Path,
-        terminal: TextIO,
-    ) -> None:
+    def __init__(self, request: EvaluationRequest, model: EvaluatedModel, out: Path) -> None:
         self.request, self.model, self.config, self.out = request, model, model.config, out
         self.params = request.sampling(model.config)
         self.scratch = out / SCRATCH
-        self._benchmarks, self._terminal = benchmarks, terminal
         self._generation_s = 0.0
 
-    def run(self) -> int:
+    def run(self, benchmarks: Sequence[Benchmark], terminal: TextIO) -> int:
         start = time.monotonic()
         shutil.rmtree(self.scratch, ignore_errors=True)
         encoder = PromptEncoder(load_processor(self.config.model), self.config.data)
-        questions, prompts = self._questions(encoder)
+        loaded = [(b, b.load(self.request.data_dir, self.request.limit)) for b in benchmarks]
+        questions, prompts = write_prompts(loaded, encoder, self.scratch / "prompts")
         responses = ResponseFile(self.out, self._decides(prompts))
         before = len(responses.found)
         total = self.request.n * sum(q.asked for q in questions)
         with contextlib.ExitStack() as stack:
-            progress = EvaluationProgress(self._terminal, self.config.trainer.progress, total)
+            progress = EvaluationProgress(terminal, self.config.trainer.progress, total)
             stack.callback(progress.close)
             stop = stack.enter_context(StopRequest(progress.note, "stopping; responses so far are kept"))
             book = stack.enter_context(
@@ -185,14 +178,6 @@ class _Evaluation:
             for line in book.notes():
                 progress.announce(line)
         return EXIT_OK
-
-    def _questions(self, encoder: PromptEncoder) -> tuple[list[Question], str]:
-        """The items as prompts on disk, and what engines see of them."""
-        loaded = [(b, b.load(self.request.data_dir, self.request.limit)) for b in self._benchmarks]
-        for benchmark, items in loaded:
-            if not items:
-                raise UserError(f"{benchmark.name} has no items")
-        return write_prompts(loaded, encoder, self.scratch / "prompts")
 
     def _decides(self, prompts: str) -> dict[str, str]:
         """Everything that a response depends on."""
