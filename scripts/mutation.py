@@ -51,7 +51,6 @@ TESTS = {
     "mssr/algorithms/losses.py": "losses oracles policy_losses ranges",
     "mssr/algorithms/objective.py": "gradient step_oracle update_by_value defaults_and_states",
     "mssr/algorithms/policy_losses.py": "policy_losses losses plugins defaults_and_states ranges",
-    "mssr/algorithms/registry.py": "algorithms plugins",
     "mssr/algorithms/reinforce_pp.py": "algorithms token_advantages oracles defaults_and_states",
     "mssr/algorithms/sequences.py": "losses correction policy_losses gradient",
     "mssr/algorithms/shaping.py": "losses algorithms gradient defaults_and_states ranges",
