@@ -42,9 +42,8 @@ from mssr.runs.checkpoint import CheckpointStore
 from mssr.runs.console import Console
 from mssr.runs.events import EventLog
 from mssr.runs.loggers import MetricsLog
-from mssr.runs.run import Run
 from mssr.runs.signals import StopRequest
-from mssr.trainer.loop import Trainer
+from mssr.trainer.loop import Run, Trainer
 
 PHASES = {
     "generate": "rollouts, with rewards as they end",
