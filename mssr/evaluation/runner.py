@@ -93,14 +93,14 @@ def evaluate(request: EvaluationRequest) -> int:
     check_model_path(model.config.model)
     benchmarks = _benchmarks(request, model.config)
     out = request.out or Path("evaluations") / model.label
-    directory = hold_directory(out, "--out")
-    for line in (f"evaluation directory {out}", *directory.notes):
-        note(line)
-    with directory, captured_output(out / "logs" / "driver.log") as terminal:
-        try:
-            code = _Evaluation(request, model, out).run(benchmarks, terminal)
-        finally:
-            shutil.rmtree(out / SCRATCH, ignore_errors=True)
+    with hold_directory(out, "--out") as notes:
+        for line in (f"evaluation directory {out}", *notes):
+            note(line)
+        with captured_output(out / "logs" / "driver.log") as terminal:
+            try:
+                code = _Evaluation(request, model, out).run(benchmarks, terminal)
+            finally:
+                shutil.rmtree(out / SCRATCH, ignore_errors=True)
     if code == EXIT_OK:
         print((out / results.TABLE).read_text(), end="")
         note(f"{out / results.PAGE} shows the items")

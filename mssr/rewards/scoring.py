@@ -92,8 +92,8 @@ class Scorer:
             clip,
             workers=config.workers or min(MAX_WORKERS, len(os.sched_getaffinity(0))),
             together=reward.batch or reward.is_async,
-            rows=rows if reward.binding.rows else NO_ROWS,
-            sized=reward.binding.sized,
+            rows=rows if reward.rows else NO_ROWS,
+            sized=reward.sized,
         )
         self.pool = RewardPool(job, on_restart)
 
@@ -209,7 +209,7 @@ def advice(config: RewardConfig, bounded: bool) -> list[str]:
         bounded: whether the method takes rewards in [0, 1] only, as the Beta baseline does.
     """
     lines = []
-    if note := functions.load(config, access=None).binding.note:
+    if note := functions.load(config, access=None).note:
         lines.append(f"reward.name={config.name}: {note}")
     if bounded and config.format == "weighted" and config.format_weight > 0:
         lines.append(
