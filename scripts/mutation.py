@@ -236,8 +236,7 @@ def main() -> int:
             if _is_program(mutant):
                 outcome, seconds = run(tests, mutant, limit_s, workspace)
             changed = _changed(mutant)
-            record = {"path": mutant.path, "operator": mutant.operator, "occurrence": mutant.occurrence}
-            record |= {
+            record = dict(zip(("path", "operator", "occurrence"), key, strict=True)) | {
                 "line": mutant.place[0],
                 "changed": changed,
                 "outcome": outcome,

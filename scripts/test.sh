@@ -24,7 +24,7 @@ phase() {
 
 phase "lint" ruff check .
 phase "format" ruff format --check .
-phase "rooms" lint-imports
+phase "rooms" lint-imports --no-cache
 phase "types" mypy mssr
 if (($#)); then
     phase "tests" pytest "$@"

@@ -173,8 +173,9 @@ class PolicyUpdater:
             tokens = state.tokens(micro.sequences)
             loss_of = MicroBatchLoss(self.objective, tokens, denominator, kl_coef)
             if self.objective.token_wise(old_known=tokens.old_log_probs is not None):
-                # Forward pass and objective in one.
-                loss, log_probs, entropy = self.policy(packed, micro.any_rank_has_images, loss_of)
+                # Forward pass and objective in one. A method, because FSDP rebuilds a dataclass among the
+                # arguments, with its tensors in the dtype of the pass.
+                loss, log_probs, entropy = self.policy(packed, micro.any_rank_has_images, loss_of.__call__)
             else:
                 log_probs, entropy = self.policy(packed, micro.any_rank_has_images)
                 loss = loss_of(log_probs, entropy)

@@ -64,7 +64,7 @@ def lite_ppo(
     """
     check_number("eps", eps)
     r, difference = _vector(rewards, "rewards"), centred(rewards, groups, "Lite PPO")
-    counts = _weights(weights, len(r))
+    counts = _lengths(weights, len(r))
     moments = _moments(r, counts, counts.sum(), unbiased=True)
     if moments is None:
         return np.zeros(len(r), np.float32)
@@ -115,7 +115,7 @@ def single_rollout(
     check_number("eps", eps)
     r = _vector(rewards, "rewards")
     difference = r - _vector(values, "values", len(r))
-    counts = _weights(weights, len(r))
+    counts = _lengths(weights, len(r))
     moments = _moments(difference, counts, counts.sum(), unbiased=False)
     if moments is None:
         return np.zeros(len(r), np.float32)
@@ -197,16 +197,14 @@ def _vector(values: npt.ArrayLike, name: str, size: int | None = None) -> Floats
     return array
 
 
-def _lengths(lengths: npt.ArrayLike, size: int) -> Floats:
-    """``lengths`` as a non-negative (size,) float64 array (exact up to 2^53 tokens)."""
+def _lengths(lengths: npt.ArrayLike | None, size: int) -> Floats:
+    """``lengths`` as a non-negative (size,) float64 array (exact up to 2^53 tokens); ones for None."""
+    if lengths is None:
+        return np.ones(size)
     tokens = _vector(lengths, "lengths", size)
     if tokens.min() < 0:
         raise ValueError(f"lengths must be >= 0, not {tokens.min():g}")
     return tokens
-
-
-def _weights(weights: npt.ArrayLike | None, size: int) -> Floats:
-    return np.ones(size) if weights is None else _lengths(weights, size)
 
 
 def _grouped(rewards: npt.ArrayLike, groups: npt.ArrayLike, method: str) -> tuple[Floats, Ints, Ints]:

@@ -71,12 +71,11 @@ class IdTable:
             raise ValueError(f"ids must be a sequence of prompt ids, not the single string {ids!r}")
         # A copy, as the caller may change a list between two calls.
         content = tuple(ids) if len(ids) <= _REMEMBERED else None
-        if content is not None and self._last is not None and self._last[0] == content:
+        if self._last is not None and self._last[0] == content:
             return self._last[1]
         try:
-            keys = _digests(ids if content is None else content)
-        except TypeError:
-            # 7 and "7" would silently be two prompts.
+            keys = _digests(ids)
+        except TypeError:  # 7 and "7" would silently be two prompts
             wrong = next(i for i in ids if not isinstance(i, str))
             raise ValueError(f"prompt ids must be strings, not {wrong!r}") from None
         if content is not None:

@@ -45,6 +45,7 @@ class Option:
     """The values that there are, or those of each in a list."""
     required: bool = False
     nullable: bool = False
+    """Whether its type takes null; `describe` finds it out."""
     read_if: str = ""
     """Conditions joined by ``and``; where they do not hold, a changed option is an error."""
     resume: str = ""

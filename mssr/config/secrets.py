@@ -31,6 +31,7 @@ _VALUE = re.compile(
     r"|\bBearer\s+[\w.~+/-]{16,}=*|(?<=://)[^\s/:@'\"]*:[^\s/@'\"]+(?=@)"
 )
 """Tokens of known forms, and name and password in a URL."""
+_PASSWORD = re.compile("passw|pwd|passphrase").search
 _ASSIGNMENT = re.compile(r"([A-Za-z_][\w.-]{0,99})([\"']?[=:]\s?)(\"[^\"\n]*\"|'[^'\n]*'|[^\s\"',;}\]]+)")
 
 
@@ -67,11 +68,8 @@ def redact(value: _T) -> _T:
 
 
 def environment_variable(key: str) -> str:
-    """Where the libraries look for the secret that a config key is named after, or a name of its own."""
-    name = re.sub(r"[^a-z0-9]+", "_", key.rpartition(".")[2].lower()).strip("_")
-    known = {"wandb": "WANDB_API_KEY", "openai": "OPENAI_API_KEY"}
-    known |= dict.fromkeys(("hf", "hub", "huggingface"), "HF_TOKEN")
-    return next((variable for word, variable in known.items() if word in name.split("_")), name.upper())
+    """A name for a variable with the secret of a config key: "reward.options.api_key" -> "API_KEY"."""
+    return re.sub(r"[^A-Z0-9]+", "_", key.rpartition(".")[2].upper()).strip("_")
 
 
 def _map_leaves(tree: Any, function: Callable[[str, Any], Any], key: str = "") -> Any:
@@ -91,15 +89,13 @@ def _redact_leaf(key: str, value: Any) -> Any:
 
 def _holds(key: str, value: Any) -> bool:
     """Whether a value under this dotted key is a secret by the key's name."""
-    parts = [part.lower() for part in key.split(".") if is_secret_name(part)]
-    if not parts or value is None or isinstance(value, bool):
+    names = [part.lower() for part in key.split(".") if is_secret_name(part)]
+    if not isinstance(value, str):
+        return isinstance(value, int | float) and not isinstance(value, bool) and any(map(_PASSWORD, names))
+    if not names or not value.strip() or value.startswith("${") or value == HIDDEN:
         return False
-    if isinstance(value, str):
-        if not value.strip() or value.startswith("${") or value == HIDDEN:
-            return False
-        # answer_token: <answer>
-        return not (all(part.endswith("token") for part in parts) and re.search(r"[<>\[\]\s]", value))
-    return any(re.search("passw|pwd|passphrase", part) for part in parts)
+    # answer_token: <answer>
+    return not (all(name.endswith("token") for name in names) and re.search(r"[<>\[\]\s]", value))
 
 
 def _hide_assigned(match: re.Match[str]) -> str:

@@ -83,10 +83,10 @@ class RowIndex:
         """Whether no usable row has one."""
         return not any(len(chunk.flatten()) for chunk in self.table["sizes"].chunks)
 
-    def sizes(self, start: int, stop: int) -> list[list[tuple[int, int]]]:
-        """(width, height) of the images of some rows."""
-        flat = self.table["sizes"].slice(start, stop - start).to_pylist()
-        return [list(zip(row[::2], row[1::2], strict=True)) for row in flat]
+    def sizes(self, number: int) -> list[tuple[int, int]]:
+        """(width, height) of the images of a row."""
+        flat = self.table["sizes"][number].as_py()
+        return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 class SourceRows:

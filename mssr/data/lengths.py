@@ -65,15 +65,13 @@ def encoder_fingerprint(encoder: PromptEncoder) -> str:
 
 
 def _compute(rows: SourceRows, index: RowIndex, encoder: PromptEncoder) -> pa.Table:
-    usable = index.states == USABLE
     lengths = np.full(len(rows), -1, np.int32)
     reasons: list[str | None] = [None] * len(rows)
-    for start in range(0, len(rows), BATCH):
-        stop = min(start + BATCH, len(rows))
-        numbers = [n for n in range(start, stop) if usable[n]]
-        sizes = index.sizes(start, stop)
+    usable = np.flatnonzero(index.states == USABLE).tolist()
+    for start in range(0, len(usable), BATCH):
+        numbers = usable[start : start + BATCH]
         for number, prompt in zip(numbers, rows.prompts(numbers), strict=True):
-            images = sizes[number - start]
+            images = index.sizes(number)
             try:
                 lengths[number] = encoder.length(_row(prompt, len(images)), images)
             except ValueError as error:

@@ -159,9 +159,7 @@ class MixtureSampler:
         ValueError: the labels differ, or there is none.
     """
 
-    def __init__(
-        self, samplers: Mapping[str, EpochSampler | UncertaintySampler], weights: Mapping[str, float]
-    ) -> None:
+    def __init__(self, samplers: Mapping[str, PromptSampler], weights: Mapping[str, float]) -> None:
         if not samplers or set(samplers) != set(weights):
             raise ValueError(f"weights for {sorted(weights)}, but sources {sorted(samplers)}")
         if not all(weight > 0 for weight in weights.values()):

@@ -61,29 +61,24 @@ def open_benchmark(name: str, location: Location, data_dir: Path | None) -> Tabl
     """The table of a benchmark, local or from the hub.
 
     Raises:
-        UserError: there is nothing, with the list of places; or what is there cannot be opened.
+        UserError: as `find`; or what is there cannot be opened.
     """
-    if data_dir is None:
-        source, hint = location.hub_source, " (a local copy is read with --data-dir)"
-    elif not data_dir.is_dir():
-        raise UserError(f"{name}: --data-dir {data_dir} is no directory")
-    else:
-        source, hint = find(name, location, data_dir) or "", ""
-    if not source:
-        owner, _, base = location.hub.partition("/")
-        names = ", ".join(dict.fromkeys(f"{n}{{{','.join(SUFFIXES)}}} or {n}/" for n in (name, base)))
-        raise UserError(
-            f"{name}: no data in {data_dir}; looked for {names}, there and in {owner}/ "
-            f"(without --data-dir {location.hub} is taken from the hub)"
-        )
+    source = find(name, location, data_dir) if data_dir else location.hub_source
     try:
         return open_table(source)
     except UserError as error:
+        hint = "" if data_dir else " (a local copy is read with --data-dir)"
         raise UserError(f"{name}: {error}{hint}") from error
 
 
-def find(name: str, location: Location, data_dir: Path) -> str | None:
-    """What `mssr.data.sources.open_table` opens for a benchmark, under a directory; None if nothing."""
+def find(name: str, location: Location, data_dir: Path) -> str:
+    """What `mssr.data.sources.open_table` opens for a benchmark, under a directory.
+
+    Raises:
+        UserError: there is nothing, with the list of places.
+    """
+    if not data_dir.is_dir():
+        raise UserError(f"{name}: --data-dir {data_dir} is no directory")
     owner, _, base = location.hub.partition("/")
     names = {_key(n) for n in (name, base)}
     for folder in (data_dir, *_named(data_dir, {_key(owner)})):
@@ -91,7 +86,11 @@ def find(name: str, location: Location, data_dir: Path) -> str | None:
             return file
         for path in _named(folder, names):
             return _in_directory(path, names, location.split)
-    return None
+    tried = ", ".join(dict.fromkeys(f"{n}{{{','.join(SUFFIXES)}}} or {n}/" for n in (name, base)))
+    raise UserError(
+        f"{name}: no data in {data_dir}; looked for {tried}, there and in {owner}/ "
+        f"(without --data-dir {location.hub} is taken from the hub)"
+    )
 
 
 def _in_directory(path: Path, names: set[str], split: str) -> str:

@@ -39,7 +39,6 @@ class EvaluatedModel:
     checkpoint: Path | None
     """A checkpoint of ours, with intact files; None for a Hugging Face model."""
     step: int | None
-    """Of the checkpoint."""
     identity: str
     """A hash that another model would not have."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mssr.config.loading import save_config
 from mssr.config.options import FORM, LISTED, REFUSED, describe, nearest
 from mssr.config.secrets import redact
 from mssr.errors import UserError
-from mssr.runs.lock import HeldDirectory, hold_directory
+from mssr.runs.lock import hold_directory
 from mssr.runs.manifest import read_manifest
 
 
@@ -32,8 +33,9 @@ class Drift:
     """What may change, and changes the course of the run."""
 
 
-def prepare_run_directory(config: Config) -> HeldDirectory:
-    """Make the directory, hold it, and write config.yaml.
+@contextlib.contextmanager
+def prepare_run_directory(config: Config) -> Iterator[tuple[str, ...]]:
+    """Make the directory, hold it, and write config.yaml; yields lines for the user.
 
     Raises:
         UserError: the directory cannot be written, another process holds it, or it holds a run that this
@@ -41,10 +43,9 @@ def prepare_run_directory(config: Config) -> HeldDirectory:
     """
     run_dir = config.run_dir
     saved = run_dir / "config.yaml"
-    with contextlib.ExitStack() as on_failure:
-        directory = on_failure.enter_context(hold_directory(run_dir, "trainer.run_dir"))
-        begun = saved.is_file() and _has_begun(run_dir)
-        notes = directory.notes + (_check_same_run(config, saved) if begun else ())
+    with hold_directory(run_dir, "trainer.run_dir") as notes:
+        if saved.is_file() and _has_begun(run_dir):
+            notes += _check_same_run(config, saved)
         try:
             for part in ("samples", "checkpoints"):
                 (run_dir / part).mkdir(exist_ok=True)
@@ -53,8 +54,7 @@ def prepare_run_directory(config: Config) -> HeldDirectory:
             os.replace(partial, saved)
         except OSError as error:
             raise UserError(f"trainer.run_dir: {run_dir} cannot be written ({error.strerror})") from error
-        on_failure.pop_all()
-    return replace(directory, notes=notes)
+        yield notes
 
 
 def compare_configs(old: dict[str, Any], new: dict[str, Any]) -> Drift:

@@ -26,17 +26,6 @@ from mssr.types import PackedRollouts, Rollout, RolloutRequest, SamplingParams, 
 
 
 @dataclass(frozen=True, slots=True)
-class Generated:
-    """Responses with their rewards."""
-
-    rollouts: list[Rollout]
-    """B rollouts, in the order of their requests."""
-    rewards: ScoredBatch
-    log_probs: list[TokenLogProbs] | None
-    """B, where the ranks computed them while other responses were generated."""
-
-
-@dataclass(frozen=True, slots=True)
 class Collected:
     """What a step trains on."""
 
@@ -49,7 +38,7 @@ class Collected:
     epoch: float
     """Passes over the data up to and with these rollouts, those left out included."""
     log_probs: list[TokenLogProbs] | None = None
-    """As of `Generated`."""
+    """B, where the ranks computed them while other responses were generated."""
 
     @property
     def prompt_ids(self) -> list[str]:
@@ -96,14 +85,6 @@ class RolloutCollector:
         """The prompts of the next step."""
         return self.sampler.next(self.config.prompts_per_step)
 
-    def upcoming(self) -> list[str]:
-        """The prompts that `draw` would give now. What is learned until then may change some of them, where
-        the sampler goes by that."""
-        state = self.sampler.state_dict()
-        prompt_ids = self.draw()
-        self.sampler.load_state_dict(state)
-        return prompt_ids
-
     def collect(self, step: int, prompt_ids: Sequence[str], stoppable: bool = True) -> Collected:
         """The rollouts of a step.
 
@@ -121,10 +102,10 @@ class RolloutCollector:
         rewards: list[ScoredBatch] = []
         while True:
             requests = self.requests(prompt_ids, step, n, rollouts)
-            drawn = self.generate(requests, self._early, stoppable)
-            rollouts += drawn.rollouts
-            log_probs += drawn.log_probs or []
-            rewards.append(drawn.rewards)
+            generated, found, early = self.generate(requests, self._early, stoppable)
+            rollouts += generated
+            rewards.append(found)
+            log_probs += early or []
             scored = join_scores(rewards)
             kept = np.arange(len(rollouts))
             if sampling.dynamic:
@@ -172,12 +153,15 @@ class RolloutCollector:
 
     def generate(
         self, requests: Sequence[RolloutRequest], early: bool = False, stoppable: bool = True
-    ) -> Generated:
+    ) -> tuple[list[Rollout], ScoredBatch, list[TokenLogProbs] | None]:
         """A response to every request, each scored as soon as it has ended.
 
         Args:
             early: have the ranks compute log-probs meanwhile, see `mssr.trainer.early_log_probs`.
             stoppable: as in `Cluster.generate`.
+
+        Returns:
+            In the order of the requests: rollouts, their rewards, and their log-probs if ``early``.
         """
         prompt_ids = [r.prompt_id for r in requests]
         answers = self.dataset.answers(prompt_ids, self.scorer.takes_cells)
@@ -203,7 +187,7 @@ class RolloutCollector:
                 scored = rewards.result()
             with self.timer("score"):
                 known = None if log_probs is None else log_probs.result()
-        return Generated([ordered[place] for place in np.argsort(order)], scored, known)
+        return [ordered[place] for place in np.argsort(order)], scored, known
 
 
 def with_signal(rollouts: Sequence[Rollout], scores: np.ndarray, at_most: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -208,33 +208,29 @@ class Trainer:
                 "unlogged": None if self._unlogged is None else self._unlogged | self.timer.seconds,
             }
             config = redact(to_dict(self.config))
-            try:
+            with self._survived():
                 self.store.begin(self.step, state, self.cluster.begin_save, config, val_accuracy)
-            except OSError as error:
-                self._tell_failed_save(error)
-            else:
                 self._saved_step = self.step
             if not self.config.trainer.save_in_background:
                 self._finish_save()
 
     def _finish_save(self) -> None:
-        """Put the checkpoint that is being written in force. One that fails costs a line, not the run."""
-        if not self.store.writing:
-            return
-        try:
-            self.store.finish()
-        except OSError as error:
-            self._saved_step = 0
-            self._tell_failed_save(error)
-        else:
-            self._save_failed = False
-            self.events.progress()
+        """Put the checkpoint that is being written in force."""
+        if self.store.writing:
+            with self._survived():
+                self.store.finish()
+                self._save_failed = False
+                self.events.progress()
 
-    def _tell_failed_save(self, error: OSError) -> None:
-        self._save_failed = True
-        self.events.record(
-            "checkpoint_failed", f"{error.strerror or error}; the one before stays in force, the run goes on"
-        )
+    @contextlib.contextmanager
+    def _survived(self) -> Iterator[None]:
+        """A checkpoint that cannot be written costs a line, not the run."""
+        try:
+            yield
+        except OSError as error:
+            self._saved_step, self._save_failed = 0, True
+            reason = f"{error.strerror or error}; the one before stays in force, the run goes on"
+            self.events.record("checkpoint_failed", reason)
 
     def _due(self, every: int, at_end: bool = False) -> bool:
         """Whether something that is done every so many steps (0 never) is to be done now."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from mssr.cluster.base import Cluster
 from mssr.errors import StopRequestedError, WorkersLostError
-from mssr.runs.checkpoint import CheckpointStore, read_state
-from mssr.runs.events import EventLog
+from mssr.runs.checkpoint import read_state
+from mssr.runs.loggers import discard_after
 from mssr.runs.run import Run
 from mssr.trainer.loop import Trainer
 
@@ -48,20 +49,15 @@ def run_with_recovery(
                 lost = True
                 run.store.clean()
                 if run.store.saved:
-                    checkpoint = find_checkpoint(run.store, "auto", run.events)
+                    checkpoint = run.store.find("auto", partial(run.events.record, "damaged_checkpoint"))
                 last = step_of(checkpoint)
-                run.log.rewind(last)
+                discard_after(run.log.path, last)
                 run.events.step = last or 0
             except StopRequestedError:
                 return  # while workers started: nothing has changed since the last checkpoint
     finally:
         if cluster is not None:
             cluster.shutdown()
-
-
-def find_checkpoint(store: CheckpointStore, resume: str, events: EventLog) -> Path | None:
-    """See `CheckpointStore.find`."""
-    return store.find(resume, lambda line: events.record("damaged_checkpoint", line))
 
 
 def step_of(checkpoint: Path | None) -> int | None:

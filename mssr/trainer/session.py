@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -21,7 +22,7 @@ from mssr.runs.run_directory import check_checkpoint
 from mssr.runs.signals import StopRequest
 from mssr.trainer.data import RunData, load_data
 from mssr.trainer.loop import Trainer
-from mssr.trainer.recovery import find_checkpoint, run_with_recovery, step_of
+from mssr.trainer.recovery import run_with_recovery, step_of
 from mssr.trainer.validation import describe
 
 
@@ -42,7 +43,7 @@ def run_session(config: Config, terminal: TextIO) -> int:
         events = EventLog(config.run_dir, console.announce, config.trainer.max_restarts)
         _introduce(data, console)
         store = CheckpointStore(config.run_dir, config.trainer.keep_checkpoints)
-        checkpoint = find_checkpoint(store, config.trainer.resume, events)
+        checkpoint = store.find(config.trainer.resume, partial(events.record, "damaged_checkpoint"))
         if checkpoint and not _goes_on(config, checkpoint, console):
             return EXIT_OK
         # Its processes load the reward while the cluster starts.

@@ -134,12 +134,12 @@ def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings) -> di
     """Write everything but the summary into ``folder``; return the summary."""
     transformers = import_transformers()
     started = time.monotonic()
-    scans = load_scans(seed)
+    train, val = load_scans("train", seed), load_scans("val", seed)
     # Each stream of random numbers has its own key, so changing one count leaves the others alone.
-    train = list(draw_examples(scans.train, settings.train_rows, np.random.default_rng([seed, 1])))
-    val = list(draw_examples(scans.val, settings.val_rows, np.random.default_rng([seed, 2])))
-    write_parquet(scans.train, train, "train", folder / "train.parquet")
-    write_parquet(scans.val, val, "val", folder / "val.parquet")
+    lessons = list(draw_examples(train, settings.train_rows, np.random.default_rng([seed, 1])))
+    exam = list(draw_examples(val, settings.val_rows, np.random.default_rng([seed, 2])))
+    write_parquet(train, lessons, "train", folder / "train.parquet")
+    write_parquet(val, exam, "val", folder / "val.parquet")
     model = build_tiny_qwen2_5_vl(folder / "model", corpus(), seed, settings.model)
     encoder = Encoder(model, transformers.AutoProcessor.from_pretrained(folder / "model"))
     steps = settings.warm_start.reading_steps + settings.warm_start.habit_steps
@@ -149,15 +149,16 @@ def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings) -> di
             _say(quiet, f"digits: warm start, step {step + 1} of {steps}, loss {loss:.2f}")
 
     with torch_threads(settings.threads):
-        warm_start(encoder, scans.train, settings.warm_start, seed, on_step)
+        warm_start(encoder, train, settings.warm_start, seed, on_step)
         save_quietly(model, folder / "model")
         share = {
-            "sampled": accuracy(encoder, scans.val, val, seed, greedy=False),
-            "greedy": accuracy(encoder, scans.val, val, seed),
-            "careful": accuracy(encoder, scans.val, val, seed, careful=True),
+            "sampled": accuracy(encoder, val, exam, seed, greedy=False),
+            "greedy": accuracy(encoder, val, exam, seed),
+            "careful": accuracy(encoder, val, exam, seed, careful=True),
         }
     parameters = sum(p.numel() for p in model.parameters())
-    told = {"seed": seed, "train": len(train), "val": len(val), "millions": parameters / 1e6} | share
+    rows = {"train": len(lessons), "val": len(exam)}
+    told = {"seed": seed, "millions": parameters / 1e6} | rows | share
     (folder / "README.md").write_text(README.format(**told))
     libraries = {name: version(name) for name in ("torch", "transformers", "scikit-learn")}
     return {
@@ -166,7 +167,7 @@ def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings) -> di
         "seed": seed,
         "settings": asdict(settings),
         "versions": {"mssr": mssr.__version__} | libraries,
-        "rows": {"train": len(train), "val": len(val)},
+        "rows": rows,
         "parameters": parameters,
         "accuracy": {name: round(value, 4) for name, value in share.items()},
         "seconds": round(time.monotonic() - started, 1),

@@ -81,8 +81,6 @@ class Encoder:
     """Turns examples into model inputs, exactly as the engine and the actor will see them."""
 
     def __init__(self, model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor) -> None:
-        import torch
-
         self.model, self.processor = model, processor
         self.prompts = {q: self._prompt(q) for phrasings in QUESTIONS.values() for q in phrasings}
         # Byte pairs join the bracket and the word: the token that decides to guess reads ">guess".
@@ -90,11 +88,6 @@ class Encoder:
         self.guess_tokens = [
             i for i in self.response(f"<think>{GUESS_WORD}") if GUESS_WORD in tokenizer.decode(i)
         ]
-        # The image sits at the same place in every prompt, so the rope ids are the same up to length.
-        ids = torch.tensor([[*next(iter(self.prompts.values())), *[0] * 128]])
-        grid = torch.tensor([[1, 4, 8]])
-        kinds = (ids == model.config.image_token_id).int()
-        self.rope_ids, _ = model.model.get_rope_index(ids, kinds, image_grid_thw=grid)
 
     def _prompt(self, question: str) -> list[int]:
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
@@ -129,7 +122,7 @@ class Encoder:
         # Padding is on the right and attention causal, so no real token sees it and no mask is needed.
         hidden = self.model.model(
             input_ids=ids,
-            position_ids=self.rope_ids[:, :, :longest].expand(-1, len(prompts), -1),
+            mm_token_type_ids=(ids == self.model.config.image_token_id).int(),
             use_cache=False,
             **self.pixels(scans, examples),
         ).last_hidden_state
