@@ -106,9 +106,9 @@ def from_dict(tree: dict[str, Any]) -> Config:
     return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree)))
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config; what looks like a secret as ``***``."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(redact(to_dict(config)))))
+def config_yaml(config: Config) -> str:
+    """The resolved config; what looks like a secret as ``***``."""
+    return OmegaConf.to_yaml(OmegaConf.create(redact(to_dict(config))))
 
 
 def _merge(base: DictConfig, extra: DictConfig, source: str) -> DictConfig:
