@@ -5,18 +5,16 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mssr.algorithms.advantages import Floats, FloatVector, Ints, per_token
+from mssr.algorithms.baseline import BetaBaseline
 from mssr.algorithms.checks import per_prompt
 from mssr.algorithms.plugins import Registry
 from mssr.errors import check_version
-
-if TYPE_CHECKING:
-    from mssr.algorithms.baseline import BetaBaseline
 
 Signal = tuple[FloatVector, dict[str, float]]
 """Advantages, and the metrics of the step."""

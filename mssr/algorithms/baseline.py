@@ -113,7 +113,13 @@ class BetaBaseline:
         """
         keys = self._table.keys(ids)
         r = self.check_rewards(ids, rewards)
-        keep = _check_eta(eta, len(r))
+        keep = np.asarray(eta, np.float64)
+        if keep.shape not in ((), r.shape):
+            raise ValueError(f"eta must be one number or of shape {r.shape}, not {keep.shape}")
+        wrong = keep[~((keep >= 0) & (keep <= 1))]
+        if wrong.size:
+            raise ValueError(f"eta must be in [0, 1], not {wrong.flat[0]}")
+        keep = np.broadcast_to(keep, r.shape)[:, None]
 
         first_new = len(self)
         rows = self._insert(keys)
@@ -230,17 +236,6 @@ class BetaBaseline:
 def _units(values: Floats) -> int:
     """Sum of values in [0, 1], each rounded to a multiple of 1/_UNIT."""
     return int(np.rint(values * _UNIT).astype(np.int64).sum())
-
-
-def _check_eta(eta: ArrayLike, b: int) -> Floats:
-    """(B, 1) discounts."""
-    keep = np.asarray(eta, np.float64)
-    if keep.shape not in ((), (b,)):
-        raise ValueError(f"eta must be one number or of shape ({b},), not {keep.shape}")
-    wrong = keep[~((keep >= 0) & (keep <= 1))]
-    if wrong.size:
-        raise ValueError(f"eta must be in [0, 1], not {wrong.flat[0]}")
-    return np.broadcast_to(keep, (b,))[:, None]
 
 
 def _refuse(ids: Sequence[str], wrong: NDArray[np.bool_], why: str) -> None:
