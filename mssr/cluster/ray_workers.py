@@ -58,10 +58,6 @@ class RayWorker:
     def rss_gib(self) -> float:
         return rss_gib()
 
-    def process(self) -> tuple[str, int]:
-        """Host and pid."""
-        return socket.gethostname(), os.getpid()
-
     def silent_s(self) -> float:
         """See `mssr.rollout.heartbeat`. Called in a thread of its own, as is `stacks`."""
         return heartbeat.silent_s()

@@ -11,7 +11,7 @@ import copy
 import functools
 import operator
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -177,14 +177,13 @@ def check_read(config: Any, prefix: str = "", meant: Mapping[str, Any] | None = 
         conditions = known[key].read_if.split(" and ") if value != known[key].default else []
         for condition in filter(None, conditions):
             if unmet := _unmet(condition, key, effective):
-                settings = " and ".join(_setting(k, given[k], effective[k]) for k in unmet)
+                settings = " and ".join(
+                    f"{k}={in_yaml(effective[k])}{' (as null means here)' * (given[k] != effective[k])}"
+                    for k in unmet
+                )
                 raise UserError(
                     f"{key}={in_yaml(value)} is read by nothing with {settings}; change that or remove it"
                 )
-
-
-def _setting(key: str, given: Any, meant: Any) -> str:
-    return f"{key}={in_yaml(meant)}" + ("" if given == meant else " (as null means here)")
 
 
 def _unmet(condition: str, key: str, effective: Mapping[str, Any]) -> list[str]:
@@ -195,8 +194,10 @@ def _unmet(condition: str, key: str, effective: Mapping[str, Any]) -> list[str]:
         setting, relation, wanted = alternative.split(" ", 2)
         setting = neighbour if (neighbour := f"{section}.{setting}") in effective else setting
         value = effective[setting]
-        if relation == "takes":
-            holds = name in _parameters(setting, value)
+        if relation == "takes" and setting == "algorithm.name":
+            holds = name in algorithms.options(value)
+        elif relation == "takes":
+            holds = name in algorithms.policy_losses.loss_options(value)  # needs torch
         elif relation == "names":
             holds = not is_spec(value)
         else:
@@ -205,12 +206,6 @@ def _unmet(condition: str, key: str, effective: Mapping[str, Any]) -> list[str]:
             return []
         settings.append(setting)
     return settings
-
-
-def _parameters(setting: str, name: str) -> Collection[str]:
-    if setting == "algorithm.name":
-        return algorithms.options(name)
-    return algorithms.policy_losses.loss_options(name)  # needs torch
 
 
 def in_yaml(value: Any) -> str:

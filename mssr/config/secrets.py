@@ -19,12 +19,12 @@ _SECRET = re.compile(
     r"|(^|_)(api|auth|access|account|private|secret|signing|encryption|license)_keys?(_|$)"
     r"|(^|_)token$"
 )
-_ABOUT = re.compile(r"(^|_)(file|path|dir|env|var|variable|name|column|header|url|id|count|limit|length)$")
-"""What says something about a secret, as where it lies."""
-_VOCABULARY = re.compile(
-    r"(^|_)(pad|eos|bos|eot|eod|unk|sep|cls|mask|image|video|vision|audio|think|stop|start|end|begin|special|tool"
+_HARMLESS = re.compile(
+    r"(^|_)(file|path|dir|env|var|variable|name|column|header|url|id|count|limit|length)$"
+    r"|(^|_)(pad|eos|bos|eot|eod|unk|sep|cls|mask|image|video|vision|audio|think|stop|start|end|begin|special|tool"
     r"|next|last|first|new|per|each|extra|boi|eoi|newline|placeholder|prompt|response)_token$"
 )
+"""What says something about a secret, as where it lies; tokens of a vocabulary."""
 _VALUE = re.compile(
     r"\b(hf_|gh[pousr]_|AKIA|ASIA)[A-Za-z0-9]{16,}"
     r"|\b(sk-(?=[\w-]*\d)|github_pat_|glpat-|xox[abprs]-|wandb_v\d_|AIza|eyJ)[\w.-]{16,}"
@@ -41,7 +41,7 @@ def is_secret_name(name: str) -> bool:
     Example: ``is_secret_name("wandb_api_key")``, ``not is_secret_name("pad_token")``
     """
     words = re.sub(r"[^a-z0-9]+", "_", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
-    return bool(_SECRET.search(words)) and not _ABOUT.search(words) and not _VOCABULARY.search(words)
+    return bool(_SECRET.search(words)) and not _HARMLESS.search(words)
 
 
 def named_secrets(tree: Any) -> list[str]:
