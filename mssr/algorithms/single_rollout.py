@@ -106,18 +106,13 @@ class SingleRollout(Algorithm):
         return advantages, metrics
 
     def observe(self, prompt_ids: Sequence[str], rewards: ArrayLike, kl: ArrayLike) -> None:
-        if self.kl_source == "last_visit":
-            if np.shape(kl) != (len(prompt_ids),):
-                raise ValueError(
-                    f"kl_source 'last_visit' needs the drift of each of {len(prompt_ids)} responses,"
-                    f" not shape {np.shape(kl)}"
-                )
+        each = self.kl_source == "last_visit"
+        if np.shape(kl) != ((len(prompt_ids),) if each else ()):
+            needed = f"the drift of each of {len(prompt_ids)} responses" if each else "one KL a step"
+            raise ValueError(f"kl_source {self.kl_source!r} needs {needed}, not shape {np.shape(kl)}")
+        if each:
             self.baseline.update(prompt_ids, rewards, self.discount.observe_each(kl))
         else:
-            if np.ndim(kl):
-                raise ValueError(
-                    f"kl_source {self.kl_source!r} needs one KL a step, not shape {np.shape(kl)}"
-                )
             self.discount.observe(float(np.asarray(kl)))
             self.baseline.update(prompt_ids, rewards, self.discount.eta)
 
