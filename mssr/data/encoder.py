@@ -24,8 +24,7 @@ from mssr.data.images import ImageSource, reason
 from mssr.data.messages import IMAGE_MARK, count_marks, parts_of, text_part
 from mssr.data.rows import Row
 from mssr.errors import UserError
-from mssr.models.encoded import EncodedImage, EncodedPrompt, ImageCache, join_pixels
-from mssr.models.pixels import PixelNormalizer
+from mssr.models.encoded import EncodedImage, EncodedPrompt, ImageCache, PixelNormalizer, join_pixels
 
 TEXTS = ("system_prompt", "chat_template", "prompt_template")
 """Keys of `DataConfig` that hold a text or name a file with it."""
