@@ -87,7 +87,7 @@ class PolicyUpdater:
             if math.isfinite(norm) and not flagged:
                 self.optimizer.step()
                 norms.append(norm)
-                self.guard.passed()
+                self.guard.in_a_row = 0
             else:
                 named = self.policy.named_parameters()
                 self.guard.skipped(batch, step + 1, number, norm, flagged, named)

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from mssr.errors import StopRequestedError
+from mssr.errors import StopRequestedError, first_line
 
 HEALTH = "health"
 """Concurrency group of the methods that answer while a worker is busy."""
@@ -47,9 +47,8 @@ class Failure:
 
     def __str__(self) -> str:
         error = self.error
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = "" if isinstance(error, (WorkerDiedError, WorkerHungError)) else f"{type(error).__name__}: "
-        return f"{self.worker.name}: {kind}{text}"
+        return f"{self.worker.name}: {kind}{first_line(error)}"
 
 
 class Calls:

@@ -19,8 +19,8 @@ from mssr.cluster.ray_generation import FEEDING, Generation
 from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
 from mssr.cluster.shared_prompts import PromptShelf
 from mssr.config import Config
-from mssr.errors import EngineError, UserError, WorkersLostError
-from mssr.models.affinity import home
+from mssr.errors import EngineError, UserError, WorkersLostError, first_line
+from mssr.models.cost import home
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 
 PLACEMENT_TIMEOUT_S = 60
@@ -290,5 +290,4 @@ def _init_ray(config: Config, processes: int) -> None:
     try:
         ray.init(**options)
     except ConnectionError as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cluster.address={config.cluster.address}: {line}") from error
+        raise UserError(f"cluster.address={config.cluster.address}: {first_line(error)}") from error

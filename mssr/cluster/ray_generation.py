@@ -19,7 +19,7 @@ from mssr.cluster.base import OnFinished
 from mssr.cluster.ray_calls import Calls, Failure, Worker
 from mssr.cluster.shared_prompts import SharedPrompts
 from mssr.cluster.transport import unpack_rollouts
-from mssr.models.affinity import home
+from mssr.models.cost import home
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
 FEEDING = "feeding"

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mssr.models.affinity import home
 from mssr.models.bounded_cache import BoundedCache
+from mssr.models.cost import home
 from mssr.rollout import heartbeat
 
 if TYPE_CHECKING:

@@ -24,8 +24,7 @@ from mssr.data.images import ImageSource, reason
 from mssr.data.messages import IMAGE_MARK, count_marks, parts_of, text_part
 from mssr.data.rows import Row
 from mssr.errors import UserError
-from mssr.models.encoded import EncodedImage, EncodedPrompt, ImageCache, join_pixels
-from mssr.models.pixels import PixelNormalizer
+from mssr.models.encoded import EncodedImage, EncodedPrompt, ImageCache, PixelNormalizer, join_pixels
 
 CHUNK_PIXELS = 2**17
 """Pixels of the images that are cut into patches in one go: enough that small ones cost little more than

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -169,11 +170,10 @@ def test_dumps_are_bounded(lab: StepLab, tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_full_disk_does_not_end_the_run(
     lab: StepLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(path: Path, data: bytes) -> int:
-        path.touch()
+    def full(file: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with caplog.at_level(logging.WARNING):
         metrics = lab.updater(tmp_path).step(
             replace(lab.batch, advantages=with_nan(lab.batch.advantages, 2)), 0
