@@ -3,10 +3,9 @@
     pip install cosmic-ray
     nice python scripts/mutation.py                                   # about an hour on one core
     nice python scripts/mutation.py --only mssr/models/head.py
-    nice python scripts/mutation.py --all --sample 400 --seed 1       # some of all
 
 The mutants are those of cosmic-ray. It knows eleven wrong operators for a plus and seven for an equals
-sign; of the mutants of one kind at one place a single one is taken, at random by the seed, or ``--all``.
+sign; of the mutants of one kind at one place a single one is taken, at random by the seed.
 Left out is what cannot be wrong: annotations, and the text of errors.
 
 Its own runner starts an interpreter for each mutant, and most of that time goes into importing torch. Here
@@ -18,6 +17,7 @@ why they live.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -51,7 +51,6 @@ TESTS = {
     "mssr/algorithms/losses.py": "losses oracles policy_losses ranges",
     "mssr/algorithms/objective.py": "gradient step_oracle update_by_value defaults_and_states",
     "mssr/algorithms/policy_losses.py": "policy_losses losses plugins defaults_and_states ranges",
-    "mssr/algorithms/registry.py": "algorithms plugins",
     "mssr/algorithms/reinforce_pp.py": "algorithms token_advantages oracles defaults_and_states",
     "mssr/algorithms/sequences.py": "losses correction policy_losses gradient",
     "mssr/algorithms/shaping.py": "losses algorithms gradient defaults_and_states ranges",
@@ -80,6 +79,11 @@ class Mutant:
         """Without what is put in the place of what: binary operators, comparisons, numbers."""
         return self.operator.split("/")[1].split("_")[0]
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.path, self.operator, self.occurrence
+
+    @functools.cached_property
     def source(self) -> str:
         """The whole module, changed."""
         from cosmic_ray import plugins
@@ -88,6 +92,22 @@ class Mutant:
 
         visitor = MutationVisitor(self.occurrence, plugins.get_operator(self.operator)())
         return str(visitor.walk(get_ast((ROOT / self.path).read_text())).get_code())
+
+    @property
+    def is_program(self) -> bool:
+        """cosmic-ray takes the star before keyword arguments for a product."""
+        try:
+            compile(self.source, self.path, "exec")
+        except SyntaxError:
+            return False
+        return True
+
+    @property
+    def changed(self) -> str:
+        """The first line that differs, as it is now."""
+        old, new = (ROOT / self.path).read_text().splitlines(), self.source.splitlines()
+        pairs = ((a, b) for a, b in zip(old, new, strict=False) if a != b)
+        return next((f"{a.strip()}  ->  {b.strip()}" for a, b in pairs), "lines removed")
 
 
 def mutants(path: str) -> list[Mutant]:
@@ -99,9 +119,9 @@ def mutants(path: str) -> list[Mutant]:
     said = {id(node) for node in nodes if _is_said_only(node)}
     found = []
     for name in plugins.operator_names():
-        if plugins.get_operator(name).arguments():
+        if (operator_class := plugins.get_operator(name)).arguments():
             continue
-        operator = plugins.get_operator(name)()
+        operator = operator_class()
         places = [(node, start) for node in nodes for start, _ in operator.mutation_positions(node)]
         found += [Mutant(path, name, k, at) for k, (node, at) in enumerate(places) if id(node) not in said]
     return found
@@ -134,9 +154,8 @@ class _Replaced(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoad
     """Finds and loads one module, from another source."""
 
     def __init__(self, mutant: Mutant) -> None:
-        self.source = mutant.source()
-        name = mutant.path.removesuffix(".py").replace("/", ".")
-        super().__init__(name, str(ROOT / mutant.path))
+        self.source = mutant.source
+        super().__init__(mutant.path.removesuffix(".py").replace("/", "."), str(ROOT / mutant.path))
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         return importlib.util.spec_from_loader(name, self) if name == self.name else None
@@ -162,8 +181,8 @@ def run(names: list[str], mutant: Mutant | None, limit_s: float, workspace: Any)
 def _run_tests(names: list[str], mutant: Mutant | None, workspace: Any) -> None:
     os.setpgid(0, 0)
     sink = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 1)
-    os.dup2(sink, 2)
+    for output in (1, 2):
+        os.dup2(sink, output)
     if mutant is not None:
         sys.meta_path.insert(0, _Replaced(mutant))
     import pytest
@@ -196,7 +215,6 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", default=list(TESTS), help="modules")
-    parser.add_argument("--all", action="store_true", help="not one of a kind")
     parser.add_argument("--sample", type=int, help="so many mutants, at random")
     parser.add_argument("--again", action="store_true", help="run survivors of --out again")
     parser.add_argument("--seed", type=int, default=0)
@@ -205,8 +223,7 @@ def main() -> int:
     args = parser.parse_args()
     everything = [mutant for path in args.only for mutant in mutants(path)]
     print(f"{len(everything)} mutants", end="")
-    if not args.all:
-        everything = one_of_a_kind(everything, args.seed)
+    everything = one_of_a_kind(everything, args.seed)
     random.Random(args.seed).shuffle(everything)  # one that is interrupted is a sample
     everything = everything[: args.sample]
     print(f", {len(everything)} taken: {dict(Counter(m.path for m in everything))}")
@@ -222,8 +239,8 @@ def main() -> int:
     usual: dict[str, float] = {}
     with args.out.open("a") as out:
         for number, mutant in enumerate(everything, 1):
-            key = mutant.path, mutant.operator, mutant.occurrence
-            if key in known and not (args.again and known[key]["outcome"] == "survived"):
+            before = known.get(mutant.key)
+            if before and not (args.again and before["outcome"] == "survived"):
                 continue
             tests = [f"tests/unit/test_{name}.py" for name in TESTS[mutant.path].split()]
             for test in tests:
@@ -233,40 +250,18 @@ def main() -> int:
                     print(f"{test}: {usual[test]:.0f} s without a mutation", flush=True)
             limit_s = 2 * sum(usual[test] for test in tests) + TIME_LIMIT_S
             outcome, seconds = "no program", 0.0
-            if _is_program(mutant):
+            if mutant.is_program:
                 outcome, seconds = run(tests, mutant, limit_s, workspace)
-            changed = _changed(mutant)
-            record = dict(zip(("path", "operator", "occurrence"), key, strict=True)) | {
-                "line": mutant.place[0],
-                "changed": changed,
-                "outcome": outcome,
-                "seconds": round(seconds, 1),
-            }
-            known[key] = record
-            out.write(json.dumps(record) + "\n")
-            out.flush()
+            record = dict(zip(("path", "operator", "occurrence"), mutant.key, strict=True))
+            record |= {"line": mutant.place[0], "changed": mutant.changed, "outcome": outcome}
+            known[mutant.key] = record | {"seconds": round(seconds, 1)}
+            print(json.dumps(known[mutant.key]), file=out, flush=True)
             if outcome == "survived":
-                print(f"{number}: {mutant.path}:{mutant.place[0]} {changed}", flush=True)
-    outcomes = Counter(known[m.path, m.operator, m.occurrence]["outcome"] for m in everything)
+                print(f"{number}: {mutant.path}:{mutant.place[0]} {mutant.changed}", flush=True)
+    outcomes = Counter(known[mutant.key]["outcome"] for mutant in everything)
     programs = outcomes.total() - outcomes["no program"]
     print(dict(outcomes), f"{1 - outcomes['survived'] / programs:.1%} noticed")
     return 0
-
-
-def _is_program(mutant: Mutant) -> bool:
-    """cosmic-ray takes the star before keyword arguments for a product."""
-    try:
-        compile(mutant.source(), mutant.path, "exec")
-    except SyntaxError:
-        return False
-    return True
-
-
-def _changed(mutant: Mutant) -> str:
-    """The first line that differs, as it is now."""
-    old, new = (ROOT / mutant.path).read_text().splitlines(), mutant.source().splitlines()
-    pairs = [(a, b) for a, b in zip(old, new, strict=False) if a != b]
-    return f"{pairs[0][0].strip()}  ->  {pairs[0][1].strip()}" if pairs else "lines removed"
 
 
 if __name__ == "__main__":

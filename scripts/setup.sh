@@ -15,7 +15,6 @@ VENV=${MSSR_VENV:-$REPO/.venv}
 TORCH_INDEX=${MSSR_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 STAMP=$VENV/mssr-setup.stamp
 LOG=$VENV/mssr-setup.log
-HEARTBEAT_SECONDS=15
 
 say() { echo "[setup] $*"; }
 die() {
@@ -25,14 +24,12 @@ die() {
 
 choose_device() {
     local device=${MSSR_DEVICE:-}
-    while (($#)); do
-        case $1 in
-            --cpu) device=cpu ;;
-            --gpu) device=gpu ;;
-            *) die "unknown argument $1; usage: scripts/setup.sh [--cpu | --gpu]" ;;
-        esac
-        shift
-    done
+    case $* in
+        --cpu) device=cpu ;;
+        --gpu) device=gpu ;;
+        "") ;;
+        *) die "unknown argument $*; usage: scripts/setup.sh [--cpu | --gpu]" ;;
+    esac
     if [[ -z $device ]]; then
         device=cpu
         if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then device=gpu; fi
@@ -67,31 +64,6 @@ exit_if_up_to_date() {
     fi
 }
 
-# phase TITLE COMMAND...: run it with its output in the log, and now and then a line that says what it does.
-phase() {
-    local title=$1 start=$SECONDS next_line=$HEARTBEAT_SECONDS status=0 pid
-    shift
-    say "$title"
-    echo "=== $title: $*" >>"$LOG"
-    "$@" >>"$LOG" 2>&1 &
-    pid=$!
-    trap 'kill "$pid" 2>/dev/null || true; exit 130' INT TERM
-    while kill -0 "$pid" 2>/dev/null; do
-        sleep 0.2
-        if ((SECONDS - start >= next_line)); then
-            say "  $((SECONDS - start)) s: $(progress)"
-            next_line=$((next_line + HEARTBEAT_SECONDS))
-        fi
-    done
-    wait "$pid" || status=$?
-    trap - INT TERM
-    if ((status)); then
-        grep -v 'is ignored: it is neither' "$LOG" | tail -n 25 >&2
-        die "failed after $((SECONDS - start)) s: $title (everything is in $LOG)"
-    fi
-    say "  done in $((SECONDS - start)) s"
-}
-
 # What pip does now: the package it looks at, or how many it has unpacked.
 progress() {
     local line
@@ -116,7 +88,7 @@ make_venv() {
         say "the environment was made for another device than $DEVICE: making it anew"
         rm -rf "$VENV"
     fi
-    if [[ ! -x $VENV/bin/python ]] || ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         local python
         python=$(find_python)
         say "making $VENV with $("$python" --version)"
@@ -137,8 +109,22 @@ install() {
         fi
     fi
     cd "$REPO"
-    phase "installing mssr[$DEVICE,dev] and its dependencies (the first time, some minutes)" \
-        "$VENV/bin/python" -m pip install "${arguments[@]}"
+    say "installing mssr[$DEVICE,dev] and its dependencies (the first time, some minutes)"
+    local start=$SECONDS ticks=0 status=0 pid
+    "$VENV/bin/python" -m pip install "${arguments[@]}" >>"$LOG" 2>&1 &
+    pid=$!
+    trap 'kill "$pid" 2>/dev/null || true; exit 130' INT TERM
+    while kill -0 "$pid" 2>/dev/null; do
+        sleep 0.2
+        ((++ticks % 75)) || say "  $((SECONDS - start)) s: $(progress)"
+    done
+    wait "$pid" || status=$?
+    trap - INT TERM
+    if ((status)); then
+        grep -v 'is ignored: it is neither' "$LOG" | tail -n 25 >&2
+        die "the installation failed after $((SECONDS - start)) s (everything is in $LOG)"
+    fi
+    say "  done in $((SECONDS - start)) s"
 }
 
 verify() {

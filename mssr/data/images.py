@@ -61,16 +61,9 @@ IMAGE_SUFFIXES = (
     *(".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2"),
 )
 
-TURNED = (5, 6, 7, 8)
-"""EXIF orientations that swap width and height."""
-
 
 class MissingFile(ValueError):
-    """An image's file is not there.
-
-    Attributes:
-        path: where it was looked for.
-    """
+    """An image's file is not at ``path``."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"file {path} does not exist")
@@ -184,13 +177,10 @@ def _image_source(cell: Any, image_dir: str | None) -> ImageSource:
     image = inner_image(cell)
     if isinstance(image, (bytes, bytearray)) and image:
         return ImageSource(bytes(image), None)
-    if isinstance(image, str) and image.strip():
-        return _from_text(image.strip(), image_dir)
-    missing = not image and not isinstance(image, int)
-    raise ValueError(f"an image is {'missing' if missing else type(image).__name__ + ', no image'}")
-
-
-def _from_text(text: str, image_dir: str | None) -> ImageSource:
+    text = image.strip() if isinstance(image, str) else ""
+    if not text:
+        missing = not image and not isinstance(image, int)
+        raise ValueError(f"an image is {'missing' if missing else type(image).__name__ + ', no image'}")
     if text.startswith("data:"):
         return ImageSource(_base64(text.partition(",")[2]), None)
     if text.startswith(("http://", "https://")):
@@ -274,10 +264,10 @@ def _unidentified(data: bytes) -> str:
 
 
 def _is_turned(image: Image.Image, data: bytes) -> bool:
-    """By EXIF. PIL would decode a PNG to look for it behind the pixels."""
+    """Whether EXIF swaps width and height. PIL would decode a PNG to look for it behind the pixels."""
     plain = image.format == "PNG" and "exif" not in image.info and b"eXIf" not in data
     exif = Image.Image.getexif(image) if plain else image.getexif()
-    return exif.get(ExifTags.Base.Orientation) in TURNED
+    return exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def _is_complete(image: Image.Image, data: bytes) -> bool:

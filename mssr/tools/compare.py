@@ -15,7 +15,7 @@ from typing import Any
 from mssr.errors import UserError
 from mssr.evaluation import results, statistics
 from mssr.evaluation.results import Evaluation
-from mssr.evaluation.tables import cell, percent, with_interval
+from mssr.evaluation.tables import FILTERS
 from mssr.runs.html import render
 from mssr.tools.compare_figure import draw
 from mssr.tools.run_curves import AXES, Point, RunCurves, ratio, read_run
@@ -57,7 +57,7 @@ def compare(
     text = render(
         "tools",
         "compare.jinja",
-        {"cell": cell, "percent": percent, "with_interval": with_interval},
+        FILTERS,
         runs=runs,
         reached=report.get("reached"),
         evaluations=evaluations,

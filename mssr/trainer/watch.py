@@ -90,7 +90,7 @@ class CollapseWatch:
         """
         check_version(state, _STATE_VERSION, "watch")
         state = deepcopy(dict(state))
-        watched = [name for name, (_, option) in SIGNS.items() if option in self.config.signs]
+        watched = [name for name, (_, option) in SIGNS.items() if getattr(self.config, option) is not None]
         self._signs |= {name: state["signs"][name] for name in watched}
         self._recent, self._best, self._first = state["recent"], state["best"], state["first"]
 

@@ -20,19 +20,20 @@ grows.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 from fake_workers import OPTIONS, use_fake_workers
-from report import MIB, arguments, publish, table
+from report import MIB, arguments, publish, table, watch
 
 from mssr.cluster.launch import launch
 from mssr.config import Config
@@ -74,22 +75,14 @@ def clocks() -> Clocks:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def watch(owner: Any, method: str, seconds: dict[str, Clocks]) -> None:
-    """Add up what passes in calls of a method of an object."""
-    call: Callable[..., Any] = getattr(owner, method)
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        started = clocks()
-        result = call(*args, **kwargs)
-        seconds[method] = seconds.get(method, 0.0) + clocks() - started
-        return result
-
-    setattr(owner, method, watched)
-
-
 def make_config(args: argparse.Namespace, directory: Path) -> Config:
+    path = directory / "rows.jsonl"
+    with path.open("w") as file:
+        for k in range(args.prompts):
+            row = {"id": f"prompt-{k}", "problem": f"{k} % 2?", "answer": str(k % 2), "images": []}
+            print(json.dumps(row), file=file)
     config = Config()
-    config.data.train, config.data.id_column = str(write_rows(directory, args.prompts)), "id"
+    config.data.train, config.data.id_column = str(path), "id"
     config.data.cache_dir, config.trainer.run_dir = str(directory / "cache"), str(directory / "run")
     config.trainer.steps, config.trainer.save_every, config.trainer.val_every = args.steps, 0, 0
     config.rollout.rollouts_per_step, config.rollout.workers = args.rollouts, args.engines
@@ -102,15 +95,6 @@ def make_config(args: argparse.Namespace, directory: Path) -> Config:
     return config
 
 
-def write_rows(directory: Path, count: int) -> Path:
-    path = directory / "rows.jsonl"
-    with path.open("w") as file:
-        for k in range(count):
-            row = {"id": f"prompt-{k}", "problem": f"{k} % 2?", "answer": str(k % 2), "images": []}
-            file.write(json.dumps(row) + "\n")
-    return path
-
-
 def run(args: argparse.Namespace, directory: Path) -> list[Step]:
     config = make_config(args, directory)
     (config.run_dir / "samples").mkdir(parents=True)
@@ -121,17 +105,22 @@ def run(args: argparse.Namespace, directory: Path) -> list[Step]:
     log = MetricsLog(config, None)
     use_fake_workers()
     process, steps, seconds = psutil.Process(), list[Step](), dict[str, Clocks]()
+
+    @contextlib.contextmanager
+    def clocked(phase: str) -> Iterator[None]:
+        started = clocks()
+        yield
+        seconds[phase] = seconds.get(phase, 0.0) + clocks() - started
+
     with Scorer(config.reward, args.tokens) as scorer, StopRequest(console.note) as stop:
         cluster = launch(config, events.restart, lambda: stop.requested)
         store = CheckpointStore(config.run_dir, 1)
         what = Run(config, store, log, events, console, stop)
         trainer = Trainer(what, dataset, [], scorer, cluster)
-        for method in ("generate", "update", "sync_weights"):
-            watch(cluster, method, seconds)
-        watch(trainer.collector, "collect", seconds)
-        for method in ("batch", "observe"):
-            watch(trainer.estimator, method, seconds)
-        watch(trainer, "_finish_step", seconds)
+        owners = {"collect": trainer.collector, "batch": trainer.estimator, "observe": trainer.estimator}
+        for method in PHASES:
+            owner = owners.get(method, trainer if method == "_finish_step" else cluster)
+            watch(owner, method, functools.partial(clocked, method))
         finish_step = trainer._finish_step
 
         def finish_and_tell() -> None:

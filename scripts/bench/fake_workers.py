@@ -29,9 +29,7 @@ OPTIONS = "fake"
 
 def use_fake_workers() -> None:
     """Make `RayCluster` start these in place of the real ones."""
-    for name, fake in (("RayRolloutWorker", FakeRolloutWorker), ("RayPolicyWorker", FakePolicyWorker)):
-        assert hasattr(ray_cluster, name)
-        setattr(ray_cluster, name, fake)
+    ray_cluster.RayRolloutWorker, ray_cluster.RayPolicyWorker = FakeRolloutWorker, FakePolicyWorker
 
 
 class FakePrompt:
@@ -62,12 +60,11 @@ class FakeEngine:
         self._seconds = float(config.rollout.engine_options[OPTIONS]["generate_s"])
         self._slots = config.rollout.max_num_seqs
         self._version = 0
+        self._length = config.rollout.max_response_length
         rng = np.random.default_rng(0)
-        tokens = config.rollout.max_response_length
         self._prompt = rng.integers(0, 1000, PROMPT_TOKENS).astype(np.int32)
-        self._tokens = rng.integers(0, 1000, 2 * tokens).astype(np.int32)
-        self._log_probs = -rng.random(2 * tokens).astype(np.float32)
-        self._length = tokens
+        self._tokens = rng.integers(0, 1000, 2 * self._length).astype(np.int32)
+        self._log_probs = -rng.random(2 * self._length).astype(np.float32)
 
     def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
         running: list[tuple[float, int, RolloutRequest]] = []
@@ -75,10 +72,9 @@ class FakeEngine:
             taken = requests.take(self._slots - len(running), wait=not running)
             if not taken and not running:
                 return
-            now = time.monotonic()
             for index, request in taken:
                 share = 0.2 + 0.8 * (request.seed % 1000) / 1000
-                running.append((now + share * self._seconds, index, request))
+                running.append((time.monotonic() + share * self._seconds, index, request))
             time.sleep(0.2)
             now = time.monotonic()
             yield [(index, self._rollout(request)) for end, index, request in running if end <= now]

@@ -49,7 +49,7 @@ import numpy as np
 import torch
 import yaml
 from phases import Operations, Phases
-from report import arguments, gpu_name, publish
+from report import arguments, gpu_name, publish, watch
 from report import table as markdown
 from workload import SHAPES, VOCABULARY, draw_lengths, write_model, write_rows
 
@@ -64,18 +64,24 @@ SYNCS = 5
 """Exports of the weights that are measured."""
 
 
-def make_config(args: argparse.Namespace, model: Path, rows: Path) -> Config:
+def make_config(args: argparse.Namespace, directory: Path, prompts: np.ndarray) -> Config:
+    """A config of one rank, whose model and rows, prompts of so many tokens, are written to a directory."""
+    cuda = args.device == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    write_model(directory / "model", args.size, torch.device(args.device), dtype)
+    if cuda:
+        torch.cuda.empty_cache()
     config = Config()
-    config.model.path, config.data.train, config.data.id_column = str(model), str(rows), "id"
+    config.model.path, config.data.id_column = str(directory / "model"), "id"
+    config.data.train = str(write_rows(directory, prompts, args.scale))
     # Images are written in the size that they are to have.
     config.data.min_pixels, config.data.instruction = 56 * 56, ""
-    config.data.cache_dir, config.trainer.run_dir = str(rows.parent / "cache"), str(rows.parent / "run")
+    config.data.cache_dir, config.trainer.run_dir = str(directory / "cache"), str(directory / "run")
     config.cluster.launcher, config.cluster.device, config.rollout.engine = "local", args.device, "hf"
     config.cluster.threads_per_actor = config.cluster.threads_per_rollout = args.threads
     config.actor.updates_per_step, config.trainer.val_every, config.trainer.save_every = 1, 0, 0
     config.actor.activation_checkpointing = args.size != "tiny"
-    if args.lora:
-        config.actor.lora.rank = args.lora
+    config.actor.lora.rank = args.lora
     for option in args.options:
         set_option(config, option)
     return config
@@ -101,15 +107,14 @@ def make_batches(config: Config, per_update: int, vocabulary: int, responses: np
         ids = [str(k) for k in range(start, start + per_update)]
         prompts = [source.encoder.encode(source.row(i)).token_ids.numpy() for i in ids]
         lengths = responses[start : start + per_update]
+        prompt_lengths = np.array([len(p) for p in prompts])
         parts = [x for p, t in zip(prompts, lengths, strict=True) for x in (p, rng.integers(0, 256, t))]
         batches.append(
             TrainBatch(
                 prompt_ids=tuple(ids),
                 tokens=np.concatenate(parts).astype(np.int32),
-                offsets=np.concatenate(
-                    [[0], np.cumsum([len(p) + t for p, t in zip(prompts, lengths, strict=True)])]
-                ),
-                prompt_lengths=np.array([len(p) for p in prompts]),
+                offsets=np.concatenate([[0], np.cumsum(prompt_lengths + lengths)]),
+                prompt_lengths=prompt_lengths,
                 advantages=rng.standard_normal(len(ids)).astype(np.float32),
                 engine_log_probs=np.full(int(lengths.sum()), -np.log(vocabulary), np.float32),
                 kl_coef=config.algorithm.kl.coef,
@@ -137,11 +142,11 @@ def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> 
     rendezvous.parent.mkdir(parents=True)
     worker = PolicyWorker(config, 0, f"file://{rendezvous}", args.device)
     updater, phases = worker.updater, Phases(worker.device)
-    phases.watch(updater, "_before_update", "reference")
-    phases.watch(updater, "backward", "forward and backward")
-    phases.watch(updater, "_probe_kl", "KL probe")
-    phases.watch(updater.optimizer, "step", "optimizer")
-    phases.count(updater.prompts, "items", "prompts")
+    watch(updater, "_before_update", lambda: phases("reference"))
+    watch(updater, "backward", lambda: phases("forward and backward"))
+    watch(updater, "_probe_kl", lambda: phases("KL probe"))
+    watch(updater.optimizer, "step", lambda: phases("optimizer"))
+    watch(updater.prompts, "items", lambda: phases.on_host("prompts"))
     visual = worker.policy.model.model.visual
     frozen_tower = not any(p.requires_grad for p in visual.parameters())
     models = [m for m in (worker.policy, worker.reference) if m is not None]
@@ -252,7 +257,8 @@ def benchmark(args: argparse.Namespace) -> list[str]:
     peak, loaded = device_peak(args), set(sys.modules)
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="mssr-gpu-", dir=args.scratch) as scratch:
-        config, responses = write_workload(args, Path(scratch))
+        prompts, responses = draw_lengths(args.sequences, 1, args.scale)
+        config = make_config(args, Path(scratch), prompts)
         lines = table(*measure(args, config, responses), peak)
     assert not {"ray", "vllm"} & (set(sys.modules) - loaded)
     formula = "2 matrices + 3 attention + vision" if args.lora else "3 F"
@@ -269,17 +275,6 @@ def benchmark(args: argparse.Namespace) -> list[str]:
         *lines,
         "",
     ]
-
-
-def write_workload(args: argparse.Namespace, directory: Path) -> tuple[Config, np.ndarray]:
-    """A model and rows on disk: the config that trains on them, and the lengths of the responses."""
-    device = torch.device(args.device)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    write_model(directory / "model", args.size, device, dtype)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    prompts, responses = draw_lengths(args.sequences, 1, args.scale)
-    return make_config(args, directory / "model", write_rows(directory, prompts, args.scale)), responses
 
 
 def main(command_line: list[str] | None = None) -> None:

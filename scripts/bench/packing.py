@@ -21,16 +21,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from gpu_update import make_batches, make_config
 from report import arguments, in_turn, publish, table
-from workload import PROMPT, RESPONSE_LIMIT, SHAPES, VOCABULARY, draw_lengths, write_model, write_rows
+from workload import PROMPT, RESPONSE_LIMIT, SHAPES, VOCABULARY, draw_lengths
 
 from mssr.actor.planning import MicroBatch, UpdatePlan
 from mssr.actor.update import PolicyUpdater
@@ -61,14 +62,9 @@ class PaddedUpdater(PolicyUpdater):
                 filled.append(dataclasses.replace(item, response=response))
                 real += [True] * len(item.response) + [False] * missing
             packed = pack(filled, self.policy.merge_size)
-            yield (
-                micro,
-                dataclasses.replace(
-                    packed,
-                    response_index=packed.response_index[real],
-                    targets=packed.targets[real],
-                ).to(self.device),
-            )
+            index, targets = packed.response_index[real], packed.targets[real]
+            packed = dataclasses.replace(packed, response_index=index, targets=targets)
+            yield micro, packed.to(self.device)
 
 
 def padded_passes(order: np.ndarray, lengths: np.ndarray, budget: int, fill_to: int = 0) -> UpdatePlan:
@@ -87,21 +83,17 @@ def padded_passes(order: np.ndarray, lengths: np.ndarray, budget: int, fill_to: 
 def throughput(args: argparse.Namespace, scratch: Path) -> list[tuple[str, ...]]:
     budget, cuda = int(BUDGET * args.scale), args.device == "cuda"
     args.lora, args.options = 0, [f"actor.micro_batch_tokens={budget}", "algorithm.kl.coef=0"]
-    write_model(
-        scratch / "model", args.size, torch.device(args.device), torch.bfloat16 if cuda else torch.float32
-    )
     of_step = draw_lengths(args.step, 1, args.scale)
     prompts, responses = (x[: args.sequences] for x in of_step)
-    config = make_config(args, scratch / "model", write_rows(scratch, prompts, args.scale))
+    config = make_config(args, scratch, prompts)
     [batch] = make_batches(config, args.sequences, VOCABULARY[args.size], responses)
     lengths = batch.lengths
     worker = PolicyWorker(config, 0, f"file://{scratch}/rendezvous", args.device)
     packing = worker.updater
 
     def padded(order: np.ndarray, fill_to: int = 0) -> tuple[PolicyUpdater, UpdatePlan]:
-        updater = PaddedUpdater(
-            config, worker.policy, None, packing.optimizer, packing.prompts, 0, worker.device
-        )
+        parts = packing.optimizer, packing.prompts, 0, worker.device
+        updater = PaddedUpdater(config, worker.policy, None, *parts)
         updater.fill_to = fill_to
         return updater, padded_passes(order, lengths, budget, fill_to)
 
@@ -116,14 +108,12 @@ def throughput(args: argparse.Namespace, scratch: Path) -> list[tuple[str, ...]]
         "padded to the limits of prompt and response": padded(shuffled, limit),
     }
 
-    def update(updater: PolicyUpdater, plan: UpdatePlan) -> Callable[[], None]:
-        def run() -> None:
-            worker.policy.zero_grad()
-            updater.backward(updater.begin(batch), plan)
+    def update(updater: PolicyUpdater, plan: UpdatePlan) -> None:
+        worker.policy.zero_grad()
+        updater.backward(updater.begin(batch), plan)
 
-        return run
-
-    times = in_turn({name: update(*side) for name, side in sides.items()}, args.repeats, cuda)
+    updates = {name: functools.partial(update, *side) for name, side in sides.items()}
+    times = in_turn(updates, args.repeats, cuda)
     worker.close()
     wall, cpu = ({k: statistics.median(t[i] for t in v) for k, v in times.items()} for i in (0, 1))
     rows = []

@@ -109,6 +109,17 @@ def in_turn(
     return found
 
 
+def watch(owner: Any, method: str, around: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+    """Put a context around every call of a method of an object."""
+    call: Callable[..., Any] = getattr(owner, method)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return call(*args, **kwargs)
+
+    setattr(owner, method, watched)
+
+
 def resident(field: str = "VmRSS") -> int:
     """Bytes of this process: now, or with "VmHWM" the most since `forget_peak`. Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -2,9 +2,9 @@
 
     python scripts/bench/reward_pool.py --out scripts/bench/results/reward_pool.md
 
-Of some answers the truth has another form, so that math-verify has to decide, and no two are alike. The delay
-is the time from the arrival of the last response until all scores are there. A second table has the CPU time
-of an answer in one process, beside that of math-verify alone, which gets the whole response.
+Of some answers the truth has another form, so that math-verify has to decide. The delay is the time from the
+arrival of the last response until all scores are there. A second table has the CPU time of an answer in one
+process, beside that of math-verify alone, which gets the whole response.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ def items(hard_share: float) -> list[RewardInput]:
 
 
 def delay(scorer: Scorer, batch: list[RewardInput], seconds: float) -> float:
-    """In seconds."""
     start = time.perf_counter()
     with ScoringStream(scorer) as stream:
         for i, item in enumerate(batch):
@@ -57,10 +56,6 @@ def delay(scorer: Scorer, batch: list[RewardInput], seconds: float) -> float:
     return passed
 
 
-def math(response: str, truth: str) -> bool:
-    return score("math", response, truth).score == 1
-
-
 def math_verify(response: str, truth: str) -> bool:
     """What the field uses, its time limits off."""
     from math_verify import parse, verify
@@ -72,8 +67,9 @@ def math_verify(response: str, truth: str) -> bool:
 def of_an_answer(count: int) -> list[tuple[str, ...]]:
     """Rows of the second table, of so many answers that are the same by text, and so many that are not."""
     logging.getLogger("math_verify").setLevel(logging.ERROR)
+    rules = {"math": lambda *answers: score("math", *answers).score == 1, "math-verify": math_verify}
     rows = []
-    for rule in (math, math_verify):
+    for name, rule in rules.items():
         for share in (0.0, 1.0):
             times, right = [], 0
             for item in items(share)[:count]:
@@ -81,7 +77,7 @@ def of_an_answer(count: int) -> list[tuple[str, ...]]:
                 right += rule(item.response, item.answer)
                 times.append(1e3 * (time.process_time() - started))
             cells = f"{statistics.median(times):.2f}", f"{max(times[1:]):.0f}", f"{right / count:.0%}"
-            rows.append((rule.__name__.replace("_", "-"), f"{share:.0%}", *cells))
+            rows.append((name, f"{share:.0%}", *cells))
     return rows
 
 
