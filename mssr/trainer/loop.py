@@ -160,7 +160,7 @@ class Trainer:
             with self.timer("sync"):
                 self.cluster.sync_weights(version=self.step)
         if self.step in self.config.trainer.profile_steps:
-            self.cluster.write_timeline(str(self.log.run_dir / f"profiles/step-{self.step:06d}-ray.json"))
+            self.cluster.write_timeline(str(self.config.run_dir / f"profiles/step-{self.step:06d}-ray.json"))
         if self._due(self.config.trainer.samples_every):
             shown = collected.rollouts[:TRAIN_SAMPLES], collected.scores[:TRAIN_SAMPLES]
             self._write_samples("train", self.train, *shown)
@@ -184,7 +184,7 @@ class Trainer:
         for warning in warnings:
             self.events.record("collapse", warning)
         if skipped := metrics["policy/skipped_updates"]:
-            where = self.log.run_dir / "nonfinite"
+            where = self.config.run_dir / "nonfinite"
             self.events.record("updates_skipped", f"{skipped:.0f} were not finite; see {where}")
         self.console.step(self.step, metrics)
         if self.store.written:
@@ -270,7 +270,7 @@ class Trainer:
             }
             for rollout, row, score in zip(rollouts, rows, scores, strict=True)
         ]
-        write_samples(self.log.run_dir / "samples" / f"step-{self.step:06d}.jsonl", records, split)
+        write_samples(self.config.run_dir / "samples" / f"step-{self.step:06d}.jsonl", records, split)
 
 
 def make_sampler(config: Config, dataset: PromptDataset, algorithm: Algorithm) -> PromptSampler:

@@ -115,23 +115,20 @@ def run_with_recovery(
         checkpoint: where to begin; None at the base model.
     """
     cluster: Cluster | None = None
-    lost = False
     try:
         while True:
             try:
                 if cluster is None:
                     cluster = launch()
                     run.stop.install()  # Ray has signal handlers of its own
-                elif lost:
+                else:
                     cluster.restart()
-                lost = False
                 trainer = make_trainer(cluster)
                 if checkpoint is not None:
                     trainer.resume(checkpoint)
                 trainer.run()
                 return
             except WorkersLostError:
-                lost = True
                 run.store.clean()
                 if run.store.saved:
                     checkpoint = run.store.find("auto", partial(run.events.record, "damaged_checkpoint"))
