@@ -36,6 +36,11 @@ class StopRequestedError(Exception):
     """Work was abandoned because the user, or the cluster, wants the run to end."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of its message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``", did you mean 'entropy'?"`` for the nearest of the known words; empty where none is near."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
+from mssr.errors import first_line
 from mssr.models.files import sha256
 from mssr.models.lora import is_adapter
 from mssr.rollout.heartbeat import beat
@@ -182,4 +183,4 @@ def _reason(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
         if isinstance(cause, OSError):
             error = cause
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)

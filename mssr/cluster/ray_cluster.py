@@ -19,7 +19,7 @@ from mssr.cluster.ray_generation import FEEDING, Generation
 from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
 from mssr.cluster.shared_prompts import PromptShelf
 from mssr.config import Config
-from mssr.errors import EngineError, UserError, WorkersLostError
+from mssr.errors import EngineError, UserError, WorkersLostError, first_line
 from mssr.models.affinity import home
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 
@@ -43,9 +43,7 @@ class RayCluster(Cluster):
     """
 
     def __init__(self, config: Config, report: Report, stop: Callable[[], bool]) -> None:
-        self._config = config
-        self._report = report
-        self._stop = stop
+        self._config, self._report, self._stop = config, report, stop
         self._calls = Calls(config.cluster.hang_timeout_s)
         self._version = 0
         # As much of an engine's prompts as it keeps itself.
@@ -190,10 +188,9 @@ class RayCluster(Cluster):
 
     def _remote(self, cls: type, name: str, index: int, log: str) -> Worker:
         log_file = os.path.abspath(self._config.run_dir / "logs" / f"{log}.log")
-        actor = ray.remote(concurrency_groups={HEALTH: 1, SAVING: 1, FEEDING: 1, PREPARING: 1})(cls).options(
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=index
-            ),
+        groups = dict.fromkeys((HEALTH, SAVING, FEEDING, PREPARING), 1)
+        actor = ray.remote(concurrency_groups=groups)(cls).options(
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
             num_cpus=self._bundle["CPU"],
             num_gpus=self._bundle.get("GPU", 0.0),
         )
@@ -290,5 +287,4 @@ def _init_ray(config: Config, processes: int) -> None:
     try:
         ray.init(**options)
     except ConnectionError as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cluster.address={config.cluster.address}: {line}") from error
+        raise UserError(f"cluster.address={config.cluster.address}: {first_line(error)}") from error

@@ -15,7 +15,7 @@ from mssr.config.checks import naming
 from mssr.config.options import describe, nearest
 from mssr.config.run import Config, flatten, to_dict
 from mssr.config.secrets import environment_variable, named_secrets, redact
-from mssr.errors import UserError, did_you_mean
+from mssr.errors import UserError, did_you_mean, first_line
 
 BASE = "base"
 """A file may name another one that it changes: ``base: ../mssr.yaml``, relative to itself."""
@@ -82,7 +82,7 @@ def _override(text: str) -> Layer:
     try:
         parsed = OmegaConf.from_dotlist([text])
     except Exception as error:
-        raise UserError(f"{source} cannot be read: {redact(_first_line(error))}") from error
+        raise UserError(f"{source} cannot be read: {redact(first_line(error))}") from error
     return source, _plain(parsed)
 
 
@@ -99,7 +99,7 @@ def _read(path: Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:  # yaml and omegaconf raise many types; all mean the same to the user
-        raise UserError(f"{path} is not valid YAML: {redact(_first_line(error))}") from error
+        raise UserError(f"{path} is not valid YAML: {redact(first_line(error))}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} must hold key: value pairs at the top level")
     return loaded
@@ -134,7 +134,7 @@ def _merge(base: DictConfig, extra: DictConfig, source: str) -> DictConfig:
         return cast(DictConfig, OmegaConf.merge(base, extra))
     except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", None) or "a value"
-        reason = redact(re.sub(r"\s+", " ", _first_line(error)))
+        reason = redact(re.sub(r"\s+", " ", first_line(error)))
         raise UserError(f"{source}: {key} has the wrong type: {reason}") from error
 
 
@@ -145,7 +145,3 @@ def _hint(key: str, known: Collection[str]) -> str:
 
 def _plain(tree: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(tree))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -30,6 +30,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from mssr.errors import first_line
+
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "HEIF")
 """What is opened; not EPS and the like, which run other programs. HEIF with the package pillow-heif only."""
 
@@ -176,8 +178,8 @@ def looks_like_image(cell: Any) -> bool:
 
 def reason(error: Exception) -> str:
     """One line that says what is wrong."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line.encode(errors="backslashreplace").decode()  # a path may hold half of a surrogate pair
+    # A path may hold half of a surrogate pair.
+    return first_line(error).encode(errors="backslashreplace").decode()
 
 
 def _image_source(cell: Any, image_dir: str | None) -> ImageSource:
