@@ -8,19 +8,16 @@ The mutants are those of cosmic-ray. It knows eleven wrong operators for a plus 
 sign; of the mutants of one kind at one place a single one is taken, at random by the seed.
 Left out is what cannot be wrong: annotations, and the text of errors.
 
-Its own runner starts an interpreter for each mutant, and most of that time goes into importing torch. Here
-a process that has imported the libraries forks for each, replaces the one module and runs the tests named
-in `TESTS` until one fails. Survivors are printed, and with all others in ``--out``; docs/testing.md says
-why they live.
+Its own runner starts an interpreter for each mutant, which is mostly the import of torch. Here a process that
+has imported the libraries forks for each, replaces the one module and runs the tests of `TESTS` until one
+fails. Survivors are printed, and with all others in ``--out``; docs/testing.md says why they live.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
+import importlib
 import json
 import multiprocessing
 import os
@@ -31,6 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +71,6 @@ class Mutant:
     operator: str
     occurrence: int
     place: tuple[int, int]
-
-    @property
-    def kind(self) -> str:
-        """Without what is put in the place of what: binary operators, comparisons, numbers."""
-        return self.operator.split("/")[1].split("_")[0]
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -128,40 +121,36 @@ def mutants(path: str) -> list[Mutant]:
 
 
 def one_of_a_kind(everything: list[Mutant], seed: int) -> list[Mutant]:
-    """For each kind and place a single one, whatever else there is."""
+    """For each place a single one of the binary operators, of the comparisons, of the numbers, ..."""
     by_place: dict[tuple[str, str, tuple[int, int]], list[Mutant]] = {}
     for mutant in everything:
-        by_place.setdefault((mutant.path, mutant.kind, mutant.place), []).append(mutant)
+        kind = mutant.operator.split("/")[1].split("_")[0]
+        by_place.setdefault((mutant.path, kind, mutant.place), []).append(mutant)
     return [random.Random(f"{seed} {key}").choice(same) for key, same in by_place.items()]
 
 
 def _is_said_only(node: Any) -> bool:
     """Whether a node is part of an annotation or of the text of an error."""
     while (parent := node.parent) is not None:
-        if parent.type in ("raise_stmt", "fstring"):
-            return True
-        if parent.type == "annassign" and node is parent.children[1]:  # ": annotation = value"
-            return True
-        if parent.type in ("param", "funcdef") and node is parent.annotation:
-            return True
-        if parent.type == "tfpdef" and node is parent.children[2]:  # "name : annotation" of a parameter
+        if (
+            parent.type in ("raise_stmt", "fstring")
+            or (parent.type == "annassign" and node is parent.children[1])  # ": annotation = value"
+            or (parent.type == "tfpdef" and node is parent.children[2])  # "name : annotation" of a parameter
+            or (parent.type in ("param", "funcdef") and node is parent.annotation)
+        ):
             return True
         node = parent
     return False
 
 
-class _Replaced(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader):
-    """Finds and loads one module, from another source."""
+def _replace(mutant: Mutant) -> None:
+    """Whoever imports the module from now on gets the changed one."""
+    get_code, path = SourceFileLoader.get_code, str(ROOT / mutant.path)
 
-    def __init__(self, mutant: Mutant) -> None:
-        self.source = mutant.source
-        super().__init__(mutant.path.removesuffix(".py").replace("/", "."), str(ROOT / mutant.path))
+    def changed(self: SourceFileLoader, name: str) -> Any:
+        return compile(mutant.source, path, "exec") if self.path == path else get_code(self, name)
 
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        return importlib.util.spec_from_loader(name, self) if name == self.name else None
-
-    def get_code(self, fullname: str) -> Any:
-        return compile(self.source, self.path, "exec")
+    SourceFileLoader.get_code = changed  # type: ignore[method-assign]
 
 
 def run(names: list[str], mutant: Mutant | None, limit_s: float, workspace: Any) -> tuple[str, float]:
@@ -170,11 +159,10 @@ def run(names: list[str], mutant: Mutant | None, limit_s: float, workspace: Any)
     child = FORK.Process(target=_run_tests, args=(names, mutant, workspace))
     child.start()
     child.join(limit_s)
-    outcome = "killed" if child.exitcode else "survived"
+    outcome = {None: "timeout", 0: "survived"}.get(child.exitcode, "killed")
     if child.exitcode is None:
         os.killpg(child.pid or 0, signal.SIGKILL)
         child.join()
-        outcome = "timeout"
     return outcome, time.monotonic() - start
 
 
@@ -184,7 +172,7 @@ def _run_tests(names: list[str], mutant: Mutant | None, workspace: Any) -> None:
     for output in (1, 2):
         os.dup2(sink, output)
     if mutant is not None:
-        sys.meta_path.insert(0, _Replaced(mutant))
+        _replace(mutant)
     import pytest
 
     import tests.conftest
@@ -203,14 +191,12 @@ def _workspace() -> Any:
     from tests import conftest
 
     path = Path(tempfile.mkdtemp(prefix="mssr-mutants-"))
-    child = FORK.Process(target=conftest.make_workspace, args=(path,))
-    child.start()
-    child.join()
-    assert child.exitcode == 0
+    with FORK.Pool(1) as pool:
+        pool.apply(conftest.make_workspace, (path,))
     return conftest.Workspace(path)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -218,8 +204,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, help="so many mutants, at random")
     parser.add_argument("--again", action="store_true", help="run survivors of --out again")
     parser.add_argument("--seed", type=int, default=0)
-    help_out = "added to; what is in it is not run again"
-    parser.add_argument("--out", type=Path, default=Path("mutation.jsonl"), help=help_out)
+    parser.add_argument("--out", type=Path, default=Path("mutation.jsonl"), help="is added to")
     args = parser.parse_args()
     everything = [mutant for path in args.only for mutant in mutants(path)]
     print(f"{len(everything)} mutants", end="")
@@ -227,10 +212,9 @@ def main() -> int:
     random.Random(args.seed).shuffle(everything)  # one that is interrupted is a sample
     everything = everything[: args.sample]
     print(f", {len(everything)} taken: {dict(Counter(m.path for m in everything))}")
-    known = {}
-    if args.out.exists():
-        records = map(json.loads, args.out.open())
-        known = {(r["path"], r["operator"], r["occurrence"]): r for r in records}
+    args.out.touch()
+    records = map(json.loads, args.out.open())
+    known = {(r["path"], r["operator"], r["occurrence"]): r for r in records}
     sys.path.insert(0, str(ROOT))
     for library in IMPORTED.split():
         importlib.import_module(library)
@@ -261,8 +245,7 @@ def main() -> int:
     outcomes = Counter(known[mutant.key]["outcome"] for mutant in everything)
     programs = outcomes.total() - outcomes["no program"]
     print(dict(outcomes), f"{1 - outcomes['survived'] / programs:.1%} noticed")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -64,23 +64,10 @@ exit_if_up_to_date() {
     fi
 }
 
-# What pip does now: the package it looks at, or how many it has unpacked.
-progress() {
-    local line
-    line=$(grep -aoE '^ *(Collecting|Downloading|Processing|Building|Using cached|Installing) [^ (]+' "$LOG" | tail -n 1)
-    if [[ $line == *Installing* ]]; then
-        echo "installing, $(find "$VENV/lib" -maxdepth 3 -name '*.dist-info' | wc -l) packages so far"
-    else
-        echo "${line##*[ /]}"
-    fi
-}
-
 # Asked without pip, because pip retries an index that does not answer for minutes.
 torch_index_answers() {
-    timeout 6 "$VENV/bin/python" -c '
-import sys, urllib.request
-urllib.request.urlopen(sys.argv[1].rstrip("/") + "/torch/", timeout=4).read(1)
-' "$TORCH_INDEX" 2>/dev/null
+    local code='import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=4).read(1)'
+    timeout 6 "$VENV/bin/python" -c "$code" "${TORCH_INDEX%/}/torch/" 2>/dev/null
 }
 
 make_venv() {
@@ -116,7 +103,7 @@ install() {
     trap 'kill "$pid" 2>/dev/null || true; exit 130' INT TERM
     while kill -0 "$pid" 2>/dev/null; do
         sleep 0.2
-        ((++ticks % 75)) || say "  $((SECONDS - start)) s: $(progress)"
+        ((++ticks % 75)) || say "  $((SECONDS - start)) s: $(tail -n 1 "$LOG" | cut -c 1-90)"
     done
     wait "$pid" || status=$?
     trap - INT TERM
@@ -138,19 +125,11 @@ names = ["torch", "torchvision", "transformers", "vllm", "ray"]
 modules = {name: importlib.import_module(name) for name in names}
 # What a training imports, too: an environment that lacks some of it fails here and not in a run, and
 # Python compiles it now, in one process, and not in four at once when the first run starts.
-for name in [
-    "mssr.trainer.train",
-    "mssr.trainer.session",
-    "mssr.cluster.ray_cluster",
-    "mssr.actor.worker",
-    "mssr.rollout.vllm_engine",
-    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
-    "vllm.entrypoints.llm",
-    "vllm.model_executor.models.qwen2_5_vl",
-    f"vllm.v1.worker.{sys.argv[1]}_worker",
-    "vllm.v1.engine.core",
-    "matplotlib.pyplot",
-]:
+for name in f"""
+    mssr.trainer.train mssr.trainer.session mssr.cluster.ray_cluster mssr.actor.worker mssr.rollout.vllm_engine
+    transformers.models.qwen2_5_vl.modeling_qwen2_5_vl vllm.entrypoints.llm vllm.v1.engine.core
+    vllm.model_executor.models.qwen2_5_vl vllm.v1.worker.{sys.argv[1]}_worker matplotlib.pyplot
+""".split():
     importlib.import_module(name)
 if sys.argv[1] == "gpu" and modules["torch"].version.cuda is None:
     sys.exit(f"torch {modules['torch'].__version__} has no CUDA: pip found a CPU wheel first, look at its find-links")

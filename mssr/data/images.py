@@ -171,9 +171,8 @@ def looks_like_image(cell: Any) -> bool:
 
 def reason(error: Exception) -> str:
     """One line that says what is wrong."""
-    return (
-        first_line(error).encode(errors="backslashreplace").decode()
-    )  # a path may hold half of a surrogate pair
+    # A path may hold half of a surrogate pair.
+    return first_line(error).encode(errors="backslashreplace").decode()
 
 
 def _image_source(cell: Any, image_dir: str | None) -> ImageSource:

@@ -13,7 +13,6 @@ import functools
 import importlib.util
 import itertools
 import statistics
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -44,12 +43,11 @@ def milliseconds(call: Callable[[], object], repeats: int, digits: int) -> str:
 
 def verl_functions() -> dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
     """verl's estimators by name; empty without verl."""
-    try:
-        from verl.trainer.config import AlgoConfig
-        from verl.trainer.ppo.core_algos import get_adv_estimator_fn
-    except ModuleNotFoundError as error:
-        print(f"without verl: {error}", file=sys.stderr)
+    if not importlib.util.find_spec("verl"):
         return {}
+    from verl.trainer.config import AlgoConfig
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
     names = itertools.chain.from_iterable(METHODS.values())
     gamma = AlgoConfig(gamma=1.0)
     return {name: functools.partial(get_adv_estimator_fn(name), config=gamma) for name in names}

@@ -2,7 +2,7 @@
 
     python scripts/bench/data.py --out scripts/bench/results/data.md
 
-The images are synthetic JPEGs, no two of them equal. Every run is a process of its own. Caches and data lie in
+The images are synthetic JPEGs, no two alike. Every run is a process of its own. Caches and data lie in
 a temporary directory (about 2.5 GiB); just written, they are in the page cache of the system. What the driver
 holds over many steps is measured by `driver_scale`.
 """

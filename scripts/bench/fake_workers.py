@@ -1,8 +1,5 @@
-"""Ray workers that compute nothing and import no torch, so that many fit on a small machine.
-
-They are the real Ray actors, with engines and ranks that sleep in place of theirs. What they return has the
-size of the real thing.
-"""
+"""Ray workers without torch, so that many fit on a small machine: the real Ray actors, with engines and ranks
+that sleep. What they return has the size of the real thing."""
 
 from __future__ import annotations
 
@@ -42,10 +39,9 @@ class FakePrompt:
 
 
 class FakePrompts:
-    """In place of a `PromptSource`: all prompts are new, as in a first epoch."""
+    """In place of a `PromptSource`: all prompts are ready and new, as in a first epoch."""
 
-    def get(self, prompt_ids: Iterable[str]) -> None:
-        """Nothing: they are ready."""
+    def get(self, prompt_ids: Iterable[str]) -> None: ...
 
     def take_new(self, prompt_ids: Iterable[str]) -> dict[str, FakePrompt]:
         return {prompt_id: FakePrompt() for prompt_id in prompt_ids}
@@ -83,8 +79,7 @@ class FakeEngine:
     def load_weights(self, weights: Any, version: int) -> None:
         self._version = version
 
-    def close(self) -> None:
-        """Nothing to give back."""
+    def close(self) -> None: ...
 
     def _rollout(self, request: RolloutRequest) -> Rollout:
         part = slice(start := request.seed % self._length, start + self._length)
@@ -101,15 +96,11 @@ class FakeEngine:
 
 
 class FakeRolloutWorker(RayRolloutWorker):
-    """An engine that sleeps."""
-
     def start(self, device: str) -> None:
         self._engine = FakeEngine(self._config)
 
 
 class FakePolicyWorker(RayPolicyWorker):
-    """An actor rank that sleeps."""
-
     def start(self, rank: int, init_method: str, device: str) -> None:
         self._rank, self._ranks = rank, self._config.actor.num_ranks
         self._seconds = float(self._config.rollout.engine_options[OPTIONS]["update_s"])

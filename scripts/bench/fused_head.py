@@ -26,12 +26,12 @@ import argparse
 import functools
 import json
 import runpy
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from report import GIB, arguments, forget_peak, in_new_process, in_turn, publish, resident, table, timed
 
@@ -146,20 +146,6 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
     return {"once": seconds, "peak": (peak - before) / GIB, "gradients": gradients / GIB}
 
 
-def times(args: argparse.Namespace, names: list[str]) -> dict[str, dict[str, float]]:
-    """Medians by version of rounds in which each has its turn, in this process."""
-    inputs = make_inputs(args, args.time_tokens or args.tokens, args.vocabulary)
-    sides = {name: functools.partial(run, name, inputs) for name in names}
-    return {
-        name: {
-            "seconds": statistics.median(s for s, _ in values),
-            "least_seconds": min(s for s, _ in values),
-            "cpu": statistics.median(c for _, c in values),
-        }
-        for name, values in in_turn(sides, args.repeats, inputs[0].is_cuda).items()
-    }
-
-
 def errors(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
     """By version, the largest error of a gradient at a small shape, relative to the largest gradient."""
     shape = argparse.Namespace(**vars(args) | {"hidden": 64})
@@ -217,9 +203,13 @@ def row(name: str, m: dict[str, float], base: dict[str, float]) -> tuple[str, ..
 def compare(args: argparse.Namespace) -> list[str]:
     why = {name: available(name, args.device, args.entropy_coef) for name in VERSIONS}
     names = [name for name in VERSIONS if not why[name]]
-    found = times(args, names)
-    for name, error in errors(args, names).items():
-        found[name] |= in_new_process(*sys.argv[1:], "--measure", name) | {"error": error}
+    inputs = make_inputs(args, args.time_tokens or args.tokens, args.vocabulary)
+    sides = {name: functools.partial(run, name, inputs) for name in names}
+    times, wrong, found = in_turn(sides, args.repeats, inputs[0].is_cuda), errors(args, names), {}
+    for name in names:
+        found[name] = in_new_process(*sys.argv[1:], "--measure", name) | {"error": wrong[name]}
+        found[name]["seconds"], found[name]["cpu"] = np.median(times[name], axis=0)
+        found[name]["least_seconds"] = times[name][:, 0].min()
         print(f"memory, {name}: {found[name]['peak']:.2f} GiB", file=sys.stderr, flush=True)
     return [
         f"V = {args.vocabulary}, D = {args.hidden}, {args.tokens} tokens, {args.dtype}, {args.threads}"

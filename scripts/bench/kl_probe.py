@@ -4,9 +4,8 @@
     python scripts/bench/kl_probe.py --out scripts/bench/results/kl_probe.md
 
 In every step a large fresh sample of responses, by the policy before the step and never trained on, is scored
-before and after the update: its k3 is the truth about that update. Beside it stands what the update itself
-reported as policy/kl_update. Both ways train on the same number of rollouts a step, those that are held out
-included. The run goes on from step to step, so that the optimizer has moments.
+before and after the update: its k3 is the truth about that update. Beside it stands policy/kl_update. All
+generate the same number of rollouts a step. One run goes on, so that the optimizer has moments.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ COLUMNS = ("rollouts", "probe", "steps", "reported, mean", "true, mean", "ratio 
            "median ratio of a step", "least to largest", "standard error of the truth")  # fmt: skip
 
 
-def measure(config_file: str, overrides: list[str], rollouts: int, steps: int, fresh: int) -> np.ndarray:
+def measure(overrides: list[str], rollouts: int, steps: int, fresh: int) -> np.ndarray:
     """Train some steps, and compare in each, with a cluster that measures its updates.
 
     Returns:
@@ -62,7 +61,7 @@ def measure(config_file: str, overrides: list[str], rollouts: int, steps: int, f
         options = ["cluster.launcher=local", "actor.num_ranks=1", "rollout.workers=1", "reward.workers=1"]
         options += [f"rollout.rollouts_per_step={rollouts}", f"trainer.steps={steps}", "data.val=null"]
         options += [f"trainer.run_dir={directory}/run", "trainer.save_every=0", "trainer.progress=off"]
-        assert train(config_file, [*options, *overrides]) == 0
+        assert train("configs/digits/mssr.yaml", [*options, *overrides]) == 0
     return np.array(found).T
 
 
@@ -95,7 +94,6 @@ def row(rollouts: int, way: str, found: np.ndarray) -> tuple[str, ...]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--config", default="configs/digits/mssr.yaml")
     parser.add_argument("--rollouts", type=int, nargs="+", default=list(STEPS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--fresh", type=int, default=4096, help="responses of the fresh sample")
@@ -107,7 +105,7 @@ def main() -> None:
             steps = max(2, STEPS.get(rollouts, 6) // len(args.seeds))
             for way, overrides in WAYS.items():
                 runs = ([*overrides, f"seed={seed}"] for seed in args.seeds)
-                found = [measure(args.config, options, rollouts, steps, args.fresh) for options in runs]
+                found = [measure(options, rollouts, steps, args.fresh) for options in runs]
                 rows.append(row(rollouts, way, np.concatenate(found, axis=1)))
         return [
             f"Digits, MSSR, {args.fresh} fresh responses a step, seeds {', '.join(map(str, args.seeds))}. "

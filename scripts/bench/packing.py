@@ -6,14 +6,13 @@
 Lengths are like those of Vision-R1, see `workload`; ``--scale`` multiplies all of them and the token budget.
 An update is forward and backward of all sequences by `PolicyUpdater`, the weights being random.
 
-The padded versions are the same code on micro-batches whose sequences are all filled up to the same length,
-within the same budget, padding counted. Neither their head nor their vision tower works on padding, and their
-attention needs no mask, so the padding is as cheap as it can be. They are filled up to
+The padded versions are the same code on micro-batches whose sequences are filled up to the same length,
+within the same budget, padding counted. Head and vision tower skip padding and attention needs no
+mask, so it is as cheap as it can be. They are filled up to
 
 - the limits of prompt and response: batches of fixed width, as verl's without ``remove_padding``;
-- the longest of the step: its longest prompt (filled up on the left) and its longest response (on the right),
-  laid out before the step is cut into micro-batches, as TRL does. ``--sequences`` of the ``--step`` sequences
-  are trained on, to save time; the longest is that of all of them;
+- the longest prompt and the longest response of the step, as TRL does. ``--sequences`` of the ``--step``
+  sequences are trained on, to save time; the longest is that of all of them;
 - the longest sequence of the micro-batch, in random order or sorted by length.
 """
 
@@ -22,7 +21,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,24 +113,17 @@ def throughput(args: argparse.Namespace, scratch: Path) -> list[tuple[str, ...]]
     updates = {name: functools.partial(update, *side) for name, side in sides.items()}
     times = in_turn(updates, args.repeats, cuda)
     worker.close()
-    wall, cpu = ({k: statistics.median(t[i] for t in v) for k, v in times.items()} for i in (0, 1))
+    medians = {name: np.median(of_side, axis=0) for name, of_side in times.items()}
     rows = []
     for name, (updater, plan) in sides.items():
         computed, micros = int(lengths.sum()), plan.ranks[0]
         if isinstance(updater, PaddedUpdater):
             widths = (max(updater.fill_to, *lengths[list(m.sequences)]) for m in micros)
             computed = sum(len(m.sequences) * width for m, width in zip(micros, widths, strict=True))
-        rows.append(
-            (
-                name,
-                str(len(micros)),
-                f"{lengths.sum() / computed:.2f}",
-                f"{wall[name]:.2f}",
-                f"{lengths.sum() / wall[name]:.0f}",
-                f"{wall[name] / wall['packed']:.2f}",
-                "" if cuda else f"{cpu[name] / cpu['packed']:.2f}",
-            )
-        )
+        wall, to_packed = medians[name][0], medians[name] / medians["packed"]
+        ratios = f"{to_packed[0]:.2f}", "" if cuda else f"{to_packed[1]:.2f}"
+        share = f"{lengths.sum() / computed:.2f}"
+        rows.append((name, str(len(micros)), share, f"{wall:.2f}", f"{lengths.sum() / wall:.0f}", *ratios))
     return rows
 
 

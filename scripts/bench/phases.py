@@ -38,8 +38,8 @@ class Operations:
 
     def training(self, frozen_weights: bool = False, frozen_tower: bool = False) -> float:
         """Forward and backward."""
-        matrices = (2 if frozen_weights else 3) * self.matrices
-        return matrices + 3 * self.attention + (1 if frozen_tower else 3) * self.vision
+        matrices, vision = 2 if frozen_weights else 3, 1 if frozen_tower else 3
+        return matrices * self.matrices + 3 * self.attention + vision * self.vision
 
 
 class Phases:
@@ -71,11 +71,6 @@ class Phases:
         started = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-    def take(self) -> dict[str, float]:
-        """The seconds by phase, and start again. Peaks stay."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
 
     def _fold_peak(self) -> None:
         """The peak since the last call belongs to all phases that are open."""
