@@ -143,14 +143,10 @@ class PromptDataset:
         """
         indexes = [part.check() for part in self.parts]
         self._rows = self._numbered(index.usable_ids for index in indexes)
-        self.bad_rows, self.duplicates = (
-            [
-                BadRow(part.table.where(number), why)
-                for part, index in zip(self.parts, indexes, strict=True)
-                for number, why in index.rejected(state)
-            ]
-            for state in (BAD, DUPLICATE)
-        )
+        self.bad_rows, self.duplicates = [], []
+        for part, index in zip(self.parts, indexes, strict=True):
+            for state, listed in ((BAD, self.bad_rows), (DUPLICATE, self.duplicates)):
+                listed += [BadRow(part.table.where(number), why) for number, why in index.rejected(state)]
         return indexes
 
     @property

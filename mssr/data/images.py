@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import base64
-import binascii
 import contextlib
 import functools
 import io
@@ -89,11 +88,8 @@ class ImageSource:
             raise MissingFile(Path(self.path)) from None
 
     def size(self) -> tuple[int, int]:
-        """(width, height) of the upright image, from the header; see the module for what is checked.
-
-        Raises:
-            ValueError: with the reason, for an image that cannot be used.
-        """
+        """(width, height) of the upright image, from the header; a ValueError with the reason for one that
+        cannot be used, see the module for what is checked."""
         data = self.read()
         try:
             with _open(data) as image:
@@ -115,14 +111,9 @@ class ImageSource:
 
 
 def image_sources(cell: Any, image_dir: str | None = None) -> tuple[ImageSource, ...]:
-    """The images of a cell, none for null, an empty string or an empty list. Nothing is opened.
-
-    Args:
-        image_dir: where relative paths start; None is the working directory.
-
-    Raises:
-        ValueError: an image is missing or of no known form.
-    """
+    """The images of a cell, none for null, an empty string or an empty list; a ValueError for one that is
+    missing or of no known form. Nothing is opened. Relative paths start in ``image_dir``, None being the
+    working directory."""
     return tuple(_image_source(part, image_dir) for part in image_cells(cell))
 
 
@@ -220,7 +211,7 @@ def _base64(text: str) -> bytes:
     compact = "".join(text.split()).replace("-", "+").replace("_", "/")
     try:
         return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         raise ValueError("an image is text that is neither a path nor base64") from None
 
 
