@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pebble
 
 from mssr.rewards import functions
-from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult
+from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult, as_result
 from mssr.rewards.penalties import penalised
 from mssr.rewards.rows import NO_ROWS, RowAccess
 
@@ -273,7 +273,7 @@ async def _together(reward: functions.LoadedReward, items: Sequence[RewardInput]
         timeout = asyncio.timeout(_job.wall_limit_s)
         try:
             async with timeout:
-                return _job.outcome(item, await reward.call_async(item))
+                return _job.outcome(item, as_result(await reward.ask([item])))
         except BaseException as error:
             return _job.too_long() if timeout.expired() else _failure(error)
 
