@@ -42,6 +42,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def check_version(state: Mapping[str, Any], expected: int, what: str) -> None:
     """Refuse a saved state of another form.
 

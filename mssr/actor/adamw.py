@@ -40,8 +40,7 @@ Rows = dict[str, torch.Tensor]
 class LocalAdamW(torch.optim.Optimizer):
     """Steps one parameter at a time, and of it so many rows at a time.
 
-    Subclasses say what is stored (`new_state`) and step some rows of it (`step_rows`). As with torch's, a
-    parameter's state has ``step``, a () float32 on the CPU.
+    As with torch's, a parameter's state has ``step``, a () float32 on the CPU.
 
     Args:
         options: lr, betas, weight_decay, eps.
@@ -83,12 +82,8 @@ class LocalAdamW(torch.optim.Optimizer):
 class StochasticAdamW(LocalAdamW):
     """Parameters and moments are bfloat16, rounded stochastically.
 
-    The noise is a function of seed, rank, number of the parameter and its number of steps, so that a run that
-    is resumed goes on as it would have, and nothing has to be saved.
-
-    Args:
-        seed: of the run.
-        rank: shards are rounded with noise of their own.
+    The noise is a function of the run's seed, the rank, number of the parameter and its number of steps, so
+    that a run that is resumed goes on as it would have, and nothing has to be saved.
     """
 
     def __init__(
@@ -184,17 +179,12 @@ def adamw_step(
 
 
 def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """float32 -> one of the two bfloat16 around it, the nearer one more often: right on average.
+    """float32, finite -> one of the two bfloat16 around it, the nearer one more often: right on average.
 
     What is bfloat16 already stays as it is.
-
-    Args:
-        values: finite.
-        generator: on the device of the values.
     """
-    noise = torch.randint(
-        0, 2**16, values.shape, generator=generator, dtype=torch.int32, device=values.device
-    )
+    options: Any = {"dtype": torch.int32, "device": values.device}
+    noise = torch.randint(0, 2**16, values.shape, generator=generator, **options)
     # bfloat16 is the upper half of float32's bits. Magnitude and bits grow alike, over the exponent's too.
     bits = (values.view(torch.int32) + noise) & ~0xFFFF
     return bits.view(torch.float32).to(torch.bfloat16)

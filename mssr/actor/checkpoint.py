@@ -23,21 +23,16 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
+from mssr.errors import first_line
 from mssr.models.files import sha256
 from mssr.models.lora import is_adapter
 from mssr.rollout.heartbeat import beat
 
-_METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {
-    _METADATA: {
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
+    "torch.distributed.checkpoint.metadata": set(
+        "ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties TensorStorageMetadata "
+        "_MEM_FORMAT_ENCODING".split()
+    ),
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", "bfloat16", "float32", "int16", "uint8"},
@@ -52,7 +47,6 @@ class ActorCheckpoint:
 
     Args:
         model: whose parameters are saved, by their Hugging Face names; of one with adapters, these alone.
-        optimizer: over what is trained.
         background: whether `begin` only makes a copy of the state before it returns.
         on_device: within it the optimizer's states are where the optimizer left them, see
             `mssr.actor.offload`.
@@ -182,4 +176,4 @@ def _reason(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
         if isinstance(cause, OSError):
             error = cause
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)

@@ -11,13 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from mssr.models.policy import PolicyModel
@@ -67,8 +61,9 @@ def shard(
     policies: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if offload and mesh.device_type == "cuda" else OffloadPolicy(),
     }
+    if offload and mesh.device_type == "cuda":
+        policies["offload_policy"] = CPUOffloadPolicy()
     blocks = core.visual.blocks if model.features is None else ()
     for block in (*blocks, *core.language_model.layers):
         fill(block)

@@ -15,10 +15,9 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -27,6 +26,7 @@ import torch
 from mssr.actor.distributed import local_tensor
 from mssr.algorithms.objective import TokenBatch
 from mssr.errors import TrainingError
+from mssr.models.files import replace_bytes, replace_text
 from mssr.types import TrainBatch
 
 MAX_SEQUENCES = 64
@@ -47,12 +47,6 @@ ARRAYS = {
 _log = logging.getLogger(__name__)
 
 
-class _Pass(NamedTuple):
-    sequences: tuple[int, ...]
-    values: dict[str, torch.Tensor]
-    """(N,) of their response tokens, by the names of `ARRAYS`, on the device."""
-
-
 Observed = dict[int, dict[str, np.ndarray]]
 """Sequence -> (T,) values of its response tokens, by the names of `ARRAYS`."""
 
@@ -63,6 +57,9 @@ class NonFiniteGuard:
     Args:
         directory: where dumps go; made when there is one to write.
         max_in_a_row: skipped updates in a row that end the run.
+
+    Attributes:
+        in_a_row: updates skipped since the last one that was finite.
     """
 
     def __init__(self, directory: Path, rank: int, max_in_a_row: int, device: torch.device) -> None:
@@ -70,7 +67,8 @@ class NonFiniteGuard:
         self._rank = rank
         self._max_in_a_row = max_in_a_row
         self._device = device
-        self._passes: list[_Pass] = []
+        # Sequences, and the (N,) values of their response tokens, by the names of `ARRAYS`, on the device.
+        self._passes: list[tuple[tuple[int, ...], dict[str, torch.Tensor]]] = []
         self.in_a_row = 0
 
     def begin(self) -> None:
@@ -89,23 +87,19 @@ class NonFiniteGuard:
         """Remember a pass that counts. Waits for nothing.
 
         Args:
-            sequences: S indices into the step's batch.
-            tokens: of them, N in all.
+            sequences: indices into the step's batch.
+            tokens: the N of these.
             log_probs, entropy, loss: (N,) as the pass gave them, the loss before aggregation.
         """
         ours, old = (log_probs, entropy, loss), tokens.old_log_probs
         given = (*ours, tokens.advantages, old, tokens.engine_log_probs, tokens.reference_log_probs)
         values = {name: v.detach() for name, v in zip(ARRAYS, given, strict=True) if v is not None}
-        self._passes.append(_Pass(sequences, values))
+        self._passes.append((sequences, values))
 
     def flag(self) -> torch.Tensor:
         """() float32 on the device: 1 if something in a sequence of this rank is not finite, else 0."""
-        finite = [torch.isfinite(v).all() for p in self._passes for v in p.values.values()]
+        finite = [torch.isfinite(v).all() for _, of in self._passes for v in of.values()]
         return 1 - torch.stack(finite).all().float() if finite else torch.zeros((), device=self._device)
-
-    def passed(self) -> None:
-        """The update was finite."""
-        self.in_a_row = 0
 
     def skipped(
         self,
@@ -167,11 +161,11 @@ class NonFiniteGuard:
 
     def _observed(self, batch: TrainBatch) -> Observed:
         observed: Observed = {}
-        for p in self._passes:
-            ends = np.cumsum(batch.response_lengths[list(p.sequences)])[:-1]
-            for name, values in p.values.items():
+        for sequences, of_pass in self._passes:
+            ends = np.cumsum(batch.response_lengths[list(sequences)])[:-1]
+            for name, values in of_pass.items():
                 parts = np.split(values.double().cpu().numpy(), ends)
-                for s, part in zip(p.sequences, parts, strict=True):
+                for s, part in zip(sequences, parts, strict=True):
                     observed.setdefault(s, {})[name] = part
         return observed
 
@@ -193,19 +187,8 @@ class NonFiniteGuard:
             earlier = {p.stem for p in self._directory.glob(f"step-*-rank-{self._rank}.json")} - {name}
             if len(earlier) >= MAX_DUMPS:
                 return f"no dump, {self._directory} holds {len(earlier)} of this rank"
-            _write(self._directory / f"{name}.safetensors", safetensors.numpy.save(arrays))
-            _write(self._directory / f"{name}.json", (json.dumps(report, indent=1) + "\n").encode())
+            replace_bytes(self._directory / f"{name}.safetensors", safetensors.numpy.save(arrays))
+            replace_text(self._directory / f"{name}.json", json.dumps(report, indent=1) + "\n")
         except OSError as error:
             return f"no dump, {self._directory} cannot be written ({error.strerror or error})"
         return f"dumped as {self._directory / name}.json"
-
-
-def _write(path: Path, data: bytes) -> None:
-    """All of it or nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise

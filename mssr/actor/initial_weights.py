@@ -61,10 +61,9 @@ class InitialWeights:
                     if not tensor.is_meta:
                         continue  # filled before
                     if tensor not in made:  # tied ones are one
-                        value = self._receive(names[tensor], tensor, last)
-                        trains = tensor.requires_grad
-                        is_parameter = isinstance(tensor, nn.Parameter)
-                        made[tensor] = nn.Parameter(value, requires_grad=trains) if is_parameter else value
+                        made[tensor] = self._receive(names[tensor], tensor, last)
+                        if isinstance(tensor, nn.Parameter):
+                            made[tensor] = nn.Parameter(made[tensor], tensor.requires_grad)
                     setattr(module, key, made[tensor])
 
         return fill

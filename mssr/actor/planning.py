@@ -27,10 +27,7 @@ LEVELS = (1.0, 0.95, 0.9, 0.8, 0.6)
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Sequences that one rank runs in one forward pass.
-
-    Example: ``MicroBatch((4, 7), weight=1.0, any_rank_has_images=True)``
-    """
+    """Sequences that one rank runs in one forward pass."""
 
     sequences: tuple[int, ...]
     """Indices into the step's batch."""

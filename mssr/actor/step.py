@@ -20,8 +20,8 @@ class StepState:
     """One step on this rank.
 
     Attributes:
-        old: log-probs of the policy before the step. Whose first update is on policy has them from its own
-            forward pass, others from a pass before it, unless the batch brings them along.
+        old: log-probs of the policy before the step. The batch brings them along, or a pass before the
+            updates gives them, or, to an update on policy, its own forward pass.
         reference: of the frozen base model.
         anchor: of the policy before the step, given the prompt without its images.
         measured: metrics so far.
@@ -30,7 +30,9 @@ class StepState:
     def __init__(self, batch: TrainBatch, device: torch.device, image_token: int) -> None:
         lengths = batch.response_lengths
         self.batch = batch
-        self.old, self.reference, self.anchor = (LogProbs(lengths) for _ in range(3))
+        self.old = LogProbs(lengths, batch.old_log_probs, device)
+        self.reference = LogProbs(lengths, batch.reference_log_probs, device)
+        self.anchor = LogProbs(lengths, None, device)
         self.measured = TokenMeans()
         self._device = device
         self._lengths = lengths
@@ -39,11 +41,6 @@ class StepState:
         self._advantages = np.repeat(batch.advantages, lengths) if of_tokens is None else of_tokens
         has_image = np.logical_or.reduceat(batch.tokens == image_token, batch.offsets[:-1])
         self._has_image = np.repeat(has_image, lengths)
-        everything = tuple(range(len(batch)))
-        for known, values in ((self.old, batch.old_log_probs), (self.reference, batch.reference_log_probs)):
-            if values is not None:
-                known.put(everything, torch.from_numpy(values).to(device))
-                known.complete = True
 
     def tokens(self, sequences: Sequences) -> TokenBatch:
         """What is known of the response tokens of some sequences."""
@@ -69,15 +66,18 @@ class LogProbs:
 
     Args:
         lengths: (B,) response tokens of each sequence.
+        given: those of all sequences, if they are known on every rank from the beginning.
 
     Attributes:
-        complete: whether every rank has known all from the beginning.
+        complete: whether they were.
     """
 
-    def __init__(self, lengths: np.ndarray) -> None:
-        self.complete = False
+    def __init__(self, lengths: np.ndarray, given: np.ndarray | None, device: torch.device) -> None:
+        self.complete = given is not None
         self._lengths = lengths
         self._known: dict[int, torch.Tensor] = {}
+        if given is not None:
+            self.put(tuple(range(len(lengths))), torch.from_numpy(given).to(device))
 
     def put(self, sequences: Sequences, values: torch.Tensor) -> None:
         """(N,) of some sequences, laid end to end."""

@@ -87,7 +87,7 @@ class PolicyUpdater:
             if math.isfinite(norm) and not flagged:
                 self.optimizer.step()
                 norms.append(norm)
-                self.guard.passed()
+                self.guard.in_a_row = 0
             else:
                 named = self.policy.named_parameters()
                 self.guard.skipped(batch, step + 1, number, norm, flagged, named)
@@ -130,7 +130,7 @@ class PolicyUpdater:
                 parts.append(log_probs if micro.weight else log_probs[:0])
         self._reshard()
         policy, *others = (torch.cat(parts).numpy() for parts in found)
-        return RankLogProbs(np.array(sequences, np.int64), policy, others[0] if reference else None)
+        return RankLogProbs(policy, others[0] if reference else None, np.array(sequences, np.int64))
 
     def _before_updates(self, state: StepState, plan: StepPlan) -> None:
         """The log-probs that updates and probe need, and that neither batch nor their own passes give."""
@@ -173,8 +173,9 @@ class PolicyUpdater:
             tokens = state.tokens(micro.sequences)
             loss_of = MicroBatchLoss(self.objective, tokens, denominator, kl_coef)
             if self.objective.token_wise(old_known=tokens.old_log_probs is not None):
-                # Forward pass and objective in one.
-                loss, log_probs, entropy = self.policy(packed, micro.any_rank_has_images, loss_of)
+                # Forward pass and objective in one. A method, because FSDP rebuilds a dataclass among the
+                # arguments, with its tensors in the dtype of the pass.
+                loss, log_probs, entropy = self.policy(packed, micro.any_rank_has_images, loss_of.__call__)
             else:
                 log_probs, entropy = self.policy(packed, micro.any_rank_has_images)
                 loss = loss_of(log_probs, entropy)

@@ -40,12 +40,7 @@ class PolicyWorker:
     """
 
     def __init__(
-        self,
-        config: Config,
-        rank: int,
-        init_method: str,
-        device: str = "cpu",
-        set_threads: bool = True,
+        self, config: Config, rank: int, init_method: str, device: str = "cpu", set_threads: bool = True
     ) -> None:
         self.config = config
         self.rank = rank
@@ -58,9 +53,8 @@ class PolicyWorker:
         self.compute_dtype = compute_dtype(config.model.dtype, device)
         # Policy and reference have the same frozen tower, in memory too.
         self._tower: torch.nn.Module | None = None
-        self._features: BoundedCache[bytes, torch.Tensor] = BoundedCache(
-            int(config.actor.vision_cache_gib * 2**30)
-        )
+        feature_bytes = int(config.actor.vision_cache_gib * 2**30)
+        self._features: BoundedCache[bytes, torch.Tensor] = BoundedCache(feature_bytes)
         adapters = config.actor.lora.rank > 0
         two_models = config.needs_reference and not adapters
         weights = InitialWeights(lambda: self._model(trainable=True, empty=False), rank, self.device)
@@ -73,15 +67,10 @@ class PolicyWorker:
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = make_optimizer(config, parameters, rank)
         steps = with_offload(optimizer, config.actor.offload, self.device)
-        self.checkpoint = ActorCheckpoint(
-            self.policy.model,
-            optimizer,
-            rank,
-            background=config.trainer.save_in_background,
-            on_device=getattr(steps, "on_device", contextlib.nullcontext),
-        )
-        source = PromptSource(config)
-        self._prompts = PromptCache(source, self.policy, config.data.image_cache_bytes)
+        on_device = getattr(steps, "on_device", contextlib.nullcontext)
+        background = config.trainer.save_in_background
+        self.checkpoint = ActorCheckpoint(self.policy.model, optimizer, rank, background, on_device)
+        self._prompts = PromptCache(PromptSource(config), self.policy, config.data.image_cache_bytes)
         self.updater = PolicyUpdater(
             config, self.policy, self.reference, steps, self._prompts, rank, self.device
         )
@@ -121,11 +110,7 @@ class PolicyWorker:
         return shard(model, mesh, self.compute_dtype, actor.keep_gathered, offload, fill)
 
     def update(self, batch: TrainBatch, step: int, prepared: Prepared | None = None) -> dict[str, float]:
-        """See `PolicyUpdater.step`.
-
-        Args:
-            prepared: asked for prompts before this rank encodes them itself.
-        """
+        """See `PolicyUpdater.step`; ``prepared`` is asked for prompts before this rank encodes them."""
         if self.config.actor.lora.dropout:
             # So that a run that is resumed drops what it would have dropped.
             torch.manual_seed(hash((self.config.seed, step, self.rank)) % 2**63)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
-import signal
-import socket
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
@@ -22,8 +19,8 @@ from mssr.cluster.ray_generation import FEEDING, Generation
 from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
 from mssr.cluster.shared_prompts import PromptShelf
 from mssr.config import Config
-from mssr.errors import EngineError, UserError, WorkersLostError
-from mssr.models.affinity import home
+from mssr.errors import EngineError, UserError, WorkersLostError, first_line
+from mssr.models.cost import home
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 
 PLACEMENT_TIMEOUT_S = 60
@@ -46,9 +43,7 @@ class RayCluster(Cluster):
     """
 
     def __init__(self, config: Config, report: Report, stop: Callable[[], bool]) -> None:
-        self._config = config
-        self._report = report
-        self._stop = stop
+        self._config, self._report, self._stop = config, report, stop
         self._calls = Calls(config.cluster.hang_timeout_s)
         self._version = 0
         # As much of an engine's prompts as it keeps itself.
@@ -58,8 +53,6 @@ class RayCluster(Cluster):
         self._group: Any = None
         self._ranks: list[Worker] = []
         self._engines: list[Worker] = []
-        self._processes: dict[Worker, Any] = {}
-        """Worker -> reference to its host and pid."""
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
             _init_ray(config, processes=config.actor.num_ranks + config.rollout.workers)
@@ -127,7 +120,7 @@ class RayCluster(Cluster):
         self._call_ranks("load", directory)
 
     def restart(self) -> None:
-        self._kill(self._ranks)
+        _kill(self._ranks)
         self._ranks = []
         self._start([], range(self._config.actor.num_ranks))
 
@@ -146,7 +139,7 @@ class RayCluster(Cluster):
         }
 
     def shutdown(self) -> None:
-        self._kill(self._ranks + self._engines)
+        _kill(self._ranks + self._engines)
         if self._group is not None:
             remove_placement_group(self._group)
         if self._started_ray:
@@ -195,16 +188,13 @@ class RayCluster(Cluster):
 
     def _remote(self, cls: type, name: str, index: int, log: str) -> Worker:
         log_file = os.path.abspath(self._config.run_dir / "logs" / f"{log}.log")
-        actor = ray.remote(concurrency_groups={HEALTH: 1, SAVING: 1, FEEDING: 1, PREPARING: 1})(cls).options(
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=index
-            ),
+        groups = dict.fromkeys((HEALTH, SAVING, FEEDING, PREPARING), 1)
+        actor = ray.remote(concurrency_groups=groups)(cls).options(
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
             num_cpus=self._bundle["CPU"],
             num_gpus=self._bundle.get("GPU", 0.0),
         )
-        worker = Worker(name, actor.remote(self._config, log_file))
-        self._processes[worker] = worker.handle.process.options(concurrency_group=HEALTH).remote()
-        return worker
+        return Worker(name, actor.remote(self._config, log_file))
 
     def _call_engines(self, method: str, *args: Any, only: Sequence[int] | None = None) -> list[Any]:
         """The results of a call of all engines, or of some. One that fails is replaced, and has None."""
@@ -222,7 +212,7 @@ class RayCluster(Cluster):
             raise failure.error
         hung = isinstance(failure.error, WorkerHungError)
         where = self._write_stacks([failure.worker]) if hung else ""
-        self._kill([failure.worker])
+        _kill([failure.worker])
         self._report("engine_hung" if hung else "engine_died", f"{failure}{where}; it is replaced")
         k = self._engines.index(failure.worker)
         self._start([k], [])
@@ -250,7 +240,7 @@ class RayCluster(Cluster):
         died = [f for f in lost if isinstance(f.error, WorkerDiedError)]
         hung = [f for f in lost if isinstance(f.error, WorkerHungError)]
         detail = "; ".join(map(str, died or hung or lost)) + ("" if died else self._write_stacks(self._ranks))
-        self._kill(self._ranks)
+        _kill(self._ranks)
         self._report("actor_rank_died" if died else "collective_failed", f"{detail}; all ranks are restarted")
         raise WorkersLostError(f"{detail}; see {self._config.run_dir / 'logs'}")
 
@@ -261,16 +251,11 @@ class RayCluster(Cluster):
         path.write_text(stacks(workers))
         return f" (stacks in {path})"
 
-    def _kill(self, workers: Sequence[Worker]) -> None:
-        for worker in workers:
-            ray.kill(worker.handle)
-            if worker not in self._processes:
-                continue  # killed before
-            # Ray asks a process to end, which one that is stopped does not hear.
-            with contextlib.suppress(ray.exceptions.RayError, OSError):
-                host, pid = ray.get(self._processes.pop(worker), timeout=0)
-                if host == socket.gethostname():
-                    os.kill(pid, signal.SIGKILL)
+
+def _kill(workers: Sequence[Worker]) -> None:
+    """At once; a process that is stopped and does not hear of it, Ray ends after five seconds."""
+    for worker in workers:
+        ray.kill(worker.handle)
 
 
 def _is_lost(failure: Failure) -> bool:
@@ -302,5 +287,4 @@ def _init_ray(config: Config, processes: int) -> None:
     try:
         ray.init(**options)
     except ConnectionError as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cluster.address={config.cluster.address}: {line}") from error
+        raise UserError(f"cluster.address={config.cluster.address}: {first_line(error)}") from error

@@ -15,7 +15,7 @@ from mssr.config.checks import naming
 from mssr.config.options import describe, nearest
 from mssr.config.run import Config, flatten, to_dict
 from mssr.config.secrets import environment_variable, named_secrets, redact
-from mssr.errors import UserError, did_you_mean
+from mssr.errors import UserError, did_you_mean, first_line
 
 BASE = "base"
 """A file may name another one that it changes: ``base: ../mssr.yaml``, relative to itself."""
@@ -37,7 +37,12 @@ def file_layers(path: str | Path, above: Sequence[Path] = ()) -> list[Layer]:
         raise UserError(f"config file {path} does not exist{asked_by}")
     if any(path.samefile(file) for file in above):
         raise UserError(f"{path} is based on itself{asked_by}")
-    tree = _read(path)
+    try:
+        tree = OmegaConf.load(path)
+    except Exception as error:  # yaml and omegaconf raise many types; all mean the same to the user
+        raise UserError(f"{path} is not valid YAML: {redact(first_line(error))}") from error
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"{path} must hold key: value pairs at the top level")
     base = tree.pop(BASE, None)
     below = [] if base is None else file_layers(path.parent / str(base), [*above, path])
     return [*below, (str(path), _plain(tree))]
@@ -46,18 +51,19 @@ def file_layers(path: str | Path, above: Sequence[Path] = ()) -> list[Layer]:
 def merge(layers: Sequence[Layer], overrides: Sequence[str], note: Callable[[str], None]) -> Config:
     """Merge trees of keys, the last counting most, then ``key=value`` overrides, over the defaults.
 
-    Args:
-        note: told in which sense EasyR1's keys were taken, a line a file.
-
-    Raises:
-        UserError: a key is unknown, or a value has the wrong type or is a secret.
+    The rest as of `mssr.runs.config.load_config`, but for what the checks refuse.
     """
     if {"trainer.steps", "trainer.epochs"} <= {override.partition("=")[0] for override in overrides}:
         raise UserError("trainer.steps and trainer.epochs both say how long to train; set one of them")
     merged = OmegaConf.structured(Config)
     prompts_per_step = None
     for source, plain in [*layers, *map(_override, overrides)]:
-        _check_no_secrets(plain, source)
+        for key in named_secrets(plain):
+            raise UserError(
+                f"{source}: {key} looks like a secret, and a config is written to the run directory and sent "
+                f"to loggers; put it in the environment ({environment_variable(key)}), or rename the key if "
+                "it is none"
+            )
         tree, prompts, notes = easyr1_keys.translate(plain, source)
         for line in notes:
             note(line)
@@ -82,7 +88,7 @@ def _override(text: str) -> Layer:
     try:
         parsed = OmegaConf.from_dotlist([text])
     except Exception as error:
-        raise UserError(f"{source} cannot be read: {redact(_first_line(error))}") from error
+        raise UserError(f"{source} cannot be read: {redact(first_line(error))}") from error
     return source, _plain(parsed)
 
 
@@ -95,33 +101,14 @@ def _one_length(tree: dict[str, Any]) -> dict[str, Any]:
     return tree | {"trainer": trainer | other}
 
 
-def _read(path: Path) -> DictConfig:
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:  # yaml and omegaconf raise many types; all mean the same to the user
-        raise UserError(f"{path} is not valid YAML: {redact(_first_line(error))}") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} must hold key: value pairs at the top level")
-    return loaded
-
-
 def from_dict(tree: dict[str, Any]) -> Config:
     """The Config that `mssr.config.to_dict` was made from (config.yaml, checkpoints)."""
     return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree)))
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config; what looks like a secret as ``***``."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(redact(to_dict(config)))))
-
-
-def _check_no_secrets(tree: dict[str, Any], source: str) -> None:
-    for key in named_secrets(tree):
-        raise UserError(
-            f"{source}: {key} looks like a secret, and a config is written to the run directory and sent to "
-            f"loggers; put it in the environment ({environment_variable(key)}), or rename the key if it is "
-            "none"
-        )
+def config_yaml(config: Config) -> str:
+    """The resolved config; what looks like a secret as ``***``."""
+    return OmegaConf.to_yaml(OmegaConf.create(redact(to_dict(config))))
 
 
 def _merge(base: DictConfig, extra: DictConfig, source: str) -> DictConfig:
@@ -134,7 +121,7 @@ def _merge(base: DictConfig, extra: DictConfig, source: str) -> DictConfig:
         return cast(DictConfig, OmegaConf.merge(base, extra))
     except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", None) or "a value"
-        reason = redact(re.sub(r"\s+", " ", _first_line(error)))
+        reason = redact(re.sub(r"\s+", " ", first_line(error)))
         raise UserError(f"{source}: {key} has the wrong type: {reason}") from error
 
 
@@ -145,7 +132,3 @@ def _hint(key: str, known: Collection[str]) -> str:
 
 def _plain(tree: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(tree))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,8 +1,5 @@
-"""Keys and passwords: kept out of configs, and out of everything that is written.
-
-A config is written to config.yaml, sent to loggers and shown in reports, so a secret has no place in it:
-`named_secrets` finds them, and `redact` takes out of what is written whatever got in all the same.
-"""
+"""Keys and passwords: kept out of configs, which are written, logged and shown (`named_secrets` finds them),
+and out of everything else that is written (`redact`)."""
 
 from __future__ import annotations
 
@@ -19,28 +16,26 @@ _SECRET = re.compile(
     r"|(^|_)(api|auth|access|account|private|secret|signing|encryption|license)_keys?(_|$)"
     r"|(^|_)token$"
 )
-_ABOUT = re.compile(r"(^|_)(file|path|dir|env|var|variable|name|column|header|url|id|count|limit|length)$")
-"""What says something about a secret, as where it lies."""
-_VOCABULARY = re.compile(
-    r"(^|_)(pad|eos|bos|eot|eod|unk|sep|cls|mask|image|video|vision|audio|think|stop|start|end|begin|special|tool"
+_HARMLESS = re.compile(
+    r"(^|_)(file|path|dir|env|var|variable|name|column|header|url|id|count|limit|length)$"
+    r"|(^|_)(pad|eos|bos|eot|eod|unk|sep|cls|mask|image|video|vision|audio|think|stop|start|end|begin|special|tool"
     r"|next|last|first|new|per|each|extra|boi|eoi|newline|placeholder|prompt|response)_token$"
 )
+"""What says something about a secret, as where it lies; tokens of a vocabulary."""
 _VALUE = re.compile(
     r"\b(hf_|gh[pousr]_|AKIA|ASIA)[A-Za-z0-9]{16,}"
     r"|\b(sk-(?=[\w-]*\d)|github_pat_|glpat-|xox[abprs]-|wandb_v\d_|AIza|eyJ)[\w.-]{16,}"
     r"|\bBearer\s+[\w.~+/-]{16,}=*|(?<=://)[^\s/:@'\"]*:[^\s/@'\"]+(?=@)"
 )
 """Tokens of known forms, and name and password in a URL."""
+_PASSWORD = re.compile("passw|pwd|passphrase").search
 _ASSIGNMENT = re.compile(r"([A-Za-z_][\w.-]{0,99})([\"']?[=:]\s?)(\"[^\"\n]*\"|'[^'\n]*'|[^\s\"',;}\]]+)")
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a key's own name says that its value is a secret: api_key, hf_token, but not max_tokens.
-
-    Example: ``is_secret_name("wandb_api_key")``, ``not is_secret_name("pad_token")``
-    """
+    """Whether a key's own name says that its value is a secret: api_key, hf_token, but not pad_token."""
     words = re.sub(r"[^a-z0-9]+", "_", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
-    return bool(_SECRET.search(words)) and not _ABOUT.search(words) and not _VOCABULARY.search(words)
+    return bool(_SECRET.search(words)) and not _HARMLESS.search(words)
 
 
 def named_secrets(tree: Any) -> list[str]:
@@ -67,11 +62,8 @@ def redact(value: _T) -> _T:
 
 
 def environment_variable(key: str) -> str:
-    """Where the libraries look for the secret that a config key is named after, or a name of its own."""
-    name = re.sub(r"[^a-z0-9]+", "_", key.rpartition(".")[2].lower()).strip("_")
-    known = {"wandb": "WANDB_API_KEY", "openai": "OPENAI_API_KEY"}
-    known |= dict.fromkeys(("hf", "hub", "huggingface"), "HF_TOKEN")
-    return next((variable for word, variable in known.items() if word in name.split("_")), name.upper())
+    """A name for a variable with the secret of a config key: "reward.options.api_key" -> "API_KEY"."""
+    return re.sub(r"[^A-Z0-9]+", "_", key.rpartition(".")[2].upper()).strip("_")
 
 
 def _map_leaves(tree: Any, function: Callable[[str, Any], Any], key: str = "") -> Any:
@@ -91,15 +83,13 @@ def _redact_leaf(key: str, value: Any) -> Any:
 
 def _holds(key: str, value: Any) -> bool:
     """Whether a value under this dotted key is a secret by the key's name."""
-    parts = [part.lower() for part in key.split(".") if is_secret_name(part)]
-    if not parts or value is None or isinstance(value, bool):
+    names = [part.lower() for part in key.split(".") if is_secret_name(part)]
+    if not isinstance(value, str):
+        return isinstance(value, int | float) and not isinstance(value, bool) and any(map(_PASSWORD, names))
+    if not names or not value.strip() or value.startswith("${") or value == HIDDEN:
         return False
-    if isinstance(value, str):
-        if not value.strip() or value.startswith("${") or value == HIDDEN:
-            return False
-        # answer_token: <answer>
-        return not (all(part.endswith("token") for part in parts) and re.search(r"[<>\[\]\s]", value))
-    return any(re.search("passw|pwd|passphrase", part) for part in parts)
+    # answer_token: <answer>
+    return not (all(name.endswith("token") for name in names) and re.search(r"[<>\[\]\s]", value))
 
 
 def _hide_assigned(match: re.Match[str]) -> str:

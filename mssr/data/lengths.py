@@ -35,12 +35,8 @@ PROBES = (
 def prompt_lengths(
     rows: SourceRows, index: RowIndex, encoder: PromptEncoder
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Lengths of the usable rows of a source.
-
-    Returns:
-        (R,) int32 tokens, -1 for rows without; and row number -> reason of rows that the encoder refuses,
-        such as an image with an aspect ratio above 200.
-    """
+    """Lengths of a source: (R,) int32 tokens, -1 for rows that are not usable; and row number -> reason of
+    rows that the encoder refuses, such as an image with an aspect ratio above 200."""
     key = digest_of(index.key, encoder_fingerprint(encoder))
     table = rows.cache.load("lengths", key)
     if table is None or len(table) != len(rows):
@@ -65,15 +61,13 @@ def encoder_fingerprint(encoder: PromptEncoder) -> str:
 
 
 def _compute(rows: SourceRows, index: RowIndex, encoder: PromptEncoder) -> pa.Table:
-    usable = index.states == USABLE
     lengths = np.full(len(rows), -1, np.int32)
     reasons: list[str | None] = [None] * len(rows)
-    for start in range(0, len(rows), BATCH):
-        stop = min(start + BATCH, len(rows))
-        numbers = [n for n in range(start, stop) if usable[n]]
-        sizes = index.sizes(start, stop)
+    usable = np.flatnonzero(index.states == USABLE).tolist()
+    for start in range(0, len(usable), BATCH):
+        numbers = usable[start : start + BATCH]
         for number, prompt in zip(numbers, rows.prompts(numbers), strict=True):
-            images = sizes[number - start]
+            images = index.sizes(number)
             try:
                 lengths[number] = encoder.length(_row(prompt, len(images)), images)
             except ValueError as error:

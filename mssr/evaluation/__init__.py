@@ -5,7 +5,7 @@ verdict; `base` says what a benchmark is, `own` makes one of any data, `benchmar
 `registry` finds them by name. `model` is what is evaluated; `prompts` writes what it is asked, `responses`
 keeps what it answers, `judge` and `local_judge` ask a language model where the rules do not decide, and
 `verdicts` holds what came of each. `statistics`, `tables` and `page` make of it what `results` writes and
-reads. `runner` is the command, `progress` what the user sees of it.
+reads. `runner` is the command.
 """
 
 from mssr.evaluation.items import STATUSES, Item, Kind, Status, Verdict

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,11 +23,7 @@ Counts = dict[str, dict[str, tuple[int, int]]]
 
 
 class Benchmark:
-    """A benchmark: a location and columns, and what of the methods differs.
-
-    Items hold a reference to their table, so they do not travel between processes: every worker loads
-    the benchmark itself and takes items by id.
-    """
+    """A benchmark: a location and columns, and what of the methods differs."""
 
     name: str = ""
     """In the registry, which sets it."""
@@ -42,22 +38,21 @@ class Benchmark:
     numbers_repeats: bool = True
     """Whether a row with the id of an earlier one is an item of its own; else it is an error."""
     rewarded: bool = False
-    """Whether training's reward scores it, and not `verdict`."""
+    """Whether training's reward scores its responses, see `verdicts`, and not `verdict`."""
 
     def load(self, data_dir: Path | None = None, limit: int | None = None) -> list[Item]:
         """The items, in the order of the data.
 
         Args:
-            data_dir: searched as `mssr.evaluation.local_data` says; None takes the hub.
+            data_dir: see `mssr.evaluation.local_data`; None takes the hub.
             limit: the first so many.
 
         Raises:
             UserError: there are no data, or a row is none of this benchmark.
         """
-        table = open_benchmark(self.name, self.location, data_dir)
-        return self.read(table, limit, self._item_of_row)
+        return self.read(open_benchmark(self.name, self.location, data_dir), limit)
 
-    def read(self, table: Table, limit: int | None, item_of: Callable[[Table, int], Item]) -> list[Item]:
+    def read(self, table: Table, limit: int | None) -> list[Item]:
         """The items of a table; every row is one, or an error that names it.
 
         An id that an earlier row has gets ``-2``, ``-3`` ... behind it: no row is left out.
@@ -66,7 +61,7 @@ class Benchmark:
         seen: Counter[str] = Counter()
         for number in range(len(table) if limit is None else min(limit, len(table))):
             try:
-                item = replace(item_of(table, number), benchmark=self.name)
+                item = replace(self.item_of_row(table, number), benchmark=self.name)
                 seen[item.id] += 1
                 if seen[item.id] > 1:
                     if not self.numbers_repeats:
@@ -78,7 +73,8 @@ class Benchmark:
         table.release()
         return items
 
-    def _item_of_row(self, table: Table, number: int) -> Item:
+    def item_of_row(self, table: Table, number: int) -> Item:
+        """See `item`, which gets the row's cells and images."""
         cells = table.cells(number)
         images = stored_images(table, number, cells, self.image_columns)
         return self.item(cells, images, table.where(number))
@@ -100,17 +96,11 @@ class Benchmark:
         )
 
     def prompt_row(self, item: Item) -> Row:
-        """What `mssr.data.encoder.PromptEncoder` encodes: template and instruction are added there, as in
-        training."""
+        """What `PromptEncoder` encodes: template and instruction are added there, as in training."""
         return Row(item.id, item.question, item.answer, item.images, item.where, item.history)
 
     def verdict(self, item: Item, response: str, truncated: bool = False) -> Verdict:
-        """What the rules say of a response.
-
-        Args:
-            response: the model's text, without special tokens.
-            truncated: whether the length limit ended it.
-        """
+        """What the rules say of a response; ``truncated`` if the length limit ended it."""
         assert not self.rewarded
         answer = self.extract(item, response, truncated)
         status: Status = "truncated" if truncated else "extraction_failed"

@@ -3,16 +3,14 @@
 A judge gives True, False or None. None (no answer, or none that can be read) is ``judge_failed``: the item
 stays in the denominator and is not right. True and False are kept on disk and not asked for again.
 
-- `HttpJudge` asks any server with OpenAI's chat completions: the public one, or a local one such as
-  ``vllm serve MODEL`` with ``http://localhost:8000/v1``. The key is only read from the environment,
-  ``MSSR_JUDGE_API_KEY`` or else ``OPENAI_API_KEY``.
 - `Judge` asks any function from prompts to replies, which `local_judge` makes of an engine of our own.
+- `HttpJudge` asks any server with OpenAI's chat completions: the public one, or one such as ``vllm serve``.
+  The key is only read from the environment.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import json
 import os
@@ -26,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mssr.data.cache import digest_of
 from mssr.errors import UserError
 from mssr.evaluation.base import Benchmark
 from mssr.evaluation.items import Item, Status, Verdict
@@ -67,23 +66,19 @@ _ALONE = re.compile(r"[\s*\"'`.]*(correct|incorrect)[\s*\"'`.]*", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class JudgeInput:
-    """One question for a judge. Example: ``JudgeInput("Find x.", "12", "... so x is a dozen.")``"""
+    """A question, its ground truth and a response: ``JudgeInput("Find x.", "12", "... so x is a dozen.")``"""
 
     question: str
     answer: str
-    """The ground truth."""
     response: str
-    """The model's text."""
 
     def prompt(self) -> str:
-        """What a language model is asked."""
         visible = outside_thinking(self.response).strip() or self.response.strip()
         return _PROMPT.format(question=self.question, answer=self.answer, response=visible[-TAIL:])
 
     def key(self, model: str) -> str:
         """A hash of all that a verdict depends on."""
-        parts = [model, PROMPT_VERSION, self.question, self.answer, self.response]
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        return digest_of(model, PROMPT_VERSION, self.question, self.answer, self.response)
 
 
 def parse_reply(reply: str) -> bool | None:
@@ -130,7 +125,6 @@ class Judge:
     """Decides by the replies of a language model, True, False or None for each input.
 
     Args:
-        model: what the replies come from, for the cache's key.
         ask: prompts -> replies, one for each; may raise or return too few, which are no verdicts.
         cache: file of earlier verdicts.
     """
@@ -173,13 +167,11 @@ class HttpJudge(Judge):
     """A judge behind OpenAI's ``POST /chat/completions``.
 
     What may pass (no connection, a time-out, status 408, 409, 429 or 5xx) is tried again, up to ``attempts``
-    times with a growing pause. Status 401 or 403 stops all further requests: the key will not get better.
+    times in all. Status 401 or 403 stops all further requests: the key will not get better.
 
     Args:
-        model: as the server knows it.
         url: up to and with ``/v1``.
         time_limit_s: for one request with its reply.
-        attempts: requests for one verdict at most.
         concurrency: requests at a time.
         pause_s: before the second attempt; it doubles with each.
     """
@@ -283,19 +275,20 @@ def from_spec(spec: str, cache: Path | None = None) -> HttpJudge:
     return HttpJudge(model, url or OPENAI_URL, cache=cache)
 
 
-def apply(judge: Judge, benchmark: Benchmark, answers: Sequence[tuple[Item, str, Verdict]]) -> list[Verdict]:
+def apply(judge: Judge, answers: Sequence[tuple[Benchmark, Item, str, Verdict]]) -> list[Verdict]:
     """The verdicts with the judge's in place of those that the rules leave open; as many, in the same order.
 
-    "correct" makes one right, by the rule ``judge``; "incorrect" leaves its status; without a verdict it is
-    ``judge_failed``.
+    "correct" makes one right, "incorrect" leaves its status; without a verdict it is ``judge_failed``.
 
     Args:
-        answers: items, responses to them, and what the rules say of those.
+        answers: items of benchmarks, responses to them, and what the rules say of those.
     """
-    result = [verdict for _, _, verdict in answers]
-    left = [k for k, (item, _, verdict) in enumerate(answers) if benchmark.undecided(item, verdict)]
-    asked = [JudgeInput(*benchmark.judged(answers[k][0]), answers[k][1]) for k in left]
-    for k, correct in zip(left, judge.verdicts(asked), strict=True):
+    result = [verdict for *_, verdict in answers]
+    asked: dict[int, JudgeInput] = {}
+    for k, (benchmark, item, response, verdict) in enumerate(answers):
+        if benchmark.undecided(item, verdict):
+            asked[k] = JudgeInput(*benchmark.judged(item), response)
+    for k, correct in zip(asked, judge.verdicts(list(asked.values())), strict=True):
         status: Status = "judge_failed" if correct is None else "right" if correct else result[k].status
         result[k] = Verdict(bool(correct), result[k].extracted, status, "judge")
     return result

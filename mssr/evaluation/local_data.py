@@ -1,14 +1,10 @@
 """The data of a benchmark: found under a directory or on the hub, and its images read when asked for.
 
-``--data-dir DIR`` is searched in this order; names are compared without case, ``-`` and ``_``, and a
-benchmark has the names of its registry entry and of its data set (mathverse: ``mathverse``, ``MathVerse``):
-
-1. a file ``DIR/NAME.parquet`` (or .arrow, .jsonl, .ndjson, .json, .tsv, .csv, in this order);
-2. a directory ``DIR/NAME``;
-3. the same two under ``DIR/OWNER``, the owner of the data set on the hub (``DIR/AI4Math/MathVerse``).
-
-In such a directory: a data set that the `datasets` library saved; else a file ``SPLIT`` or ``NAME`` of those
-kinds, also in its folder ``data``; else whatever `datasets` finds there by the rules of the hub.
+``--data-dir DIR`` is searched for a file ``NAME`` of one of the `SUFFIXES` (in their order), then a directory
+``NAME``, then both under ``DIR/OWNER`` of the hub. Names are compared without case, ``-`` and ``_``, and a
+benchmark has those of its registry entry and of its data set (``mathverse``, ``MathVerse``). In a directory:
+a data set that the `datasets` library saved; else a file ``SPLIT`` or ``NAME``, also in its folder ``data``;
+else whatever `datasets` finds there by the rules of the hub.
 """
 
 from __future__ import annotations
@@ -61,29 +57,24 @@ def open_benchmark(name: str, location: Location, data_dir: Path | None) -> Tabl
     """The table of a benchmark, local or from the hub.
 
     Raises:
-        UserError: there is nothing, with the list of places; or what is there cannot be opened.
+        UserError: as `find`; or what is there cannot be opened.
     """
-    if data_dir is None:
-        source, hint = location.hub_source, " (a local copy is read with --data-dir)"
-    elif not data_dir.is_dir():
-        raise UserError(f"{name}: --data-dir {data_dir} is no directory")
-    else:
-        source, hint = find(name, location, data_dir) or "", ""
-    if not source:
-        owner, _, base = location.hub.partition("/")
-        names = ", ".join(dict.fromkeys(f"{n}{{{','.join(SUFFIXES)}}} or {n}/" for n in (name, base)))
-        raise UserError(
-            f"{name}: no data in {data_dir}; looked for {names}, there and in {owner}/ "
-            f"(without --data-dir {location.hub} is taken from the hub)"
-        )
+    source = find(name, location, data_dir) if data_dir else location.hub_source
     try:
         return open_table(source)
     except UserError as error:
+        hint = "" if data_dir else " (a local copy is read with --data-dir)"
         raise UserError(f"{name}: {error}{hint}") from error
 
 
-def find(name: str, location: Location, data_dir: Path) -> str | None:
-    """What `mssr.data.sources.open_table` opens for a benchmark, under a directory; None if nothing."""
+def find(name: str, location: Location, data_dir: Path) -> str:
+    """What `mssr.data.sources.open_table` opens for a benchmark, under a directory.
+
+    Raises:
+        UserError: there is nothing, with the list of places.
+    """
+    if not data_dir.is_dir():
+        raise UserError(f"{name}: --data-dir {data_dir} is no directory")
     owner, _, base = location.hub.partition("/")
     names = {_key(n) for n in (name, base)}
     for folder in (data_dir, *_named(data_dir, {_key(owner)})):
@@ -91,7 +82,11 @@ def find(name: str, location: Location, data_dir: Path) -> str | None:
             return file
         for path in _named(folder, names):
             return _in_directory(path, names, location.split)
-    return None
+    tried = ", ".join(dict.fromkeys(f"{n}{{{','.join(SUFFIXES)}}} or {n}/" for n in (name, base)))
+    raise UserError(
+        f"{name}: no data in {data_dir}; looked for {tried}, there and in {owner}/ "
+        f"(without --data-dir {location.hub} is taken from the hub)"
+    )
 
 
 def _in_directory(path: Path, names: set[str], split: str) -> str:

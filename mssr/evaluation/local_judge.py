@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mssr.config import Config
 from mssr.data.encoder import PromptEncoder
@@ -64,8 +63,8 @@ def make(spec: str, config: Config, out: Path, scratch: Path, launch: Launch) ->
         rows = [row for k, prompt in enumerate(prompts) if (row := _row(str(k), prompt, encoder))]
         replies: list[str | None] = [None] * len(prompts)
         if rows:
-            save_rows(iter(rows), scratch / "judge")
-            requests = [RolloutRequest(row["id"], 0, 0) for row in rows]
+            save_rows(rows, scratch / "judge")
+            requests = [RolloutRequest(row.id, 0, 0) for row in rows]
             with launch(judge_config) as generate:
                 for rollout in generate(requests, SamplingParams(1.0, judges.MAX_REPLY, greedy=True)):
                     replies[int(rollout.prompt_id)] = rollout.text
@@ -74,12 +73,10 @@ def make(spec: str, config: Config, out: Path, scratch: Path, launch: Launch) ->
     return judges.Judge(path, ask, out / CACHE)
 
 
-def _row(key: str, prompt: str, encoder: PromptEncoder) -> dict[str, Any] | None:
+def _row(key: str, prompt: str, encoder: PromptEncoder) -> Row | None:
     """The row of a prompt; None for one that cannot be asked, which is then no verdict."""
-    text = prompt.replace(IMAGE_MARK, "[image]")
+    row = Row(key, prompt.replace(IMAGE_MARK, "[image]"), NO_ANSWER, (), "")
     try:
-        length = encoder.length(Row(key, text, NO_ANSWER, (), ""), [])
+        return row if encoder.length(row, []) <= MAX_PROMPT else None
     except ValueError:  # a response with a token that stands for pixels
         return None
-    row = {"id": key, "images": [], "problem": text, "answer": NO_ANSWER}
-    return row if length <= MAX_PROMPT else None

@@ -5,14 +5,12 @@ Three ways of scoring:
 - by default leniently: the final answer as in the benchmarks (`scoring.final_text`), right if it is equal to
   the answer (`exact_match`) or, failing that, the same mathematics (`math`);
 - ``rule="choice"`` or another name of `mssr.rewards.rules.RULES`: that rule on the same final answer;
-- ``reward=RewardConfig(...)``: exactly as training scores, format and user's functions included, in the
-  processes that `mssr.evaluation.verdicts` starts; right is an ``accuracy`` of 1 (a score of 1 for a function
-  without that part). The extracted answer is as above.
+- ``reward=RewardConfig(...)``: exactly as training scores, in the processes that `verdicts` starts; right is
+  an ``accuracy`` of 1 (a score of 1 for a function without that part).
 """
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from mssr.config.data import DataConfig, RewardConfig
@@ -39,8 +37,7 @@ class Own(Benchmark):
 
     Args:
         source: see `mssr.data.sources`; a path may be relative to ``--data-dir``.
-        rule: None, or a name of `RULES`.
-        reward: scores as in training, in place of a rule.
+        rule, reward: see the module; at most one of them.
         config: names of the columns and the folder of images.
     """
 
@@ -67,12 +64,13 @@ class Own(Benchmark):
         path, split = split_name(self.source)
         if data_dir is not None and not path.exists() and (data_dir / path).exists():
             self._opened = f"{data_dir / path}@{split}" if split else str(data_dir / path)
-        return self.read_own(open_table(self._opened), limit)
+        return self.read(open_table(self._opened), limit)
 
-    def read_own(self, table: Table, limit: int | None) -> list[Item]:
+    def read(self, table: Table, limit: int | None) -> list[Item]:
         """The items of a table in the own form, unless they would be asked without seeing their images."""
         columns = resolve_columns(table, self.config, self.source)
-        items = self.read(table, limit, partial(self._own_item, columns.config))
+        self._columns = columns.config
+        items = super().read(table, limit)
         if not any(item.images for item in items):
             columns.refuse_blindness(self.source, f"no image in column {self.config.images_column!r}")
         return items
@@ -103,10 +101,10 @@ class Own(Benchmark):
         return RewardInput(response, answer, tokens, f"{self.name}/{item.id}")
 
     def undecided(self, item: Item, verdict: Verdict) -> bool:
-        """No judge where training's reward scores."""
         return not self.rewarded and super().undecided(item, verdict)
 
-    def _own_item(self, config: DataConfig, table: Table, number: int) -> Item:
+    def item_of_row(self, table: Table, number: int) -> Item:
+        config = self._columns
         cells, where, column = table.cells(number), table.where(number), config.id_column
         row_id = column_id(cell(cells, column), column) if column else content_id(cells, config)
         found = truth(cells, config)

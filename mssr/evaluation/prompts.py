@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from mssr.data.encoder import PromptEncoder
 from mssr.data.images import ImageSource, reason
 from mssr.data.rows import Row, problem_cell, read_row
 from mssr.data.validation_sets import benchmark_data
+from mssr.errors import UserError
 from mssr.evaluation.base import Benchmark
 from mssr.evaluation.cells import question_text
 from mssr.evaluation.items import Item
+from mssr.evaluation.responses import Key
 
 ROWS_IN_MEMORY = 16
 NO_ANSWER = "-"
@@ -40,13 +42,22 @@ class Question:
     """What is wrong with it: an image that was left out, or why it cannot be asked."""
 
     @property
+    def flaw(self) -> str | None:
+        """``not_asked`` or ``damaged_images``, as results.json counts it; None where all is well."""
+        return None if self.note is None else "damaged_images" if self.asked else "not_asked"
+
+    @property
     def prompt_id(self) -> str:
         """Of its row in the data set that `write_prompts` made."""
         return f"{self.benchmark.name}/{self.item.id}"
 
+    def key(self, sample: int) -> Key:
+        """Of a response to it."""
+        return self.benchmark.name, self.item.id, sample
+
 
 def prompt_data(config: DataConfig, directory: Path) -> DataConfig:
-    """The config of the data set that `write_prompts` writes; what makes prompts of rows stays as it is."""
+    """The config of the data set that `write_prompts` writes."""
     return replace(benchmark_data(config), train=str(directory.absolute()), val=None)
 
 
@@ -57,34 +68,34 @@ def write_prompts(
 
     Returns:
         the questions, in the order of the items; and a hash of everything in them that an engine sees.
+
+    Raises:
+        UserError: a benchmark has no items.
     """
+    for benchmark, items in benchmarks:
+        if not items:
+            raise UserError(f"{benchmark.name} has no items")
     digest = hashlib.blake2b(digest_size=16)
     questions: list[Question] = []
     sizes: dict[str, tuple[int, int]] = {}
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[Row]:
         for benchmark, items in benchmarks:
             for item in items:
                 question, row = _question(benchmark, item, encoder, sizes)
                 questions.append(question)
                 seen: list[str] = []
                 if row is not None:
-                    images = [image.read() for image in row.images]
-                    seen = [encoder.chat_text(row), *map(_digest, images)]
-                    yield {
-                        "id": row.id,
-                        "images": [{"bytes": image, "path": None} for image in images],
-                        "problem": problem_cell(row),
-                        "answer": row.answer,
-                    }
+                    seen = [encoder.chat_text(row), *(_digest(image.read()) for image in row.images)]
+                    yield row
                 digest.update(json.dumps([benchmark.name, item.id, seen]).encode())
 
     save_rows(rows(), directory)
     return questions, digest.hexdigest()
 
 
-def save_rows(rows: Iterator[dict[str, Any]], directory: Path) -> None:
-    """Write rows of id, images, problem and answer, few at a time, as a saved data set.
+def save_rows(rows: Iterable[Row], directory: Path) -> None:
+    """Write rows, few at a time, as a saved data set of the columns id, images, problem and answer.
 
     Such a directory is memory-mapped as it is, where of a parquet file every machine would make a copy.
     """
@@ -100,10 +111,10 @@ def save_rows(rows: Iterator[dict[str, Any]], directory: Path) -> None:
     )
     directory.parent.mkdir(parents=True, exist_ok=True)
     file = directory.with_name(f"{directory.name}.arrow")
+    count = 0
     with ArrowWriter(features=features, path=str(file), writer_batch_size=ROWS_IN_MEMORY) as writer:
-        count = 0
         for row in rows:
-            writer.write(row)
+            writer.write(_cells(row))
             count += 1
         if count:
             writer.finalize()
@@ -140,30 +151,23 @@ def _question(
         asked,
         id=question.prompt_id,
         images=tuple(images),
-        where=item.where,
         problem=question_text(asked.problem, images) if notes else asked.problem,
         answer=asked.answer if asked.answer.strip() else NO_ANSWER,
     )
-    problem = _why_not(row, sizes, encoder)
-    if problem is not None:
-        return replace(question, asked=False, note=f"not asked: {problem}"), None
+    longest = encoder.config.max_prompt_length
+    try:
+        read_row(_cells(row), row.id, row.where, DataConfig())
+        if (length := encoder.length(row, sizes)) > longest:
+            raise ValueError(f"{length} tokens, more than data.max_prompt_length={longest}")
+    except ValueError as error:
+        return replace(question, asked=False, note=f"not asked: {reason(error)}"), None
     return question, row
 
 
-def _why_not(row: Row, sizes: Sequence[tuple[int, int]], encoder: PromptEncoder) -> str | None:
-    """Why a row cannot be asked; None if it can."""
-    cells = {
-        "problem": problem_cell(row),
-        "answer": row.answer,
-        "images": [{"bytes": b"x", "path": None} for _ in row.images],
-    }
-    try:
-        read_row(cells, row.id, row.where, DataConfig())
-        length = encoder.length(row, sizes)
-    except ValueError as error:
-        return reason(error)
-    longest = encoder.config.max_prompt_length
-    return f"{length} tokens, more than data.max_prompt_length={longest}" if length > longest else None
+def _cells(row: Row) -> dict[str, Any]:
+    """Of a row in the project's own form, its images in memory."""
+    images = [{"bytes": image.read(), "path": None} for image in row.images]
+    return {"id": row.id, "images": images, "problem": problem_cell(row), "answer": row.answer}
 
 
 def _digest(data: bytes) -> str:

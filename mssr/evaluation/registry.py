@@ -53,7 +53,7 @@ def get(name: str, reward: RewardConfig | None = None, config: DataConfig | None
     Args:
         name: a registered name; ``path/to/file.py:Class`` (see `mssr.algorithms.plugins`); or a source of
             data in the project's own form (a file, a directory, ``hub/name@split``, see
-            `mssr.data.sources`), which is scored by the default rule of `own.Own`.
+            `mssr.data.sources`), judged by the default rule of `own.Own`.
         reward, config: of such data, see `own.Own`.
 
     Raises:

@@ -49,7 +49,7 @@ class ResponseFile:
     """The responses of an evaluation directory, those of earlier calls included.
 
     Args:
-        decides: what the responses depend on, each part as a hash or a short text.
+        decides: name -> hash of what the responses depend on.
 
     Raises:
         UserError: the directory holds responses that were made otherwise, or a file that is none of ours.
@@ -80,9 +80,7 @@ class ResponseFile:
             raise UserError(f"{self.path} is damaged; remove it, or choose another --out") from error
         if version != FORMAT:
             raise UserError(f"{self.path} has format {version}, and this version reads {FORMAT}")
-        changed = [
-            key for key in sorted(before.keys() | decides.keys()) if before.get(key) != decides.get(key)
-        ]
+        changed = [key for key in sorted(before | decides) if before.get(key) != decides.get(key)]
         if changed:
             raise UserError(
                 f"--out: {self.path.parent} holds responses with other {', '.join(changed)} than now; choose "

@@ -2,16 +2,13 @@
 
 A directory holds
 
-==============  =====================================================================================
-items.jsonl     one object per item and sample, see `record`; sorted by benchmark, id and sample
-results.json    the numbers, see `summarize`; written last, so that it stands for a whole evaluation
-table.md        the same for people, beside the paper's numbers
-items.html      a page to read items
-timing.json     clocks and speeds, if the caller gave any
-==============  =====================================================================================
+- items.jsonl: one object per item and sample, see `record`; sorted by benchmark, id and sample
+- results.json: the numbers, see `summarize`; written last, so that it stands for a whole evaluation
+- table.md: the same for people, beside the paper's numbers
+- items.html: a page to read items
+- timing.json: clocks and speeds, if the caller gave any
 
-All but timing.json follow from the records alone: no clock, no host, and the same bytes whatever order
-the records came in.
+All but timing.json follow from the records alone: the same bytes whatever order the records came in.
 """
 
 from __future__ import annotations
@@ -31,19 +28,22 @@ import numpy as np
 
 from mssr.errors import UserError
 from mssr.evaluation import statistics
+from mssr.evaluation.base import Counts
 from mssr.evaluation.items import STATUSES, Item, Verdict
 from mssr.evaluation.page import ImageOf, items_page
+from mssr.evaluation.responses import Response
 from mssr.evaluation.statistics import Bootstrap, count_right
 from mssr.evaluation.tables import paper_name, results_table
 from mssr.models.files import replace_text
+from mssr.runs.jsonl import read_records
 
 SCHEMA = 1
 ITEMS, RESULTS, TABLE, PAGE, TIMING = "items.jsonl", "results.json", "table.md", "items.html", "timing.json"
 DECIMALS = 6
 
 Records = Sequence[Mapping[str, Any]]
-Breakdowns = Mapping[str, Mapping[str, Mapping[str, tuple[int, int]]]]
-"""Benchmark -> breakdown -> group -> (right, samples): ``{"mmk12": {"subject": {"physics": (3, 5)}}}``."""
+Breakdowns = Mapping[str, Counts]
+"""Of benchmarks: ``{"mmk12": {"subject": {"physics": (3, 5)}}}``."""
 
 _TYPES: Mapping[str, Any] = {
     **dict.fromkeys("benchmark id question answer response finish_reason status rule".split(), str),
@@ -66,25 +66,18 @@ class Evaluation:
     """items.jsonl."""
 
 
-def record(
-    item: Item, sample: int, response: str, response_tokens: int, finish_reason: str, verdict: Verdict
-) -> dict[str, Any]:
-    """A line of items.jsonl: one response to an item and its verdict.
-
-    Example: ``{"benchmark": "mathvista", "id": "17", "sample": 0, "question": "...", "answer": "4",
-    "response": "...", "response_tokens": 91, "finish_reason": "stop", "extracted": "4", "status":
-    "right", "correct": true, "rule": "mathvista", "tags": {"task": "..."}}``. A caller may add keys.
-    """
+def record(item: Item, response: Response, verdict: Verdict) -> dict[str, Any]:
+    """A line of items.jsonl: one response to an item and its verdict. A caller may add keys."""
     return {
         "benchmark": item.benchmark,
         "id": item.id,
-        "sample": sample,
+        "sample": response.sample,
         "question": item.question,
         "answer": item.answer,
         "tags": dict(item.tags),
-        "response": response,
-        "response_tokens": response_tokens,
-        "finish_reason": finish_reason,
+        "response": response.text,
+        "response_tokens": response.tokens,
+        "finish_reason": response.finish_reason,
         **asdict(verdict),
     }
 
@@ -103,11 +96,11 @@ def write(
 
     Args:
         records: of `record`, in any order; every item of a benchmark with the same number of samples.
-        meta: ``model`` (str) and ``config`` (what the results depend on, JSON values, no clocks or
-            paths of this run), and whatever else results.json is to name.
+        meta: ``model`` (str), ``config`` (JSON values), and whatever else results.json is to name, but no
+            clocks or paths of this run.
         breakdowns: of the benchmarks that have some.
         metrics: further shares of 1 of a benchmark, ``{"hallusionbench": {"qAcc": 0.31}}``.
-        image_of: (benchmark, id) -> the item's encoded image or images, None without one.
+        image_of: for the page.
         timing: for timing.json.
 
     Raises:
@@ -216,14 +209,23 @@ def read(directory: str | Path) -> Evaluation:
     Raises:
         UserError: a file is missing, damaged, or not of the same evaluation as the other.
     """
-    directory = Path(directory)
-    path = directory / RESULTS
+    path, items = Path(directory, RESULTS), Path(directory, ITEMS)
     if not path.is_file():
         raise UserError(f"{directory} is no finished evaluation: it has no {RESULTS}")
-    summary = _parsed(path.read_bytes(), str(path))
-    if summary.get("schema") != SCHEMA:
-        raise UserError(f"{path} has schema {summary.get('schema')}, this version of mssr reads {SCHEMA}")
-    records = _read_records(directory / ITEMS)
+    try:
+        summary = json.loads(path.read_bytes())
+        schema = summary.get("schema")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if schema != SCHEMA:
+        raise UserError(f"{path} has schema {schema}, this version of mssr reads {SCHEMA}")
+    if not items.is_file():
+        raise UserError(f"{items} does not exist")
+    records = read_records(items)
+    if not records:
+        raise UserError(f"{items} is empty")
+    for number, row in enumerate(records, 1):
+        _check_record(row, f"{items} line {number}")
     counted = count_right((row["benchmark"], row["correct"]) for row in records)
     try:
         stated = {name: (b["correct"], b["total"]) for name, b in summary["benchmarks"].items()}
@@ -234,33 +236,7 @@ def read(directory: str | Path) -> Evaluation:
     return Evaluation(summary, records)
 
 
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    records = []
-    # Split at \n alone: a response may hold other characters that end a line for Python.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if line:
-            where = f"{path} line {number}"
-            records.append(_parsed(line, where))
-            _check_record(records[-1], where)
-    if not records:
-        raise UserError(f"{path} is empty")
-    return records
-
-
-def _parsed(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is no JSON object")
-    return value
-
-
 def _check_record(row: Mapping[str, Any], where: str) -> None:
-    """Raise a UserError that begins with ``where`` unless this is a whole record."""
     for key, kind in _TYPES.items():
         if key not in row:
             raise UserError(f"{where} has no key {key}")
@@ -275,7 +251,7 @@ def _check_record(row: Mapping[str, Any], where: str) -> None:
 
 
 def _counts(rows: Records) -> dict[str, Any]:
-    """The numbers of a benchmark that are counted from its sorted records."""
+    """Of a benchmark's sorted records."""
     items = [list(group) for _, group in groupby(rows, itemgetter("id"))]
     samples = len(items[0])
     counts = Counter(row["status"] for row in rows)
@@ -303,8 +279,8 @@ def _counts(rows: Records) -> dict[str, Any]:
     return numbers
 
 
-def _share(score: Bootstrap) -> dict[str, Any]:
-    return {"accuracy": score.value, "interval": list(score.interval())}
+def _share(accuracy: Bootstrap) -> dict[str, Any]:
+    return {"accuracy": accuracy.value, "interval": list(accuracy.interval())}
 
 
 def _json(value: Any, indent: int | None = None) -> str:

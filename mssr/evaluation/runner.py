@@ -11,8 +11,11 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
+
+from rich.progress import TimeRemainingColumn
 
 from mssr.cluster.launch import launch
 from mssr.config import Config
@@ -22,16 +25,15 @@ from mssr.errors import EXIT_OK, StopRequestedError, UserError
 from mssr.evaluation import local_judge, registry, results
 from mssr.evaluation.base import Benchmark
 from mssr.evaluation.model import EvaluatedModel, engine_config, open_model
-from mssr.evaluation.progress import EvaluationProgress
 from mssr.evaluation.prompts import Question, prompt_data, write_prompts
 from mssr.evaluation.responses import Response, ResponseFile
 from mssr.evaluation.verdicts import VerdictBook
 from mssr.models.loading import check_model_path, load_processor
 from mssr.rollout.seeds import request_seed
-from mssr.runs.console import captured_output
+from mssr.runs.console import ProgressLine, captured_output
 from mssr.runs.events import EventLog
-from mssr.runs.lock import hold_directory
 from mssr.runs.manifest import package_versions
+from mssr.runs.run_directory import hold_directory
 from mssr.runs.signals import StopRequest
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
@@ -91,47 +93,57 @@ def evaluate(request: EvaluationRequest) -> int:
     check_model_path(model.config.model)
     benchmarks = _benchmarks(request, model.config)
     out = request.out or Path("evaluations") / model.label
-    directory = hold_directory(out, "--out")
-    for line in (f"evaluation directory {out}", *directory.notes):
-        note(line)
-    with directory, captured_output(out / "logs" / "driver.log") as terminal:
-        try:
-            code = _Evaluation(request, model, benchmarks, out, terminal).run()
-        finally:
-            shutil.rmtree(out / SCRATCH, ignore_errors=True)
+    with hold_directory(out, "--out") as notes:
+        for line in (f"evaluation directory {out}", *notes):
+            note(line)
+        with captured_output(out / "logs" / "driver.log") as terminal:
+            try:
+                code = _Evaluation(request, model, out).run(benchmarks, terminal)
+            finally:
+                shutil.rmtree(out / SCRATCH, ignore_errors=True)
     if code == EXIT_OK:
         print((out / results.TABLE).read_text(), end="")
         note(f"{out / results.PAGE} shows the items")
     return code
 
 
+class EvaluationProgress(ProgressLine):
+    """What the user sees: responses so far, of ``total`` in the whole evaluation, and their accuracy."""
+
+    def __init__(self, stream: TextIO, mode: str, total: int) -> None:
+        super().__init__(stream, mode, total, "{}/{} responses", TimeRemainingColumn())
+
+    def update(self, done: int, counts: dict[str, tuple[int, int]]) -> None:
+        """Show so many responses; ``counts`` has the right ones and all by benchmark."""
+        parts = []
+        if counts:
+            right, count = map(sum, zip(*counts.values(), strict=True))
+            parts.append(f"accuracy so far {right / count:.3f}")
+        if len(counts) > 1:
+            parts.append(" ".join(f"{name} {right / count:.3f}" for name, (right, count) in counts.items()))
+        self.show(done, "  ".join(parts))
+
+
 class _Evaluation:
     """One call of the command."""
 
-    def __init__(
-        self,
-        request: EvaluationRequest,
-        model: EvaluatedModel,
-        benchmarks: Sequence[Benchmark],
-        out: Path,
-        terminal: TextIO,
-    ) -> None:
+    def __init__(self, request: EvaluationRequest, model: EvaluatedModel, out: Path) -> None:
         self.request, self.model, self.config, self.out = request, model, model.config, out
         self.params = request.sampling(model.config)
         self.scratch = out / SCRATCH
-        self._benchmarks, self._terminal = benchmarks, terminal
         self._generation_s = 0.0
-        self._generated = 0
 
-    def run(self) -> int:
+    def run(self, benchmarks: Sequence[Benchmark], terminal: TextIO) -> int:
         start = time.monotonic()
         shutil.rmtree(self.scratch, ignore_errors=True)
         encoder = PromptEncoder(load_processor(self.config.model), self.config.data)
-        questions, prompts = self._questions(encoder)
+        loaded = [(b, b.load(self.request.data_dir, self.request.limit)) for b in benchmarks]
+        questions, prompts = write_prompts(loaded, encoder, self.scratch / "prompts")
         responses = ResponseFile(self.out, self._decides(prompts))
+        before = len(responses.found)
         total = self.request.n * sum(q.asked for q in questions)
         with contextlib.ExitStack() as stack:
-            progress = EvaluationProgress(self._terminal, self.config.trainer.progress, total)
+            progress = EvaluationProgress(terminal, self.config.trainer.progress, total)
             stack.callback(progress.close)
             stop = stack.enter_context(StopRequest(progress.note, "stopping; responses so far are kept"))
             book = stack.enter_context(
@@ -139,12 +151,13 @@ class _Evaluation:
                     self.config, questions, self.request.reward, encoder.response_prefix, progress.announce
                 )
             )
-            engines = self._engines(progress, stop)
+            events = EventLog(self.out, progress.announce, self.config.trainer.max_restarts)
+            engines = partial(_engines, events, stop)
             judge = None
             if self.request.judge is not None:
                 judge = local_judge.make(self.request.judge, self.config, self.out, self.scratch, engines)
             book.add(list(responses.found.values()))
-            progress.update(len(responses.found), *book.accuracies())
+            progress.update(len(responses.found), book.counts())
             with contextlib.suppress(StopRequestedError):
                 self._answer(questions, responses, book, progress, engines)
             problem = None
@@ -158,21 +171,13 @@ class _Evaluation:
                 "generation_s": self._generation_s,
                 "wall_s": time.monotonic() - start,
                 "responses": total,
-                "generated_now": self._generated,
+                "generated_now": len(responses.found) - before,
                 "tokens": sum(r.tokens for r in responses.found.values()),
             }
             book.write(self.out, self.request.n, self._meta(), timing)
             for line in book.notes():
                 progress.announce(line)
         return EXIT_OK
-
-    def _questions(self, encoder: PromptEncoder) -> tuple[list[Question], str]:
-        """The items as prompts on disk, and what engines see of them."""
-        loaded = [(b, b.load(self.request.data_dir, self.request.limit)) for b in self._benchmarks]
-        for benchmark, items in loaded:
-            if not items:
-                raise UserError(f"{benchmark.name} has no items")
-        return write_prompts(loaded, encoder, self.scratch / "prompts")
 
     def _decides(self, prompts: str) -> dict[str, str]:
         """Everything that a response depends on."""
@@ -186,29 +191,6 @@ class _Evaluation:
             "engine": digest_of(engine),
             "versions": digest_of(package_versions()),
         }
-
-    def _engines(self, progress: EvaluationProgress, stop: StopRequest) -> local_judge.Launch:
-        """What starts engines, and ends them with its context."""
-        events = EventLog(self.out, progress.announce, self.config.trainer.max_restarts)
-
-        @contextlib.contextmanager
-        def engines(config: Config) -> Iterator[local_judge.Generate]:
-            cluster = launch(config, events.restart, lambda: stop.requested)
-
-            def generate(requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
-                if stop.requested:
-                    raise StopRequestedError
-                rollouts = cluster.generate(requests, params)
-                events.progress()
-                return rollouts
-
-            try:
-                stop.install()  # Ray has signal handlers of its own
-                yield generate
-            finally:
-                cluster.shutdown()
-
-        return engines
 
     def _answer(
         self,
@@ -224,7 +206,7 @@ class _Evaluation:
             StopRequestedError: the user wants it to end; what is in the file stays.
         """
         wanted = [(q, k) for q in questions if q.asked for k in range(self.request.n)]
-        missing = [(q, k) for q, k in wanted if (q.benchmark.name, q.item.id, k) not in responses.found]
+        missing = [(q, k) for q, k in wanted if q.key(k) not in responses.found]
         if not missing:
             return
         progress.note(f"{len(missing)} of {len(wanted)} responses to generate; starting engines")
@@ -243,16 +225,12 @@ class _Evaluation:
                 rollouts = generate(requests, self.params)
                 self._generation_s += time.monotonic() - start
                 answers = [
-                    Response(
-                        *(q.benchmark.name, q.item.id, k),
-                        *(r.text, len(r.response_token_ids), r.finish_reason),
-                    )
+                    Response(*q.key(k), r.text, len(r.response_token_ids), r.finish_reason)
                     for (q, k), r in zip(part, rollouts, strict=True)
                 ]
                 responses.append(answers)
-                self._generated += len(answers)
                 book.add(answers)
-                progress.update(len(responses.found), *book.accuracies())
+                progress.update(len(responses.found), book.counts())
 
     def _meta(self) -> dict[str, Any]:
         """What results.json says of how the responses came about."""
@@ -276,6 +254,25 @@ class _Evaluation:
             },
             "versions": package_versions(),
         }
+
+
+@contextlib.contextmanager
+def _engines(events: EventLog, stop: StopRequest, config: Config) -> Iterator[local_judge.Generate]:
+    """Engines that end with the context."""
+    cluster = launch(config, events.restart, lambda: stop.requested)
+
+    def generate(requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
+        if stop.requested:
+            raise StopRequestedError
+        rollouts = cluster.generate(requests, params)
+        events.progress()
+        return rollouts
+
+    try:
+        stop.install()  # Ray has signal handlers of its own
+        yield generate
+    finally:
+        cluster.shutdown()
 
 
 def _benchmarks(request: EvaluationRequest, config: Config) -> list[Benchmark]:

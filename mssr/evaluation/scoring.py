@@ -10,15 +10,8 @@ see only its text: a box that is closed outside the thinking counts as the answe
 ``truncated``; phrases like "the answer is" are not trusted there, because in the middle of a derivation they
 are often not the last word.
 
-**Rules**, for the kinds of answers (a benchmark's module says which it uses):
-
-========= ===================================================================================
-choice    `choice`: by letter in any spelling, or by the text of an option
-math      `math`: string equality after normalising, else `mssr.rewards.math_rule`
-number    `mathvista_number`: MathVista's integers and floats with precision
-list      `same_list`: the same numbers in the same order
-yes_no    `yes_no`: the words, so that "no" is not found inside "not" or "know"
-========= ===================================================================================
+**Rules** compare it with the truth: `choice`, `math`, `mathvista_choice`, `mathvista_number`, `same_list` and
+`yes_no`; a benchmark's module says which it uses.
 """
 
 from __future__ import annotations
@@ -143,26 +136,25 @@ def choice_kind(choices: Sequence[str], answer: str) -> Kind:
 
     Where no options are known, one capital letter counts: they may be in the picture.
     """
-    letters, _ = choice_rule.read(answer)
+    letters = letters_of(answer)
     if choices:
         return "choice" if letters and letters <= set(LETTERS[: len(choices)]) else "math"
     return "choice" if len(letters) == 1 and answer.strip("(). ").isupper() else "math"
 
 
 def letters_of(answer: str) -> frozenset[str]:
-    """The letters that an answer chooses, see `mssr.rewards.choice.read`."""
+    """The letters that an answer chooses, in any spelling that `mssr.rewards.choice.read` knows."""
     return choice_rule.read(answer)[0]
 
 
 def choice(answer: str, truth: str, choices: Sequence[str] = ()) -> bool:
     """Whether the answer chooses the option of the truth, a letter or several.
 
-    The letter counts in any spelling that `mssr.rewards.choice` reads: ``(B)``, ``B.``, ``b``, ``B: 12 cm``.
     An answer without a letter (or with one that no option has) chooses the option whose text it is, if
     exactly one is the same mathematics.
     """
     chosen = letters_of(answer)
-    right, _ = choice_rule.read(truth)
+    right = letters_of(truth)
     if chosen and right and (not choices or chosen <= set(LETTERS[: len(choices)])):
         return chosen == right
     if not right or not choices:
@@ -243,7 +235,7 @@ def mathvista_number(answer: str, truth: str, precision: int | None) -> bool:
     """MathVista's comparison of an integer (``precision`` None) or a float with so many decimals.
 
     As its script does, the answer is cut to an integer (5.7 is 5), or rounded to the precision, and must then
-    be the truth. A number in another form is read first, see `number`.
+    be the truth.
     """
     value, right = number(answer), number(truth)
     if value is None or right is None:
@@ -255,16 +247,15 @@ def mathvista_number(answer: str, truth: str, precision: int | None) -> bool:
 
 def same_list(answer: str, truth: str) -> bool:
     """Whether two lists hold the same numbers in the same order: ``[1, 2]``, ``1, 2``, ``1 and 2``."""
-    found = number_list(answer)
-    return found is not None and found == number_list(truth)
+    found = _numbers(answer)
+    return bool(found) and None not in found and found == _numbers(truth)
 
 
-def number_list(text: str) -> list[float] | None:
-    """The numbers of a list in their order; None if an element is no number or there is none."""
+def _numbers(text: str) -> list[float | None]:
+    """Of the elements of a list, in their order; None for one that is none."""
     cleaned = re.sub("[⟦⟧]", " ", latex.clean(text)).strip().strip("[](){} ")
-    parts = [p.strip() for p in re.split(r"[,;]\s*(?:and\b)?|\band\b", cleaned) if p.strip()]
-    found = [number(part) for part in parts]
-    return [x for x in found if x is not None] if found and None not in found else None
+    parts = re.split(r"[,;]\s*(?:and\b)?|\band\b", cleaned)
+    return [number(part.strip()) for part in parts if part.strip()]
 
 
 # Yes and no ---------------------------------------------------------------------------------------

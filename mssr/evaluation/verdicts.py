@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +20,13 @@ from mssr.evaluation.responses import Key, Response
 from mssr.evaluation.statistics import count_right
 from mssr.rewards import RowAccess, Scorer
 from mssr.rewards.rows import NO_ROWS
+
+FLAWS = {
+    "not_asked": "could not be asked and count as wrong; items.jsonl notes why (of longer prompts: "
+    "data.max_prompt_length)",
+    "damaged_images": "were asked without a damaged image; items.jsonl notes which",
+}
+"""`Question.flaw` -> what the user hears of so many items."""
 
 
 class VerdictBook:
@@ -44,14 +51,13 @@ class VerdictBook:
         self.questions = list(questions)
         self._answers: dict[Key, tuple[Response, Verdict]] = {}
         self._by_key = {(q.benchmark.name, q.item.id): q for q in questions}
-        self._scorer = self._make_scorer(config, tell) if reward else None
-
-    def _make_scorer(self, config: Config, tell: Callable[[str], None] | None) -> Scorer:
-        own = [b for b, _ in self.by_benchmark() if isinstance(b, Own) and b.rewarded]
-        asks_for_rows = own and not config.reward.rule
-        rows = RowAccess.of([b.rows() for b in own], config.model) if asks_for_rows else NO_ROWS
-        length = config.rollout.max_response_length
-        return Scorer(config.reward, length, rows=rows, on_restart=tell, on_failure=tell)
+        self._scorer: Scorer | None = None
+        if reward:
+            own = [b for b, _ in self.by_benchmark() if isinstance(b, Own) and b.rewarded]
+            asks_for_rows = own and not config.reward.rule
+            rows = RowAccess.of([b.rows() for b in own], config.model) if asks_for_rows else NO_ROWS
+            length = config.rollout.max_response_length
+            self._scorer = Scorer(config.reward, length, rows=rows, on_restart=tell, on_failure=tell)
 
     def __enter__(self) -> VerdictBook:
         return self
@@ -81,21 +87,16 @@ class VerdictBook:
             verdict = own.rewarded_verdict(self._prefix + r.text, float(accuracy), r.truncated)
             self._answers[r.key] = r, verdict
 
-    def accuracies(self) -> tuple[dict[str, float], float | None]:
-        """By benchmark and of all, of the responses so far."""
-        counts = count_right((r.benchmark, verdict.correct) for r, verdict in self._answers.values())
-        if not counts:
-            return {}, None
-        overall = sum(right for right, _ in counts.values()) / len(self._answers)
-        return {name: right / count for name, (right, count) in counts.items()}, overall
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Benchmark -> (right, all) of the responses so far."""
+        return count_right((r.benchmark, verdict.correct) for r, verdict in self._answers.values())
 
     def of(self, question: Question, sample: int) -> tuple[Response, Verdict]:
         """The response to a question and its verdict, whether it was asked or not."""
-        key = (question.benchmark.name, question.item.id, sample)
         if question.asked:
-            return self._answers[key]
-        rule = question.benchmark.rule(question.item)
-        return Response(*key, "", 0, "not_asked"), Verdict(False, None, "extraction_failed", rule)
+            return self._answers[question.key(sample)]
+        unasked = Response(*question.key(sample), "", 0, "not_asked")
+        return unasked, Verdict(False, None, "extraction_failed", question.benchmark.rule(question.item))
 
     def by_benchmark(self) -> Iterator[tuple[Benchmark, list[Question]]]:
         """Benchmarks in the order asked for, with their questions."""
@@ -104,13 +105,11 @@ class VerdictBook:
 
     def judge(self, judge: judges.Judge, n: int) -> str | None:
         """Let a judge decide what the rules leave open; returns its last problem, if verdicts failed."""
-        failed = 0
-        for benchmark, questions in self.by_benchmark():
-            asked = [(q.item, *self.of(q, k)) for q in questions if q.asked for k in range(n)]
-            answers = [(item, self._prefix + r.text, verdict) for item, r, verdict in asked]
-            judged = judges.apply(judge, benchmark, answers)
-            self._answers |= {r.key: (r, verdict) for (_, r, _), verdict in zip(asked, judged, strict=True)}
-            failed += sum(verdict.status == "judge_failed" for verdict in judged)
+        asked = [(q, *self.of(q, k)) for q in self.questions if q.asked for k in range(n)]
+        answers = [(q.benchmark, q.item, self._prefix + r.text, verdict) for q, r, verdict in asked]
+        judged = judges.apply(judge, answers)
+        self._answers |= {r.key: (r, verdict) for (_, r, _), verdict in zip(asked, judged, strict=True)}
+        failed = sum(verdict.status == "judge_failed" for verdict in judged)
         return f"{failed} verdicts failed, the last because {judge.problem}" if failed else None
 
     def write(self, out: Path, n: int, meta: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
@@ -132,7 +131,7 @@ class VerdictBook:
             for k in range(n):
                 answers = [self.of(q, k) for q in questions]
                 for q, (r, verdict) in zip(questions, answers, strict=True):
-                    row = results.record(q.item, k, r.text, r.tokens, r.finish_reason, verdict)
+                    row = results.record(q.item, r, verdict)
                     records.append(row if q.note is None else row | {"note": q.note})
                 verdicts = [verdict for _, verdict in answers]
                 _add(counts, benchmark.breakdown(items, verdicts))
@@ -157,24 +156,15 @@ class VerdictBook:
         return found
 
     def flawed(self) -> dict[str, dict[str, int]]:
-        """Benchmark -> number of its items that could not be asked, or not with all of their images."""
-        return {
-            "not_asked": {b.name: sum(not q.asked for q in qs) for b, qs in self.by_benchmark()},
-            "damaged_images": {
-                b.name: sum(q.asked and q.note is not None for q in qs) for b, qs in self.by_benchmark()
-            },
-        }
+        """Flaw -> benchmark -> number of its items with it."""
+        flaws = {b.name: Counter(q.flaw for q in questions) for b, questions in self.by_benchmark()}
+        return {flaw: {name: counts[flaw] for name, counts in flaws.items()} for flaw in FLAWS}
 
     def notes(self) -> list[str]:
         """A line for every benchmark of which something could not be asked as it is."""
-        endings = {
-            "not_asked": "could not be asked and count as wrong; items.jsonl notes why (of longer prompts: "
-            "data.max_prompt_length)",
-            "damaged_images": "were asked without a damaged image; items.jsonl notes which",
-        }
-        sizes = {benchmark.name: len(questions) for benchmark, questions in self.by_benchmark()}
+        sizes = Counter(q.benchmark.name for q in self.questions)
         return [
-            f"{name}: {count} of {sizes[name]} items {endings[flaw]}"
+            f"{name}: {count} of {sizes[name]} items {FLAWS[flaw]}"
             for flaw, counts in self.flawed().items()
             for name, count in counts.items()
             if count

@@ -1,7 +1,7 @@
 """A vision-language model as this project needs it, in the order of the data.
 
-`loading` opens one, with `attention`, `patch_embed` and `vision_positions` for parts of transformers' and
-`lora` for adapters. Prompts come as in `encoded`, their images as in `pixels`; `packing` lays them end to
-end, `policy` runs the pass, `head` gives log-probs, entropies and loss. `cost` is what a pass costs. `tiny`
-makes small real models. `bounded_cache`, `affinity` and `files` are helpers of all rooms above.
+`loading` opens one, with `attention` and `vision` for parts of transformers' and `lora` for adapters.
+Prompts come as in `encoded`; `packing` lays them end to end, `policy` runs the pass, `head` gives log-probs,
+entropies and loss. `cost` is what a pass costs. `tiny` makes small real models. `bounded_cache` and `files`
+are helpers of all rooms above.
 """

@@ -22,13 +22,13 @@ model's config; norms, rope, softmax and the like are left out.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mssr.models.affinity import home
 from mssr.types import TrainBatch
 
 UNIT = 10**6
@@ -112,6 +112,12 @@ class CostModel:
             prompts=prompts,
             homes=homes[prompts],
         )
+
+
+def home(prompt_id: str) -> int:
+    """Where a prompt goes in every epoch, so that what is kept of it is found there: modulo the engines, or
+    the ranks; the same in every process and run."""
+    return zlib.crc32(prompt_id.encode())
 
 
 def _units(operations: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:

@@ -1,19 +1,55 @@
-"""Prompts as a model takes them: what the encoder makes, engines are given and ranks pack."""
+"""Prompts as a model takes them: what the encoder makes, engines are given and ranks pack.
+
+Pixels are kept as the bytes that they are, and made numbers where a vision tower takes them: Qwen2.5-VL sees
+the frame of an image twice, which in bfloat16 takes four times the memory of the bytes, in float32 eight
+times, in the caches of the workers, between processes, and on the way to the device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy.typing as npt
+import numpy as np
 import torch
 
+from mssr.errors import UserError
 from mssr.models.bounded_cache import BoundedCache
-from mssr.models.pixels import PixelNormalizer
 
-PromptArrays = tuple[list[npt.NDArray[Any] | None], tuple[bytes, ...], PixelNormalizer | None]
-"""The fields of an `EncodedPrompt`: those that are tensors, then the others."""
+PromptArrays = list[Any]
+"""The fields of an `EncodedPrompt`, tensors as arrays."""
+
+
+@dataclass(frozen=True, slots=True)
+class PixelNormalizer:
+    """Bytes of patches -> the values that the image processor would have made of them, bit for bit."""
+
+    mean: tuple[float, ...]
+    """(C,) in units of a byte."""
+    std: tuple[float, ...]
+    """(C,) likewise."""
+    frames: int
+    """How often a vision tower wants to see the one frame of an image (its temporal patch)."""
+
+    @classmethod
+    def of(cls, image_processor: Any) -> PixelNormalizer:
+        """That of a transformers image processor.
+
+        Raises:
+            UserError: it does not rescale and normalise.
+        """
+        if not (image_processor.do_rescale and image_processor.do_normalize):
+            raise UserError("model.path: the model's image processor must rescale and normalise images")
+        unit = 1.0 / image_processor.rescale_factor
+        mean, std = (torch.tensor(v) * unit for v in (image_processor.image_mean, image_processor.image_std))
+        return cls(tuple(mean.tolist()), tuple(std.tolist()), image_processor.temporal_patch_size)
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(V, C * patch * patch) uint8 -> (V, C * frames * patch * patch) float32, on the same device."""
+        mean, std = (torch.tensor(v, device=pixels.device)[:, None] for v in (self.mean, self.std))
+        values = pixels.unflatten(1, (len(self.mean), -1)).float().sub_(mean).div_(std)
+        return values[:, :, None].expand(-1, -1, self.frames, -1).flatten(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +57,7 @@ class EncodedImage:
     """An image cut into V patches."""
 
     pixels: torch.Tensor
-    """(V, channels * patch * patch) uint8, see `mssr.models.pixels`."""
+    """(V, channels * patch * patch) uint8."""
     grid_thw: torch.Tensor
     """(3,) int64, patches in time, height and width."""
 
@@ -44,7 +80,7 @@ class EncodedPrompt:
     token_types: torch.Tensor
     """(P,) int32, 0 text and 1 image, as transformers' rope index wants them."""
     pixels: torch.Tensor | None
-    """(V, channels * patch * patch) uint8, None without images; see `mssr.models.pixels`."""
+    """(V, channels * patch * patch) uint8, None without images."""
     image_grid_thw: torch.Tensor | None
     """(I, 3) int64, patches in time, height and width, None without images."""
     image_keys: tuple[bytes, ...] = ()
@@ -64,17 +100,13 @@ class EncodedPrompt:
 
     def arrays(self) -> PromptArrays:
         """The same for the way to another process; shares its memory."""
-        tensors = self.token_ids, self.token_types, self.pixels, self.image_grid_thw
-        arrays = [None if tensor is None else tensor.numpy() for tensor in tensors]
-        return arrays, self.image_keys, self.normalizer
+        values = [getattr(self, field.name) for field in fields(self)]
+        return [value.numpy() if isinstance(value, torch.Tensor) else value for value in values]
 
     @classmethod
     def from_arrays(cls, arrays: PromptArrays) -> EncodedPrompt:
         """What `arrays` was called on, in memory of its own."""
-        values, image_keys, normalizer = arrays
-        token_ids, token_types, pixels, grid = (None if v is None else torch.tensor(v) for v in values)
-        assert token_ids is not None and token_types is not None
-        return cls(token_ids, token_types, pixels, grid, image_keys, normalizer)
+        return cls(*(torch.tensor(v) if isinstance(v, np.ndarray) else v for v in arrays))
 
 
 def join_pixels(images: Sequence[EncodedImage]) -> torch.Tensor:

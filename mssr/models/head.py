@@ -34,63 +34,16 @@ PartLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 """(log-probs, entropies, which tokens these are) -> () the part that they add to the loss, with graph."""
 
 
-def token_log_probs_and_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    *,
-    temperature: float = 1.0,
-    banned: Sequence[int] = (),
-    chunk: int = 256,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of each target and entropy of each distribution, both differentiable.
-
-    Args:
-        hidden: (N, D) final hidden states, any float dtype.
-        weight: (V, D) output embedding, same dtype.
-        targets: (N,) int64 in [0, V).
-        temperature: divides the logits.
-        banned: token ids that have probability 0.
-        chunk: as many logits exist at a time as so many tokens have.
-
-    Returns:
-        (N,) log-probs and (N,) entropies, in nats, float32 or, for float64 inputs, float64.
-    """
-    log_probs, entropy = _TwoPassHead.apply(hidden, weight, targets, _Head(temperature, banned, chunk))
-    return log_probs, entropy
-
-
-def token_loss(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    loss: PartLoss,
-    *,
-    temperature: float = 1.0,
-    banned: Sequence[int] = (),
-    chunk: int = 256,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sum of a loss over the tokens; its gradient is formed here, and the backward pass scales it.
-
-    The other arguments are those of `token_log_probs_and_entropy`.
-
-    Args:
-        loss: called for consecutive parts of the tokens, at least once and in order; what it returns for a
-            token must not depend on the log-probs and entropies of others.
-
-    Returns:
-        () loss, differentiable once, and without gradient (N,) log-probs and (N,) entropies.
-    """
-    return _LossHead.apply(hidden, weight, targets, _Head(temperature, banned, chunk), loss)
-
-
 @dataclass(frozen=True, slots=True)
-class _Head:
-    """What is asked of the head, see `token_log_probs_and_entropy`."""
+class Head:
+    """What is asked of the head."""
 
-    temperature: float
-    banned: Sequence[int]
-    chunk: int
+    temperature: float = 1.0
+    """Divides the logits."""
+    banned: Sequence[int] = ()
+    """Token ids that have probability 0."""
+    chunk: int = 256
+    """As many logits exist at a time as so many tokens have."""
 
     def logits(
         self, hidden: torch.Tensor, weight: torch.Tensor, rows: slice, dtype: torch.dtype
@@ -109,10 +62,47 @@ class _Head:
                 values[:, token - rows.start] = value
 
 
+PLAIN = Head()
+
+
+def token_log_probs_and_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, head: Head = PLAIN
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of each target and entropy of each distribution, both differentiable.
+
+    Args:
+        hidden: (N, D) final hidden states, any float dtype.
+        weight: (V, D) output embedding, same dtype.
+        targets: (N,) int64 in [0, V).
+
+    Returns:
+        (N,) log-probs and (N,) entropies, in nats, float32 or, for float64 inputs, float64.
+    """
+    log_probs, entropy = _TwoPassHead.apply(hidden, weight, targets, head)
+    return log_probs, entropy
+
+
+def token_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, loss: PartLoss, head: Head = PLAIN
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sum of a loss over the tokens; its gradient is formed here, and the backward pass scales it.
+
+    The other arguments are those of `token_log_probs_and_entropy`.
+
+    Args:
+        loss: called for consecutive parts of the tokens, at least once and in order; what it returns for a
+            token must not depend on the log-probs and entropies of others.
+
+    Returns:
+        () loss, differentiable once, and without gradient (N,) log-probs and (N,) entropies.
+    """
+    return _LossHead.apply(hidden, weight, targets, head, loss)
+
+
 class _TwoPassHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, head: _Head
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, head: Head
     ) -> tuple[torch.Tensor, torch.Tensor]:
         n, dtype = len(hidden), _precision(hidden)
         # Of each token, over the blocks so far: its largest logit m, sum exp(z - m), sum exp(z - m) (z - m).
@@ -174,7 +164,7 @@ class _LossHead(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor,
-        head: _Head,
+        head: Head,
         loss_of: PartLoss,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         n, dtype = len(hidden), _precision(hidden)

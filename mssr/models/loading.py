@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mssr.config import ModelConfig
-from mssr.errors import UserError
+from mssr.errors import UserError, first_line
 
 MODEL_TYPE = "qwen2_5_vl"
 
@@ -49,7 +49,7 @@ def load_processor(config: ModelConfig) -> Any:
     try:
         processor = auto.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises many types for an incomplete directory
-        raise UserError(f"model.path: {config.path} has no processor ({_reason(error)})") from error
+        raise UserError(f"model.path: {config.path} has no processor ({first_line(error)})") from error
     if not getattr(processor, "chat_template", None):
         raise UserError(f"model.path: the processor of {config.path} has no chat template")
     # transformers makes an empty tokenizer where its files are missing, without a word.
@@ -75,7 +75,7 @@ def load_model(config: ModelConfig, dtype: Any, packed: bool = True, empty: bool
     import torch
 
     from mssr.models.attention import use_varlen_attention
-    from mssr.models.patch_embed import use_linear_patch_embed
+    from mssr.models.vision import use_linear_patch_embed
 
     varlen = config.attn_implementation in ("auto", "varlen")
     options = {
@@ -92,7 +92,7 @@ def load_model(config: ModelConfig, dtype: Any, packed: bool = True, empty: bool
         else:
             model = kind.from_pretrained(config.path, **options)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise UserError(f"model.path: {config.path} cannot be loaded ({_reason(error)})") from error
+        raise UserError(f"model.path: {config.path} cannot be loaded ({first_line(error)})") from error
     if varlen and packed:
         if not model.config.text_config.use_sliding_window:
             use_varlen_attention(model)
@@ -138,7 +138,3 @@ def import_transformers() -> Any:
         for name in ("torchao", "sklearn", "scipy"):
             setattr(module, f"is_{name}_available", lambda *_, **__: False)
     return transformers
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -55,10 +55,8 @@ def peft_config(model: nn.Module, config: LoraConfig) -> Any:
     kinds = sorted({name.rpartition(".")[2] for name in linear})
     for target in config.targets:
         if target not in kinds:
-            raise UserError(
-                f"actor.lora.targets: the language model has no linear layer {target}; it has "
-                f"{', '.join(kinds)}"
-            )
+            what = f"no linear layer {target}; it has {', '.join(kinds)}"
+            raise UserError(f"actor.lora.targets: the language model has {what}")
     wanted = set(config.targets or kinds)
     return peft.LoraConfig(
         r=config.rank,
@@ -156,16 +154,12 @@ class WithoutAdapters(nn.Module):
                 layer._disable_adapters = False
 
 
-class _TrainingDropout(nn.Module):
+class _TrainingDropout(nn.Dropout):
     """Dropout wherever there is a gradient: the log-probs of other passes are those of the whole policy.
 
     The mode of the modules does not say so: models here are in eval mode, or in train mode for activation
     checkpointing.
     """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.dropout(x, self.p, training=torch.is_grad_enabled())

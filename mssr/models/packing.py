@@ -12,8 +12,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from mssr.models.encoded import EncodedPrompt
-from mssr.models.pixels import PixelNormalizer
+from mssr.models.encoded import EncodedPrompt, PixelNormalizer
 
 
 @dataclass(frozen=True, slots=True)

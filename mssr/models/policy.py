@@ -9,9 +9,9 @@ from torch import nn
 
 from mssr.models.bounded_cache import BoundedCache
 from mssr.models.encoded import EncodedPrompt
-from mssr.models.head import PartLoss, token_log_probs_and_entropy, token_loss
+from mssr.models.head import Head, PartLoss, token_log_probs_and_entropy, token_loss
 from mssr.models.packing import PackedBatch
-from mssr.models.vision_positions import vision_positions
+from mssr.models.vision import vision_positions
 
 
 class PolicyModel(nn.Module):
@@ -92,11 +92,9 @@ class PolicyModel(nn.Module):
             max_length_q=batch.max_length,
             max_length_k=batch.max_length,
         ).last_hidden_state
-        head = hidden[0, batch.response_index], self.model.lm_head.weight, batch.targets
-        options: Any = {"temperature": self.temperature, "banned": self.banned_ids, "chunk": self.head_chunk}
-        if loss is None:
-            return token_log_probs_and_entropy(*head, **options)
-        return token_loss(*head, loss, **options)
+        tokens = hidden[0, batch.response_index], self.model.lm_head.weight, batch.targets
+        head = Head(self.temperature, self.banned_ids, self.head_chunk)
+        return token_log_probs_and_entropy(*tokens, head) if loss is None else token_loss(*tokens, loss, head)
 
     def _image_features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         """(merged patches, D)."""

@@ -21,21 +21,10 @@ if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 # The control tokens of Qwen2.5-VL, in the order of their ids there.
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
+SPECIAL_TOKENS = tuple(
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> "
+    "<|video_pad|>".split()
 )
 
 # The structure of Qwen2.5-VL's own template; only the default system prompt is left out.
@@ -60,10 +49,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class TinySize:
-    """The dimensions of a tiny Qwen2.5-VL; the defaults give about 0.9 million parameters.
-
-    Example: ``TinySize(text_layers=2, vision_depth=2, full_attention_blocks=(1,))``
-    """
+    """The dimensions of a tiny Qwen2.5-VL; the defaults give about 0.9 million parameters."""
 
     vocab_limit: int = 512
     """Most entries of the BPE vocabulary (special tokens come on top); >= 256, the byte alphabet."""
@@ -91,30 +77,17 @@ class TinySize:
     max_positions: int = 4096
 
     def __post_init__(self) -> None:
+        blocks, width = set(range(self.vision_depth)), 4 * self.vision_heads
         rules = (
-            (self.vocab_limit >= 256, f"vocab_limit={self.vocab_limit}: at least 256, one entry a byte"),
-            (
-                self.hidden % (32 * self.heads) == 0,
-                f"hidden={self.hidden} with heads={self.heads}: head size not a multiple of 32",
-            ),
-            (
-                self.heads % self.kv_heads == 0,
-                f"kv_heads={self.kv_heads} does not divide heads={self.heads}",
-            ),
-            (
-                self.vision_hidden % (4 * self.vision_heads) == 0,
-                f"vision_hidden={self.vision_hidden} with vision_heads={self.vision_heads}: "
-                "the head size must be a multiple of 4 (rope over height and width)",
-            ),
-            (
-                all(0 <= block < self.vision_depth for block in self.full_attention_blocks),
-                f"full_attention_blocks={self.full_attention_blocks}: "
-                f"the vision tower has blocks 0 to {self.vision_depth - 1}",
-            ),
+            ("vocab_limit", self.vocab_limit >= 256, "at least 256, one entry a byte"),
+            ("hidden", self.hidden % (32 * self.heads) == 0, f"not a multiple of 32 for {self.heads} heads"),
+            ("kv_heads", self.heads % self.kv_heads == 0, f"does not divide heads={self.heads}"),
+            ("vision_hidden", self.vision_hidden % width == 0, f"not a multiple of {width} (two-way rope)"),
+            ("full_attention_blocks", blocks.issuperset(self.full_attention_blocks), f"not all in {blocks}"),
         )
-        for holds, rule in rules:
+        for name, holds, rule in rules:
             if not holds:
-                raise UserError(f"TinySize.{rule}")
+                raise UserError(f"TinySize.{name}={getattr(self, name)}: {rule}")
 
 
 def train_tokenizer(corpus: Sequence[str], vocab_limit: int = 512) -> Qwen2Tokenizer:
@@ -133,11 +106,9 @@ def train_tokenizer(corpus: Sequence[str], vocab_limit: int = 512) -> Qwen2Token
     rules = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(BPE())
     bpe.normalizer, bpe.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
+    alphabet = sorted(ByteLevel.alphabet())
     trainer = BpeTrainer(
-        vocab_size=vocab_limit,
-        min_frequency=2,
-        initial_alphabet=sorted(ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=vocab_limit, min_frequency=2, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator([*corpus, *("user", "assistant") * 2], trainer)
     learned = json.loads(bpe.to_str())["model"]
@@ -155,16 +126,11 @@ def train_tokenizer(corpus: Sequence[str], vocab_limit: int = 512) -> Qwen2Token
     )
 
 
-def special_ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
-    """The id of each of `SPECIAL_TOKENS`."""
-    return dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
-
-
 def tiny_config(tokenizer: Qwen2Tokenizer, size: TinySize) -> Qwen2_5_VLConfig:
     """The model's configuration, its special ids taken from ``tokenizer``."""
     from transformers import Qwen2_5_VLConfig
 
-    ids = special_ids(tokenizer)
+    ids = tokenizer.get_vocab()
     half = size.hidden // size.heads // 2
     # Qwen2.5-VL divides the 64 rotary frequencies 16:24:24 over time, height and width.
     section = [half // 4, half * 3 // 8, half - half // 4 - half * 3 // 8]
@@ -222,7 +188,7 @@ def build_tiny_qwen2_5_vl(
     transformers = import_transformers()
     size = size or TinySize()
     tokenizer = train_tokenizer(corpus, size.vocab_limit)
-    config, ids = tiny_config(tokenizer, size), special_ids(tokenizer)
+    config, ids = tiny_config(tokenizer, size), tokenizer.get_vocab()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.Qwen2_5_VLForConditionalGeneration(config)

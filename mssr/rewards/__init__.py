@@ -2,9 +2,9 @@
 
 `base` has what is scored and what comes of it; `extraction` finds the answer in a response. `latex`, `units`,
 `symbolic` and `math_rule` decide whether two answers are the same mathematics, `choice` which options a text
-chooses, and `rules` makes the named rewards of these. `rows` and `binding` are what a user's function is
-given, `functions` loads and calls it, `penalties` take off a score. `worker` does this in processes of its
-own, which `pool` keeps running for `scoring`.
+chooses, and `rules` makes the named rewards of these. `functions` loads and calls them, and those of users,
+which may ask for what is in `rows`; `penalties` take off a score. `worker` does this in processes of its own,
+which `pool` keeps running for `scoring`.
 """
 
 from mssr.rewards.base import RewardInput, RewardResult

@@ -5,9 +5,15 @@ Without slots, with which pickling would run Python for every one of thousands.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import numbers
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -47,3 +53,48 @@ class Failure:
 
 
 Outcome = RewardResult | Failure
+
+
+def as_result(value: object) -> RewardResult:
+    """Whatever a reward function may return for one response, checked.
+
+    Raises:
+        TypeError, ValueError: it is no number that is finite in float32, or a dict without a score.
+    """
+    value = _single(value)
+    parts: Mapping[str, object] = {}
+    if isinstance(value, RewardResult):
+        parts, value = value.parts, value.score
+    elif isinstance(value, Mapping):
+        key = next((k for k in ("score", "overall") if k in value), None)
+        if key is None:
+            raise ValueError(
+                f"a reward's dict needs the key 'score' or 'overall', but has {sorted(map(str, value))}"
+            )
+        parts = {str(k): n for k, v in value.items() if k != key and _is_number(n := _single(v))}
+        value = _single(value[key])
+    return RewardResult(_number("score", value), {key: _number(key, part) for key, part in parts.items()})
+
+
+def _single(value: object) -> object:
+    """What a list or an iterator of one holds; a scalar of torch or NumPy as Python's."""
+    if isinstance(value, Iterator):
+        value = list(value)
+    if isinstance(value, list | tuple) and len(value) == 1:
+        return _single(value[0])
+    if hasattr(value, "shape") and hasattr(value, "item") and math.prod(value.shape) == 1:
+        return value.item()
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real | np.bool_)  # bool, int and NumPy's scalars are among them
+
+
+def _number(key: str, value: object) -> float:
+    if not _is_number(value):
+        raise TypeError(f"{key} must be a number, not {value!r:.100}")
+    number = float(value)  # type: ignore[arg-type]
+    if not abs(number) <= _FLOAT32_MAX:  # NaN fails too
+        raise ValueError(f"{key} must be finite in float32, not {value}")
+    return number

@@ -26,8 +26,7 @@ class MetricsLog:
     """
 
     def __init__(self, config: Config, resume_step: int | None) -> None:
-        self.run_dir = config.run_dir
-        self._path = self.run_dir / "metrics.jsonl"
+        self.path = config.run_dir / "metrics.jsonl"
         self._loggers: list[Logger] = []
         for name in config.trainer.loggers:
             try:
@@ -37,16 +36,13 @@ class MetricsLog:
                     f"trainer.loggers: {name} is not installed; pip install mssr[tracking]"
                 ) from error
         self.written = 0
-        self.rewind(resume_step)
-
-    def rewind(self, resume_step: int | None) -> None:
-        """Go on after this step, None at the beginning; see `discard_after`."""
-        discard_after(self._path, resume_step)
+        discard_after(self.path, resume_step)
 
     def write(self, record: dict[str, Any]) -> None:
         """One step. NaN, which JSON does not know, becomes null in the file."""
         self.written += 1
-        append_record(self._path, {k: v if _is_finite(v) else None for k, v in record.items()})
+        nan = {k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
+        append_record(self.path, record | dict.fromkeys(nan))
         for log, _ in self._loggers:
             log({k: v for k, v in record.items() if k != "step"}, record["step"])
 
@@ -62,13 +58,16 @@ def discard_after(path: Path, step: int | None) -> None:
     metrics.discarded.jsonl, so that the file has neither gap nor duplicate and nothing is lost.
     """
     path.touch()
-    last = -1 if step is None else step
-    lines = path.read_text().splitlines(keepends=True)
-    dropped = [line for line in lines if _step_of(line) > last]
+    kept, dropped = "", ""
+    for line in path.read_text().splitlines(keepends=True):
+        if _step_of(line) <= (-1 if step is None else step):
+            kept += line
+        else:
+            dropped += line
     if dropped:
         with path.with_suffix(".discarded.jsonl").open("a") as file:
-            file.writelines(dropped)
-        replace_text(path, "".join(line for line in lines if _step_of(line) <= last))
+            file.write(dropped)
+        replace_text(path, kept)
 
 
 def _step_of(line: str) -> float:
@@ -76,10 +75,6 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line cut off by a crash
-
-
-def _is_finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _wandb(config: Config) -> Logger:

@@ -20,20 +20,9 @@ from mssr.errors import TrainingError
 from mssr.rewards import RewardInput, ScoredBatch, Scorer, ScoringStream
 from mssr.rollout.seeds import request_seed
 from mssr.trainer.early_log_probs import EarlyLogProbs
-from mssr.trainer.response_lengths import ResponseLengths
+from mssr.trainer.last_visits import ResponseLengths
 from mssr.trainer.timing import PhaseTimer
 from mssr.types import PackedRollouts, Rollout, RolloutRequest, SamplingParams, TokenLogProbs
-
-
-@dataclass(frozen=True, slots=True)
-class Generated:
-    """Responses with their rewards."""
-
-    rollouts: list[Rollout]
-    """B rollouts, in the order of their requests."""
-    rewards: ScoredBatch
-    log_probs: list[TokenLogProbs] | None
-    """B, where the ranks computed them while other responses were generated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +38,11 @@ class Collected:
     epoch: float
     """Passes over the data up to and with these rollouts, those left out included."""
     log_probs: list[TokenLogProbs] | None = None
-    """As of `Generated`."""
+    """B, where the ranks computed them while other responses were generated."""
 
     @property
     def prompt_ids(self) -> list[str]:
         return [r.prompt_id for r in self.rollouts]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(B,) response tokens."""
-        return np.array([len(r.response_token_ids) for r in self.rollouts])
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON values and arrays; without log-probs."""
@@ -96,14 +80,6 @@ class RolloutCollector:
         """The prompts of the next step."""
         return self.sampler.next(self.config.prompts_per_step)
 
-    def upcoming(self) -> list[str]:
-        """The prompts that `draw` would give now. What is learned until then may change some of them, where
-        the sampler goes by that."""
-        state = self.sampler.state_dict()
-        prompt_ids = self.draw()
-        self.sampler.load_state_dict(state)
-        return prompt_ids
-
     def collect(self, step: int, prompt_ids: Sequence[str], stoppable: bool = True) -> Collected:
         """The rollouts of a step.
 
@@ -121,10 +97,10 @@ class RolloutCollector:
         rewards: list[ScoredBatch] = []
         while True:
             requests = self.requests(prompt_ids, step, n, rollouts)
-            drawn = self.generate(requests, self._early, stoppable)
-            rollouts += drawn.rollouts
-            log_probs += drawn.log_probs or []
-            rewards.append(drawn.rewards)
+            generated, found, early = self.generate(requests, self._early, stoppable)
+            rollouts += generated
+            rewards.append(found)
+            log_probs += early or []
             scored = join_scores(rewards)
             kept = np.arange(len(rollouts))
             if sampling.dynamic:
@@ -172,12 +148,15 @@ class RolloutCollector:
 
     def generate(
         self, requests: Sequence[RolloutRequest], early: bool = False, stoppable: bool = True
-    ) -> Generated:
+    ) -> tuple[list[Rollout], ScoredBatch, list[TokenLogProbs] | None]:
         """A response to every request, each scored as soon as it has ended.
 
         Args:
             early: have the ranks compute log-probs meanwhile, see `mssr.trainer.early_log_probs`.
             stoppable: as in `Cluster.generate`.
+
+        Returns:
+            In the order of the requests: rollouts, their rewards, and their log-probs if ``early``.
         """
         prompt_ids = [r.prompt_id for r in requests]
         answers = self.dataset.answers(prompt_ids, self.scorer.takes_cells)
@@ -203,16 +182,15 @@ class RolloutCollector:
                 scored = rewards.result()
             with self.timer("score"):
                 known = None if log_probs is None else log_probs.result()
-        return Generated([ordered[place] for place in np.argsort(order)], scored, known)
+        return [ordered[place] for place in np.argsort(order)], scored, known
 
 
 def with_signal(rollouts: Sequence[Rollout], scores: np.ndarray, at_most: int) -> np.ndarray:
-    """Indices of the rollouts of prompts whose scores differ, all of a prompt next to one another.
+    """Indices of the rollouts of prompts whose (B,) scores differ, all of a prompt next to one another.
 
     A prompt that was drawn again has one group of all its responses, as for the estimators.
 
     Args:
-        scores: (B,) of the rollouts.
         at_most: so many indices; a group that no longer fits as a whole is left out.
     """
     groups = group_indices([r.prompt_id for r in rollouts])

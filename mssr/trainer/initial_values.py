@@ -40,43 +40,36 @@ def initialize_values(
         stop: asked between parts whether to stop; what was generated stays in the file.
     """
     n = algorithm.init_rollouts
-    cache = _Cache(config.run_dir / FILE, _fingerprint(config))
+    file = config.run_dir / FILE
+    known = _known_scores(file, _fingerprint(config))
     ids = collector.dataset.ids
-    missing = [i for i in ids if len(cache.scores.get(i, [])) != n]
+    missing = [i for i in ids if len(known.get(i, [])) != n]
     part = max(1, config.rollout.rollouts_per_step // n)
     for start in range(0, len(missing), part):
         if stop():
             return
-        found = collector.generate(collector.requests(missing[start : start + part], _STEP, n))
-        scores = found.rewards.scores.tolist()
-        for k in range(0, len(scores), n):
-            group = found.rollouts[k : k + n]
-            cache.add(group[0].prompt_id, [r.text for r in group], scores[k : k + n])
+        requests = collector.requests(missing[start : start + part], _STEP, n)
+        rollouts, rewards, _ = collector.generate(requests)
+        for k in range(0, len(rollouts), n):
+            prompt_id, texts = rollouts[k].prompt_id, [r.text for r in rollouts[k : k + n]]
+            known[prompt_id] = rewards.scores[k : k + n].tolist()
+            append_record(file, {"id": prompt_id, "scores": known[prompt_id], "responses": texts})
         note(f"first values: {len(ids) - len(missing) + min(start + part, len(missing))}/{len(ids)} prompts")
-    successes = np.array([sum(cache.scores[i]) for i in ids])
+    successes = np.array([sum(known[i]) for i in ids])
     algorithm.initialize(ids, successes, np.full(len(ids), n))
     note(f"first values: mean reward of the base model {successes.mean() / n:.3f} ({len(ids)} prompts x {n})")
 
 
-class _Cache:
-    """init_rollouts.jsonl: a line that says what it depends on, then a line a prompt."""
-
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self.scores: dict[str, list[float]] = {}
-        self._path = path
-        header = {"fingerprint": fingerprint}
-        records = read_records(path, skip_damaged=True) if path.is_file() else []
-        if records[:1] != [header]:
-            if path.is_file():  # of another model, data set or reward: kept, but not used
-                os.replace(path, path.with_suffix(".discarded.jsonl"))
-            records = [header]
-        for record in records[1:]:
-            self.scores[record["id"]] = record["scores"]
-        replace_text(path, to_lines(records))  # without what a crash has cut off
-
-    def add(self, prompt_id: str, responses: list[str], scores: list[float]) -> None:
-        append_record(self._path, {"id": prompt_id, "scores": scores, "responses": responses})
-        self.scores[prompt_id] = scores
+def _known_scores(file: Path, fingerprint: str) -> dict[str, list[float]]:
+    """What init_rollouts.jsonl has by prompt, under a first line that says what it depends on."""
+    header = {"fingerprint": fingerprint}
+    records = read_records(file, skip_damaged=True) if file.is_file() else []
+    if records[:1] != [header]:
+        if file.is_file():  # of another model, data set or reward: kept, but not used
+            os.replace(file, file.with_suffix(".discarded.jsonl"))
+        records = [header]
+    replace_text(file, to_lines(records))  # without what a crash has cut off
+    return {record["id"]: record["scores"] for record in records[1:]}
 
 
 def _fingerprint(config: Config) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,12 @@ from mssr.data.dataset import PromptDataset
 from mssr.data.sampler import EpochSampler, MixtureSampler, PromptSampler, UncertaintySampler
 from mssr.errors import StopRequestedError, TrainingError, UserError
 from mssr.rewards import Scorer
-from mssr.runs.checkpoint import read_state
-from mssr.runs.run import Run
-from mssr.runs.samples import write_samples
+from mssr.runs.checkpoint import CheckpointStore, read_state
+from mssr.runs.console import Console
+from mssr.runs.events import EventLog
+from mssr.runs.jsonl import write_samples
+from mssr.runs.loggers import MetricsLog
+from mssr.runs.signals import StopRequest
 from mssr.trainer.collect import RolloutCollector
 from mssr.trainer.estimate import Estimator
 from mssr.trainer.initial_values import initialize_values
@@ -30,6 +34,18 @@ from mssr.types import Rollout
 
 TRAIN_SAMPLES = 16
 """Train rollouts written to a samples file; validation writes all of its own."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one start of a training writes to, is shown on and is stopped by; its owner closes them."""
+
+    config: Config
+    store: CheckpointStore
+    log: MetricsLog
+    events: EventLog
+    console: Console
+    stop: StopRequest
 
 
 class Trainer:
@@ -144,10 +160,10 @@ class Trainer:
             with self.timer("sync"):
                 self.cluster.sync_weights(version=self.step)
         if self.step in self.config.trainer.profile_steps:
-            self.cluster.write_timeline(str(self.log.run_dir / f"profiles/step-{self.step:06d}-ray.json"))
+            self.cluster.write_timeline(str(self.config.run_dir / f"profiles/step-{self.step:06d}-ray.json"))
         if self._due(self.config.trainer.samples_every):
-            rollouts = collected.rollouts[:TRAIN_SAMPLES]
-            self._write_samples("train", self.train, rollouts, collected.scores)
+            shown = collected.rollouts[:TRAIN_SAMPLES], collected.scores[:TRAIN_SAMPLES]
+            self._write_samples("train", self.train, *shown)
 
     def _finish_step(self) -> None:
         """Validate where it is due, log, checkpoint where it is due."""
@@ -168,7 +184,7 @@ class Trainer:
         for warning in warnings:
             self.events.record("collapse", warning)
         if skipped := metrics["policy/skipped_updates"]:
-            where = self.log.run_dir / "nonfinite"
+            where = self.config.run_dir / "nonfinite"
             self.events.record("updates_skipped", f"{skipped:.0f} were not finite; see {where}")
         self.console.step(self.step, metrics)
         if self.store.written:
@@ -208,33 +224,29 @@ class Trainer:
                 "unlogged": None if self._unlogged is None else self._unlogged | self.timer.seconds,
             }
             config = redact(to_dict(self.config))
-            try:
+            with self._survived():
                 self.store.begin(self.step, state, self.cluster.begin_save, config, val_accuracy)
-            except OSError as error:
-                self._tell_failed_save(error)
-            else:
                 self._saved_step = self.step
             if not self.config.trainer.save_in_background:
                 self._finish_save()
 
     def _finish_save(self) -> None:
-        """Put the checkpoint that is being written in force. One that fails costs a line, not the run."""
-        if not self.store.writing:
-            return
-        try:
-            self.store.finish()
-        except OSError as error:
-            self._saved_step = 0
-            self._tell_failed_save(error)
-        else:
-            self._save_failed = False
-            self.events.progress()
+        """Put the checkpoint that is being written in force."""
+        if self.store.writing:
+            with self._survived():
+                self.store.finish()
+                self._save_failed = False
+                self.events.progress()
 
-    def _tell_failed_save(self, error: OSError) -> None:
-        self._save_failed = True
-        self.events.record(
-            "checkpoint_failed", f"{error.strerror or error}; the one before stays in force, the run goes on"
-        )
+    @contextlib.contextmanager
+    def _survived(self) -> Iterator[None]:
+        """A checkpoint that cannot be written costs a line, not the run."""
+        try:
+            yield
+        except OSError as error:
+            self._saved_step, self._save_failed = 0, True
+            reason = f"{error.strerror or error}; the one before stays in force, the run goes on"
+            self.events.record("checkpoint_failed", reason)
 
     def _due(self, every: int, at_end: bool = False) -> bool:
         """Whether something that is done every so many steps (0 never) is to be done now."""
@@ -244,22 +256,21 @@ class Trainer:
     def _write_samples(
         self, split: str, dataset: PromptDataset, rollouts: Sequence[Rollout], scores: np.ndarray
     ) -> None:
-        records = []
-        for rollout, score in zip(rollouts, scores[: len(rollouts)], strict=True):
-            row = dataset.row(rollout.prompt_id)
-            records.append(
-                {
-                    "split": split,
-                    "id": rollout.prompt_id.removeprefix("" if split == "train" else f"{split}/"),
-                    "question": row.problem,
-                    "response": rollout.text,
-                    "answer": row.answer,
-                    "score": float(score),
-                    "finish_reason": rollout.finish_reason,
-                    "response_tokens": len(rollout.response_token_ids),
-                }
-            )
-        write_samples(self.log.run_dir / "samples" / f"step-{self.step:06d}.jsonl", records, split)
+        rows = (dataset.row(r.prompt_id) for r in rollouts)
+        records = [
+            {
+                "split": split,
+                "id": rollout.prompt_id.removeprefix("" if split == "train" else f"{split}/"),
+                "question": row.problem,
+                "response": rollout.text,
+                "answer": row.answer,
+                "score": float(score),
+                "finish_reason": rollout.finish_reason,
+                "response_tokens": len(rollout.response_token_ids),
+            }
+            for rollout, row, score in zip(rollouts, rows, scores, strict=True)
+        ]
+        write_samples(self.config.run_dir / "samples" / f"step-{self.step:06d}.jsonl", records, split)
 
 
 def make_sampler(config: Config, dataset: PromptDataset, algorithm: Algorithm) -> PromptSampler:

@@ -57,15 +57,17 @@ class RolloutPipeline:
         the engines, which are idle, prepare its prompts.
 
         With a lag its prompts are drawn at once, so that they do not depend on how far the training is.
+        Without, what is learned until they are may change some, where the sampler goes by that.
         """
         if step >= self.config.trainer.steps:
             return
-        if not self.config.rollout.lag:
-            self.collector.cluster.prepare(self.collector.upcoming())
-        else:
-            self._before_draw = self.collector.sampler.state_dict()
-            prompts = self.collector.draw()
+        self._before_draw = self.collector.sampler.state_dict()
+        prompts = self.collector.draw()
+        if self.config.rollout.lag:
             self._next = self._thread.submit(self.collector.collect, step, prompts, stoppable=False)
+        else:
+            self.collector.sampler.load_state_dict(self._before_draw)
+            self.collector.cluster.prepare(prompts)
 
     def finish_next(self) -> None:
         """Wait for what `begin_next` began.

@@ -19,10 +19,10 @@ def train(config_file: str | Path, overrides: Sequence[str] = ()) -> int:
     """
     config = load_config(config_file, overrides, note=lambda line: print(f"mssr: {line}", flush=True))
     check_model_path(config.model)
-    directory = prepare_run_directory(config)
-    for line in (f"run directory {directory.path}", *directory.notes):
-        print(f"mssr: {line}", flush=True)
-    with directory, captured_output(directory.path / "logs" / "driver.log") as terminal:
-        from mssr.trainer.session import run_session
+    with prepare_run_directory(config) as notes:
+        for line in (f"run directory {config.run_dir}", *notes):
+            print(f"mssr: {line}", flush=True)
+        with captured_output(config.run_dir / "logs" / "driver.log") as terminal:
+            from mssr.trainer.session import run_session
 
-        return run_session(config, terminal)
+            return run_session(config, terminal)

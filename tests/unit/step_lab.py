@@ -27,7 +27,7 @@ IDS = ["t0", "t1", "t2", "t3", "t1", "t6"]
 class StepLab:
     """Every updater starts from the same weights, which have moved away from the reference."""
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, ids: list[str]) -> None:
         self.workspace = workspace
         config = load_config(workspace.config)
         self.policy = PolicyModel(load_model(config.model, torch.float32).double())
@@ -38,10 +38,10 @@ class StepLab:
                 p += 0.004 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
         self.start = {k: v.clone() for k, v in self.policy.model.state_dict().items()}
         self.source = PromptSource(config)
-        self.batch = make_batch(workspace, IDS)
+        self.batch = make_batch(workspace, ids)
 
     def updater(self, run_dir: Path, *overrides: str) -> PolicyUpdater:
-        settings = [f"rollout.rollouts_per_step={len(IDS)}", f"trainer.run_dir={run_dir}"]
+        settings = [f"rollout.rollouts_per_step={len(self.batch)}", f"trainer.run_dir={run_dir}"]
         settings += ["actor.num_ranks=1", "actor.micro_batch_tokens=64"]
         settings += ["actor.kl_probe_fraction=1.0", "algorithm.kl.coef=0"]
         config = load_config(self.workspace.config, [*settings, *overrides])
@@ -61,10 +61,10 @@ class StepLab:
 
 
 @contextlib.contextmanager
-def open_lab(workspace: Workspace, directory: Path) -> Iterator[StepLab]:
+def open_lab(workspace: Workspace, directory: Path, ids: list[str] = IDS) -> Iterator[StepLab]:
     """With a process group of one rank."""
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=0, world_size=1)
     try:
-        yield StepLab(workspace)
+        yield StepLab(workspace, ids)
     finally:
         dist.destroy_process_group()

@@ -148,10 +148,9 @@ def test_a_run_directory_of_another_run(fails, workspace: Workspace, tmp_path: P
     run_dir = tmp_path / "taken"
 
     def prepare(*overrides: str) -> tuple[str, ...]:
-        with prepare_run_directory(
-            load_config(workspace.config, [f"trainer.run_dir={run_dir}", *overrides])
-        ) as directory:
-            return directory.notes
+        config = load_config(workspace.config, [f"trainer.run_dir={run_dir}", *overrides])
+        with prepare_run_directory(config) as notes:
+            return notes
 
     prepare("seed=9")
     # Nothing was trained yet, so the corrected config may take over.

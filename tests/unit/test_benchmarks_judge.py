@@ -54,7 +54,8 @@ def by_rules(
 
 
 def applied(judge: Judge, by_rules: tuple[list[Item], list[str], list[Verdict]]) -> list[Verdict]:
-    return judging.apply(judge, registry.get("mathverse"), list(zip(*by_rules, strict=True)))
+    benchmark = registry.get("mathverse")
+    return judging.apply(judge, [(benchmark, *answer) for answer in zip(*by_rules, strict=True)])
 
 
 OPEN = [3, 7, 11]

@@ -63,16 +63,16 @@ def loaded(tiny: Path) -> tuple[Any, Any]:
 
 
 def test_no_scan_is_in_both_splits() -> None:
-    split = load_scans(seed=3)
-    assert not set(split.train.source) & set(split.val.source)
-    assert len(split.train) + len(split.val) == 1797
-    assert not np.array_equal(split.train.source, load_scans(seed=4).train.source)
+    train, val = load_scans("train", seed=3), load_scans("val", seed=3)
+    assert not set(train.source) & set(val.source)
+    assert len(train) + len(val) == 1797
+    assert not np.array_equal(train.source, load_scans("train", seed=4).source)
 
 
 def test_answers_follow_from_the_labels_of_scikit_learn() -> None:
     from sklearn.datasets import load_digits
 
-    labels, scans = load_digits().target, load_scans().val
+    labels, scans = load_digits().target, load_scans("val")
     for example in draw_examples(scans, 60, np.random.default_rng(0)):
         a, b = (int(labels[scans.source[i]]) for i in (example.left, example.right))
         expected = {"sum": a + b, "difference": max(a, b) - min(a, b), "larger": b if b > a else a}[
@@ -86,7 +86,7 @@ def test_answers_follow_from_the_labels_of_scikit_learn() -> None:
 def test_the_enlarged_scan_is_dark_ink_on_white() -> None:
     from sklearn.datasets import load_digits
 
-    scans = load_scans().train
+    scans = load_scans("train")
     ink = load_digits().images[scans.source[:50]].mean(axis=(1, 2)) / 16
     assert np.corrcoef(1 - ink, scans.pixels[:50].mean(axis=(1, 2)))[0, 1] > 0.99
 
@@ -94,7 +94,7 @@ def test_the_enlarged_scan_is_dark_ink_on_white() -> None:
 def test_datasets_reads_the_rows_and_the_bytes_depend_on_the_seed_only(tmp_path: Path) -> None:
     from datasets import load_dataset
 
-    scans, files = load_scans().val, [tmp_path / name for name in ("a.parquet", "b.parquet", "c.parquet")]
+    scans, files = load_scans("val"), [tmp_path / name for name in ("a.parquet", "b.parquet", "c.parquet")]
     for path, seed in zip(files, (5, 5, 6), strict=True):
         examples = list(draw_examples(scans, 9, np.random.default_rng(seed)))
         write_parquet(scans, examples, "val", path)
@@ -150,7 +150,7 @@ def test_windowed_blocks_see_one_window_and_full_blocks_the_whole_image(loaded: 
     import torch
 
     model, processor = loaded
-    scans = load_scans().val
+    scans = load_scans("val")
     image = torch.from_numpy(pair_image(scans, 0, 1)).permute(2, 0, 1)
     changed = image.clone()
     changed[:, :, 56:] = 0  # only the right digit, which is the second window
@@ -185,7 +185,7 @@ def test_training_sees_the_prompts_that_the_engine_will_see(loaded: tuple[Any, A
     import torch
 
     model, processor = loaded
-    encoder, scans = Encoder(model, processor), load_scans().val
+    encoder, scans = Encoder(model, processor), load_scans("val")
     (example,) = draw_examples(scans, 1, np.random.default_rng(0))
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": example.question}]}
     text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
@@ -195,7 +195,7 @@ def test_training_sees_the_prompts_that_the_engine_will_see(loaded: tuple[Any, A
     )
     prompt = encoder.prompts[example.question]
     assert whole["input_ids"][0].tolist() == prompt + encoder.response(response_text("sum", 1, 2))
-    # The loss of the padded batch with shared rope ids is the mean of transformers' own losses.
+    # The loss of the padded batch is the mean of transformers' own losses.
     examples = list(draw_examples(scans, 5, np.random.default_rng(1)))
     responses = ["<think>guess</think>\\boxed{1}", *(response_text("sum", d, 9) for d in range(4))]
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_a_few_steps_lower_the_loss_and_repeat_bit_for_bit(tiny: Path) -> None:
         model = AutoModelForImageTextToText.from_pretrained(tiny, dtype="float32")
         encoder = Encoder(model, AutoProcessor.from_pretrained(tiny))
         with torch_threads(1):
-            runs.append(warm_start(encoder, load_scans().train, settings, seed=1))
+            runs.append(warm_start(encoder, load_scans("train"), settings, seed=1))
     assert runs[0] == runs[1] and len(runs[0]) == 10
     assert runs[0][7] < 0.8 * runs[0][0]
     assert torch.get_num_threads() == threads

@@ -11,8 +11,8 @@ import yaml
 from mssr.config import Config, to_dict
 from mssr.errors import UserError
 from mssr.evaluation.model import open_model
-from mssr.evaluation.progress import EvaluationProgress
 from mssr.evaluation.responses import Response, ResponseFile
+from mssr.evaluation.runner import EvaluationProgress
 from mssr.runs.config import load_config
 from mssr.runs.manifest import Manifest, write_manifest
 from tests.conftest import Workspace
@@ -58,18 +58,18 @@ def test_a_damaged_header_is_an_error(tmp_path: Path) -> None:
 def test_progress_shows_the_accuracy_so_far() -> None:
     stream = io.StringIO()
     progress = EvaluationProgress(stream, "plain", 8)
-    progress.update(4, {"mathvista": 0.25, "mmk12": 0.75}, 0.5)
+    progress.update(4, {"mathvista": (1, 4), "mmk12": (3, 4)})
     progress.close()
     assert stream.getvalue() == "4/8 responses  accuracy so far 0.500  mathvista 0.250 mmk12 0.750\n"
     quiet = io.StringIO()
     progress = EvaluationProgress(quiet, "auto", 8)  # no terminal
-    progress.update(4, {}, 0.5)
+    progress.update(4, {})
     progress.note("starting")
     progress.announce("engine 0 died")
     assert quiet.getvalue() == "mssr: engine 0 died\n"
     live = io.StringIO()
     progress = EvaluationProgress(live, "live", 8)
-    progress.update(4, {"mathvista": 0.25}, 0.25)
+    progress.update(4, {"mathvista": (1, 4)})
     progress.close()
     assert "accuracy so far 0.250" in live.getvalue()
 

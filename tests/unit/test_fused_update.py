@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from mssr.algorithms.objective import Objective
 from mssr.models import policy
 from tests.conftest import Workspace
-from tests.unit.test_nonfinite import Lab, state_of
+from tests.unit.step_lab import StepLab, open_lab
+from tests.unit.test_nonfinite import state_of
 
 pytestmark = pytest.mark.unit
 # The batch's engine is made up, and a mask at its usual bounds leaves nothing to learn from.
@@ -20,16 +20,12 @@ KEEP_ALL = ["algorithm.correction.mask_low=1e-9", "algorithm.correction.mask_hig
 
 
 @pytest.fixture(scope="module")
-def lab(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    file = tmp_path_factory.mktemp("rendezvous") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    lab = Lab(workspace)
-    lab.policy.head_chunk = 3  # less than a response
-    yield lab
-    dist.destroy_process_group()
+def lab(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StepLab]:
+    with open_lab(workspace, tmp_path_factory.mktemp("lab")) as lab:
+        yield lab
 
 
-def train(lab: Lab, run_dir: Path, *overrides: str) -> tuple[dict[str, float], list[torch.Tensor]]:
+def train(lab: StepLab, run_dir: Path, *overrides: str) -> tuple[dict[str, float], list[torch.Tensor]]:
     updater = lab.updater(run_dir, "actor.lr=0.1", "actor.warmup_steps=0", *overrides)
     updater.optimizer = torch.optim.SGD(lab.policy.parameters())
     return updater.step(lab.batch, 0), state_of(updater)
@@ -47,7 +43,7 @@ def train(lab: Lab, run_dir: Path, *overrides: str) -> tuple[dict[str, float], l
     ids=["default", "entropy", "anchor", "gspo", "geometric_on_policy"],
 )
 def test_both_ways_make_the_same_update(
-    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], fused: bool
+    lab: StepLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], fused: bool
 ) -> None:
     calls = []
     token_loss = policy.token_loss
@@ -61,5 +57,5 @@ def test_both_ways_make_the_same_update(
     assert metrics == pytest.approx(expected_metrics, rel=1e-4, abs=1e-6)
     for a, e in zip(parameters, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6)
-    start = lab.initial["model.lm_head.weight"]
+    start = lab.start["lm_head.weight"]
     assert (lab.policy.model.lm_head.weight - start).abs().max() > 1e-3

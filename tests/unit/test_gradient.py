@@ -10,7 +10,7 @@ import torch
 from mssr.algorithms.objective import MicroBatchLoss, Objective, TokenBatch
 from mssr.algorithms.shaping import entropy_bonus
 from mssr.data.prompt_source import PromptSource
-from mssr.models.head import token_log_probs_and_entropy, token_loss
+from mssr.models.head import Head, token_log_probs_and_entropy, token_loss
 from mssr.models.loading import load_model
 from mssr.models.packing import PackedBatch, PackItem, pack
 from mssr.models.policy import PolicyModel
@@ -224,7 +224,7 @@ def test_parts_of_sequences_give_the_gradient_and_metrics_of_the_whole(
     loss = whole(log_probs, entropy)
     expected = loss, *torch.autograd.grad(loss, inputs)
     # Sequences have 5, 3 and 6 tokens: a chunk of 4 ends within the first, and spans the second and third.
-    loss, part_log_probs, part_entropy = token_loss(*inputs, lab.packed.targets, parts, chunk=4)
+    loss, part_log_probs, part_entropy = token_loss(*inputs, lab.packed.targets, parts, Head(chunk=4))
     actual = loss, *torch.autograd.grad(loss, inputs)
     tolerance = 1e-10 if dtype == torch.float64 else 5e-6  # rounding differs from processor to processor
     for a, e in zip(actual, expected, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mssr.models import head
-from mssr.models.head import token_log_probs_and_entropy, token_loss
+from mssr.models.head import Head, token_log_probs_and_entropy, token_loss
 
 pytestmark = pytest.mark.unit
 
@@ -68,8 +68,8 @@ def straightforward(case: Case) -> Result:
 def two_pass(case: Case) -> Result:
     hidden, weight, targets, advantages = case.inputs()
     hidden.requires_grad_(), weight.requires_grad_()
-    options = {"temperature": case.temperature, "banned": case.banned, "chunk": case.chunk}
-    log_probs, entropy = token_log_probs_and_entropy(hidden, weight, targets, **options)
+    asked = Head(case.temperature, case.banned, case.chunk)
+    log_probs, entropy = token_log_probs_and_entropy(hidden, weight, targets, asked)
     loss = objective(case, advantages)(log_probs, entropy, slice(None))
     return log_probs, entropy, loss, *torch.autograd.grad(loss, [hidden, weight])
 
@@ -77,8 +77,8 @@ def two_pass(case: Case) -> Result:
 def in_forward(case: Case) -> Result:
     hidden, weight, targets, advantages = case.inputs()
     hidden.requires_grad_(), weight.requires_grad_()
-    options = {"temperature": case.temperature, "banned": case.banned, "chunk": case.chunk}
-    loss, log_probs, entropy = token_loss(hidden, weight, targets, objective(case, advantages), **options)
+    asked = Head(case.temperature, case.banned, case.chunk)
+    loss, log_probs, entropy = token_loss(hidden, weight, targets, objective(case, advantages), asked)
     assert not log_probs.requires_grad and not entropy.requires_grad
     # The backward pass has to pass on what comes in.
     of_hidden, of_weight = torch.autograd.grad(2.0 * loss, [hidden, weight])
@@ -148,13 +148,13 @@ def test_no_more_logits_at_a_time_than_a_chunk_of_tokens_has(
     way: Callable[[Case], Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    logits = head._Head.logits
+    logits = head.Head.logits
 
     def spy(*args) -> torch.Tensor:
         sizes.append(logits(*args).numel())
         return logits(*args)
 
-    monkeypatch.setattr(head._Head, "logits", spy)
+    monkeypatch.setattr(head.Head, "logits", spy)
     way(Case(n=37, chunk=10))
     assert 10 * 157 * 0.8 <= max(sizes) <= 10 * 157
 
@@ -173,9 +173,9 @@ def test_a_frozen_input_gets_no_gradient_and_the_other_keeps_its_own(
         inputs[trained].requires_grad_()
         loss_of = objective(case, advantages)
         if fused:
-            loss = token_loss(hidden, weight, targets, loss_of, chunk=10)[0]
+            loss = token_loss(hidden, weight, targets, loss_of, Head(chunk=10))[0]
         else:
-            loss = loss_of(*token_log_probs_and_entropy(hidden, weight, targets, chunk=10), slice(None))
+            loss = loss_of(*token_log_probs_and_entropy(hidden, weight, targets, Head(chunk=10)), slice(None))
         loss.backward()
         assert inputs[frozen].grad is None
         torch.testing.assert_close(inputs[trained].grad.double(), expected[trained], atol=1e-5, rtol=1e-5)
@@ -209,10 +209,10 @@ def test_a_banned_logit_is_a_constant_even_where_it_is_the_target(way: str) -> N
     hidden, weight, targets, _ = case.inputs()
     targets[::2] = 150
     inputs = [hidden.requires_grad_(), weight.requires_grad_()]
-    options = {"banned": case.banned, "chunk": 4}
+    asked = Head(banned=case.banned, chunk=4)
     if way == "loss":
-        loss = token_loss(*inputs, targets, lambda log_probs, *_: log_probs.sum(), **options)[0]
+        loss = token_loss(*inputs, targets, lambda log_probs, *_: log_probs.sum(), asked)[0]
     else:
-        loss = token_log_probs_and_entropy(*inputs, targets, **options)[0].sum()
+        loss = token_log_probs_and_entropy(*inputs, targets, asked)[0].sum()
     loss.backward()
     assert not weight.grad[[3, 150]].any() and weight.grad.any()

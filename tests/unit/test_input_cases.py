@@ -269,10 +269,10 @@ def test_the_tag_of_the_prompt_counts_as_the_responses(
     sampler = EpochSampler(data.train.dataset.ids, 0)
     with Scorer(config.reward, 12) as scorer:
         collector = RolloutCollector(config, data.train.dataset, sampler, scorer, Told(text))  # type: ignore[arg-type]
-        found = collector.generate(collector.requests(collector.draw(), 0, 1))
-        assert found.rewards.scores.tolist() == [right] * 4 and {r.text for r in found.rollouts} == {text}
+        rollouts, rewards, _ = collector.generate(collector.requests(collector.draw(), 0, 1))
+        assert rewards.scores.tolist() == [right] * 4 and {r.text for r in rollouts} == {text}
         (prompts,) = data.val
-        pairs = zip(found.rollouts, prompts.ids[:4], strict=True)
+        pairs = zip(rollouts, prompts.ids[:4], strict=True)
         asked = [replace(rollout, prompt_id=i) for rollout, i in pairs]
         assert prompts.score(asked, scorer)[0].tolist() == [right] * 4
     own = Own(str(good), reward=config.reward, config=config.data)

@@ -2,68 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import logging
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.numpy import load_file
 
 from mssr.actor import guard
-from mssr.actor.prompts import PromptCache
 from mssr.actor.update import PolicyUpdater
-from mssr.data.prompt_source import PromptSource
 from mssr.errors import TrainingError
-from mssr.models.loading import load_model
-from mssr.models.policy import PolicyModel
-from mssr.runs.config import load_config
-from mssr.types import TrainBatch
 from tests.conftest import Workspace
-from tests.e2e.ranks import make_batch
+from tests.unit.step_lab import StepLab, open_lab
 
 pytestmark = pytest.mark.unit
 IDS = ["t0", "t1", "t2", "t3"]
 LAYER = "model.model.language_model.layers.0.mlp.up_proj.weight"
 
 
-class Lab:
-    """One plain model for all tests; every updater starts from the same weights."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
-        config = load_config(workspace.config)
-        self.policy = PolicyModel(load_model(config.model, torch.float32))
-        self.initial = {k: v.clone() for k, v in self.policy.state_dict().items()}
-        self.source = PromptSource(config)
-        self.batch = make_batch(workspace, IDS)
-
-    def updater(self, run_dir: Path, *overrides: str) -> PolicyUpdater:
-        settings = ["actor.num_ranks=1", "actor.updates_per_step=2", "rollout.rollouts_per_step=4"]
-        settings += ["algorithm.kl.coef=0", "actor.micro_batch_tokens=64", f"trainer.run_dir={run_dir}"]
-        config = load_config(self.workspace.config, [*settings, *overrides])
-        self.policy.load_state_dict(self.initial)
-        self.policy.zero_grad(set_to_none=True)
-        optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.01)
-        prompts = PromptCache(self.source, self.policy)
-        return PolicyUpdater(config, self.policy, None, optimizer, prompts, 0, torch.device("cpu"))
-
-    def changed(self, **arrays: np.ndarray) -> TrainBatch:
-        return dataclasses.replace(self.batch, **arrays)
-
-
 @pytest.fixture(scope="module")
-def lab(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    file = tmp_path_factory.mktemp("rendezvous") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield Lab(workspace)
-    dist.destroy_process_group()
+def lab(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StepLab]:
+    with open_lab(workspace, tmp_path_factory.mktemp("lab"), IDS) as lab:
+        yield lab
 
 
 def state_of(updater: PolicyUpdater) -> list[torch.Tensor]:
@@ -88,8 +55,8 @@ def with_nan(values: np.ndarray, *where: int) -> np.ndarray:
     return values
 
 
-def test_a_sequence_with_a_nan_advantage_is_named_with_its_arrays(lab: Lab, tmp_path: Path) -> None:
-    batch = lab.changed(advantages=with_nan(lab.batch.advantages, 2))
+def test_a_sequence_with_a_nan_advantage_is_named_with_its_arrays(lab: StepLab, tmp_path: Path) -> None:
+    batch = replace(lab.batch, advantages=with_nan(lab.batch.advantages, 2))
     updater = lab.updater(tmp_path)
     metrics = updater.step(batch, 11)
     assert metrics["policy/skipped_updates"] == 1
@@ -111,24 +78,24 @@ def test_a_sequence_with_a_nan_advantage_is_named_with_its_arrays(lab: Lab, tmp_
     assert arrays["engine_log_probs"].tolist() == [-3.0] * length
 
 
-def test_the_metrics_are_those_of_the_updates_that_were_made(lab: Lab, tmp_path: Path) -> None:
+def test_the_metrics_are_those_of_the_updates_that_were_made(lab: StepLab, tmp_path: Path) -> None:
     """The method learns from policy/kl_update, which takes no NaN."""
-    metrics = lab.updater(tmp_path).step(lab.changed(advantages=with_nan(lab.batch.advantages, 2)), 0)
+    metrics = lab.updater(tmp_path).step(replace(lab.batch, advantages=with_nan(lab.batch.advantages, 2)), 0)
     whole = lab.updater(tmp_path).step(lab.batch, 0)
     assert all(np.isfinite(v) for v in metrics.values())
     assert metrics["policy/entropy"] == pytest.approx(whole["policy/entropy"], rel=0.1)
     none_made = lab.updater(tmp_path).step(
-        lab.changed(advantages=with_nan(lab.batch.advantages, *range(4))), 0
+        replace(lab.batch, advantages=with_nan(lab.batch.advantages, *range(4))), 0
     )
     assert none_made["policy/kl_update"] < 1e-12 and none_made["policy/skipped_updates"] == 2
     assert none_made["policy/entropy"] == pytest.approx(whole["policy/entropy"], rel=0.1)
 
 
-def test_a_skipped_update_changes_neither_parameters_nor_optimizer(lab: Lab, tmp_path: Path) -> None:
+def test_a_skipped_update_changes_neither_parameters_nor_optimizer(lab: StepLab, tmp_path: Path) -> None:
     updater = lab.updater(tmp_path)
     updater.step(lab.batch, 0)  # so that there are moments to spoil
     before = state_of(updater)
-    updater.step(lab.changed(advantages=with_nan(lab.batch.advantages, *range(4))), 1)
+    updater.step(replace(lab.batch, advantages=with_nan(lab.batch.advantages, *range(4))), 1)
     assert same(before, state_of(updater))
     assert all(p.grad is None for p in updater.policy.parameters())
     updater.step(lab.batch, 2)
@@ -136,14 +103,14 @@ def test_a_skipped_update_changes_neither_parameters_nor_optimizer(lab: Lab, tmp
     assert all(torch.isfinite(x).all() for x in state_of(updater))
 
 
-def test_a_non_finite_log_prob_of_the_engine_alone_skips_the_update(lab: Lab, tmp_path: Path) -> None:
+def test_a_non_finite_log_prob_of_the_engine_alone_skips_the_update(lab: StepLab, tmp_path: Path) -> None:
     """It reaches no gradient here, and is a sign that the engine is broken all the same."""
     start = int(lab.batch.response_offsets[1])
     engine = lab.batch.engine_log_probs.copy()
     engine[start] = -np.inf
     updater = lab.updater(tmp_path, "actor.updates_per_step=1")
     before = state_of(updater)
-    metrics = updater.step(lab.changed(engine_log_probs=engine), 0)
+    metrics = updater.step(replace(lab.batch, engine_log_probs=engine), 0)
     assert metrics["policy/skipped_updates"] == 1 and np.isfinite(metrics["rollout/mismatch_kl"])
     assert same(before, state_of(updater))
     [(report, arrays)] = dumps(tmp_path)
@@ -151,7 +118,7 @@ def test_a_non_finite_log_prob_of_the_engine_alone_skips_the_update(lab: Lab, tm
     assert report["parameters"] == [] and np.isinf(arrays["engine_log_probs"][0])
 
 
-def test_a_model_that_gives_nan_is_named_by_log_prob_and_entropy(lab: Lab, tmp_path: Path) -> None:
+def test_a_model_that_gives_nan_is_named_by_log_prob_and_entropy(lab: StepLab, tmp_path: Path) -> None:
     updater = lab.updater(tmp_path, "actor.updates_per_step=1")
     with torch.no_grad():
         updater.policy.get_parameter(LAYER)[0, 0] = torch.nan
@@ -161,7 +128,7 @@ def test_a_model_that_gives_nan_is_named_by_log_prob_and_entropy(lab: Lab, tmp_p
     assert all({"log_prob", "entropy", "loss"} <= set(x["nonfinite"]) for x in report["sequences"])
 
 
-def test_a_gradient_that_no_sequence_explains_names_its_parameter(lab: Lab, tmp_path: Path) -> None:
+def test_a_gradient_that_no_sequence_explains_names_its_parameter(lab: StepLab, tmp_path: Path) -> None:
     updater = lab.updater(tmp_path, "actor.updates_per_step=1")
     before = state_of(updater)
     hook = updater.policy.get_parameter(LAYER).register_hook(
@@ -176,8 +143,8 @@ def test_a_gradient_that_no_sequence_explains_names_its_parameter(lab: Lab, tmp_
     assert len(arrays["tokens"]) == len(lab.batch.tokens)
 
 
-def test_the_run_ends_after_so_many_in_a_row(lab: Lab, tmp_path: Path) -> None:
-    bad = lab.changed(advantages=with_nan(lab.batch.advantages, *range(4)))
+def test_the_run_ends_after_so_many_in_a_row(lab: StepLab, tmp_path: Path) -> None:
+    bad = replace(lab.batch, advantages=with_nan(lab.batch.advantages, *range(4)))
     updater = lab.updater(tmp_path, "actor.updates_per_step=1", "actor.max_nonfinite_updates=3")
     for step in range(2):
         updater.step(bad, step)
@@ -188,10 +155,10 @@ def test_the_run_ends_after_so_many_in_a_row(lab: Lab, tmp_path: Path) -> None:
         updater.step(bad, 5)
 
 
-def test_dumps_are_bounded(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dumps_are_bounded(lab: StepLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "MAX_SEQUENCES", 3)
     monkeypatch.setattr(guard, "MAX_DUMPS", 2)
-    bad = lab.changed(advantages=with_nan(lab.batch.advantages, *range(4)))
+    bad = replace(lab.batch, advantages=with_nan(lab.batch.advantages, *range(4)))
     updater = lab.updater(tmp_path, "actor.updates_per_step=1", "actor.max_nonfinite_updates=99")
     for step in range(4):
         updater.step(bad, step)
@@ -201,15 +168,16 @@ def test_dumps_are_bounded(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_full_disk_does_not_end_the_run(
-    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    lab: StepLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(path: Path, data: bytes) -> int:
-        path.touch()
+    def full(file: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with caplog.at_level(logging.WARNING):
-        metrics = lab.updater(tmp_path).step(lab.changed(advantages=with_nan(lab.batch.advantages, 2)), 0)
+        metrics = lab.updater(tmp_path).step(
+            replace(lab.batch, advantages=with_nan(lab.batch.advantages, 2)), 0
+        )
     assert metrics["policy/skipped_updates"] == 1
     assert "No space left on device" in caplog.text and "t2" in caplog.text
     assert list((tmp_path / "nonfinite").iterdir()) == []

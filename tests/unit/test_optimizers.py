@@ -228,7 +228,7 @@ def test_offload_is_for_a_gpu(workspace: Workspace, monkeypatch: pytest.MonkeyPa
     # Every part of the model that is sharded.
     policies: list[Any] = []
     monkeypatch.setattr(
-        distributed, "fully_shard", lambda *_, offload_policy, **__: policies.append(offload_policy)
+        distributed, "fully_shard", lambda *_, offload_policy=None, **__: policies.append(offload_policy)
     )
     from mssr.models.loading import load_model
 

@@ -17,7 +17,7 @@ import torch
 
 from mssr.algorithms import KLController, create, losses
 from mssr.algorithms.correction import rollout_correction
-from mssr.models.head import token_log_probs_and_entropy
+from mssr.models.head import Head, token_log_probs_and_entropy
 
 pytestmark = pytest.mark.unit
 
@@ -387,7 +387,7 @@ def test_log_probs_and_entropy_are_those_of_verl() -> None:
         hidden = torch.from_numpy(batch["in/head/hidden"][0]).double().requires_grad_()
         weight = torch.from_numpy(batch["in/head/weight"][0]).double()
         targets = torch.from_numpy(batch["in/head/targets"][0]).long()
-        log_probs, entropy = token_log_probs_and_entropy(hidden, weight, targets, chunk=5)
+        log_probs, entropy = token_log_probs_and_entropy(hidden, weight, targets, Head(chunk=5))
         (by_log_probs,) = torch.autograd.grad(log_probs.sum(), hidden, retain_graph=True)
         (by_entropy,) = torch.autograd.grad(entropy.sum(), hidden)
         close(log_probs, batch["out/head/log_probs"][0], batch.number)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from mssr.data.prompt_source import PromptSource
-from mssr.models.head import token_log_probs_and_entropy
+from mssr.models.head import Head, token_log_probs_and_entropy
 from mssr.models.loading import load_model
 from mssr.models.packing import PackedBatch, PackItem, pack, split_images
 from mssr.models.policy import PolicyModel
-from mssr.models.vision_positions import vision_positions
+from mssr.models.vision import vision_positions
 from mssr.runs.config import load_config
 from tests.conftest import Workspace
 
@@ -181,7 +181,8 @@ def test_vision_placeholders_have_probability_zero(policy: PolicyModel, items: l
     weight = torch.randn(600, 8)
     weight[image_pad] = 1000 * hidden[0]
     targets = torch.tensor([image_pad, 3, 4, 5, 6])
-    log_probs, entropy = token_log_probs_and_entropy(hidden, weight, targets, banned=policy.banned_ids)
+    head = Head(banned=policy.banned_ids)
+    log_probs, entropy = token_log_probs_and_entropy(hidden, weight, targets, head)
     assert log_probs[0] < -1e20
     assert torch.isfinite(log_probs[1:]).all() and torch.isfinite(entropy).all()
 

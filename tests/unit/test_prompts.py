@@ -300,8 +300,8 @@ def test_a_prompt_survives_the_way_to_another_process(workspace: Workspace) -> N
     source = PromptSource(load_config(workspace.config))
     for prompt in source.get([f"t{k}" for k in range(4)]):
         arrays = prompt.arrays()
-        for array in arrays[0]:
-            if array is not None:
+        for array in arrays:
+            if isinstance(array, np.ndarray):
                 array.flags.writeable = False  # as in Ray's object store
         got = EncodedPrompt.from_arrays(arrays)
         assert_equal(got, prompt)

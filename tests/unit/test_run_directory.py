@@ -27,6 +27,7 @@ import os, subprocess, sys, time
 from mssr.runs.config import load_config
 from mssr.runs.run_directory import prepare_run_directory
 held = prepare_run_directory(load_config(sys.argv[1], ["trainer.run_dir=" + sys.argv[2]]))
+held.__enter__()
 # Children of both kinds, which stay when this process is killed.
 sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], close_fds=False)
 forked = os.fork()
@@ -40,6 +41,12 @@ time.sleep(600)
 
 def config(run_dir: Path, *overrides: str) -> Config:
     return load_config(DIGITS, [f"trainer.run_dir={run_dir}", *overrides])
+
+
+def prepare(run_dir: Path, *overrides: str) -> tuple[str, ...]:
+    """Hold it and let go; what the user is told."""
+    with prepare_run_directory(config(run_dir, *overrides)) as notes:
+        return notes
 
 
 @pytest.fixture
@@ -63,9 +70,9 @@ def test_a_second_driver_is_told_who_holds_the_directory(holder, tmp_path: Path)
     process, _ = holder
     before = (tmp_path / "run/config.yaml").read_text()
     with pytest.raises(UserError, match=f"in use by process {process.pid} on {socket.gethostname()}"):
-        prepare_run_directory(config(tmp_path / "run", "actor.lr=9"))
+        prepare(tmp_path / "run", "actor.lr=9")
     assert (tmp_path / "run/config.yaml").read_text() == before
-    prepare_run_directory(config(tmp_path / "other")).release()
+    prepare(tmp_path / "other")
 
 
 def test_a_killed_driver_leaves_no_lock_though_its_children_live(holder, tmp_path: Path) -> None:
@@ -74,8 +81,8 @@ def test_a_killed_driver_leaves_no_lock_though_its_children_live(holder, tmp_pat
     process.wait()
     for pid in children:
         os.kill(pid, 0)  # still there
-    with prepare_run_directory(config(tmp_path / "run")) as directory:
-        assert (directory.path / ".lock").read_text() == f"{os.getpid()} {socket.gethostname()}\n"
+    with prepare_run_directory(config(tmp_path / "run")):
+        assert (tmp_path / "run/.lock").read_text() == f"{os.getpid()} {socket.gethostname()}\n"
 
 
 def test_a_fork_neither_holds_nor_frees_the_directory(tmp_path: Path) -> None:
@@ -86,16 +93,16 @@ def test_a_fork_neither_holds_nor_frees_the_directory(tmp_path: Path) -> None:
             os._exit(0)
         os.waitpid(child, 0)
         with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
-            prepare_run_directory(config(tmp_path))
-    prepare_run_directory(config(tmp_path)).release()
+            prepare(tmp_path)
+    prepare(tmp_path)
 
 
 def test_a_refused_config_does_not_keep_the_directory(tmp_path: Path) -> None:
-    prepare_run_directory(config(tmp_path)).release()
+    prepare(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(UserError, match="seed: 0 -> 1") as refused:
-        prepare_run_directory(config(tmp_path, "seed=1"))
-    prepare_run_directory(config(tmp_path)).release()
+        prepare(tmp_path, "seed=1")
+    prepare(tmp_path)
     assert refused.value  # with its traceback, and the frames in it
 
 
@@ -106,8 +113,8 @@ def test_where_there_are_no_locks_the_run_goes_on_with_a_note(
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    directory = prepare_run_directory(config(tmp_path))
-    assert directory.lock is None and "cannot be locked (Operation not supported)" in directory.notes[0]
+    (note,) = prepare(tmp_path)
+    assert "cannot be locked (Operation not supported)" in note
 
 
 def change(key: str, value: Any, **base: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -192,7 +199,6 @@ def test_secrets_are_neither_shown_nor_a_difference() -> None:
 
 def test_every_option_survives_its_own_config_yaml(tmp_path: Path) -> None:
     """What is read back from config.yaml differs in nothing, or every resume would be refused."""
-    prepare_run_directory(config(tmp_path)).release()
+    prepare(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with prepare_run_directory(config(tmp_path)) as directory:
-        assert directory.notes == ()
+    assert prepare(tmp_path) == ()

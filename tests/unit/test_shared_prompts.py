@@ -24,7 +24,7 @@ from mssr.cluster.shared_prompts import (
     share,
 )
 from mssr.data.prompt_source import PromptSource
-from mssr.models.affinity import home
+from mssr.models.cost import home
 from mssr.models.encoded import EncodedPrompt
 from mssr.runs.config import load_config
 from mssr.types import TrainBatch

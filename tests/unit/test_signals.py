@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mssr.actor.step import TokenMeans
+from mssr.algorithms.objective import MicroBatchLoss
 from mssr.cluster.base import join_log_probs
 from mssr.config.checks import validate
 from mssr.errors import UserError
@@ -54,6 +55,23 @@ def test_dropout_is_not_taken_for_a_move_of_the_policy(
         assert metrics["policy/kl_update"] < 1e-9
         assert metrics["rollout/mismatch_max"] < 1e-4 and metrics["rollout/mismatch_kl"] < 1e-9
         assert metrics["policy/ratio"] != pytest.approx(1.0, abs=1e-4)  # it does drop in training
+
+
+def test_what_the_loss_knows_is_not_in_the_dtype_of_the_pass(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the loss is evaluated in a sharded model, which casts the tensors that it is given."""
+    seen: set[torch.dtype] = set()
+    call = MicroBatchLoss.__call__
+
+    def spy(loss: MicroBatchLoss, *given: Any) -> torch.Tensor:
+        seen.update((loss.tokens.engine_log_probs.dtype, loss.tokens.advantages.dtype))
+        return call(loss, *given)
+
+    monkeypatch.setattr(MicroBatchLoss, "__call__", spy)
+    with make_worker(workspace, tmp_path, *PLAIN, "model.dtype=bfloat16") as worker:
+        worker.update(make_batch(workspace, FOUR), 0)
+    assert seen == {torch.float32}
 
 
 def test_what_is_held_out_is_measured_and_not_trained_on(workspace: Workspace, tmp_path: Path) -> None:

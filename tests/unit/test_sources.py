@@ -154,6 +154,17 @@ def test_forms_of_json(rows, tmp_path: Path) -> None:
         open_table(str(tmp_path / "more.json"))
 
 
+@pytest.mark.parametrize("form", ["[%s]", '{"data": [%s]}'])
+def test_a_damaged_row_within_one_value(tmp_path: Path, form: str) -> None:
+    """It costs no other row."""
+    good, twice = '{"problem": "q", "answer": "1"}', '{"problem": "p", "answer": "1", "answer": "2"}'
+    (tmp_path / "a.json").write_text(form % f"{good}, {twice}")
+    dataset = PromptDataset(str(tmp_path / "a.json"), DataConfig(cache_dir=str(tmp_path / "cache")))
+    dataset.check()
+    assert [dataset.row(i).problem for i in dataset.ids] == ["q"]
+    assert [row.reason for row in dataset.bad_rows] == ["the key 'answer' twice in a JSON object"]
+
+
 def test_headers_of_csv(rows, tmp_path: Path) -> None:
     (tmp_path / "spaces.csv").write_text('problem, answer , "images"\n"a, b", "c, d",\n  e,f, \n')
     assert [(r.problem, r.answer) for r in rows(str(tmp_path / "spaces.csv"))] == [
@@ -162,6 +173,9 @@ def test_headers_of_csv(rows, tmp_path: Path) -> None:
     ]
     (tmp_path / "exact.csv").write_text("problem,answer\n a, b\n")
     assert [(r.problem, r.answer) for r in rows(str(tmp_path / "exact.csv"))] == [(" a", " b")]
+    (tmp_path / "broken.csv").write_bytes(b"problem,\xffanswer\n1,2\n")
+    with pytest.raises(UserError, match=r"broken\.csv cannot be opened: no UTF-8 text"):
+        open_table(str(tmp_path / "broken.csv"))
     (tmp_path / "twice.tsv").write_text("problem\tanswer\tanswer\t\t\n1\t2\t3\t\t\n")
     with pytest.raises(UserError, match=r"twice\.tsv has 2 columns 'answer'"):
         open_table(str(tmp_path / "twice.tsv"))

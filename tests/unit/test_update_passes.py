@@ -140,7 +140,7 @@ def test_two_ranks_between_them_have_the_gradient_of_one(
         updater.backward(state, updater.plan(batch, 0).updates[0])
         updater._probe_kl(state, updater.plan(batch, 0))
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in lab.policy.parameters()]
-        observed = {s for p in updater.guard._passes for s in p.sequences}
+        observed = {s for sequences, _ in updater.guard._passes for s in sequences}
         measured = state.measured.reduce()
         scored = updater.log_probs(batch, reference=False)
         lab.policy.zero_grad(set_to_none=True)

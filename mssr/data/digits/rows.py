@@ -46,7 +46,7 @@ KINDS = tuple(QUESTIONS)
 
 @dataclass(frozen=True, slots=True)
 class Scans:
-    """Scans of one split. Example: ``load_scans(seed=0).train.labels[3]``"""
+    """Scans of one split. Example: ``load_scans("train").labels[3]``"""
 
     pixels: npt.NDArray[np.uint8]
     """(N, 56, 56) grey values, dark ink on white."""
@@ -66,14 +66,6 @@ class Scans:
 
 
 @dataclass(frozen=True, slots=True)
-class ScanSplit:
-    """The scans for training (four in five) and, none of them among those, for validation."""
-
-    train: Scans
-    val: Scans
-
-
-@dataclass(frozen=True, slots=True)
 class Example:
     """One question about one pair of scans. Example: ``Example(4, 17, "sum", "Add the two digits.")``"""
 
@@ -84,8 +76,8 @@ class Example:
     question: str
 
 
-def load_scans(seed: int = 0) -> ScanSplit:
-    """Read scikit-learn's scans, enlarge them sevenfold and divide them by ``seed``."""
+def load_scans(split: str, seed: int = 0) -> Scans:
+    """scikit-learn's scans, sevenfold in size, for ``train`` (four in five, drawn by ``seed``) or ``val``."""
     from sklearn.datasets import load_digits
 
     bundle = load_digits()
@@ -95,10 +87,8 @@ def load_scans(seed: int = 0) -> ScanSplit:
     pixels = np.stack([np.asarray(PIL.Image.fromarray(g).resize(side, bicubic)) for g in grey])
     order = np.random.default_rng([seed, 0]).permutation(len(pixels))
     cut = len(order) * 4 // 5
-    train, val = (
-        Scans(pixels[part], bundle.target[part].astype(np.int64), part) for part in (order[:cut], order[cut:])
-    )
-    return ScanSplit(train, val)
+    part = order[:cut] if split == "train" else order[cut:]
+    return Scans(pixels[part], bundle.target[part].astype(np.int64), part)
 
 
 def answer_to(kind: str, left: int, right: int) -> int:
@@ -109,7 +99,7 @@ def answer_to(kind: str, left: int, right: int) -> int:
 def draw_examples(scans: Scans, count: int, rng: np.random.Generator) -> Iterator[Example]:
     """``count`` random pairs of scans with random questions; the kinds come in equal shares."""
     for index in range(count):
-        left, right = (int(i) for i in rng.integers(len(scans), size=2))
+        left, right = rng.integers(len(scans), size=2).tolist()
         kind = KINDS[index % len(KINDS)]
         phrasings = QUESTIONS[kind]
         yield Example(left, right, kind, phrasings[int(rng.integers(len(phrasings)))])
@@ -122,10 +112,8 @@ def pair_image(scans: Scans, left: int, right: int) -> npt.NDArray[np.uint8]:
 
 
 def write_parquet(scans: Scans, examples: list[Example], split: str, path: Path) -> None:
-    """Write the rows as ``datasets`` reads them: ``id, images, problem, answer, kind``.
-
-    ``images`` is a list of one PNG, embedded. ``problem`` starts with the mark ``<image>``.
-    """
+    """Write ``id, images, problem, answer, kind`` as ``datasets`` reads them; ``images`` is a list of one
+    PNG, embedded, and ``problem`` starts with the mark ``<image>``."""
     import pyarrow.parquet as pq
     from datasets import Dataset, Features, Image, Sequence, Value
 

@@ -66,9 +66,10 @@ class DigitsSettings:
     """Threads of the warm start; all cores, at most 8, by default. Not part of the cache's key."""
 
     def __post_init__(self) -> None:
-        for name in ("train_rows", "val_rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"DigitsSettings.{name}={getattr(self, name)}: at least 1 row is needed")
+        if min(self.train_rows, self.val_rows) < 1:
+            raise UserError(
+                f"{self.train_rows} train_rows and {self.val_rows} val_rows: at least 1 is needed"
+            )
 
 
 def prepare(out: Path, seed: int = 0, quiet: bool = False, settings: DigitsSettings | None = None) -> None:
@@ -81,8 +82,7 @@ def prepare(out: Path, seed: int = 0, quiet: bool = False, settings: DigitsSetti
     to stderr, unless ``quiet``.
 
     Raises:
-        UserError: ``out`` is no directory, cannot be written, or holds files of these names that this
-            function did not make.
+        UserError: ``out`` is no directory, cannot be written, or holds such files of somebody else.
     """
     from filelock import FileLock
 
@@ -134,12 +134,12 @@ def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings) -> di
     """Write everything but the summary into ``folder``; return the summary."""
     transformers = import_transformers()
     started = time.monotonic()
-    scans = load_scans(seed)
+    train, val = load_scans("train", seed), load_scans("val", seed)
     # Each stream of random numbers has its own key, so changing one count leaves the others alone.
-    train = list(draw_examples(scans.train, settings.train_rows, np.random.default_rng([seed, 1])))
-    val = list(draw_examples(scans.val, settings.val_rows, np.random.default_rng([seed, 2])))
-    write_parquet(scans.train, train, "train", folder / "train.parquet")
-    write_parquet(scans.val, val, "val", folder / "val.parquet")
+    lessons = list(draw_examples(train, settings.train_rows, np.random.default_rng([seed, 1])))
+    exam = list(draw_examples(val, settings.val_rows, np.random.default_rng([seed, 2])))
+    write_parquet(train, lessons, "train", folder / "train.parquet")
+    write_parquet(val, exam, "val", folder / "val.parquet")
     model = build_tiny_qwen2_5_vl(folder / "model", corpus(), seed, settings.model)
     encoder = Encoder(model, transformers.AutoProcessor.from_pretrained(folder / "model"))
     steps = settings.warm_start.reading_steps + settings.warm_start.habit_steps
@@ -149,15 +149,16 @@ def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings) -> di
             _say(quiet, f"digits: warm start, step {step + 1} of {steps}, loss {loss:.2f}")
 
     with torch_threads(settings.threads):
-        warm_start(encoder, scans.train, settings.warm_start, seed, on_step)
+        warm_start(encoder, train, settings.warm_start, seed, on_step)
         save_quietly(model, folder / "model")
         share = {
-            "sampled": accuracy(encoder, scans.val, val, seed, greedy=False),
-            "greedy": accuracy(encoder, scans.val, val, seed),
-            "careful": accuracy(encoder, scans.val, val, seed, careful=True),
+            "sampled": accuracy(encoder, val, exam, seed, greedy=False),
+            "greedy": accuracy(encoder, val, exam, seed),
+            "careful": accuracy(encoder, val, exam, seed, careful=True),
         }
     parameters = sum(p.numel() for p in model.parameters())
-    told = {"seed": seed, "train": len(train), "val": len(val), "millions": parameters / 1e6} | share
+    rows = {"train": len(lessons), "val": len(exam)}
+    told = {"seed": seed, "millions": parameters / 1e6} | rows | share
     (folder / "README.md").write_text(README.format(**told))
     libraries = {name: version(name) for name in ("torch", "transformers", "scikit-learn")}
     return {
@@ -166,7 +167,7 @@ def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings) -> di
         "seed": seed,
         "settings": asdict(settings),
         "versions": {"mssr": mssr.__version__} | libraries,
-        "rows": {"train": len(train), "val": len(val)},
+        "rows": rows,
         "parameters": parameters,
         "accuracy": {name: round(value, 4) for name, value in share.items()},
         "seconds": round(time.monotonic() - started, 1),
@@ -177,17 +178,14 @@ def _publish(partial: Path, out: Path) -> None:
     """Move the finished files into ``out``; the summary goes first and comes last."""
     (out / SUMMARY).unlink(missing_ok=True)
     for name in (*PRODUCTS, SUMMARY):
-        old = out / name
-        if old.is_dir():
-            # Renamed away in one step, so that `model` is never half a directory.
-            old.rename(partial / f"{name}.old")
+        if (old := out / name).is_dir():
+            old.rename(partial / f"{name}.old")  # in one step: `model` is never half a directory
         (partial / name).replace(old)
 
 
 def _refuse_foreign_files(out: Path) -> None:
-    ours = (out / SUMMARY).exists() or (out / LOCK).exists()
     foreign = [name for name in PRODUCTS if (out / name).exists()]
-    if foreign and not ours:
+    if foreign and not any((out / name).exists() for name in (SUMMARY, LOCK)):
         raise UserError(
             f"{out} holds {foreign[0]}, which `mssr prepare` did not make: choose another folder for --out"
         )

@@ -81,8 +81,6 @@ class Encoder:
     """Turns examples into model inputs, exactly as the engine and the actor will see them."""
 
     def __init__(self, model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor) -> None:
-        import torch
-
         self.model, self.processor = model, processor
         self.prompts = {q: self._prompt(q) for phrasings in QUESTIONS.values() for q in phrasings}
         # Byte pairs join the bracket and the word: the token that decides to guess reads ">guess".
@@ -90,11 +88,6 @@ class Encoder:
         self.guess_tokens = [
             i for i in self.response(f"<think>{GUESS_WORD}") if GUESS_WORD in tokenizer.decode(i)
         ]
-        # The image sits at the same place in every prompt, so the rope ids are the same up to length.
-        ids = torch.tensor([[*next(iter(self.prompts.values())), *[0] * 128]])
-        grid = torch.tensor([[1, 4, 8]])
-        kinds = (ids == model.config.image_token_id).int()
-        self.rope_ids, _ = model.model.get_rope_index(ids, kinds, image_grid_thw=grid)
 
     def _prompt(self, question: str) -> list[int]:
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
@@ -129,7 +122,7 @@ class Encoder:
         # Padding is on the right and attention causal, so no real token sees it and no mask is needed.
         hidden = self.model.model(
             input_ids=ids,
-            position_ids=self.rope_ids[:, :, :longest].expand(-1, len(prompts), -1),
+            mm_token_type_ids=(ids == self.model.config.image_token_id).int(),
             use_cache=False,
             **self.pixels(scans, examples),
         ).last_hidden_state
@@ -144,22 +137,18 @@ def warm_start(
     seed: int,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Train the encoder's model in place on pairs of ``scans``; return the loss of every step.
-
-    The result is the same bit for bit for the same seed, settings, number of torch's threads and versions.
-    ``on_step(step, loss)`` follows each step.
-    """
+    """Train the encoder's model in place on pairs of ``scans``; return the loss of every step, as
+    ``on_step(step, loss)`` gets it. The result is the same bit for bit for the same seed, settings, number of
+    torch's threads and versions."""
     import torch
 
     rng = np.random.default_rng([seed, 3])
     model, total = encoder.model, settings.reading_steps + settings.habit_steps
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
+    decay = {"params": matrices, "weight_decay": settings.weight_decay}
     optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
+        [decay, {"params": vectors, "weight_decay": 0.0}],
         lr=settings.learning_rate,
         betas=(0.9, 0.98),
         fused=True,
@@ -202,11 +191,8 @@ def accuracy(
     greedy: bool = True,
     careful: bool = False,
 ) -> float:
-    """Share of the examples answered correctly.
-
-    Responses are ``greedy`` or sampled at temperature 1. ``careful`` forbids the word ``guess``, which
-    leaves the model no other way than to read the digits.
-    """
+    """Share of the examples answered correctly, ``greedy`` or sampled at temperature 1. ``careful`` forbids
+    the word ``guess``, which leaves the model no other way than to read the digits."""
     import torch
 
     tokenizer, right = encoder.processor.tokenizer, 0
@@ -239,11 +225,9 @@ def torch_threads(count: int | None) -> Iterator[None]:
     """Let torch use ``count`` threads; by default all cores, but no more than a model this small can feed."""
     import torch
 
-    if count is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        count = min(cores or 1, 8)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(min(cores or 1, 8) if count is None else count)
     try:
         yield
     finally:

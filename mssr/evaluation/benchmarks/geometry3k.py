@@ -1,14 +1,12 @@
 """Geometry3K (arXiv 2105.04165) as EasyR1 prepared it, test: 601 problems, the answers are expressions.
 
-The project's own form, scored as such: equal, or the same mathematics. Breakdown: none is official.
+The project's own form, judged as such: equal, or the same mathematics. Breakdown: none is official.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from mssr.evaluation.items import Item
-from mssr.evaluation.local_data import Location, open_benchmark
+from mssr.evaluation.base import Benchmark
+from mssr.evaluation.local_data import Location
 from mssr.evaluation.own import Own
 from mssr.evaluation.registry import register
 
@@ -19,9 +17,8 @@ class Geometry3K(Own):
 
     location = Location("hiyouga/geometry3k", "test")
 
+    load = Benchmark.load
+
     def __init__(self) -> None:
         super().__init__(self.location.hub_source)
         self.name = type(self).name
-
-    def load(self, data_dir: Path | None = None, limit: int | None = None) -> list[Item]:
-        return self.read_own(open_benchmark(self.name, self.location, data_dir), limit)
