@@ -16,10 +16,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How responses are sampled; the same for every request of a call.
-
-    Example: ``SamplingParams(temperature=1.0, max_tokens=2048, greedy=False)``
-    """
+    """How responses are sampled; the same for every request of a call."""
 
     temperature: float
     """Divides the logits, > 0. Ignored when ``greedy``."""
@@ -209,12 +206,8 @@ class TokenLogProbs:
 
 
 @dataclass(frozen=True, slots=True)
-class RankLogProbs:
+class RankLogProbs(TokenLogProbs):
     """What one rank has computed of a batch's log-probs."""
 
     sequences: npt.NDArray[np.int64]
     """(K,) the rollouts, by their index in the batch, in the order of the values."""
-    policy: npt.NDArray[np.float32]
-    """(sum of their T,) under the policy as it is."""
-    reference: npt.NDArray[np.float32] | None
-    """(sum of their T,) under the frozen base model, where asked for."""

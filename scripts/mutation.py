@@ -3,24 +3,21 @@
     pip install cosmic-ray
     nice python scripts/mutation.py                                   # about an hour on one core
     nice python scripts/mutation.py --only mssr/models/head.py
-    nice python scripts/mutation.py --all --sample 400 --seed 1       # some of all
 
 The mutants are those of cosmic-ray. It knows eleven wrong operators for a plus and seven for an equals
-sign; of the mutants of one kind at one place a single one is taken, at random by the seed, or ``--all``.
+sign; of the mutants of one kind at one place a single one is taken, at random by the seed.
 Left out is what cannot be wrong: annotations, and the text of errors.
 
-Its own runner starts an interpreter for each mutant, and most of that time goes into importing torch. Here
-a process that has imported the libraries forks for each, replaces the one module and runs the tests named
-in `TESTS` until one fails. Survivors are printed, and with all others in ``--out``; docs/testing.md says
-why they live.
+Its own runner starts an interpreter for each mutant, which is mostly the import of torch. Here a process that
+has imported the libraries forks for each, replaces the one module and runs the tests of `TESTS` until one
+fails. Survivors are printed, and with all others in ``--out``; docs/testing.md says why they live.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.abc
-import importlib.machinery
-import importlib.util
+import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -31,6 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +49,6 @@ TESTS = {
     "mssr/algorithms/losses.py": "losses oracles policy_losses ranges",
     "mssr/algorithms/objective.py": "gradient step_oracle update_by_value defaults_and_states",
     "mssr/algorithms/policy_losses.py": "policy_losses losses plugins defaults_and_states ranges",
-    "mssr/algorithms/registry.py": "algorithms plugins",
     "mssr/algorithms/reinforce_pp.py": "algorithms token_advantages oracles defaults_and_states",
     "mssr/algorithms/sequences.py": "losses correction policy_losses gradient",
     "mssr/algorithms/shaping.py": "losses algorithms gradient defaults_and_states ranges",
@@ -76,10 +73,10 @@ class Mutant:
     place: tuple[int, int]
 
     @property
-    def kind(self) -> str:
-        """Without what is put in the place of what: binary operators, comparisons, numbers."""
-        return self.operator.split("/")[1].split("_")[0]
+    def key(self) -> tuple[str, str, int]:
+        return self.path, self.operator, self.occurrence
 
+    @functools.cached_property
     def source(self) -> str:
         """The whole module, changed."""
         from cosmic_ray import plugins
@@ -88,6 +85,22 @@ class Mutant:
 
         visitor = MutationVisitor(self.occurrence, plugins.get_operator(self.operator)())
         return str(visitor.walk(get_ast((ROOT / self.path).read_text())).get_code())
+
+    @property
+    def is_program(self) -> bool:
+        """cosmic-ray takes the star before keyword arguments for a product."""
+        try:
+            compile(self.source, self.path, "exec")
+        except SyntaxError:
+            return False
+        return True
+
+    @property
+    def changed(self) -> str:
+        """The first line that differs, as it is now."""
+        old, new = (ROOT / self.path).read_text().splitlines(), self.source.splitlines()
+        pairs = ((a, b) for a, b in zip(old, new, strict=False) if a != b)
+        return next((f"{a.strip()}  ->  {b.strip()}" for a, b in pairs), "lines removed")
 
 
 def mutants(path: str) -> list[Mutant]:
@@ -99,50 +112,45 @@ def mutants(path: str) -> list[Mutant]:
     said = {id(node) for node in nodes if _is_said_only(node)}
     found = []
     for name in plugins.operator_names():
-        if plugins.get_operator(name).arguments():
+        if (operator_class := plugins.get_operator(name)).arguments():
             continue
-        operator = plugins.get_operator(name)()
+        operator = operator_class()
         places = [(node, start) for node in nodes for start, _ in operator.mutation_positions(node)]
         found += [Mutant(path, name, k, at) for k, (node, at) in enumerate(places) if id(node) not in said]
     return found
 
 
 def one_of_a_kind(everything: list[Mutant], seed: int) -> list[Mutant]:
-    """For each kind and place a single one, whatever else there is."""
+    """For each place a single one of the binary operators, of the comparisons, of the numbers, ..."""
     by_place: dict[tuple[str, str, tuple[int, int]], list[Mutant]] = {}
     for mutant in everything:
-        by_place.setdefault((mutant.path, mutant.kind, mutant.place), []).append(mutant)
+        kind = mutant.operator.split("/")[1].split("_")[0]
+        by_place.setdefault((mutant.path, kind, mutant.place), []).append(mutant)
     return [random.Random(f"{seed} {key}").choice(same) for key, same in by_place.items()]
 
 
 def _is_said_only(node: Any) -> bool:
     """Whether a node is part of an annotation or of the text of an error."""
     while (parent := node.parent) is not None:
-        if parent.type in ("raise_stmt", "fstring"):
-            return True
-        if parent.type == "annassign" and node is parent.children[1]:  # ": annotation = value"
-            return True
-        if parent.type in ("param", "funcdef") and node is parent.annotation:
-            return True
-        if parent.type == "tfpdef" and node is parent.children[2]:  # "name : annotation" of a parameter
+        if (
+            parent.type in ("raise_stmt", "fstring")
+            or (parent.type == "annassign" and node is parent.children[1])  # ": annotation = value"
+            or (parent.type == "tfpdef" and node is parent.children[2])  # "name : annotation" of a parameter
+            or (parent.type in ("param", "funcdef") and node is parent.annotation)
+        ):
             return True
         node = parent
     return False
 
 
-class _Replaced(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader):
-    """Finds and loads one module, from another source."""
+def _replace(mutant: Mutant) -> None:
+    """Whoever imports the module from now on gets the changed one."""
+    get_code, path = SourceFileLoader.get_code, str(ROOT / mutant.path)
 
-    def __init__(self, mutant: Mutant) -> None:
-        self.source = mutant.source()
-        name = mutant.path.removesuffix(".py").replace("/", ".")
-        super().__init__(name, str(ROOT / mutant.path))
+    def changed(self: SourceFileLoader, name: str) -> Any:
+        return compile(mutant.source, path, "exec") if self.path == path else get_code(self, name)
 
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        return importlib.util.spec_from_loader(name, self) if name == self.name else None
-
-    def get_code(self, fullname: str) -> Any:
-        return compile(self.source, self.path, "exec")
+    SourceFileLoader.get_code = changed  # type: ignore[method-assign]
 
 
 def run(names: list[str], mutant: Mutant | None, limit_s: float, workspace: Any) -> tuple[str, float]:
@@ -151,21 +159,20 @@ def run(names: list[str], mutant: Mutant | None, limit_s: float, workspace: Any)
     child = FORK.Process(target=_run_tests, args=(names, mutant, workspace))
     child.start()
     child.join(limit_s)
-    outcome = "killed" if child.exitcode else "survived"
+    outcome = {None: "timeout", 0: "survived"}.get(child.exitcode, "killed")
     if child.exitcode is None:
         os.killpg(child.pid or 0, signal.SIGKILL)
         child.join()
-        outcome = "timeout"
     return outcome, time.monotonic() - start
 
 
 def _run_tests(names: list[str], mutant: Mutant | None, workspace: Any) -> None:
     os.setpgid(0, 0)
     sink = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 1)
-    os.dup2(sink, 2)
+    for output in (1, 2):
+        os.dup2(sink, output)
     if mutant is not None:
-        sys.meta_path.insert(0, _Replaced(mutant))
+        _replace(mutant)
     import pytest
 
     import tests.conftest
@@ -184,36 +191,30 @@ def _workspace() -> Any:
     from tests import conftest
 
     path = Path(tempfile.mkdtemp(prefix="mssr-mutants-"))
-    child = FORK.Process(target=conftest.make_workspace, args=(path,))
-    child.start()
-    child.join()
-    assert child.exitcode == 0
+    with FORK.Pool(1) as pool:
+        pool.apply(conftest.make_workspace, (path,))
     return conftest.Workspace(path)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", default=list(TESTS), help="modules")
-    parser.add_argument("--all", action="store_true", help="not one of a kind")
     parser.add_argument("--sample", type=int, help="so many mutants, at random")
     parser.add_argument("--again", action="store_true", help="run survivors of --out again")
     parser.add_argument("--seed", type=int, default=0)
-    help_out = "added to; what is in it is not run again"
-    parser.add_argument("--out", type=Path, default=Path("mutation.jsonl"), help=help_out)
+    parser.add_argument("--out", type=Path, default=Path("mutation.jsonl"), help="is added to")
     args = parser.parse_args()
     everything = [mutant for path in args.only for mutant in mutants(path)]
     print(f"{len(everything)} mutants", end="")
-    if not args.all:
-        everything = one_of_a_kind(everything, args.seed)
+    everything = one_of_a_kind(everything, args.seed)
     random.Random(args.seed).shuffle(everything)  # one that is interrupted is a sample
     everything = everything[: args.sample]
     print(f", {len(everything)} taken: {dict(Counter(m.path for m in everything))}")
-    known = {}
-    if args.out.exists():
-        records = map(json.loads, args.out.open())
-        known = {(r["path"], r["operator"], r["occurrence"]): r for r in records}
+    args.out.touch()
+    records = map(json.loads, args.out.open())
+    known = {(r["path"], r["operator"], r["occurrence"]): r for r in records}
     sys.path.insert(0, str(ROOT))
     for library in IMPORTED.split():
         importlib.import_module(library)
@@ -222,8 +223,8 @@ def main() -> int:
     usual: dict[str, float] = {}
     with args.out.open("a") as out:
         for number, mutant in enumerate(everything, 1):
-            key = mutant.path, mutant.operator, mutant.occurrence
-            if key in known and not (args.again and known[key]["outcome"] == "survived"):
+            before = known.get(mutant.key)
+            if before and not (args.again and before["outcome"] == "survived"):
                 continue
             tests = [f"tests/unit/test_{name}.py" for name in TESTS[mutant.path].split()]
             for test in tests:
@@ -233,41 +234,18 @@ def main() -> int:
                     print(f"{test}: {usual[test]:.0f} s without a mutation", flush=True)
             limit_s = 2 * sum(usual[test] for test in tests) + TIME_LIMIT_S
             outcome, seconds = "no program", 0.0
-            if _is_program(mutant):
+            if mutant.is_program:
                 outcome, seconds = run(tests, mutant, limit_s, workspace)
-            changed = _changed(mutant)
-            record = dict(zip(("path", "operator", "occurrence"), key, strict=True)) | {
-                "line": mutant.place[0],
-                "changed": changed,
-                "outcome": outcome,
-                "seconds": round(seconds, 1),
-            }
-            known[key] = record
-            out.write(json.dumps(record) + "\n")
-            out.flush()
+            record = dict(zip(("path", "operator", "occurrence"), mutant.key, strict=True))
+            record |= {"line": mutant.place[0], "changed": mutant.changed, "outcome": outcome}
+            known[mutant.key] = record | {"seconds": round(seconds, 1)}
+            print(json.dumps(known[mutant.key]), file=out, flush=True)
             if outcome == "survived":
-                print(f"{number}: {mutant.path}:{mutant.place[0]} {changed}", flush=True)
-    outcomes = Counter(known[m.path, m.operator, m.occurrence]["outcome"] for m in everything)
+                print(f"{number}: {mutant.path}:{mutant.place[0]} {mutant.changed}", flush=True)
+    outcomes = Counter(known[mutant.key]["outcome"] for mutant in everything)
     programs = outcomes.total() - outcomes["no program"]
     print(dict(outcomes), f"{1 - outcomes['survived'] / programs:.1%} noticed")
-    return 0
-
-
-def _is_program(mutant: Mutant) -> bool:
-    """cosmic-ray takes the star before keyword arguments for a product."""
-    try:
-        compile(mutant.source(), mutant.path, "exec")
-    except SyntaxError:
-        return False
-    return True
-
-
-def _changed(mutant: Mutant) -> str:
-    """The first line that differs, as it is now."""
-    old, new = (ROOT / mutant.path).read_text().splitlines(), mutant.source().splitlines()
-    pairs = [(a, b) for a, b in zip(old, new, strict=False) if a != b]
-    return f"{pairs[0][0].strip()}  ->  {pairs[0][1].strip()}" if pairs else "lines removed"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,14 +6,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 phase() {
-    local title=$1 start=$SECONDS status=0
-    shift
-    echo "[quickstart] $title: $*"
-    "$@" || status=$?
-    if ((status)); then
-        echo "[quickstart] FAILED: $title (exit status $status)" >&2
-        exit "$status"
-    fi
+    local title=$1 start=$SECONDS
+    echo "[quickstart] $title: ${*:2}"
+    "${@:2}" || { local status=$?; echo "[quickstart] FAILED: $title (exit status $status)" >&2; exit "$status"; }
     echo "[quickstart] $title done in $((SECONDS - start)) s, $SECONDS s since the start"
 }
 

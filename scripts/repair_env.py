@@ -1,11 +1,8 @@
 """Repair what pip cannot get right about a CPU environment. Run by scripts/setup.sh with the venv's python.
 
-1. Beside a CPU torch, torchvision gets an import hook (see torchvision_cpu_repair.py), for PyPI's is a CUDA
-   build. The hook does nothing where torchvision's C++ library loads. Beside a CUDA torch it is removed.
+1. Beside a CPU torch, torchvision gets an import hook (torchvision_cpu_repair.py); beside a CUDA torch none.
 2. torchaudio and torchcodec, which vLLM demands and nothing here uses, are uninstalled if they do not
    import: a broken one breaks the import of transformers and of vLLM.
-
-Does nothing new when it is run again.
 """
 
 from __future__ import annotations
@@ -22,16 +19,15 @@ HOOK = "torchvision_cpu_repair"
 UNUSED = ("torchaudio", "torchcodec")
 
 
-def imports(code: str) -> bool:
-    """Whether code runs in a new interpreter."""
+def runs(code: str) -> bool:
+    """In a new interpreter."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def repair_torchvision() -> None:
-    """Install the import hook, or remove it."""
     site_packages = Path(sysconfig.get_paths()["purelib"])
     module, pth = site_packages / f"{HOOK}.py", site_packages / f"{HOOK}.pth"
-    if not imports("import torch; assert torch.version.cuda is None"):
+    if not runs("import torch; assert torch.version.cuda is None"):
         pth.unlink(missing_ok=True)  # first: a .pth whose module is gone complains at every start
         module.unlink(missing_ok=True)
         return
@@ -43,7 +39,7 @@ def repair_torchvision() -> None:
 
 
 def remove_broken_unused_packages() -> None:
-    broken = [name for name in UNUSED if importlib.util.find_spec(name) and not imports(f"import {name}")]
+    broken = [name for name in UNUSED if importlib.util.find_spec(name) and not runs(f"import {name}")]
     if broken:
         subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", *broken], check=True)
         print(f"{' and '.join(broken)} did not import and nothing here uses them: uninstalled")

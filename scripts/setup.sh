@@ -15,7 +15,6 @@ VENV=${MSSR_VENV:-$REPO/.venv}
 TORCH_INDEX=${MSSR_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 STAMP=$VENV/mssr-setup.stamp
 LOG=$VENV/mssr-setup.log
-HEARTBEAT_SECONDS=15
 
 say() { echo "[setup] $*"; }
 die() {
@@ -25,14 +24,12 @@ die() {
 
 choose_device() {
     local device=${MSSR_DEVICE:-}
-    while (($#)); do
-        case $1 in
-            --cpu) device=cpu ;;
-            --gpu) device=gpu ;;
-            *) die "unknown argument $1; usage: scripts/setup.sh [--cpu | --gpu]" ;;
-        esac
-        shift
-    done
+    case $* in
+        --cpu) device=cpu ;;
+        --gpu) device=gpu ;;
+        "") ;;
+        *) die "unknown argument $*; usage: scripts/setup.sh [--cpu | --gpu]" ;;
+    esac
     if [[ -z $device ]]; then
         device=cpu
         if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then device=gpu; fi
@@ -67,48 +64,10 @@ exit_if_up_to_date() {
     fi
 }
 
-# phase TITLE COMMAND...: run it with its output in the log, and now and then a line that says what it does.
-phase() {
-    local title=$1 start=$SECONDS next_line=$HEARTBEAT_SECONDS status=0 pid
-    shift
-    say "$title"
-    echo "=== $title: $*" >>"$LOG"
-    "$@" >>"$LOG" 2>&1 &
-    pid=$!
-    trap 'kill "$pid" 2>/dev/null || true; exit 130' INT TERM
-    while kill -0 "$pid" 2>/dev/null; do
-        sleep 0.2
-        if ((SECONDS - start >= next_line)); then
-            say "  $((SECONDS - start)) s: $(progress)"
-            next_line=$((next_line + HEARTBEAT_SECONDS))
-        fi
-    done
-    wait "$pid" || status=$?
-    trap - INT TERM
-    if ((status)); then
-        grep -v 'is ignored: it is neither' "$LOG" | tail -n 25 >&2
-        die "failed after $((SECONDS - start)) s: $title (everything is in $LOG)"
-    fi
-    say "  done in $((SECONDS - start)) s"
-}
-
-# What pip does now: the package it looks at, or how many it has unpacked.
-progress() {
-    local line
-    line=$(grep -aoE '^ *(Collecting|Downloading|Processing|Building|Using cached|Installing) [^ (]+' "$LOG" | tail -n 1)
-    if [[ $line == *Installing* ]]; then
-        echo "installing, $(find "$VENV/lib" -maxdepth 3 -name '*.dist-info' | wc -l) packages so far"
-    else
-        echo "${line##*[ /]}"
-    fi
-}
-
 # Asked without pip, because pip retries an index that does not answer for minutes.
 torch_index_answers() {
-    timeout 6 "$VENV/bin/python" -c '
-import sys, urllib.request
-urllib.request.urlopen(sys.argv[1].rstrip("/") + "/torch/", timeout=4).read(1)
-' "$TORCH_INDEX" 2>/dev/null
+    local code='import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=4).read(1)'
+    timeout 6 "$VENV/bin/python" -c "$code" "${TORCH_INDEX%/}/torch/" 2>/dev/null
 }
 
 make_venv() {
@@ -116,7 +75,7 @@ make_venv() {
         say "the environment was made for another device than $DEVICE: making it anew"
         rm -rf "$VENV"
     fi
-    if [[ ! -x $VENV/bin/python ]] || ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         local python
         python=$(find_python)
         say "making $VENV with $("$python" --version)"
@@ -137,8 +96,22 @@ install() {
         fi
     fi
     cd "$REPO"
-    phase "installing mssr[$DEVICE,dev] and its dependencies (the first time, some minutes)" \
-        "$VENV/bin/python" -m pip install "${arguments[@]}"
+    say "installing mssr[$DEVICE,dev] and its dependencies (the first time, some minutes)"
+    local start=$SECONDS ticks=0 status=0 pid
+    "$VENV/bin/python" -m pip install "${arguments[@]}" >>"$LOG" 2>&1 &
+    pid=$!
+    trap 'kill "$pid" 2>/dev/null || true; exit 130' INT TERM
+    while kill -0 "$pid" 2>/dev/null; do
+        sleep 0.2
+        ((++ticks % 75)) || say "  $((SECONDS - start)) s: $(tail -n 1 "$LOG" | cut -c 1-90)"
+    done
+    wait "$pid" || status=$?
+    trap - INT TERM
+    if ((status)); then
+        grep -v 'is ignored: it is neither' "$LOG" | tail -n 25 >&2
+        die "the installation failed after $((SECONDS - start)) s (everything is in $LOG)"
+    fi
+    say "  done in $((SECONDS - start)) s"
 }
 
 verify() {
@@ -152,19 +125,11 @@ names = ["torch", "torchvision", "transformers", "vllm", "ray"]
 modules = {name: importlib.import_module(name) for name in names}
 # What a training imports, too: an environment that lacks some of it fails here and not in a run, and
 # Python compiles it now, in one process, and not in four at once when the first run starts.
-for name in [
-    "mssr.trainer.train",
-    "mssr.trainer.session",
-    "mssr.cluster.ray_cluster",
-    "mssr.actor.worker",
-    "mssr.rollout.vllm_engine",
-    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
-    "vllm.entrypoints.llm",
-    "vllm.model_executor.models.qwen2_5_vl",
-    f"vllm.v1.worker.{sys.argv[1]}_worker",
-    "vllm.v1.engine.core",
-    "matplotlib.pyplot",
-]:
+for name in f"""
+    mssr.trainer.train mssr.trainer.session mssr.cluster.ray_cluster mssr.actor.worker mssr.rollout.vllm_engine
+    transformers.models.qwen2_5_vl.modeling_qwen2_5_vl vllm.entrypoints.llm vllm.v1.engine.core
+    vllm.model_executor.models.qwen2_5_vl vllm.v1.worker.{sys.argv[1]}_worker matplotlib.pyplot
+""".split():
     importlib.import_module(name)
 if sys.argv[1] == "gpu" and modules["torch"].version.cuda is None:
     sys.exit(f"torch {modules['torch'].__version__} has no CUDA: pip found a CPU wheel first, look at its find-links")

@@ -11,14 +11,9 @@ unset PYTHONDONTWRITEBYTECODE
 export PATH=${MSSR_VENV:-$PWD/.venv}/bin:$PATH
 
 phase() {
-    local title=$1 start=$SECONDS status=0
-    shift
-    echo "[test] $title: $*"
-    "$@" || status=$?
-    if ((status)); then
-        echo "[test] FAILED: $title (exit status $status)" >&2
-        exit "$status"
-    fi
+    local title=$1 start=$SECONDS
+    echo "[test] $title: ${*:2}"
+    "${@:2}" || { local status=$?; echo "[test] FAILED: $title (exit status $status)" >&2; exit "$status"; }
     echo "[test] $title passed in $((SECONDS - start)) s"
 }
 

@@ -1,14 +1,12 @@
 """Import hook for an environment with a CPU torch and a CUDA build of torchvision.
 
-PyPI's torchvision is a CUDA build. Beside a CPU torch its C++ library does not load, so its operators are
-never declared, and ``import torchvision`` dies with "operator torchvision::nms does not exist" although
-the Python part (the image transforms, all that transformers and vLLM use) would work. This hook declares
-the two operators that the import asks for, only where the C++ library does not load. ``torchvision.ops.nms``
-stays unusable.
+There torchvision's C++ library does not load, so its operators are never declared, and ``import torchvision``
+dies with "operator torchvision::nms does not exist" although the Python part (the image transforms, all that
+transformers and vLLM use) would work. This hook declares the two operators that the import asks for, only
+where the library does not load. ``torchvision.ops.nms`` stays unusable.
 
-`repair_env.py` copies this file into site-packages with a ``.pth`` that imports it at interpreter start, so
-that it also reaches the processes that vLLM and Ray start. Therefore it imports nothing heavy by itself:
-torch is imported when torchvision is.
+`repair_env.py` copies this file into site-packages with a ``.pth`` that imports it at interpreter start, also
+in the processes that vLLM and Ray start. Therefore it imports torch only when torchvision is imported.
 """
 
 import contextlib
@@ -55,10 +53,5 @@ class TorchvisionFinder:
         return None
 
 
-def install() -> None:
-    """Put the hook in place, once."""
-    if not any(type(finder).__name__ == TorchvisionFinder.__name__ for finder in sys.meta_path):
-        sys.meta_path.insert(0, TorchvisionFinder())
-
-
-install()
+if not any(type(finder).__name__ == TorchvisionFinder.__name__ for finder in sys.meta_path):
+    sys.meta_path.insert(0, TorchvisionFinder())

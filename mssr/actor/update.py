@@ -128,7 +128,7 @@ class PolicyUpdater:
                 parts.append(log_probs if micro.weight else log_probs[:0])
         self._reshard()
         policy, *others = (torch.cat(parts).numpy() for parts in found)
-        return RankLogProbs(np.array(sequences, np.int64), policy, others[0] if reference else None)
+        return RankLogProbs(policy, others[0] if reference else None, np.array(sequences, np.int64))
 
     def _before_updates(self, state: StepState, plan: StepPlan) -> None:
         """The log-probs that updates and probe need, and that neither batch nor their own passes give."""

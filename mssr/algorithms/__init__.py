@@ -5,8 +5,8 @@ are loaded when first used, so that a command that only checks a config does not
 method is a new module and its line among the imports below, or a user's ``path/to/file.py:Class``.
 
 In the order of a step: ``baseline`` (its prompts in ``id_table``) and ``discount``; ``advantages``, the
-formulas; ``group``, ``single_rollout`` and ``reinforce_pp``, the methods, each an ``Algorithm`` of ``base``
-that ``registry`` knows; ``shaping``, ``policy_losses``, ``losses``, ``correction`` and ``kl_control``, the
+formulas; ``group``, ``single_rollout`` and ``reinforce_pp``, the methods, each a registered ``Algorithm`` of
+``base``; ``shaping``, ``policy_losses``, ``losses``, ``correction`` and ``kl_control``, the
 parts of the loss, which ``objective`` puts together. ``plugins``, ``checks`` and ``sequences`` help.
 
 An option out of its range, shapes or lengths that differ, numbers that are not finite, a name that there is
@@ -19,12 +19,11 @@ import importlib
 from types import ModuleType
 
 from mssr.algorithms import advantages
-from mssr.algorithms.base import Algorithm
+from mssr.algorithms.base import Algorithm, create, get, names, options, register
 from mssr.algorithms.baseline import BetaBaseline
 from mssr.algorithms.discount import AdaptiveDiscount
 from mssr.algorithms.group import GRPO, RLOO, DrGRPO, LitePPO
 from mssr.algorithms.kl_control import KLController
-from mssr.algorithms.registry import create, get, names, options, register
 from mssr.algorithms.reinforce_pp import ReinforcePP, ReinforcePPBaseline
 from mssr.algorithms.single_rollout import MSSR, MVSR, SPO
 

@@ -20,24 +20,24 @@ or out of their range, and on a group of one response.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import ArrayLike, NDArray
 
 from mssr.algorithms.checks import check_number
 
-FloatVector = npt.NDArray[np.float32]
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+FloatVector = NDArray[np.float32]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
-def grpo(rewards: npt.ArrayLike, groups: npt.ArrayLike, eps: float = 1e-6) -> FloatVector:
+def grpo(rewards: ArrayLike, groups: ArrayLike, eps: float = 1e-6) -> FloatVector:
     """A_i = (r_i - mean_g) / (std_g + eps), std unbiased. GRPO, arXiv 2402.03300."""
     check_number("eps", eps)
-    difference, group, size = _differences(rewards, groups, "GRPO")
+    difference, group, size, _ = _grouped(rewards, groups, "GRPO")
     std = np.sqrt(np.bincount(group, difference * difference) / (size - 1))
     return (difference / (std[group] + eps)).astype(np.float32)
 
 
-def dr_grpo(rewards: npt.ArrayLike, groups: npt.ArrayLike) -> FloatVector:
+def dr_grpo(rewards: ArrayLike, groups: ArrayLike) -> FloatVector:
     """A_i = r_i - mean_g: a prompt that is nearly solved, or nearly hopeless, is not scaled up.
 
     Dr. GRPO, arXiv 2503.20783; its other half is the loss over a constant length.
@@ -45,17 +45,14 @@ def dr_grpo(rewards: npt.ArrayLike, groups: npt.ArrayLike) -> FloatVector:
     return centred(rewards, groups, "Dr. GRPO").astype(np.float32)
 
 
-def rloo(rewards: npt.ArrayLike, groups: npt.ArrayLike) -> FloatVector:
+def rloo(rewards: ArrayLike, groups: ArrayLike) -> FloatVector:
     """A_i = r_i - mean of the others of its group = n/(n-1) * (r_i - mean_g). RLOO, arXiv 2402.14740."""
-    difference, group, size = _differences(rewards, groups, "RLOO")
+    difference, group, size, _ = _grouped(rewards, groups, "RLOO")
     return ((size / (size - 1))[group] * difference).astype(np.float32)
 
 
 def lite_ppo(
-    rewards: npt.ArrayLike,
-    groups: npt.ArrayLike,
-    eps: float = 1e-6,
-    weights: npt.ArrayLike | None = None,
+    rewards: ArrayLike, groups: ArrayLike, eps: float = 1e-6, weights: ArrayLike | None = None
 ) -> FloatVector:
     """A_i = (r_i - mean_g) / (std r + eps), std unbiased and over the batch. Lite PPO, arXiv 2508.08221.
 
@@ -64,14 +61,11 @@ def lite_ppo(
     """
     check_number("eps", eps)
     r, difference = _vector(rewards, "rewards"), centred(rewards, groups, "Lite PPO")
-    counts = _lengths(weights, len(r))
-    moments = _moments(r, counts, counts.sum(), unbiased=True)
-    if moments is None:
-        return np.zeros(len(r), np.float32)
-    return np.where(counts > 0, difference / (np.sqrt(moments[1]) + eps), 0.0).astype(np.float32)
+    live, _, variance = _moments(r, _lengths(weights, len(r)), unbiased=True)
+    return np.where(live, difference / (np.sqrt(variance) + eps), 0.0).astype(np.float32)
 
 
-def reinforce_pp(rewards: npt.ArrayLike, lengths: npt.ArrayLike, eps: float = 1e-8) -> FloatVector:
+def reinforce_pp(rewards: ArrayLike, lengths: ArrayLike, eps: float = 1e-8) -> FloatVector:
     """A_i = (r_i - mu) / sqrt(var + eps), mu and var over tokens. REINFORCE++, arXiv 2501.03262.
 
     Without KL in the reward and without discounting, the return is r_i at each of the L_i tokens of a
@@ -84,12 +78,11 @@ def reinforce_pp(rewards: npt.ArrayLike, lengths: npt.ArrayLike, eps: float = 1e
     """
     check_number("eps", eps)
     r = _vector(rewards, "rewards")
-    counts = _lengths(lengths, len(r))
-    return _whiten(r, counts, counts.sum(), eps)
+    return _whiten(r, _lengths(lengths, len(r)), eps)
 
 
 def reinforce_pp_baseline(
-    rewards: npt.ArrayLike, groups: npt.ArrayLike, lengths: npt.ArrayLike, eps: float = 1e-8
+    rewards: ArrayLike, groups: ArrayLike, lengths: ArrayLike, eps: float = 1e-8
 ) -> FloatVector:
     """A_i = (d_i - mu) / sqrt(var + eps), d = r - mean_g, mu and var over tokens. arXiv 2501.03262.
 
@@ -100,10 +93,7 @@ def reinforce_pp_baseline(
 
 
 def single_rollout(
-    rewards: npt.ArrayLike,
-    values: npt.ArrayLike,
-    eps: float = 1e-6,
-    weights: npt.ArrayLike | None = None,
+    rewards: ArrayLike, values: ArrayLike, eps: float = 1e-6, weights: ArrayLike | None = None
 ) -> FloatVector:
     """D = r - v;  A = (D - mean D) / (std D + eps), std of the population. MSSR, arXiv 2512.18215.
 
@@ -115,15 +105,11 @@ def single_rollout(
     check_number("eps", eps)
     r = _vector(rewards, "rewards")
     difference = r - _vector(values, "values", len(r))
-    counts = _lengths(weights, len(r))
-    moments = _moments(difference, counts, counts.sum(), unbiased=False)
-    if moments is None:
-        return np.zeros(len(r), np.float32)
-    mean, variance = moments
-    return np.where(counts > 0, (difference - mean) / (np.sqrt(variance) + eps), 0.0).astype(np.float32)
+    live, mean, variance = _moments(difference, _lengths(weights, len(r)), unbiased=False)
+    return np.where(live, (difference - mean) / (np.sqrt(variance) + eps), 0.0).astype(np.float32)
 
 
-def returns_to_go(rewards: npt.ArrayLike, lengths: npt.ArrayLike, penalties: npt.ArrayLike) -> Floats:
+def returns_to_go(rewards: ArrayLike, lengths: ArrayLike, penalties: ArrayLike) -> Floats:
     """G_t = r - sum of the penalties from token t on, of the response that t belongs to; (N,) float64.
 
     The return without discount of a reward r at the last token and -penalty_t at each: how KL enters
@@ -132,13 +118,13 @@ def returns_to_go(rewards: npt.ArrayLike, lengths: npt.ArrayLike, penalties: npt
     """
     r = _vector(rewards, "rewards")
     counts = _lengths(lengths, len(r)).astype(np.int64)
-    penalty = check_penalties(penalties, counts)
+    penalty = per_token("penalties", penalties, counts)
     ends = np.cumsum(counts)
     before = np.concatenate([[0.0], np.cumsum(penalty)])  # before[t]: all penalties ahead of token t
     return np.repeat(r - before[ends], counts) + before[:-1]
 
 
-def whiten(values: npt.ArrayLike, lengths: npt.ArrayLike, eps: float, weighting: str) -> FloatVector:
+def whiten(values: ArrayLike, lengths: ArrayLike, eps: float, weighting: str) -> FloatVector:
     """(x - mu) / sqrt(var + eps) over the tokens of a batch: the token-level form of `reinforce_pp`.
 
     Args:
@@ -149,24 +135,21 @@ def whiten(values: npt.ArrayLike, lengths: npt.ArrayLike, eps: float, weighting:
     check_number("eps", eps)
     check_weighting(weighting)
     counts = _lengths(lengths, len(np.asarray(lengths)))
-    x = np.asarray(values, np.float64)
-    if x.shape != (int(counts.sum()),):
-        raise ValueError(f"lengths that add up to {counts.sum():g} need as many values, not {x.shape}")
+    x = per_token("values", values, counts)
     if weighting == "token":
-        return _whiten(x, np.ones(len(x)), len(x), eps)
+        return _whiten(x, np.ones(len(x)), eps)
     live = counts[counts > 0]
-    return _whiten(x, np.repeat(1 / live, live.astype(np.int64)), len(live), eps)
+    return _whiten(x, np.repeat(1 / live, live.astype(np.int64)), eps, total=len(live))
 
 
-def centred(rewards: npt.ArrayLike, groups: npt.ArrayLike, method: str) -> Floats:
+def centred(rewards: ArrayLike, groups: ArrayLike, method: str) -> Floats:
     """(B,) float64 r - mean_g; ``method`` is named as what needs more than one response."""
-    return _differences(rewards, groups, method)[0]
+    return _grouped(rewards, groups, method)[0]
 
 
-def constant_groups(rewards: npt.ArrayLike, groups: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+def constant_groups(rewards: ArrayLike, groups: ArrayLike) -> NDArray[np.bool_]:
     """(B,) True where all rewards of the rollout's group are equal: no learning signal there."""
-    r, group, _ = _grouped(rewards, groups, "")
-    return _constant(r, group)
+    return _grouped(rewards, groups)[3]
 
 
 def check_weighting(weighting: str) -> None:
@@ -175,15 +158,15 @@ def check_weighting(weighting: str) -> None:
         raise ValueError(f"weighting must be 'sequence' or 'token', not {weighting!r}")
 
 
-def check_penalties(penalties: npt.ArrayLike, lengths: Ints) -> Floats:
-    """(N,) float64 token penalties; ValueError unless they are finite and one for each token."""
-    array = np.asarray(penalties, np.float64)
-    if array.shape != (int(lengths.sum()),):
-        raise ValueError(f"{lengths.sum()} response tokens need as many penalties, not shape {array.shape}")
-    return _vector(array, "token penalties") if len(array) else array
+def per_token(name: str, values: ArrayLike, lengths: Floats | Ints) -> Floats:
+    """(N,) float64 ``values``; ValueError unless they are finite and one for each token."""
+    array, tokens = np.asarray(values, np.float64), int(lengths.sum())
+    if array.shape != (tokens,):
+        raise ValueError(f"{tokens} response tokens need as many {name}, not shape {array.shape}")
+    return _vector(array, name) if tokens else array
 
 
-def _vector(values: npt.ArrayLike, name: str, size: int | None = None) -> Floats:
+def _vector(values: ArrayLike, name: str, size: int | None = None) -> Floats:
     """``values`` as a finite, non-empty (B,) float64 array, one for each of ``size`` rewards."""
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or not len(array):
@@ -197,7 +180,7 @@ def _vector(values: npt.ArrayLike, name: str, size: int | None = None) -> Floats
     return array
 
 
-def _lengths(lengths: npt.ArrayLike | None, size: int) -> Floats:
+def _lengths(lengths: ArrayLike | None, size: int) -> Floats:
     """``lengths`` as a non-negative (size,) float64 array (exact up to 2^53 tokens); ones for None."""
     if lengths is None:
         return np.ones(size)
@@ -207,48 +190,45 @@ def _lengths(lengths: npt.ArrayLike | None, size: int) -> Floats:
     return tokens
 
 
-def _grouped(rewards: npt.ArrayLike, groups: npt.ArrayLike, method: str) -> tuple[Floats, Ints, Ints]:
-    """(B,) rewards, (B,) group of each as 0 .. G-1, (G,) group sizes; with a method, sizes are > 1."""
+def _grouped(
+    rewards: ArrayLike, groups: ArrayLike, method: str = ""
+) -> tuple[Floats, Ints, Ints, NDArray[np.bool_]]:
+    """What each reward is within its group; a ``method`` needs groups of more than one.
+
+    Returns:
+        (B,) r - mean_g, exactly 0 in a group whose rewards are all equal, bit for bit; (B,) group of each
+        as 0 .. G-1; (G,) group sizes; (B,) True where all rewards of the group are equal.
+    """
     r = _vector(rewards, "rewards")
     labels = np.asarray(groups)
     if labels.shape != r.shape:
         raise ValueError(f"{len(r)} rewards need as many groups, not shape {labels.shape}")
-    names, group, size = np.unique(labels, return_inverse=True, return_counts=True)
+    names, first, group, size = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
     if method and size.min() < 2:
         raise ValueError(
             f"{method} compares the responses of a prompt, but group {names[size.argmin()]} has only one:"
             " sample n >= 2 responses for each prompt"
         )
-    return r, group, size
+    constant = (np.bincount(group, r != r[first][group]) == 0)[group]
+    return np.where(constant, 0.0, r - (np.bincount(group, r) / size)[group]), group, size, constant
 
 
-def _differences(rewards: npt.ArrayLike, groups: npt.ArrayLike, method: str) -> tuple[Floats, Ints, Ints]:
-    """(B,) r - mean_g, exactly 0 in a group whose rewards are all equal; groups and sizes of `_grouped`."""
-    r, group, size = _grouped(rewards, groups, method)
-    difference = r - (np.bincount(group, r) / size)[group]
-    return np.where(_constant(r, group), 0.0, difference), group, size
+def _moments(
+    x: Floats, counts: Floats, unbiased: bool, total: float | None = None
+) -> tuple[NDArray[np.bool_], float, float]:
+    """Which of x are to be scaled, none where those that count do not differ; mean and variance of x.
 
-
-def _constant(rewards: Floats, group: Ints) -> npt.NDArray[np.bool_]:
-    """(B,) True where every reward of the group equals one of them, bit for bit."""
-    member = np.empty(group.max() + 1)
-    member[group] = rewards
-    return (np.bincount(group, rewards != member[group]) == 0)[group]
-
-
-def _moments(x: Floats, counts: Floats, total: float, unbiased: bool) -> tuple[float, float] | None:
-    """Mean and variance of x, of which the i-th occurs ``counts[i]`` times; None where none differ."""
-    live = x if counts.all() else x[counts > 0]
-    if not len(live) or np.ptp(live) == 0 or (unbiased and total < 2):
-        return None
+    x[i] occurs ``counts[i]`` times, and all occur ``total`` times, None for the sum of the counts.
+    """
+    total = counts.sum() if total is None else total
+    live = counts > 0
+    if not live.any() or np.ptp(x[live]) == 0 or (unbiased and total < 2):
+        return np.zeros(len(x), bool), 0.0, 1.0
     mean = (counts * x).sum() / total
-    return mean, (counts * (x - mean) ** 2).sum() / (total - unbiased)
+    return live, mean, (counts * (x - mean) ** 2).sum() / (total - unbiased)
 
 
-def _whiten(x: Floats, counts: Floats, total: float, eps: float) -> FloatVector:
+def _whiten(x: Floats, counts: Floats, eps: float, total: float | None = None) -> FloatVector:
     """(x - mu) / sqrt(var + eps), var unbiased; zeros where nothing differs, or nothing counts."""
-    moments = _moments(x, counts, total, unbiased=True)
-    if moments is None:
-        return np.zeros(len(x), np.float32)
-    mean, variance = moments
-    return np.where(counts > 0, (x - mean) / np.sqrt(variance + eps), 0.0).astype(np.float32)
+    live, mean, variance = _moments(x, counts, unbiased=True, total=total)
+    return np.where(live, (x - mean) / np.sqrt(variance + eps), 0.0).astype(np.float32)

@@ -1,20 +1,20 @@
-"""What the driver asks of an estimator: advantages before the update, an observation after it."""
+"""The methods by name, and what the driver asks of one: advantages before an update, observation after it."""
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import ArrayLike, NDArray
 
-from mssr.algorithms.advantages import Floats, FloatVector, Ints, check_penalties
+from mssr.algorithms.advantages import Floats, FloatVector, Ints, per_token
+from mssr.algorithms.baseline import BetaBaseline
 from mssr.algorithms.checks import per_prompt
+from mssr.algorithms.plugins import Registry
 from mssr.errors import check_version
-
-if TYPE_CHECKING:
-    from mssr.algorithms.baseline import BetaBaseline
 
 Signal = tuple[FloatVector, dict[str, float]]
 """Advantages, and the metrics of the step."""
@@ -31,8 +31,8 @@ class Algorithm(ABC):
     With KL in the reward it calls `token_advantages` in place of `advantages`.
 
     A subclass takes its own options as keyword arguments with defaults and calls
-    ``@register("name")``, or is given as ``path/to/file.py:Class``; see `mssr.algorithms.registry`. If
-    it keeps state, it lists the parts that hold it in `_parts`, and saving and loading follow.
+    ``@register("name")``, or is given as ``path/to/file.py:Class``. If it keeps state, it lists the parts
+    that hold it in `_parts`, and saving and loading follow.
     """
 
     name: ClassVar[str] = ""
@@ -62,7 +62,7 @@ class Algorithm(ABC):
     """The estimate of each prompt's chance of success, where the method keeps one."""
 
     @abstractmethod
-    def advantages(self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike) -> Signal:
+    def advantages(self, prompt_ids: Sequence[str], rewards: ArrayLike, lengths: ArrayLike) -> Signal:
         """The learning signal of one step; changes no state.
 
         Args:
@@ -76,16 +76,11 @@ class Algorithm(ABC):
             a baseline.
 
         Raises:
-            ValueError: A reward is not in [0, 1] where they are bounded, or the method cannot use such a
-                batch.
+            ValueError: A reward is not in [0, 1] where they are bounded, or the method cannot use the batch.
         """
 
     def token_advantages(
-        self,
-        prompt_ids: Sequence[str],
-        rewards: npt.ArrayLike,
-        lengths: npt.ArrayLike,
-        token_penalties: npt.ArrayLike,
+        self, prompt_ids: Sequence[str], rewards: ArrayLike, lengths: ArrayLike, token_penalties: ArrayLike
     ) -> Signal:
         """`advantages` of the tokens, with a penalty for each in the reward; changes no state.
 
@@ -106,14 +101,12 @@ class Algorithm(ABC):
             raise ValueError(f"{self.name} takes rewards in [0, 1] only, so KL cannot be in the reward")
         r, tokens = check_batch(prompt_ids, rewards, lengths)
         response = np.repeat(np.arange(len(r)), tokens)
-        penalties = np.bincount(response, check_penalties(token_penalties, tokens), minlength=len(r))
+        penalties = np.bincount(response, per_token("penalties", token_penalties, tokens), minlength=len(r))
         advantages, metrics = self.advantages(prompt_ids, r - penalties, tokens)
         return np.repeat(advantages, tokens), metrics
 
-    def observe(  # noqa: B027 (not abstract: doing nothing is right for a method without state)
-        self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, kl: float | npt.ArrayLike
-    ) -> None:
-        """Learn from the step, after the actor's update. Methods without state do nothing.
+    def observe(self, prompt_ids: Sequence[str], rewards: ArrayLike, kl: ArrayLike) -> None:  # noqa: B027
+        """Learn from the step, after the actor's update. Methods without state do nothing, so not abstract.
 
         Args:
             prompt_ids, rewards: As given to `advantages`.
@@ -122,7 +115,7 @@ class Algorithm(ABC):
                 batch.
         """
 
-    def initialize(self, prompt_ids: Sequence[str], successes: npt.ArrayLike, trials: npt.ArrayLike) -> None:
+    def initialize(self, prompt_ids: Sequence[str], successes: ArrayLike, trials: ArrayLike) -> None:
         """Learn from `init_rollouts` responses to each prompt, before the first step.
 
         Args:
@@ -166,6 +159,28 @@ class Algorithm(ABC):
             part.load_state_dict(state[key])
 
 
+def _check(cls: Any, called: str) -> None:
+    """A method is a class whose ``__init__`` takes keywords with defaults only: the options of a config."""
+    if not (isinstance(cls, type) and issubclass(cls, Algorithm)):
+        raise ValueError(f"{called} is not a subclass of mssr.algorithms.Algorithm")
+    if inspect.isabstract(cls):
+        raise ValueError(f"{called} does not define {', '.join(sorted(cls.__abstractmethods__))}")
+    for option in inspect.signature(cls).parameters.values():
+        if option.default is option.empty or option.kind is option.POSITIONAL_ONLY:
+            raise ValueError(f"option {option.name!r} of {called} must be a keyword with a default")
+
+
+ALGORITHMS: Registry[type[Algorithm]] = Registry("algorithm", "class", _check)
+
+register, names, get, options = ALGORITHMS.register, ALGORITHMS.names, ALGORITHMS.get, ALGORITHMS.options
+
+
+def create(name: str, **settings: Any) -> Algorithm:
+    """Build an algorithm, for example ``create("mssr", kl_target=0.02)``."""
+    algorithm: Algorithm = ALGORITHMS.bind(name, settings)()
+    return algorithm
+
+
 def group_indices(prompt_ids: Sequence[str]) -> Ints:
     """(B,) 0 .. G-1, equal for equal ids, numbered by first occurrence."""
     index = {key: i for i, key in enumerate(dict.fromkeys(prompt_ids))}
@@ -173,7 +188,7 @@ def group_indices(prompt_ids: Sequence[str]) -> Ints:
 
 
 def signal_metrics(
-    advantages: FloatVector, degenerate: bool | npt.NDArray[np.bool_], lengths: Ints
+    advantages: FloatVector, degenerate: bool | NDArray[np.bool_], lengths: Ints
 ) -> dict[str, float]:
     """The metrics that every method reports, of (B,) advantages, or (N,) of the tokens.
 
@@ -186,9 +201,7 @@ def signal_metrics(
     }
 
 
-def check_batch(
-    prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike
-) -> tuple[Floats, Ints]:
+def check_batch(prompt_ids: Sequence[str], rewards: ArrayLike, lengths: ArrayLike) -> tuple[Floats, Ints]:
     """(B,) rewards and (B,) lengths as arrays; ValueError unless lengths are whole numbers >= 0."""
     if isinstance(prompt_ids, str):
         raise ValueError(f"prompt ids must be a sequence of strings, not the single string {prompt_ids!r}")

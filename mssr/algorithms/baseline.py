@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import ArrayLike, NDArray
 
 from mssr.algorithms.advantages import Floats
 from mssr.algorithms.checks import check_number, per_prompt
-from mssr.algorithms.id_table import IdTable, Keys, Rows, grown, is_keys
+from mssr.algorithms.id_table import IdTable, Keys, Rows, grown
 from mssr.errors import check_version
 
 _STATE_VERSION = 2
@@ -70,9 +70,9 @@ class BetaBaseline:
         """(B, 2) uint64 keys of B ids, for asking about the same ids often: see `IdTable.keys`."""
         return self._table.keys(ids)
 
-    def values(self, ids: Sequence[str] | Keys) -> npt.NDArray[np.float32]:
+    def values(self, ids: Sequence[str] | Keys) -> NDArray[np.float32]:
         """(B,) float32 values in [0, 1] of B prompts, given as ids or `keys`; changes nothing."""
-        keys = self._as_keys(ids)
+        keys = self._table.keys(ids)
         if len(keys) > _CHUNK:
             parts = [self.values(keys[i : i + _CHUNK]) for i in range(0, len(keys), _CHUNK)]
             return np.concatenate(parts)
@@ -84,14 +84,14 @@ class BetaBaseline:
 
     def unseen_fraction(self, ids: Sequence[str] | Keys) -> float:
         """Fraction of ``ids`` (or `keys`) that were never visited; 0 for none."""
-        rows = self._table.find(self._as_keys(ids))
+        rows = self._table.find(self._table.keys(ids))
         return float(np.mean(rows < 0)) if len(rows) else 0.0
 
     def mean(self) -> float:
         """Mean value over the prompts seen, within 1e-11; the value of an unseen prompt if there are none."""
         return self._value_units / (_UNIT * len(self)) if len(self) else self.unseen_value
 
-    def check_rewards(self, ids: Sequence[str], rewards: npt.ArrayLike) -> Floats:
+    def check_rewards(self, ids: Sequence[str], rewards: ArrayLike) -> Floats:
         """(B,) float64 rewards of B prompts; ValueError, naming the prompt, if one is not in [0, 1].
 
         To be asked before a step is spent: `update` takes no others.
@@ -103,7 +103,7 @@ class BetaBaseline:
             raise ValueError(f"the reward of prompt {str(ids[i])!r} must be in [0, 1], not {r[i]}")
         return r
 
-    def update(self, ids: Sequence[str], rewards: npt.ArrayLike, eta: npt.ArrayLike) -> None:
+    def update(self, ids: Sequence[str], rewards: ArrayLike, eta: ArrayLike) -> None:
         """Discount and add one observation for each of B visits, in order; nothing if an argument is wrong.
 
         Args:
@@ -113,7 +113,13 @@ class BetaBaseline:
         """
         keys = self._table.keys(ids)
         r = self.check_rewards(ids, rewards)
-        keep = _check_eta(eta, len(r))
+        keep = np.asarray(eta, np.float64)
+        if keep.shape not in ((), r.shape):
+            raise ValueError(f"eta must be one number or of shape {r.shape}, not {keep.shape}")
+        wrong = keep[~((keep >= 0) & (keep <= 1))]
+        if wrong.size:
+            raise ValueError(f"eta must be in [0, 1], not {wrong.flat[0]}")
+        keep = np.broadcast_to(keep, r.shape)[:, None]
 
         first_new = len(self)
         rows = self._insert(keys)
@@ -135,8 +141,8 @@ class BetaBaseline:
     def initialize(
         self,
         ids: Sequence[str],
-        successes: npt.ArrayLike,
-        trials: npt.ArrayLike,
+        successes: ArrayLike,
+        trials: ArrayLike,
         strength: float,
         smoothing: float = 0.5,
     ) -> None:
@@ -210,11 +216,6 @@ class BetaBaseline:
         self._table, self._counts, self._value_units = table, counts, units
         self._reward_sum, self._reward_count = reward_sum, reward_count
 
-    def _as_keys(self, ids: Sequence[str] | Keys) -> Keys:
-        if not isinstance(ids, np.ndarray):
-            return self._table.keys(ids)
-        return ids if is_keys(ids) else self._table.keys(ids.tolist())
-
     def _values_of(self, rows: Rows) -> Floats:
         """(B,) values of prompts that were seen."""
         counts = self._counts.take(rows, axis=0)
@@ -237,18 +238,7 @@ def _units(values: Floats) -> int:
     return int(np.rint(values * _UNIT).astype(np.int64).sum())
 
 
-def _check_eta(eta: npt.ArrayLike, b: int) -> Floats:
-    """(B, 1) discounts."""
-    keep = np.asarray(eta, np.float64)
-    if keep.shape not in ((), (b,)):
-        raise ValueError(f"eta must be one number or of shape ({b},), not {keep.shape}")
-    wrong = keep[~((keep >= 0) & (keep <= 1))]
-    if wrong.size:
-        raise ValueError(f"eta must be in [0, 1], not {wrong.flat[0]}")
-    return np.broadcast_to(keep, (b,))[:, None]
-
-
-def _refuse(ids: Sequence[str], wrong: npt.NDArray[np.bool_], why: str) -> None:
+def _refuse(ids: Sequence[str], wrong: NDArray[np.bool_], why: str) -> None:
     if wrong.any():
         raise ValueError(f"prompt {str(ids[int(wrong.argmax())])!r} {why}")
 

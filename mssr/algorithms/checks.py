@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import ArrayLike, NDArray
 
 
 def check_number(name: str, value: float | None, bounds: str = "> 0", *, optional: bool = False) -> None:
@@ -32,7 +32,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
-def per_prompt(name: str, values: npt.ArrayLike, count: int) -> npt.NDArray[np.float64]:
+def per_prompt(name: str, values: ArrayLike, count: int) -> NDArray[np.float64]:
     """(count,) float64 ``values``, one for each prompt id."""
     array = np.asarray(values, np.float64)
     if array.shape != (count,):

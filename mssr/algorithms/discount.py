@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import ArrayLike, NDArray
 
 from mssr.algorithms.checks import check_choice, check_number, check_whole
 from mssr.errors import check_version
@@ -69,7 +69,7 @@ class AdaptiveDiscount:
         self._kls: deque[float] = deque(maxlen=window)
         self._mean: float | None = None  # of the last `observe_each`
 
-    def of(self, kl: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    def of(self, kl: ArrayLike) -> NDArray[np.float64]:
         """The discount for each KL, in the shape of ``kl``; eta_max for NaN: no change was seen."""
         k = np.asarray(kl, np.float64)
         if np.isinf(k).any():
@@ -96,7 +96,7 @@ class AdaptiveDiscount:
         self._kls.append(float(kl))
         self._mean = None
 
-    def observe_each(self, kls: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    def observe_each(self, kls: ArrayLike) -> NDArray[np.float64]:
         """(B,) discounts of B responses with a KL of their own, see `of`; `eta` is their mean then."""
         etas = self.of(kls)
         self._mean = float(etas.mean()) if etas.size else None
@@ -117,6 +117,5 @@ class AdaptiveDiscount:
         """Replace the window's content; if this window is shorter, its newest part is kept."""
         if state.get("version") != 1:  # which knew the window only
             check_version(state, _STATE_VERSION, "discount")
-        self._kls = deque((float(kl) for kl in state["kls"]), maxlen=self.window)
-        mean = state.get("mean")
-        self._mean = None if mean is None else float(mean)
+        self._kls = deque(state["kls"], maxlen=self.window)
+        self._mean = state.get("mean")

@@ -6,13 +6,12 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy.typing as npt
+from numpy.typing import ArrayLike
 
 from mssr.algorithms import advantages as estimators
 from mssr.algorithms.advantages import Floats, FloatVector, Ints, check_weighting
-from mssr.algorithms.base import Algorithm, Signal, check_batch, group_indices, signal_metrics
+from mssr.algorithms.base import Algorithm, Signal, check_batch, group_indices, register, signal_metrics
 from mssr.algorithms.checks import check_number
-from mssr.algorithms.registry import register
 
 
 class GroupMethod(Algorithm):
@@ -25,7 +24,7 @@ class GroupMethod(Algorithm):
     def estimate(self, rewards: Floats, groups: Ints, lengths: Ints) -> FloatVector:
         """(B,) advantages from (B,) rewards, groups as of `group_indices`, and lengths in tokens."""
 
-    def advantages(self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike) -> Signal:
+    def advantages(self, prompt_ids: Sequence[str], rewards: ArrayLike, lengths: ArrayLike) -> Signal:
         r, tokens = check_batch(prompt_ids, rewards, lengths)
         groups = group_indices(prompt_ids)
         advantages = self.estimate(r, groups, tokens)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import ArrayLike, NDArray
 
-Keys = npt.NDArray[np.uint64]
-Rows = npt.NDArray[np.int64]
-Slots = npt.NDArray[np.int64]
+Keys = NDArray[np.uint64]
+Rows = NDArray[np.int64]
 
 _CHUNK = 1 << 16  # ids that are looked up at once: the temporaries stay in the cache
 _REMEMBERED = 1 << 15  # longest list of ids whose keys are kept for the next call
@@ -31,10 +30,10 @@ class IdTable:
         self._keys: Keys = np.empty((0, 2), np.uint64)  # with spare rows at the end
         self._slots = np.full(2, -1, np.int32)
         self._last: tuple[tuple[str, ...], Keys] | None = None  # ids and keys of the last short list
-        self._last_found: tuple[int, Rows, Slots] | None = None  # where, when there were so many rows
+        self._last_found: tuple[int, Rows] | None = None  # their rows, when there were so many in all
 
     @classmethod
-    def from_keys(cls, keys: npt.ArrayLike) -> IdTable:
+    def from_keys(cls, keys: ArrayLike) -> IdTable:
         """A table whose row i is the (n, 2) uint64 key i.
 
         Raises:
@@ -46,7 +45,7 @@ class IdTable:
         if (_first_of_equals(array) != np.arange(len(array))).any():
             raise ValueError("the keys of ids must be distinct, but some occur twice")
         table = cls()
-        table._append(array, table._home(array))
+        table._append(array)
         return table
 
     def __len__(self) -> int:
@@ -59,14 +58,16 @@ class IdTable:
         view.flags.writeable = False
         return view
 
-    def keys(self, ids: Sequence[str]) -> Keys:
-        """(B, 2) uint64 keys of B ids; read-only, the same on every machine.
+    def keys(self, ids: Sequence[str] | Keys) -> Keys:
+        """(B, 2) uint64 keys of B ids; read-only, the same on every machine. Keys are given back as they are.
 
         Those of the last call are remembered, because a training step asks several times for its ids.
 
         Raises:
             ValueError: ``ids`` is a single string, or one of them is no string.
         """
+        if is_keys(ids):
+            return ids
         if isinstance(ids, str):
             raise ValueError(f"ids must be a sequence of prompt ids, not the single string {ids!r}")
         # A copy, as the caller may change a list between two calls.
@@ -83,81 +84,70 @@ class IdTable:
         return keys
 
     def find(self, keys: Keys) -> Rows:
-        """(B,) int64 row of each of the (B, 2) keys, -1 for one that was never inserted."""
-        return self._find(keys)[0].copy()
-
-    def insert(self, keys: Keys) -> Rows:
-        """(B,) int64 row of each of the (B, 2) keys, new ones numbered by their first occurrence."""
-        rows, slots = self._find(keys)
-        rows, size = rows.copy(), self._size
-        unseen = np.flatnonzero(rows < 0)
-        first = _first_of_equals(keys[unseen])
-        is_first = first == np.arange(len(unseen))
-        self._append(keys[unseen[is_first]], slots[unseen[is_first]])
-        rows[unseen] = (size - 1 + np.cumsum(is_first))[first]
-        return rows
-
-    def _find(self, keys: Keys) -> tuple[Rows, Slots]:
-        """(B,) rows or -1, (B,) the slot where a search ended: the key's, or a free one."""
+        """(B,) int64 row of each of the (B, 2) keys, -1 for one that was never inserted; read-only."""
         remembered = self._last is not None and self._last[1] is keys
         if remembered and self._last_found is not None and self._last_found[0] == self._size:
-            return self._last_found[1:]
-        rows, slots = np.full(len(keys), -1, np.int64), np.empty(len(keys), np.int64)
+            return self._last_found[1]
+        rows = np.full(len(keys), -1, np.int64)
         for start in range(0, len(keys), _CHUNK):
             chunk = keys[start : start + _CHUNK]
             left, slot = np.arange(start, start + len(chunk)), self._home(chunk)
             while len(left):
                 row = self._slots[slot]
-                slots[left] = slot
-                taken = row >= 0
+                taken = row >= 0  # a search that meets a free slot has ended
                 left, slot, row = left[taken], slot[taken], row[taken]
-                same = self._equal(row, keys.take(left, axis=0))
+                # `take` is six times as fast as an index.
+                stored, sought = self._keys.take(row, axis=0), keys.take(left, axis=0)
+                same = (stored[:, 0] == sought[:, 0]) & (stored[:, 1] == sought[:, 1])
                 rows[left[same]] = row[same]
                 left, slot = left[~same], self._next(slot[~same])
+        rows.flags.writeable = False
         if remembered:
-            self._last_found = self._size, rows, slots
-        return rows, slots
+            self._last_found = self._size, rows
+        return rows
 
-    def _append(self, keys: Keys, slots: Slots) -> None:
-        """Give m distinct new keys, whose searches ended at the free slots ``slots``, the next rows."""
+    def insert(self, keys: Keys) -> Rows:
+        """(B,) int64 row of each of the (B, 2) keys, new ones numbered by their first occurrence."""
+        rows, size = self.find(keys).copy(), self._size
+        unseen = np.flatnonzero(rows < 0)
+        first = _first_of_equals(keys[unseen])
+        is_first = first == np.arange(len(unseen))
+        self._append(keys[unseen[is_first]])
+        rows[unseen] = (size - 1 + np.cumsum(is_first))[first]
+        return rows
+
+    def _append(self, keys: Keys) -> None:
+        """Give distinct new keys the next rows."""
         first, size = self._size, self._size + len(keys)
         self._keys = grown(self._keys, first, size)
         self._keys[first:size] = keys
         self._size = size
-        if 2 * size <= len(self._slots):
-            self._enter(np.arange(first, size), slots)
-            return
-        del self._slots  # before the new one is there: it is rebuilt from the keys
-        self._slots = np.full(1 << (2 * size - 1).bit_length(), -1, np.int32)
-        for start in range(0, size, _CHUNK):
+        if 2 * size > len(self._slots):
+            del self._slots  # before the new one is there: it is rebuilt from the keys
+            self._slots = np.full(1 << (2 * size - 1).bit_length(), -1, np.int32)
+            first = 0
+        for start in range(first, size, _CHUNK):
             rows = np.arange(start, min(start + _CHUNK, size))
-            self._enter(rows, self._home(self._keys[start : start + len(rows)]))
+            slot = self._home(self._keys[start : start + len(rows)])
+            while len(rows):
+                free = self._slots[slot] < 0
+                self._slots[slot[free]] = rows[free]  # of several rows for one slot, one gets it
+                lost = self._slots[slot] != rows
+                rows, slot = rows[lost], self._next(slot[lost])
 
-    def _enter(self, rows: Rows, slot: Slots) -> None:
-        """Put rows, whose keys are distinct, into the first free slots from ``slot`` on."""
-        while len(rows):
-            free = self._slots[slot] < 0
-            self._slots[slot[free]] = rows[free]  # of several rows for one slot, one gets it
-            lost = self._slots[slot] != rows
-            rows, slot = rows[lost], self._next(slot[lost])
-
-    def _home(self, keys: Keys) -> Slots:
+    def _home(self, keys: Keys) -> NDArray[np.int64]:
         return (keys[:, 0] >> np.uint64(65 - len(self._slots).bit_length())).astype(np.int64)
 
-    def _next(self, slot: Slots) -> Slots:
+    def _next(self, slot: NDArray[np.int64]) -> NDArray[np.int64]:
         return (slot + 1) & (len(self._slots) - 1)
 
-    def _equal(self, rows: npt.NDArray[np.integer], keys: Keys) -> npt.NDArray[np.bool_]:
-        stored = self._keys.take(rows, axis=0)  # six times as fast as self._keys[rows]
-        return (stored[:, 0] == keys[:, 0]) & (stored[:, 1] == keys[:, 1])
+
+def is_keys(ids: object) -> TypeGuard[Keys]:
+    """Whether these are keys and no strings."""
+    return isinstance(ids, np.ndarray) and ids.dtype == np.uint64 and ids.shape[1:] == (2,)
 
 
-def is_keys(array: npt.NDArray[Any]) -> bool:
-    """Whether this array holds keys, not ids."""
-    return array.dtype == np.uint64 and array.ndim == 2 and array.shape[1] == 2
-
-
-def grown(array: npt.NDArray[Any], used: int, size: int) -> npt.NDArray[Any]:
+def grown(array: NDArray[Any], used: int, size: int) -> NDArray[Any]:
     """An array of at least ``size`` rows, the first ``used`` as they were; the same if it has them already.
 
     Doubling keeps the cost of growing linear; spare pages stay untouched.
@@ -182,7 +172,7 @@ def _first_of_equals(keys: Keys) -> Rows:
     return first
 
 
-def _digests(ids: Sequence[str]) -> Keys:
+def _digests(ids: Sequence[str] | NDArray[Any]) -> Keys:
     keys = np.empty((len(ids), 2), np.uint64)
     for start in range(0, len(ids), _CHUNK):
         part = ids[start : start + _CHUNK]

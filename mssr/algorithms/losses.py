@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from numpy.typing import ArrayLike
 
 from mssr.algorithms.checks import check_choice, check_number
 from mssr.algorithms.policy_losses import AGGREGATIONS, bind_loss
@@ -27,15 +27,10 @@ def policy_loss(
     name: str = "ppo",
     **options: Any,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The policy-gradient loss called ``name``, a registered name or ``path/to/file.py:function``.
+    """The policy-gradient loss called ``name``, registered or ``path/to/file.py:function``, with its options.
 
-    Arguments, results and names are those of `mssr.algorithms.policy_losses`.
-
-    Args:
-        options: Those of the loss, for example ``clip_low``; the others have their defaults.
-
-    Returns:
-        (N,) loss of every token, with gradient, and a dict of (N,) tensors without.
+    Arguments are those of `mssr.algorithms.policy_losses`. Returns the (N,) loss of every token, with
+    gradient, and a dict of (N,) tensors without.
     """
     per_token, info = bind_loss(name, options)(log_probs, old_log_probs, advantages, lengths)
     # A loss from a file may have reduced its result.
@@ -46,14 +41,11 @@ def policy_loss(
 def kl_penalty(
     log_probs: torch.Tensor, ref_log_probs: torch.Tensor, kind: Literal["k1", "k2", "k3"] = "k3"
 ) -> torch.Tensor:
-    """Estimate of KL(pi || pi_ref) at each of (N,) sampled tokens in nats, d = log pi_ref - log pi in +-20.
+    """KL(pi || pi_ref) at each of (N,) tokens sampled from pi, in nats; d = log pi_ref - log pi in +-20.
 
     k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1 (http://joschu.net/blog/kl-approx.html). k1 and k3 are
-    unbiased; k2 and k3 are never negative. As a loss, k1 is useless: the mean of its gradient is zero.
-
-    Args:
-        log_probs: (N,) nats, of tokens sampled from the policy, with gradient.
-        ref_log_probs: (N,) nats, of the same tokens under the reference. No gradient goes into it.
+    unbiased estimates; k2 and k3 are never negative. As a loss, k1 is useless: the mean of its gradient is
+    zero. Gradient goes into ``log_probs`` only.
     """
     check_same_shape(log_probs=log_probs, ref_log_probs=ref_log_probs)
     d = clamped_log_ratio(ref_log_probs.detach(), log_probs)
@@ -90,9 +82,7 @@ def aggregate(
     return per_token.sum() / denominator
 
 
-def aggregation_weights(
-    lengths: torch.Tensor, mode: str, constant_length: int | None = None
-) -> torch.Tensor | None:
+def aggregation_weights(lengths: torch.Tensor, mode: str) -> torch.Tensor | None:
     """The (N,) float64 weights of `aggregate` for one micro-batch, without gradient; None for 1.
 
     - ``token_mean``: w = 1; every token of the mini-batch counts the same.
@@ -104,9 +94,8 @@ def aggregation_weights(
     Args:
         lengths: (S,) int64, of whole sequences: one that is split over micro-batches has no 1/length.
         mode: One of `AGGREGATIONS`.
-        constant_length: Only checked here; it belongs to the denominator.
     """
-    _check_mode(mode, constant_length)
+    check_choice("aggregation", mode, AGGREGATIONS)
     if mode != "sequence_mean":
         return None
     tokens = int(lengths.sum())
@@ -115,7 +104,7 @@ def aggregation_weights(
     return to_tokens(inverse, lengths, like=inverse.new_empty(tokens))
 
 
-def aggregation_denominator(lengths: npt.ArrayLike, mode: str, constant_length: int | None = None) -> float:
+def aggregation_denominator(lengths: ArrayLike, mode: str, constant_length: int | None = None) -> float:
     """The denominator of `aggregate` for a whole mini-batch: all its micro-batches, on all ranks.
 
     It depends on the (S,) lengths in tokens alone, so every rank knows it before its first forward pass:
@@ -123,7 +112,9 @@ def aggregation_denominator(lengths: npt.ArrayLike, mode: str, constant_length: 
     all sequences times ``constant_length``, a number of tokens, for that. Where the mini-batch has no token
     it is 1: there is then nothing to divide.
     """
-    _check_mode(mode, constant_length)
+    check_choice("aggregation", mode, AGGREGATIONS)
+    if constant_length is not None and not constant_length > 0:
+        raise ValueError(f"constant_length must be > 0, not {constant_length}")
     if mode == "constant_length" and constant_length is None:
         raise ValueError("aggregation constant_length needs the length, a number of tokens")
     tokens = np.asarray(lengths, np.int64)
@@ -137,9 +128,3 @@ def aggregation_denominator(lengths: npt.ArrayLike, mode: str, constant_length: 
         return float(np.count_nonzero(tokens))
     assert constant_length is not None
     return float(len(tokens) * constant_length)
-
-
-def _check_mode(mode: str, constant_length: int | None) -> None:
-    check_choice("aggregation", mode, AGGREGATIONS)
-    if constant_length is not None and not constant_length > 0:
-        raise ValueError(f"constant_length must be > 0, not {constant_length}")

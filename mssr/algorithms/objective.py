@@ -7,19 +7,17 @@ Per response token, with A the advantage, H the entropy, w the rollout correctio
            + anchor_coef * k3_t(pi, pi without the image) - entropy_coef * H_t
     loss = sum_t weight_t * l_t / denominator                            by the aggregation
 
-A loss in which every token stands for itself can be taken part by part, see `MicroBatchLoss`.
-
 Pure torch, no model and no config: the actor fills in what it measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-import numpy.typing as npt
 import torch
+from numpy.typing import ArrayLike
 
 from mssr.algorithms.correction import rollout_correction
 from mssr.algorithms.losses import aggregate, aggregation_denominator, aggregation_weights, kl_penalty
@@ -58,11 +56,10 @@ class TokenBatch:
         start, stop, _ = part.indices(len(self.engine_log_probs))
         ends = self.lengths.cumsum(0)
         inside = ends.clamp(start, stop) - (ends - self.lengths).clamp(start, stop)
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        cut: dict[str, Any] = {name: None if value is None else value[part] for name, value in values.items()}
+        cut = {f.name: value[part] for f in fields(self) if (value := getattr(self, f.name)) is not None}
         if self.old_log_probs is None:
             cut["old_log_probs"] = log_probs.detach()
-        return TokenBatch(**cut | {"lengths": inside})
+        return replace(self, **cut | {"lengths": inside})
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class Objective:
         # Bound once: a loss from a file that is edited during a run must not change it.
         object.__setattr__(self, "_policy_loss", bind_loss(self.loss, self.loss_options))
 
-    def denominator(self, lengths: npt.ArrayLike) -> float:
+    def denominator(self, lengths: ArrayLike) -> float:
         """Of a whole mini-batch, over all ranks, from the (S,) lengths of its responses."""
         return aggregation_denominator(lengths, self.aggregation, self.constant_length)
 
@@ -128,8 +125,13 @@ class Objective:
         assert old is not None
         metrics = {"policy/entropy": entropy}
         if self.shaping:
-            advantages, info = self._shaped(advantages, log_probs, entropy)
-            metrics |= {f"shaping/{key}": value for key, value in info.items()}
+            uncertainty = sampled_entropy(log_probs) if self.shaping_entropy == "sampled" else entropy
+            bonus = entropy_bonus(advantages, uncertainty, self.shaping_coef, self.shaping_divisor)
+            before, advantages = advantages, advantages + bonus
+            from_entropy = self.shaping_coef * uncertainty <= before.abs() / self.shaping_divisor
+            metrics["shaping/mean"] = bonus
+            metrics["shaping/entropy_branch_fraction"] = from_entropy
+            metrics["shaping/sign_flip_fraction"] = (before < 0) & (advantages > 0)
         loss, info = self._policy_loss(log_probs, old, advantages, tokens.lengths)
         check_same_shape(log_probs=log_probs, loss=loss, **info)  # it may be a user's
         metrics |= {f"policy/{key}": value for key, value in info.items()}
@@ -151,20 +153,6 @@ class Objective:
             loss = loss - self.entropy_coef * entropy
         return loss, metrics
 
-    def _shaped(
-        self, a: torch.Tensor, log_probs: torch.Tensor, entropy: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The advantages with their bonus."""
-        if self.shaping_entropy == "sampled":
-            entropy = sampled_entropy(log_probs)
-        bonus = entropy_bonus(a, entropy, coef=self.shaping_coef, divisor=self.shaping_divisor)
-        shaped = a + bonus
-        return shaped, {
-            "mean": bonus,
-            "entropy_branch_fraction": self.shaping_coef * entropy <= a.abs() / self.shaping_divisor,
-            "sign_flip_fraction": (a < 0) & (shaped > 0),
-        }
-
 
 @dataclass(eq=False)
 class MicroBatchLoss:
@@ -181,7 +169,7 @@ class MicroBatchLoss:
 
     def __post_init__(self) -> None:
         tokens, objective = self.tokens, self.objective
-        self._weights = aggregation_weights(tokens.lengths, objective.aggregation, objective.constant_length)
+        self._weights = aggregation_weights(tokens.lengths, objective.aggregation)
         # With known old log-probs it is of whole sequences, whichever part of them is asked for.
         self._correction = None if tokens.old_log_probs is None else objective.correct(tokens)
         self._parts: list[dict[str, torch.Tensor]] = []

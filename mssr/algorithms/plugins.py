@@ -15,8 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from mssr.errors import UserError, did_you_mean
 
-_PREFIX = "mssr_plugin_"
-"""Of the names of modules that are made here."""
+_PREFIX = "mssr_plugin_"  # of the names of modules that are made here
 
 T = TypeVar("T", bound=Callable[..., Any])
 _Registered = TypeVar("_Registered")
@@ -53,7 +52,7 @@ class Registry(Generic[T]):
             # The same again is a notebook cell that was run twice, or a module reload.
             if taken is not None and _origin(taken) != _origin(thing):
                 raise ValueError(f"the {self.kind} name {name!r} is taken by {_origin(taken)[1]}")
-            self._checked(name, thing, getattr(thing, "__name__", repr(thing)))
+            self._check(name, thing, getattr(thing, "__name__", repr(thing)))
             if isinstance(thing, type):
                 thing.name = name  # type: ignore[attr-defined]
             self.known[name] = thing
@@ -79,10 +78,7 @@ class Registry(Generic[T]):
         if not (is_spec(name) or name.endswith(".py")):
             raise ValueError(self.unknown(name))
         thing = load(name, self.kind, self.noun)
-        try:
-            self._checked(name, thing, name.rpartition(":")[2])
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        self._check(name, thing, name.rpartition(":")[2])
         if isinstance(thing, type) and thing not in self.known.values():
             thing.name = name  # type: ignore[attr-defined]
         return thing
@@ -115,11 +111,11 @@ class Registry(Generic[T]):
         form = f"path/to/file.py:{'Class' if self.noun == 'class' else self.noun}"
         return f"unknown {self.kind} {name!r}{hint}: one of {self.names()} or {form}"
 
-    def _checked(self, name: str, thing: object, called: str) -> None:
+    def _check(self, name: str, thing: object, called: str) -> None:
         try:
             self.check(thing, called)
         except ValueError as error:
-            raise ValueError(f"{self.kind} {name!r}: {error}") from error
+            raise UserError(f"{self.kind} {name!r}: {error}") from error
 
 
 def _origin(thing: object) -> tuple[str, str]:
@@ -135,14 +131,11 @@ def is_spec(name: str) -> bool:
 
 
 def load(spec: str, kind: str, noun: str = "attribute") -> Any:
-    """What ``path/to/file.py:attribute`` stands for.
+    """What ``path/to/file.py:attribute`` stands for; ``kind`` and ``noun`` are those of `Registry`.
 
     The path is relative to the working directory or absolute. The file runs once for each of its
     contents: loading it again gives the same object, and after an edit the new one. It runs as a module of
     its own, so two files of one name do not shadow each other. It may import the files beside it.
-
-    Args:
-        kind, noun: As of `Registry`.
 
     Raises:
         UserError: There is no such file, it is no Python file, it does not run, or it lacks the name.

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import ArrayLike, NDArray
 
 from mssr.algorithms import advantages as estimators
 from mssr.algorithms.advantages import Floats, check_weighting
-from mssr.algorithms.base import Algorithm, Signal, check_batch, group_indices, signal_metrics
+from mssr.algorithms.base import Algorithm, Signal, check_batch, group_indices, register, signal_metrics
 from mssr.algorithms.checks import check_number
-from mssr.algorithms.registry import register
 
 
 @register("reinforce_pp")
@@ -35,7 +34,7 @@ class ReinforcePP(Algorithm):
         check_weighting(self.weighting)
         check_number("eps", self.eps)
 
-    def advantages(self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike) -> Signal:
+    def advantages(self, prompt_ids: Sequence[str], rewards: ArrayLike, lengths: ArrayLike) -> Signal:
         r, tokens = check_batch(prompt_ids, rewards, lengths)
         returns, constant = self._returns(prompt_ids, r)
         weights = tokens if self.weighting == "token" else np.sign(tokens)
@@ -43,11 +42,7 @@ class ReinforcePP(Algorithm):
         return advantages, signal_metrics(advantages, constant | (not advantages.any()), tokens)
 
     def token_advantages(
-        self,
-        prompt_ids: Sequence[str],
-        rewards: npt.ArrayLike,
-        lengths: npt.ArrayLike,
-        token_penalties: npt.ArrayLike,
+        self, prompt_ids: Sequence[str], rewards: ArrayLike, lengths: ArrayLike, token_penalties: ArrayLike
     ) -> Signal:
         r, tokens = check_batch(prompt_ids, rewards, lengths)
         returns, constant = self._returns(prompt_ids, r)
@@ -55,7 +50,7 @@ class ReinforcePP(Algorithm):
         advantages = estimators.whiten(to_go, tokens, self.eps, self.weighting)
         return advantages, signal_metrics(advantages, constant | (not advantages.any()), tokens)
 
-    def _returns(self, prompt_ids: Sequence[str], rewards: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    def _returns(self, prompt_ids: Sequence[str], rewards: Floats) -> tuple[Floats, NDArray[np.bool_]]:
         """(B,) returns before any penalty, and (B,) True for those that say nothing about their answer."""
         return rewards, np.zeros(len(rewards), bool)
 
@@ -71,7 +66,7 @@ class ReinforcePPBaseline(ReinforcePP):
     default_n = 8
     min_n = 2
 
-    def _returns(self, prompt_ids: Sequence[str], rewards: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    def _returns(self, prompt_ids: Sequence[str], rewards: Floats) -> tuple[Floats, NDArray[np.bool_]]:
         groups = group_indices(prompt_ids)
         centred = estimators.centred(rewards, groups, "REINFORCE++-baseline")
         return centred, estimators.constant_groups(rewards, groups)

@@ -43,14 +43,9 @@ def entropy_bonus(
 def sampled_entropy(log_probs: torch.Tensor) -> torch.Tensor:
     """-p * log p of the sampled token: the measure that the published code of MSSR calls entropy.
 
-    It is one term of the sum that the exact entropy is, so at most 1/e (at p = 1/e), and it falls
-    again for rare tokens, which are the surprising ones. For comparison with that code.
-
-    Args:
-        log_probs: (N,) nats, of the sampled tokens, any float dtype and any shape.
-
-    Returns:
-        Same shape, nats, in [0, 1/e], without gradient.
+    It is one term of the sum that the exact entropy is, so at most 1/e nats (at p = 1/e), and it falls
+    again for rare tokens, which are the surprising ones. For comparison with that code. It has the shape
+    and the float dtype of ``log_probs``, which may be any, and no gradient.
     """
     # Rounding may leave a log-prob just above 0; and at minus infinity the product would be NaN.
     log_p = log_probs.detach().clamp(_LEAST_LOG_PROB, 0.0)

@@ -11,15 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import ArrayLike
 
 from mssr.algorithms import advantages as estimators
 from mssr.algorithms.advantages import check_weighting
-from mssr.algorithms.base import Algorithm, Signal, check_batch, signal_metrics
+from mssr.algorithms.base import Algorithm, Signal, check_batch, register, signal_metrics
 from mssr.algorithms.baseline import BetaBaseline
 from mssr.algorithms.checks import check_choice, check_number, check_whole
 from mssr.algorithms.discount import AdaptiveDiscount
-from mssr.algorithms.registry import register
 
 KL_SOURCES = ("update", "reference", "last_visit")
 _STRENGTH_NEEDED = "with a discount of 1 evidence never fades, so init_strength must be given"
@@ -95,7 +94,7 @@ class SingleRollout(Algorithm):
         self.baseline = BetaBaseline(self.prior_strength, self.prior_mean)
         self.divergence = "abs" if self.eta_rule == "half_life" else "k3"
 
-    def advantages(self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, lengths: npt.ArrayLike) -> Signal:
+    def advantages(self, prompt_ids: Sequence[str], rewards: ArrayLike, lengths: ArrayLike) -> Signal:
         r, tokens = check_batch(prompt_ids, rewards, lengths)
         self.baseline.check_rewards(prompt_ids, r)  # now, not after the actor's update
         values = self.baseline.values(prompt_ids)
@@ -106,23 +105,18 @@ class SingleRollout(Algorithm):
         metrics["baseline/unseen_fraction"] = self.baseline.unseen_fraction(prompt_ids)
         return advantages, metrics
 
-    def observe(self, prompt_ids: Sequence[str], rewards: npt.ArrayLike, kl: float | npt.ArrayLike) -> None:
-        if self.kl_source == "last_visit":
-            if np.shape(kl) != (len(prompt_ids),):
-                raise ValueError(
-                    f"kl_source 'last_visit' needs the drift of each of {len(prompt_ids)} responses,"
-                    f" not shape {np.shape(kl)}"
-                )
+    def observe(self, prompt_ids: Sequence[str], rewards: ArrayLike, kl: ArrayLike) -> None:
+        each = self.kl_source == "last_visit"
+        if np.shape(kl) != ((len(prompt_ids),) if each else ()):
+            needed = f"the drift of each of {len(prompt_ids)} responses" if each else "one KL a step"
+            raise ValueError(f"kl_source {self.kl_source!r} needs {needed}, not shape {np.shape(kl)}")
+        if each:
             self.baseline.update(prompt_ids, rewards, self.discount.observe_each(kl))
         else:
-            if np.ndim(kl):
-                raise ValueError(
-                    f"kl_source {self.kl_source!r} needs one KL a step, not shape {np.shape(kl)}"
-                )
             self.discount.observe(float(np.asarray(kl)))
             self.baseline.update(prompt_ids, rewards, self.discount.eta)
 
-    def initialize(self, prompt_ids: Sequence[str], successes: npt.ArrayLike, trials: npt.ArrayLike) -> None:
+    def initialize(self, prompt_ids: Sequence[str], successes: ArrayLike, trials: ArrayLike) -> None:
         if self.init_strength is None:
             raise ValueError(_STRENGTH_NEEDED)
         self.baseline.initialize(prompt_ids, successes, trials, self.init_strength, self.init_smoothing)

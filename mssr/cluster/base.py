@@ -106,16 +106,14 @@ def join_log_probs(shares: Sequence[RankLogProbs], batch: TrainBatch) -> TokenLo
     ends = np.cumsum(lengths[order])
     places = np.repeat(starts[order] - ends + lengths[order], lengths[order]) + np.arange(ends[-1])
 
-    def joined(values: list[np.ndarray]) -> np.ndarray:
+    def in_order(values: np.ndarray) -> np.ndarray:
         result = np.empty(len(places), np.float32)
-        result[places] = np.concatenate(values)
+        result[places] = values
         return result
 
-    references = [share.reference for share in shares if share.reference is not None]
-    return TokenLogProbs(
-        policy=joined([share.policy for share in shares]),
-        reference=joined(references) if references else None,
-    )
+    found = TokenLogProbs.join(shares)
+    reference = None if found.reference is None else in_order(found.reference)
+    return TokenLogProbs(in_order(found.policy), reference)
 
 
 def rss_gib() -> float:

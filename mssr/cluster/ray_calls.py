@@ -151,10 +151,8 @@ def stacks(workers: Sequence[Worker], timeout_s: float = 5.0) -> str:
     answered, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
     parts = []
     for worker, ref in zip(workers, refs, strict=True):
-        text = "does not answer; it is stopped, or its interpreter is stuck\n"
-        if ref in answered:
-            text = _outcome(worker, ref)
-        parts.append(f"== {worker.name}\n{text}")
+        silent = "does not answer; it is stopped, or its interpreter is stuck\n"
+        parts.append(f"== {worker.name}\n{_outcome(worker, ref) if ref in answered else silent}")
     return "\n".join(parts)
 
 
@@ -213,8 +211,6 @@ def _outcome(worker: Worker, ref: Any) -> Any:
 
 def _cause_of_death(error: BaseException) -> str:
     """What Ray knows of it, without what it guesses."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()) or type(error).__name__
     found = re.search(r"exit type: (\w+) Worker exit detail: (.*?)(?:\. |$)", text)
-    if found:
-        return f"{found[1]}: {found[2]}"
-    return (text or type(error).__name__)[:200]
+    return f"{found[1]}: {found[2]}" if found else text[:200]

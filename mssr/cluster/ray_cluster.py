@@ -43,9 +43,7 @@ class RayCluster(Cluster):
     """
 
     def __init__(self, config: Config, report: Report, stop: Callable[[], bool]) -> None:
-        self._config = config
-        self._report = report
-        self._stop = stop
+        self._config, self._report, self._stop = config, report, stop
         self._calls = Calls(config.cluster.hang_timeout_s)
         self._version = 0
         # As much of an engine's prompts as it keeps itself.
@@ -190,10 +188,9 @@ class RayCluster(Cluster):
 
     def _remote(self, cls: type, name: str, index: int, log: str) -> Worker:
         log_file = os.path.abspath(self._config.run_dir / "logs" / f"{log}.log")
-        actor = ray.remote(concurrency_groups={HEALTH: 1, SAVING: 1, FEEDING: 1, PREPARING: 1})(cls).options(
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=index
-            ),
+        groups = dict.fromkeys((HEALTH, SAVING, FEEDING, PREPARING), 1)
+        actor = ray.remote(concurrency_groups=groups)(cls).options(
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
             num_cpus=self._bundle["CPU"],
             num_gpus=self._bundle.get("GPU", 0.0),
         )

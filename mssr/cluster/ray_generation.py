@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Sequence
 from mssr.cluster.base import OnFinished
 from mssr.cluster.ray_calls import Calls, Failure, Worker
 from mssr.cluster.shared_prompts import SharedPrompts
-from mssr.cluster.transport import unpack_rollouts
 from mssr.models.cost import home
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
@@ -48,7 +47,7 @@ class Generation:
         slots: int,
         on_finished: OnFinished | None = None,
         stop: Callable[[], bool] | None = None,
-        on_prompts: Callable[[SharedPrompts], None] | None = None,
+        on_prompts: Callable[[SharedPrompts], None] = lambda prompts: None,
     ) -> None:
         self._calls, self._stop = calls, stop
         self._requests, self._params = requests, params
@@ -99,9 +98,8 @@ class Generation:
                     self._feed(self._held)
                     continue
                 for prompts in part.prompts:
-                    if self._on_prompts is not None:
-                        self._on_prompts(prompts)
-                for index, rollout in unpack_rollouts(part):
+                    self._on_prompts(prompts)
+                for index, rollout in zip(part.numbers, part.rollouts.unpack(), strict=True):
                     self._held[engine].discard(index)
                     self._rollouts[index] = rollout
                     if self._on_finished is not None:

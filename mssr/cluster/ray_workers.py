@@ -13,15 +13,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mssr.cluster.base import rss_gib
-from mssr.cluster.shared_prompts import PromptFetcher, PromptOutbox
-from mssr.cluster.transport import FinishedPart, pack_rollouts
+from mssr.cluster.shared_prompts import PromptFetcher, PromptOutbox, SharedPrompts
 from mssr.config import Config
 from mssr.rollout import heartbeat
 from mssr.rollout.queue import Finished, Numbered, RequestQueue
-from mssr.types import RankLogProbs, SamplingParams, TrainBatch
+from mssr.types import PackedRollouts, RankLogProbs, SamplingParams, TrainBatch
 
 if TYPE_CHECKING:
     from mssr.actor.worker import PolicyWorker
@@ -118,6 +118,16 @@ class RayPolicyWorker(RayWorker):
         self._worker.checkpoint.load(directory)
 
 
+@dataclass(frozen=True)
+class FinishedPart:
+    """Rollouts of an engine that have finished, at least one, by the numbers of their requests."""
+
+    numbers: list[int]
+    rollouts: PackedRollouts
+    prompts: Sequence[SharedPrompts] = ()
+    """Of those that the engine had to encode, for these rollouts or earlier ones."""
+
+
 class RayRolloutWorker(RayWorker):
     """An engine. `start`, then the methods of `RolloutEngine`."""
 
@@ -157,7 +167,9 @@ class RayRolloutWorker(RayWorker):
             late = time.monotonic() - since > MAX_DELAY_S
             if ended and (idle or late or len(ended) >= handful):
                 prompts = self._engine.prompts.take_new(rollout.prompt_id for _, rollout in ended)
-                yield pack_rollouts(ended, outbox.share(prompts, everything=idle))
+                numbers, rollouts = zip(*ended, strict=True)
+                shared = outbox.share(prompts, everything=idle)
+                yield FinishedPart(list(numbers), PackedRollouts.of(rollouts), shared)
                 returned, since = returned + len(ended), time.monotonic()
                 ended = []
         with self._lock:

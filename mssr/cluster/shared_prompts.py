@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mssr.errors import first_line
 from mssr.models.bounded_cache import BoundedCache
 from mssr.models.cost import home
 from mssr.rollout import heartbeat
@@ -125,9 +126,8 @@ def _fetch(reference: Any) -> dict[str, PromptArrays]:
 
     heartbeat.beat()
     try:
-        prompts: dict[str, PromptArrays] = ray.get(reference, timeout=FETCH_TIMEOUT_S)
-        return prompts
+        return dict(ray.get(reference, timeout=FETCH_TIMEOUT_S))
     except ray.exceptions.RayError as error:
         # Its engine died, or the network is slow: the prompts are encoded here.
-        logger.warning("prompts of an engine are encoded again: %s", str(error).splitlines()[0])
+        logger.warning("prompts of an engine are encoded again: %s", first_line(error))
         return {}

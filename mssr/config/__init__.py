@@ -3,34 +3,6 @@ one dataclass each; `easyr1_keys` reads EasyR1's names; `loading` merges files a
 what contradicts itself; `secrets` keeps keys and tokens out of what is written; `reference` writes
 docs/config.md. `mssr.runs.config` puts it together."""
 
-from mssr.config.algorithm import AlgorithmConfig, SamplerConfig
-from mssr.config.data import DataConfig, RewardConfig
-from mssr.config.run import (
-    ActorConfig,
-    ClusterConfig,
-    Config,
-    LoraConfig,
-    ModelConfig,
-    RolloutConfig,
-    TrainerConfig,
-    WatchConfig,
-    flatten,
-    to_dict,
-)
+from mssr.config.run import Config, LoraConfig, ModelConfig, WatchConfig, flatten, to_dict
 
-__all__ = [
-    "ActorConfig",
-    "AlgorithmConfig",
-    "ClusterConfig",
-    "Config",
-    "DataConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "RewardConfig",
-    "RolloutConfig",
-    "SamplerConfig",
-    "TrainerConfig",
-    "WatchConfig",
-    "flatten",
-    "to_dict",
-]
+__all__ = ["Config", "LoraConfig", "ModelConfig", "WatchConfig", "flatten", "to_dict"]

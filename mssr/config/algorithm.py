@@ -87,9 +87,8 @@ class LossConfig:
     options: dict[str, Any] = option({})
     """Options of a loss from a file."""
     aggregation: str | None = option(None, choices="token_mean, sequence_mean, constant_length")
-    """token_mean, sequence_mean (mean over sequences of their token means), constant_length (sum over
-    sequences * constant_length). null: constant_length for dr_grpo, sequence_mean for gspo, else
-    token_mean."""
+    """sequence_mean is the mean over sequences of their token means, constant_length the sum over sequences
+    * constant_length. null: constant_length for dr_grpo, sequence_mean for gspo, else token_mean."""
     constant_length: int | None = option(None, "> 0", read_if="aggregation = constant_length")
     """Tokens of a response in constant_length; null is rollout.max_response_length."""
     entropy_coef: float = option(0.0, ">= 0")

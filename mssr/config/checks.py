@@ -1,6 +1,6 @@
 """What a config may not say: values out of range, options that nothing reads, contradictions.
 
-Every complaint is one line with the key, the reason and what to do.
+Every error is one line with the key, the reason and what to do.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 
 from mssr import algorithms
-from mssr.algorithms import plugins
+from mssr.algorithms.plugins import is_spec
 from mssr.config.data import PAPER_INSTRUCTION
 from mssr.config.options import check_read, check_values
 from mssr.config.run import Config
@@ -19,43 +19,192 @@ from mssr.errors import UserError
 
 
 def validate(config: Config) -> None:
-    """Refuse a config that cannot mean what it says.
-
-    Raises:
-        UserError: one line with the key, the reason and what to do.
-    """
+    """Refuse a config that cannot mean what it says, with a UserError."""
     check_values(config)
     _check_numbers(config)
     _check_method(config)
     _check_engine_options(config)
-    check_read(config, meant=config.meant)
-    _check_combinations(config)
     _check_memory(config)
     _check_budget(config)
     _check_overlap(config)
 
 
+def advice(config: Config) -> Iterator[str]:
+    """What is allowed and likely not meant; one line each, shown at the start of a run."""
+    section = config.algorithm
+    if config.shapes_entropy and section.shaping.divisor < 1:
+        yield (
+            f"algorithm.shaping.divisor={section.shaping.divisor} is below 1: where entropy is high the "
+            "bonus outweighs a negative advantage, so wrong answers are reinforced; watch "
+            "shaping/sign_flip_fraction"
+        )
+    if config.kl_in_loss and section.kl.estimator == "k1":
+        yield (
+            "algorithm.kl.estimator=k1 in the loss has a gradient of mean zero: it adds noise and no "
+            "regularisation; k2 and k3 regularise, and k1 is right with algorithm.kl.placement=reward"
+        )
+    if config.init_rollouts:
+        yield (
+            f"algorithm.baseline.init_rollouts={config.init_rollouts}: before training every prompt gets as "
+            "many responses, beside the rollouts of the steps"
+        )
+    if config.actor.lora.rank and config.actor.lr < 5e-6:
+        yield (
+            f"actor.lr={config.actor.lr} is a rate for full training; adapters (actor.lora) learn at ten "
+            "times that and more"
+        )
+    if section.correction.mask == "sequence":
+        yield (
+            "algorithm.correction.mask=sequence bounds the product of all token ratios of a response, which "
+            "long responses leave easily; geometric bounds their mean"
+        )
+
+
+@contextlib.contextmanager
+def naming(setting: str) -> Iterator[None]:
+    """Let a complaint of a method or a loss begin with the setting that chose it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{setting}: {error}") from error
+
+
+def _check_numbers(config: Config) -> None:
+    """Numbers that only mean something beside others."""
+    steps, epochs = config.trainer.steps, config.trainer.epochs
+    if epochs is None and steps < 1:
+        raise UserError(f"trainer.steps={steps} must be greater than 0")
+    if epochs is not None and steps != 0:
+        raise UserError(
+            f"trainer.steps={steps} and trainer.epochs={epochs} both say how long to train; set one of them"
+        )
+    data, discount = config.data, config.algorithm.discount
+    if (low := discount.eta_min) > (high := discount.eta_max):
+        raise UserError(f"algorithm.discount.eta_min={low} exceeds algorithm.discount.eta_max={high}")
+    if data.min_pixels > data.max_pixels:
+        raise UserError(f"data.min_pixels={data.min_pixels} exceeds data.max_pixels={data.max_pixels}")
+    if len(config.actor.betas) != 2:
+        raise UserError(f"actor.betas={config.actor.betas} must be two numbers in [0, 1)")
+    if data.prompt_template and data.instruction not in (PAPER_INSTRUCTION, ""):
+        raise UserError(
+            "data.instruction is read by nothing with data.prompt_template; put it into the template"
+        )
+
+
+def _check_method(config: Config) -> None:
+    """Method, loss and sampler; and, as these decide it, what is read."""
+    section = config.algorithm
+    chosen = f"algorithm.name={section.name}"
+    for key, options, name in (
+        ("algorithm.options", section.options, section.name),
+        ("algorithm.loss.options", section.loss.options, section.loss.name),
+    ):
+        if options and not is_spec(name):
+            raise UserError(f"{key} is for a method or loss from a file; {name} has keys of its own")
+    with naming(f"{chosen}, loss.name={section.loss.name}"):
+        method = config.method
+        _try_loss(config)
+    if config.responses_per_prompt < method.min_n:
+        raise UserError(
+            f"rollout.n={config.rollout.n}: {chosen} compares the responses of a prompt "
+            f"and needs at least {method.min_n}; remove rollout.n for the default of {method.default_n}"
+        )
+    check_read(config, meant=config.meant)
+    with naming(chosen):
+        estimator = algorithms.create(section.name, **config.estimator_options)
+    if config.sampler_name == "uncertainty" and estimator.baseline is None:
+        raise UserError(f"sampler.name=uncertainty draws by the Beta baseline, and {chosen} keeps none")
+    if config.sampler.dynamic and config.responses_per_prompt < 2:
+        raise UserError(
+            f"sampler.dynamic=true draws again for groups of equal rewards; {chosen} has one response per "
+            "prompt"
+        )
+    if config.kl_in_reward and estimator.bounded_rewards:
+        raise UserError(
+            f"algorithm.kl.placement=reward: the Beta baseline of {chosen} takes rewards in [0, 1] only; use "
+            "placement=loss"
+        )
+    if section.kl.placement == "reward" and section.kl.coef == 0:
+        raise UserError("algorithm.kl.placement=reward with algorithm.kl.coef=0 does nothing; remove it")
+
+
+def _try_loss(config: Config) -> None:
+    """Call loss and correction on one token: they know their options' ranges themselves."""
+    import torch
+
+    from mssr.algorithms.correction import rollout_correction
+    from mssr.algorithms.losses import aggregation_denominator, policy_loss
+
+    token, length = torch.zeros(1), torch.ones(1, dtype=torch.int64)
+    policy_loss(token, token, token, length, name=config.algorithm.loss.name, **config.loss_options)
+    rollout_correction(token, token, length, **config.correction_options)
+    aggregation_denominator(length, config.aggregation, config.constant_length)
+
+
+def _check_engine_options(config: Config) -> None:
+    options = config.rollout.engine_options
+    if "trust_remote_code" in options:
+        raise UserError(
+            "rollout.engine_options.trust_remote_code: set model.trust_remote_code, which decides for "
+            "engine and actor alike"
+        )
+    for name in ("mm_processor_kwargs", "mm_processor_cache_gb", "mm_device_do_normalize"):
+        if name in options:
+            raise UserError(
+                f"rollout.engine_options.{name}: engines get their images ready from our encoder; set "
+                "data.min_pixels, data.max_pixels or data.image_cache_gib"
+            )
+
+
+def _check_memory(config: Config) -> None:
+    actor = config.actor
+    in_8_bits, offloads_all = actor.optimizer == "adamw_8bit", actor.offload == "all"
+    for setting, wanted, package, extra in (
+        (f"actor.lora.rank={actor.lora.rank}", actor.lora.rank > 0, "peft", "lora"),
+        ("actor.optimizer=adamw_8bit", in_8_bits, "torchao", "int8"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"{setting} needs the package {package}; install mssr[{extra}]")
+    if in_8_bits and actor.master_dtype == "bfloat16":
+        raise UserError(
+            "actor.optimizer=adamw_8bit trains float32 parameters; set actor.master_dtype=float32, or "
+            "actor.optimizer=adamw, whose moments are bfloat16 with actor.master_dtype=bfloat16"
+        )
+    if in_8_bits and offloads_all:
+        raise UserError(
+            "actor.offload=all runs the optimizer on the host, for which adamw_8bit is not made; set "
+            "actor.optimizer=adamw, or actor.offload=optimizer"
+        )
+    if actor.keep_gathered and offloads_all:
+        raise UserError(
+            "actor.keep_gathered=true holds whole parameters on the device, off which actor.offload=all is "
+            "to keep them; set one of the two"
+        )
+
+
 def _check_budget(config: Config) -> None:
     """Whole groups, whole updates."""
     n, rollouts = config.responses_per_prompt, config.rollout.rollouts_per_step
+    updates = config.actor.updates_per_step
     if rollouts % n:
         raise UserError(
             f"rollout.rollouts_per_step={rollouts} is not a multiple of the {n} responses per prompt "
             f"(rollout.n) that algorithm.name={config.algorithm.name} uses"
         )
-    if rollouts % config.actor.updates_per_step:
+    if rollouts % updates:
         raise UserError(
-            f"actor.updates_per_step={config.actor.updates_per_step} does not divide "
-            f"rollout.rollouts_per_step={rollouts}"
+            f"actor.updates_per_step={updates} does not divide rollout.rollouts_per_step={rollouts}"
         )
     if config.holds_out:
         prompts = config.prompts_per_step
         held = math.ceil(config.kl_probe_fraction * prompts)
-        if (prompts - held) * n < config.actor.updates_per_step:
+        if (prompts - held) * n < updates:
             raise UserError(
                 f"actor.kl_probe=held_out takes {held} of the {prompts} prompts of a step, too many for "
-                f"actor.updates_per_step={config.actor.updates_per_step}; lower actor.kl_probe_fraction, "
-                "or set actor.kl_probe=trained"
+                f"actor.updates_per_step={updates}; lower actor.kl_probe_fraction, or set "
+                "actor.kl_probe=trained"
             )
 
 
@@ -89,168 +238,3 @@ def _check_overlap(config: Config) -> None:
     counts = {"actor.num_ranks": config.actor.num_ranks, "rollout.workers": config.rollout.workers}
     if local and (several := [f"{key}=1" for key, count in counts.items() if count != 1]):
         raise UserError(f"cluster.launcher=local runs in one process; set {' '.join(several)}")
-
-
-@contextlib.contextmanager
-def naming(setting: str) -> Iterator[None]:
-    """Let a complaint of a method or a loss begin with the setting that chose it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{setting}: {error}") from error
-
-
-def advice(config: Config) -> list[str]:
-    """What is allowed and likely not meant; one line each, shown at the start of a run."""
-    section, lines = config.algorithm, []
-    if config.shapes_entropy and section.shaping.divisor < 1:
-        lines.append(
-            f"algorithm.shaping.divisor={section.shaping.divisor} is below 1: where entropy is high the "
-            "bonus outweighs a negative advantage, so wrong answers are reinforced; watch "
-            "shaping/sign_flip_fraction"
-        )
-    if config.kl_in_loss and section.kl.estimator == "k1":
-        lines.append(
-            "algorithm.kl.estimator=k1 in the loss has a gradient of mean zero: it adds noise and no "
-            "regularisation; k2 and k3 regularise, and k1 is right with algorithm.kl.placement=reward"
-        )
-    if config.init_rollouts:
-        lines.append(
-            f"algorithm.baseline.init_rollouts={config.init_rollouts}: before training every prompt gets as "
-            "many responses, beside the rollouts of the steps"
-        )
-    if config.actor.lora.rank and config.actor.lr < 5e-6:
-        lines.append(
-            f"actor.lr={config.actor.lr} is a rate for full training; adapters (actor.lora) learn at ten "
-            "times that and more"
-        )
-    if config.algorithm.correction.mask == "sequence":
-        lines.append(
-            "algorithm.correction.mask=sequence bounds the product of all token ratios of a response, which "
-            "long responses leave easily; geometric bounds their mean"
-        )
-    return lines
-
-
-def _check_numbers(config: Config) -> None:
-    """Numbers that only mean something beside others."""
-    steps, epochs = config.trainer.steps, config.trainer.epochs
-    if epochs is None and steps < 1:
-        raise UserError(f"trainer.steps={steps} must be greater than 0")
-    if epochs is not None and steps != 0:
-        raise UserError(
-            f"trainer.steps={steps} and trainer.epochs={epochs} both say how long to train; set one of them"
-        )
-    low, high = config.algorithm.discount.eta_min, config.algorithm.discount.eta_max
-    if low > high:
-        raise UserError(f"algorithm.discount.eta_min={low} exceeds algorithm.discount.eta_max={high}")
-    data = config.data
-    if data.min_pixels > data.max_pixels:
-        raise UserError(f"data.min_pixels={data.min_pixels} exceeds data.max_pixels={data.max_pixels}")
-    if len(config.actor.betas) != 2:
-        raise UserError(f"actor.betas={config.actor.betas} must be two numbers in [0, 1)")
-    if data.prompt_template and data.instruction not in (PAPER_INSTRUCTION, ""):
-        raise UserError(
-            "data.instruction is read by nothing with data.prompt_template; put it into the template"
-        )
-    if config.trainer.stop_on_collapse and not config.watch.signs:
-        raise UserError(
-            "trainer.stop_on_collapse=true stops for nothing, because every sign in watch is null; set "
-            "watch.entropy_floor, watch.accuracy_drop or watch.length_growth"
-        )
-
-
-def _check_method(config: Config) -> None:
-    section = config.algorithm
-    for key, options, name in (
-        ("algorithm.options", section.options, section.name),
-        ("algorithm.loss.options", section.loss.options, section.loss.name),
-    ):
-        if options and not plugins.is_spec(name):
-            raise UserError(f"{key} is for a method or loss from a file; {name} has keys of its own")
-    with naming(f"algorithm.name={section.name}, loss.name={section.loss.name}"):
-        method = config.method
-        _try_loss(config)
-    if config.responses_per_prompt < method.min_n:
-        raise UserError(
-            f"rollout.n={config.rollout.n}: algorithm.name={section.name} compares the responses of a prompt "
-            f"and needs at least {method.min_n}; remove rollout.n for the default of {method.default_n}"
-        )
-
-
-def _try_loss(config: Config) -> None:
-    """Call loss and correction on one token: they know their options' ranges themselves."""
-    import torch
-
-    from mssr.algorithms.correction import rollout_correction
-    from mssr.algorithms.losses import aggregation_denominator, policy_loss
-
-    token, length = torch.zeros(1), torch.ones(1, dtype=torch.int64)
-    policy_loss(token, token, token, length, name=config.algorithm.loss.name, **config.loss_options)
-    rollout_correction(token, token, length, **config.correction_options)
-    aggregation_denominator(length, config.aggregation, config.constant_length)
-
-
-def _check_engine_options(config: Config) -> None:
-    options = config.rollout.engine_options
-    if "trust_remote_code" in options:
-        raise UserError(
-            "rollout.engine_options.trust_remote_code: set model.trust_remote_code, which decides for "
-            "engine and actor alike"
-        )
-    for name in ("mm_processor_kwargs", "mm_processor_cache_gb", "mm_device_do_normalize"):
-        if name in options:
-            raise UserError(
-                f"rollout.engine_options.{name}: engines get their images ready from our encoder; set "
-                "data.min_pixels, data.max_pixels or data.image_cache_gib"
-            )
-
-
-def _check_combinations(config: Config) -> None:
-    section = config.algorithm
-    with naming(f"algorithm.name={section.name}"):
-        estimator = algorithms.create(section.name, **config.estimator_options)
-    if config.sampler_name == "uncertainty" and estimator.baseline is None:
-        raise UserError(
-            "sampler.name=uncertainty draws by the Beta baseline, and "
-            f"algorithm.name={section.name} keeps none"
-        )
-    if config.sampler.dynamic and config.responses_per_prompt < 2:
-        raise UserError(
-            f"sampler.dynamic=true draws again for groups of equal rewards; algorithm.name={section.name} "
-            "has one response per prompt"
-        )
-    if config.kl_in_reward and estimator.bounded_rewards:
-        raise UserError(
-            f"algorithm.kl.placement=reward: the Beta baseline of algorithm.name={section.name} takes "
-            "rewards in [0, 1] only; use placement=loss"
-        )
-    if section.kl.placement == "reward" and section.kl.coef == 0:
-        raise UserError("algorithm.kl.placement=reward with algorithm.kl.coef=0 does nothing; remove it")
-
-
-def _check_memory(config: Config) -> None:
-    actor = config.actor
-    for setting, wanted, package, extra in (
-        (f"actor.lora.rank={actor.lora.rank}", actor.lora.rank > 0, "peft", "lora"),
-        (f"actor.optimizer={actor.optimizer}", actor.optimizer == "adamw_8bit", "torchao", "int8"),
-    ):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise UserError(f"{setting} needs the package {package}; install mssr[{extra}]")
-    if actor.optimizer == "adamw_8bit" and actor.master_dtype == "bfloat16":
-        raise UserError(
-            "actor.optimizer=adamw_8bit trains float32 parameters; set actor.master_dtype=float32, or "
-            "actor.optimizer=adamw, whose moments are bfloat16 with actor.master_dtype=bfloat16"
-        )
-    if actor.optimizer == "adamw_8bit" and actor.offload == "all":
-        raise UserError(
-            "actor.offload=all runs the optimizer on the host, for which adamw_8bit is not made; set "
-            "actor.optimizer=adamw, or actor.offload=optimizer"
-        )
-    if actor.keep_gathered and actor.offload == "all":
-        raise UserError(
-            "actor.keep_gathered=true holds whole parameters on the device, off which actor.offload=all is "
-            "to keep them; set one of the two"
-        )

@@ -31,8 +31,7 @@ class DataConfig:
     """Column with a list of images (or one); a row may have none. An image is encoded bytes, base64 text,
     a path, or a dict that holds one of these. null for prompts without the images that a table has."""
     problem_column: str = option("problem")
-    """Column with the question, as text or as a list of messages; each <image> in it is replaced by an image,
-    in order."""
+    """Column with the question, text or a list of messages; each <image> in it stands for the next image."""
     answer_column: str = option("answer")
     """Column with the ground truth; <answer></answer> around it is taken off. column.key is a key of the
     dicts in a column (reward_model.ground_truth); of a list of messages the assistant's turn is taken."""
@@ -58,9 +57,8 @@ class DataConfig:
     shuffle: bool = option(True, evaluation=UNREAD, first_values=False)
     """New random order in every epoch; false keeps the order of the file."""
     image_cache_gib: float = option(4.0, ">= 0", resume=FREE, first_values=False)
-    """Host memory of each worker for encoded prompts and images (tokens, and pixels cut into patches, a byte
-    for each of three colours), so that later epochs need not encode them again; the least recently used give
-    way."""
+    """A worker's host memory for encoded prompts and images (tokens, and pixels cut into patches, a byte for
+    each of three colours), so that later epochs need not encode again; the least recently used give way."""
     cache_dir: str | None = option(None, resume=FREE)
     """Where the checked lengths and ids of data sets are kept; null is $MSSR_CACHE or ~/.cache/mssr."""
 

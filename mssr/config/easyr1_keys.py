@@ -1,7 +1,4 @@
-"""EasyR1's data section, read as it is.
-
-Users paste it from their EasyR1 config; every key gets the meaning it has there, under our name.
-"""
+"""EasyR1's data section, pasted as it is: every key gets the meaning it has there, under our name."""
 
 from __future__ import annotations
 
@@ -35,11 +32,7 @@ ONLY_EASYR1 = {*RENAMED, *WITHOUT_EFFECT, PROMPTS_PER_STEP, FILTER}
 
 
 def translate(tree: dict[str, Any], source: str) -> tuple[dict[str, Any], int | None, list[str]]:
-    """A config tree with EasyR1's keys under our names.
-
-    Args:
-        tree: nested dict of one file or override.
-        source: where it is from, for messages.
+    """The config tree of one file or override (the source) with EasyR1's keys under our names.
 
     Returns:
         The tree, EasyR1's ``rollout_batch_size`` (prompts a step, None without), and a line of what was

@@ -37,7 +37,12 @@ def file_layers(path: str | Path, above: Sequence[Path] = ()) -> list[Layer]:
         raise UserError(f"config file {path} does not exist{asked_by}")
     if any(path.samefile(file) for file in above):
         raise UserError(f"{path} is based on itself{asked_by}")
-    tree = _read(path)
+    try:
+        tree = OmegaConf.load(path)
+    except Exception as error:  # yaml and omegaconf raise many types; all mean the same to the user
+        raise UserError(f"{path} is not valid YAML: {redact(first_line(error))}") from error
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"{path} must hold key: value pairs at the top level")
     base = tree.pop(BASE, None)
     below = [] if base is None else file_layers(path.parent / str(base), [*above, path])
     return [*below, (str(path), _plain(tree))]
@@ -46,18 +51,19 @@ def file_layers(path: str | Path, above: Sequence[Path] = ()) -> list[Layer]:
 def merge(layers: Sequence[Layer], overrides: Sequence[str], note: Callable[[str], None]) -> Config:
     """Merge trees of keys, the last counting most, then ``key=value`` overrides, over the defaults.
 
-    Args:
-        note: told in which sense EasyR1's keys were taken, a line a file.
-
-    Raises:
-        UserError: a key is unknown, or a value has the wrong type or is a secret.
+    The rest as of `mssr.runs.config.load_config`, but for what the checks refuse.
     """
     if {"trainer.steps", "trainer.epochs"} <= {override.partition("=")[0] for override in overrides}:
         raise UserError("trainer.steps and trainer.epochs both say how long to train; set one of them")
     merged = OmegaConf.structured(Config)
     prompts_per_step = None
     for source, plain in [*layers, *map(_override, overrides)]:
-        _check_no_secrets(plain, source)
+        for key in named_secrets(plain):
+            raise UserError(
+                f"{source}: {key} looks like a secret, and a config is written to the run directory and sent "
+                f"to loggers; put it in the environment ({environment_variable(key)}), or rename the key if "
+                "it is none"
+            )
         tree, prompts, notes = easyr1_keys.translate(plain, source)
         for line in notes:
             note(line)
@@ -95,33 +101,14 @@ def _one_length(tree: dict[str, Any]) -> dict[str, Any]:
     return tree | {"trainer": trainer | other}
 
 
-def _read(path: Path) -> DictConfig:
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:  # yaml and omegaconf raise many types; all mean the same to the user
-        raise UserError(f"{path} is not valid YAML: {redact(first_line(error))}") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} must hold key: value pairs at the top level")
-    return loaded
-
-
 def from_dict(tree: dict[str, Any]) -> Config:
     """The Config that `mssr.config.to_dict` was made from (config.yaml, checkpoints)."""
     return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree)))
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config; what looks like a secret as ``***``."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(redact(to_dict(config)))))
-
-
-def _check_no_secrets(tree: dict[str, Any], source: str) -> None:
-    for key in named_secrets(tree):
-        raise UserError(
-            f"{source}: {key} looks like a secret, and a config is written to the run directory and sent to "
-            f"loggers; put it in the environment ({environment_variable(key)}), or rename the key if it is "
-            "none"
-        )
+def config_yaml(config: Config) -> str:
+    """The resolved config; what looks like a secret as ``***``."""
+    return OmegaConf.to_yaml(OmegaConf.create(redact(to_dict(config))))
 
 
 def _merge(base: DictConfig, extra: DictConfig, source: str) -> DictConfig:

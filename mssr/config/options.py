@@ -11,7 +11,7 @@ import copy
 import functools
 import operator
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -77,9 +77,7 @@ def section(kind: type, **facts: Any) -> Any:
 def describe(kind: type, prefix: str = "", above: Option | None = None) -> dict[str, Option]:
     """Options and sections of a config class by dotted key, in order, with what their sections say of them.
 
-    Args:
-        prefix: of the keys: "reward." for the section of that name.
-        above: the section itself.
+    Of a section's class: the prefix of its keys, "reward.", and the section itself, which is above them.
     """
     outer = above or Option(resume=LISTED, evaluation=READ, first_values=False)
     found: dict[str, Option] = {}
@@ -119,10 +117,7 @@ def values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_values(config: Any, prefix: str = "") -> None:
-    """Refuse values that an option cannot have.
-
-    Args:
-        config: a config, or a section and the prefix of its keys.
+    """Refuse values that an option of a config, or of a section and the prefix of its keys, cannot have.
 
     Raises:
         UserError: names the key, the value and what it must be.
@@ -165,7 +160,7 @@ def check_read(config: Any, prefix: str = "", meant: Mapping[str, Any] | None = 
     """Refuse a changed option that nothing reads: it would mislead.
 
     Args:
-        config: a config, or a section and the prefix of its keys.
+        config, prefix: as of `check_values`.
         meant: what options that may be null mean, by key.
 
     Raises:
@@ -177,14 +172,14 @@ def check_read(config: Any, prefix: str = "", meant: Mapping[str, Any] | None = 
         conditions = known[key].read_if.split(" and ") if value != known[key].default else []
         for condition in filter(None, conditions):
             if unmet := _unmet(condition, key, effective):
-                settings = " and ".join(_setting(k, given[k], effective[k]) for k in unmet)
+                settings = " and ".join(
+                    f"{k}={in_yaml(effective[k])}"
+                    + ("" if given[k] == effective[k] else " (as null means here)")
+                    for k in unmet
+                )
                 raise UserError(
                     f"{key}={in_yaml(value)} is read by nothing with {settings}; change that or remove it"
                 )
-
-
-def _setting(key: str, given: Any, meant: Any) -> str:
-    return f"{key}={in_yaml(meant)}" + ("" if given == meant else " (as null means here)")
 
 
 def _unmet(condition: str, key: str, effective: Mapping[str, Any]) -> list[str]:
@@ -195,8 +190,10 @@ def _unmet(condition: str, key: str, effective: Mapping[str, Any]) -> list[str]:
         setting, relation, wanted = alternative.split(" ", 2)
         setting = neighbour if (neighbour := f"{section}.{setting}") in effective else setting
         value = effective[setting]
-        if relation == "takes":
-            holds = name in _parameters(setting, value)
+        if relation == "takes" and setting == "algorithm.name":
+            holds = name in algorithms.options(value)
+        elif relation == "takes":
+            holds = name in algorithms.policy_losses.loss_options(value)  # needs torch
         elif relation == "names":
             holds = not is_spec(value)
         else:
@@ -205,12 +202,6 @@ def _unmet(condition: str, key: str, effective: Mapping[str, Any]) -> list[str]:
             return []
         settings.append(setting)
     return settings
-
-
-def _parameters(setting: str, name: str) -> Collection[str]:
-    if setting == "algorithm.name":
-        return algorithms.options(name)
-    return algorithms.policy_losses.loss_options(name)  # needs torch
 
 
 def in_yaml(value: Any) -> str:

@@ -41,10 +41,8 @@ def _row(key: str, about: Option, meaning: str) -> str:
         f"`{text}`" if text else "" for text in (about.within or about.choices, about.read_if)
     )
     meaning = meaning.replace("|", "\\|").replace("<", "&lt;")
-    return (
-        " | ".join((f"| `{key}`", default, values, meaning, conditions, about.resume, about.evaluation))
-        + " |"
-    )
+    cells = (f"`{key}`", default, values, meaning, conditions, about.resume, about.evaluation)
+    return f"| {' | '.join(cells)} |"
 
 
 def _docstrings(kind: type) -> dict[str, str]:

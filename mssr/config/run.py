@@ -1,8 +1,7 @@
 """What a run is made of: one dataclass a room, one docstring a field.
 
-A YAML file and ``key=value`` overrides are merged over these defaults by `load_config`; nothing
-rewrites a config afterwards. What follows from several fields (how many responses a prompt gets,
-whether shaping is on) is asked of the methods here, in one place.
+Nothing rewrites a config once `load_config` has made it. What follows from several fields (how many responses
+a prompt gets, whether shaping is on) is asked of the properties of `Config`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from mssr.config.data import DataConfig, RewardConfig
 from mssr.config.options import FORM, FREE, LISTED, READ, REFUSED, UNREAD, option, section
 
 _T = TypeVar("_T")
+_WATCHED = "watch.entropy_floor != null or watch.accuracy_drop != null or watch.length_growth != null"
 
 
 @dataclass
@@ -26,8 +26,7 @@ class ModelConfig:
     path: str = option("", required=True, evaluation="--model")
     """Hugging Face directory or hub name of a Qwen2.5-VL model."""
     dtype: str = option("auto", choices="auto, float32, bfloat16")
-    """Dtype of the forward pass: float32, bfloat16, or auto (float32 on CPU, bfloat16 on GPU). What is
-    trained is kept in actor.master_dtype."""
+    """Of the forward pass; auto is float32 on CPU, bfloat16 on GPU. What is trained: actor.master_dtype."""
     attn_implementation: str = option("auto", choices="auto, varlen, sdpa, eager, flash_attention_2")
     """Attention in the actor: auto (varlen, or sdpa where layers see a sliding window), varlen (each packed
     sequence by itself, on a GPU with torch's flash kernel), sdpa, eager (both with a mask whose cost is the
@@ -80,8 +79,7 @@ class LoraConfig:
     dropout: float = option(0.0, ">= 0 and < 1", resume=LISTED)
     """Dropout of an adapter's input, in passes with a gradient only."""
     targets: list[str] = option([], resume=FORM)
-    """Names of the linear layers of the language model that get adapters, for example q_proj and v_proj;
-    empty means all."""
+    """Names of the language model's linear layers that get adapters (q_proj, v_proj); empty means all."""
 
 
 @dataclass
@@ -123,8 +121,7 @@ class ActorConfig:
     vision_cache_gib: float = option(
         1.0, ">= 0", read_if="model.freeze_vision = true or actor.lora.rank != 0"
     )
-    """With model.freeze_vision or actor.lora: memory of a rank's device for image features, which later
-    passes and steps then need not compute; 0 keeps none."""
+    """Device memory of a rank for image features that later passes and steps need not compute; 0: none."""
     activation_checkpointing: bool = option(False, resume=FREE)
     """Recompute activations in the backward pass."""
     lora: LoraConfig = section(LoraConfig, read_if="actor.lora.rank != 0", resume=REFUSED)
@@ -135,8 +132,8 @@ class ActorConfig:
     rounding: str = option(
         "stochastic", choices="stochastic, kahan", read_if="master_dtype = bfloat16", resume=FORM
     )
-    """With actor.master_dtype=bfloat16, how updates too small for it are kept: stochastic (rounded up or
-    down at random, unbiased; moments too) or kahan (what rounding takes away is kept beside)."""
+    """How updates too small for bfloat16 are kept: stochastic (rounded up or down at random, unbiased;
+    moments too) or kahan (what rounding takes away is kept beside)."""
     offload: str = option("none", choices="none, optimizer, all", resume=FREE)
     """What waits in host memory, on a GPU: none, optimizer (its states, but while it steps), or all
     (parameters, gradients and states; the optimizer steps on the host)."""
@@ -184,8 +181,7 @@ class TrainerConfig:
     save_in_background: bool = option(True)
     """Copy the state to host memory and write it while training goes on; false waits for the disk."""
     keep_checkpoints: int = option(2, "> 0")
-    """Delete older checkpoints once this many newer ones are complete; the one with the best validation
-    accuracy is kept besides."""
+    """Newest complete checkpoints to keep; that with the best validation accuracy is kept besides."""
     samples_every: int = option(10, ">= 0")
     """Write train samples every so many steps; 0 never. Validation always writes its own."""
     resume: str = option("auto")
@@ -193,8 +189,7 @@ class TrainerConfig:
     resume_force: bool = option(False)
     """Resume although model, data or algorithm differ from the checkpoint's."""
     max_restarts: int = option(3, ">= 0", evaluation=READ)
-    """Workers that died or hung are replaced so many times until a new checkpoint is written, which
-    starts the count afresh; then the run stops."""
+    """Workers that died or hung are replaced so many times between two checkpoints; then the run stops."""
     loggers: list[str] = option([], choices="wandb, tensorboard")
     """Besides metrics.jsonl: wandb, tensorboard."""
     progress: str = option("auto", choices="auto, live, plain, off", evaluation=READ)
@@ -202,7 +197,7 @@ class TrainerConfig:
     profile_steps: list[int] = option([])
     """Steps whose update is traced on every rank with the torch profiler (Chrome trace in
     <run_dir>/profiles), beside a timeline of all Ray workers up to then."""
-    stop_on_collapse: bool = option(False)
+    stop_on_collapse: bool = option(False, read_if=_WATCHED)
     """Checkpoint and stop when one of the signs in watch lasts; false only warns."""
 
 
@@ -213,21 +208,12 @@ class WatchConfig:
     entropy_floor: float | None = option(0.01, "> 0")
     """Policy entropy (nats per token) below this: the policy says one thing only. null: not watched."""
     accuracy_drop: float | None = option(0.5, "(0, 1)")
-    """Train accuracy, as the mean of 10 steps, has lost more than this share of its best. null: not
-    watched."""
+    """Train accuracy (mean of 10 steps) has lost more than this share of its best. null: not watched."""
     length_growth: float | None = option(4.0, "> 1")
     """Responses longer than so many times their mean over the first 10 steps while more of them are cut
     (a tenth of all more than then), or half of all more cut than then. null: not watched."""
-    patience: int = option(
-        5, "> 0", read_if="entropy_floor != null or accuracy_drop != null or length_growth != null"
-    )
+    patience: int = option(5, "> 0", read_if=_WATCHED)
     """Steps in a row that a sign must last to count, and be absent to be over."""
-
-    @property
-    def signs(self) -> list[str]:
-        """The options that are on."""
-        names = ("entropy_floor", "accuracy_drop", "length_growth")
-        return [name for name in names if getattr(self, name) is not None]
 
 
 @dataclass
@@ -281,10 +267,14 @@ class Config:
         return {k: v for k, v in candidates.items() if v is not None and k in taken} | section.options
 
     @property
+    def _method_options(self) -> dict[str, Any]:
+        """All of the method, as configured, else its own."""
+        return algorithms.options(self.algorithm.name) | self.estimator_options
+
+    @property
     def kl_source(self) -> str:
         """Which KL the method's discount follows."""
-        default = algorithms.options(self.algorithm.name).get("kl_source", self.method.kl_source)
-        return _own(self.algorithm.discount.kl_source, default)
+        return self._method_options.get("kl_source", self.method.kl_source)
 
     @property
     def kl_probe_fraction(self) -> float:
@@ -297,8 +287,7 @@ class Config:
 
     @property
     def init_rollouts(self) -> int:
-        default = algorithms.options(self.algorithm.name).get("init_rollouts", 0)
-        return _own(self.algorithm.baseline.init_rollouts, default)
+        return self._method_options.get("init_rollouts", 0)
 
     @property
     def sampler_name(self) -> str:
@@ -325,10 +314,9 @@ class Config:
     @property
     def meant(self) -> dict[str, Any]:
         """What options that may be null mean here, by key."""
-        taken = algorithms.options(self.algorithm.name)
         return {
             "algorithm.baseline.init_rollouts": self.init_rollouts,
-            "algorithm.discount.eta_rule": self.estimator_options.get("eta_rule", taken.get("eta_rule")),
+            "algorithm.discount.eta_rule": self._method_options.get("eta_rule"),
             "algorithm.discount.kl_source": self.kl_source,
             "algorithm.shaping.enabled": self.shapes_entropy,
             "algorithm.loss.aggregation": self.aggregation,
@@ -338,14 +326,13 @@ class Config:
 
     @property
     def loss_options(self) -> dict[str, Any]:
-        """Those of the configured options that the policy loss takes."""
+        """Those of the configured options that the policy loss takes; a null is left to the loss."""
         loss = self.algorithm.loss
-        names = ("clip_low", "clip_high", "tau_positive", "tau_negative")
+        names = ("clip_low", "clip_high", "dual_clip", "tau_positive", "tau_negative")
         taken = algorithms.policy_losses.loss_options(loss.name)
-        options = {k: getattr(loss, k) for k in names if k in taken and getattr(loss, k) is not None}
-        if "dual_clip" in taken:
-            options["dual_clip"] = loss.dual_clip
-        return options | loss.options
+        options = {k: getattr(loss, k) for k in names if k in taken}
+        # A null dual_clip turns it off.
+        return {k: v for k, v in options.items() if v is not None or k == "dual_clip"} | loss.options
 
     @property
     def aggregation(self) -> str:

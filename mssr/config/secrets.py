@@ -1,8 +1,5 @@
-"""Keys and passwords: kept out of configs, and out of everything that is written.
-
-A config is written to config.yaml, sent to loggers and shown in reports, so a secret has no place in it:
-`named_secrets` finds them, and `redact` takes out of what is written whatever got in all the same.
-"""
+"""Keys and passwords: kept out of configs, which are written, logged and shown (`named_secrets` finds them),
+and out of everything else that is written (`redact`)."""
 
 from __future__ import annotations
 
@@ -19,12 +16,12 @@ _SECRET = re.compile(
     r"|(^|_)(api|auth|access|account|private|secret|signing|encryption|license)_keys?(_|$)"
     r"|(^|_)token$"
 )
-_ABOUT = re.compile(r"(^|_)(file|path|dir|env|var|variable|name|column|header|url|id|count|limit|length)$")
-"""What says something about a secret, as where it lies."""
-_VOCABULARY = re.compile(
-    r"(^|_)(pad|eos|bos|eot|eod|unk|sep|cls|mask|image|video|vision|audio|think|stop|start|end|begin|special|tool"
+_HARMLESS = re.compile(
+    r"(^|_)(file|path|dir|env|var|variable|name|column|header|url|id|count|limit|length)$"
+    r"|(^|_)(pad|eos|bos|eot|eod|unk|sep|cls|mask|image|video|vision|audio|think|stop|start|end|begin|special|tool"
     r"|next|last|first|new|per|each|extra|boi|eoi|newline|placeholder|prompt|response)_token$"
 )
+"""What says something about a secret, as where it lies; tokens of a vocabulary."""
 _VALUE = re.compile(
     r"\b(hf_|gh[pousr]_|AKIA|ASIA)[A-Za-z0-9]{16,}"
     r"|\b(sk-(?=[\w-]*\d)|github_pat_|glpat-|xox[abprs]-|wandb_v\d_|AIza|eyJ)[\w.-]{16,}"
@@ -36,12 +33,9 @@ _ASSIGNMENT = re.compile(r"([A-Za-z_][\w.-]{0,99})([\"']?[=:]\s?)(\"[^\"\n]*\"|'
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a key's own name says that its value is a secret: api_key, hf_token, but not max_tokens.
-
-    Example: ``is_secret_name("wandb_api_key")``, ``not is_secret_name("pad_token")``
-    """
+    """Whether a key's own name says that its value is a secret: api_key, hf_token, but not pad_token."""
     words = re.sub(r"[^a-z0-9]+", "_", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
-    return bool(_SECRET.search(words)) and not _ABOUT.search(words) and not _VOCABULARY.search(words)
+    return bool(_SECRET.search(words)) and not _HARMLESS.search(words)
 
 
 def named_secrets(tree: Any) -> list[str]:

@@ -18,6 +18,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import feather
 
+from mssr.models.files import sha256
+
 VERSION = 3
 """Part of every name: raise it when the meaning of a file changes."""
 
@@ -26,11 +28,8 @@ SETTLED_S = 2.0
 
 
 class DataCache:
-    """The folder. What cannot be written is not kept; ``problem`` then says why.
-
-    Args:
-        directory: None for $MSSR_CACHE or ~/.cache/mssr.
-    """
+    """The folder, $MSSR_CACHE or ~/.cache/mssr if none is given. What cannot be written is not kept;
+    ``problem`` then says why."""
 
     def __init__(self, directory: str | None = None) -> None:
         chosen = directory or os.environ.get("MSSR_CACHE") or "~/.cache/mssr"
@@ -69,7 +68,7 @@ class DataCache:
         known = None if state is None else self.load("files", state)
         if known is not None:
             return str(known["hash"][0].as_py())
-        found = hash_of_file(path)
+        found = sha256(path)
         if state is not None:
             self.save("files", state, pa.table({"hash": [found]}))
         return found
@@ -89,12 +88,6 @@ def settled_state(path: Path) -> str | None:
     stat = path.stat()
     settled = time.time() - stat.st_mtime > SETTLED_S
     return digest_of(str(path.resolve()), stat.st_size, stat.st_mtime_ns) if settled else None
-
-
-def hash_of_file(path: Path) -> str:
-    """32 hexadecimal digits: a hash of its bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def file_states(paths: Iterable[str]) -> dict[str, list[int]]:

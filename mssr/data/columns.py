@@ -22,9 +22,8 @@ SAMPLED_ROWS = 16
 
 MESSAGES = ("messages", "conversations", "prompt", "conversation")
 TRUTHS = ("reward_model.ground_truth", "ground_truth", "solution")
-IMAGES = ("image",)
 """Names that are tried, in this order, where a configured name is the default and the table has no such
-column; all of them only in a table of message lists."""
+column; in a table of message lists only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,29 +37,19 @@ class Columns:
     unread_images: str | None
     """A column with images that is not read."""
 
-    def refuse_blindness(self, name: str, found: str) -> None:
-        """For a table of which no row has an image.
-
-        Args:
-            name: of the source.
-            found: what was found in place of images.
-
-        Raises:
-            UserError: there are some in a column that is not read; a model would be trained without seeing.
-        """
-        column = self.unread_images
-        if column is not None:
+    def refuse_blindness(self, name: str, without: str) -> None:
+        """For a source of this name in which no row has an image (``without``: "no", "no usable image in"): a
+        UserError if there are some in a column that is not read, since a model would learn without seeing."""
+        if (column := self.unread_images) is not None:
             raise UserError(
-                f"{name}: {found}, but there is a column {column!r} with images; set "
-                f"data.images_column={column}, or data.images_column=null to go on without seeing them"
+                f"{name}: {without} column {self.config.images_column!r} (data.images_column), but there is "
+                f"a column {column!r} with images; set data.images_column={column}, or "
+                "data.images_column=null to go on without seeing them"
             )
 
 
 def resolve_columns(table: Table, config: DataConfig, name: str) -> Columns:
-    """Find the configured columns.
-
-    Args:
-        name: of the source, for messages.
+    """Find the configured columns of the source of this name.
 
     Raises:
         UserError: a column is not there; the one of images is not, and there are images in another.
@@ -90,7 +79,7 @@ def resolve_columns(table: Table, config: DataConfig, name: str) -> Columns:
         notes.append(f"{name}: column {unread!r} holds images, too, and is not read")
     columns = Columns(config, tuple(notes), unread)
     if not has_images:
-        columns.refuse_blindness(name, f"no column {config.images_column!r} (data.images_column)")
+        columns.refuse_blindness(name, "no")
     return columns
 
 
@@ -100,13 +89,13 @@ def read_columns(config: DataConfig) -> list[str]:
     return [name for name in names if name]
 
 
-def root(column: str, present: Sequence[str] = ()) -> str:
+def root(column: str, present: Sequence[str]) -> str:
     """The column of the table that ``column.key`` is in."""
     return column if column in present else column.partition(".")[0]
 
 
 def _chat_columns(table: Table, config: DataConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Fields of `DataConfig` to change."""
+    """Fields of the config to change where a table holds message lists."""
     default = DataConfig()
     found: dict[str, Any] = {}
     problem = config.problem_column
@@ -119,8 +108,8 @@ def _chat_columns(table: Table, config: DataConfig, rows: Sequence[Mapping[str, 
         named = (n for n in TRUTHS if any(cell(row, n) is not None for row in rows))
         found["answer_column"] = next(named, problem)
     images = config.images_column
-    if images == default.images_column and not _has(table, images):
-        found["images_column"] = next((name for name in IMAGES if _has(table, name)), images)
+    if images == default.images_column and not _has(table, images) and _has(table, "image"):
+        found["images_column"] = "image"
     return found
 
 

@@ -18,10 +18,8 @@ VAL_PREFIX = "val/"
 
 
 class PromptDataset:
-    """The rows of ``data.train`` or ``data.val``, addressed by id.
-
-    With one source an id is the row's own (its id column, else a hash of its content). With several it
-    begins with the source's label, ``geometry3k-1f08aa/``, since users number rows from 0 in each.
+    """The rows of ``data.train`` or ``data.val``, addressed by id: the row's own (its id column, else a hash
+    of its content), behind ``geometry3k-1f08aa/``, the source's label, where there are several sources.
 
     Opening reads no rows. The ids are read when first asked for, from the index of an earlier check
     where there is one. `check` goes through all rows and leaves the usable ones; `keep` narrows further.
@@ -78,17 +76,15 @@ class PromptDataset:
     def notes(self) -> list[str]:
         """What the user should hear once, one sentence each."""
         notes = [note for part in self.parts for note in part.columns.notes]
-        if self.cache.problem:
-            why = f"{self.cache.problem} (data.cache_dir)"
-            notes.append(f"checked data is not kept for the next run: {why}")
+        if problem := self.cache.problem:
+            notes.append(f"checked data is not kept for the next run: {problem} (data.cache_dir)")
         return notes
 
     @property
     def weights(self) -> dict[str, float] | None:
         """Label of a source -> its weight; None if every prompt counts the same."""
-        weights = {part.source.label: part.source.weight for part in self.parts}
-        given = {label: weight for label, weight in weights.items() if weight is not None}
-        return given if len(given) == len(weights) else None
+        sources = [part.source for part in self.parts]
+        return {one.label: one.weight for one in sources if one.weight is not None} or None
 
     def source_of(self, prompt_id: str) -> str:
         """Label of the source that a prompt is from."""
@@ -126,11 +122,8 @@ class PromptDataset:
         return part.cells(number)
 
     def answers(self, prompt_ids: Sequence[str], as_cells: bool = False) -> list[Any]:
-        """Ground truths, read without touching the images.
-
-        Args:
-            as_cells: what is no text stays as the data has it, else it becomes text.
-        """
+        """Ground truths, read without touching the images; ``as_cells``: what is no text stays as the data
+        has it, else it becomes text."""
         found: dict[str, Any] = {}
         places = {i: self._find(i) for i in prompt_ids}
         for part in self.parts:
@@ -146,19 +139,14 @@ class PromptDataset:
     def check(self) -> list[RowIndex]:
         """Check every row (or read what an earlier check said) and leave the usable ones.
 
-        Returns:
-            the index of every source.
+        Returns the index of every source.
         """
         indexes = [part.check() for part in self.parts]
         self._rows = self._numbered(index.usable_ids for index in indexes)
-        self.bad_rows, self.duplicates = (
-            [
-                BadRow(part.table.where(number), why)
-                for part, index in zip(self.parts, indexes, strict=True)
-                for number, why in index.rejected(state)
-            ]
-            for state in (BAD, DUPLICATE)
-        )
+        self.bad_rows, self.duplicates = [], []
+        for part, index in zip(self.parts, indexes, strict=True):
+            for state, listed in ((BAD, self.bad_rows), (DUPLICATE, self.duplicates)):
+                listed += [BadRow(part.table.where(number), why) for number, why in index.rejected(state)]
         return indexes
 
     @property

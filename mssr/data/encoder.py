@@ -26,9 +26,6 @@ from mssr.data.rows import Row
 from mssr.errors import UserError
 from mssr.models.encoded import EncodedImage, EncodedPrompt, ImageCache, PixelNormalizer, join_pixels
 
-TEXTS = ("system_prompt", "chat_template", "prompt_template")
-"""Keys of `DataConfig` that hold a text or name a file with it."""
-
 CHUNK_PIXELS = 2**17
 """Pixels of the images that are cut into patches in one go: enough that small ones cost little more than
 their arithmetic, few enough that large ones do not take more memory than they must."""
@@ -49,11 +46,12 @@ class PromptEncoder:
         self._normalizer = PixelNormalizer.of(image_processor)
         self._factor = image_processor.patch_size * image_processor.merge_size
         self._image_token_id: int = processor.image_token_id
-        self.texts = {key: text_or_file(getattr(config, key), f"data.{key}") for key in TEXTS}
-        """What these keys say, read from the file where they name one."""
+        keys = ("system_prompt", "chat_template", "prompt_template")
+        self.texts = {key: text_or_file(getattr(config, key), f"data.{key}") for key in keys}
+        """What these keys of the config say, read from the file where they name one."""
         self._prompt_template = _prompt_template(self.texts["prompt_template"])
-        config_tokens = (processor.image_token, processor.video_token, "<|vision_start|>", "<|vision_end|>")
-        self._vision_tokens = tuple(dict.fromkeys(config_tokens))
+        marks = ("<|vision_start|>", "<|vision_end|>")
+        self._vision_tokens = (processor.image_token, processor.video_token, *marks)
         self.response_prefix = self._try_chat_template()
         """What stands in the prompt and belongs to the response: ``<think>`` where the template ends with it,
         else nothing."""
@@ -68,7 +66,8 @@ class PromptEncoder:
         text = self._render(self._messages(row))
         placeholders = text.count(self.processor.image_token)
         if placeholders != len(row.images):
-            counts = f"{_count(len(row.images), 'image')}, {_count(placeholders, 'placeholder')}"
+            numbers = {"image": len(row.images), "placeholder": placeholders}
+            counts = ", ".join(f"{number} {what}{'s' * (number != 1)}" for what, number in numbers.items())
             raise ValueError(f"{counts} after {self._template_name}")
         return text
 
@@ -134,11 +133,8 @@ class PromptEncoder:
         return messages
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) after resizing, each at least one patch that the language model sees.
-
-        Raises:
-            ValueError: for an aspect ratio above 200.
-        """
+        """(width, height) after resizing, each at least one patch that the language model sees; a ValueError
+        for an aspect ratio above 200."""
         h, w = smart_resize(height, width, self._factor, self.config.min_pixels, self.config.max_pixels)
         if min(h, w) < self._factor:  # smart_resize rounds the short side of a strip down to nothing
             longest = max(self.config.max_pixels // self._factor**2, 1) * self._factor
@@ -146,11 +142,7 @@ class PromptEncoder:
         return w, h
 
     def images(self, row: Row) -> list[Image.Image]:
-        """RGB images in their final size.
-
-        Raises:
-            UserError: an image cannot be read; names the row.
-        """
+        """RGB images in their final size; a UserError that names the row for one that cannot be read."""
         images = []
         for k, source in enumerate(row.images):
             with _naming(row, k):
@@ -169,13 +161,12 @@ class PromptEncoder:
         return text_tokens - len(sizes) + sum((w // self._factor) * (h // self._factor) for w, h in resized)
 
     def encode(self, row: Row) -> EncodedPrompt:
-        """Tokens and pixels of a prompt."""
+        """The one of `encode_all`."""
         return self.encode_all([row])[0]
 
     def encode_all(self, rows: Sequence[Row], kept: ImageCache | None = None) -> list[EncodedPrompt]:
-        """Tokens and pixels of prompts, each as if it were alone, in less time.
-
-        An image is decoded and cut once in a go, in however many prompts it is.
+        """Tokens and pixels of prompts, each as if it were alone, in less time: an image is decoded and cut
+        once in a go, in however many prompts it is.
 
         Args:
             kept: images that need not be cut again; those that are cut are added.
@@ -225,9 +216,8 @@ class PromptEncoder:
         # The frame of an image is there as often as the tower wants to see it.
         one_frame = vision["pixel_values"].unflatten(1, (channels, frames, -1))[:, :, 0].flatten(1)
         cut = {}
-        for key, pixels, grid in zip(
-            images, torch.split(one_frame, grids.prod(-1).tolist()), grids, strict=True
-        ):
+        patches = torch.split(one_frame, grids.prod(-1).tolist())
+        for key, pixels, grid in zip(images, patches, grids, strict=True):
             # Copies: an image that is kept must not hold the pixels of all of them in memory.
             cut[key] = EncodedImage(pixels.clone(), grid.clone())
             kept.put(key, cut[key], cut[key].nbytes)
@@ -273,12 +263,8 @@ def _naming(row: Row, number: int) -> Iterator[None]:
 
 
 def text_or_file(value: str | None, key: str) -> str | None:
-    """The text itself, or the content of the file that it names.
-
-    Raises:
-        UserError: it looks like a file name (one line that ends in .jinja, .j2, .txt or .md) but there is no
-            such file, or the file cannot be read.
-    """
+    """The text itself, or the content of the file that it names; a UserError where that cannot be read, or is
+    not there and the text looks like a file name (one line that ends in .jinja, .j2, .txt or .md)."""
     if not value:
         return None
     try:
@@ -304,7 +290,3 @@ def _prompt_template(source: str | None) -> jinja2.Template | None:
     if "2 + 3 = ?" not in tried:
         raise UserError("data.prompt_template leaves the question out: it must use {{ content }}")
     return template
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import base64
-import binascii
 import contextlib
 import functools
 import io
@@ -63,16 +62,9 @@ IMAGE_SUFFIXES = (
     *(".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2"),
 )
 
-TURNED = (5, 6, 7, 8)
-"""EXIF orientations that swap width and height."""
-
 
 class MissingFile(ValueError):
-    """An image's file is not there.
-
-    Attributes:
-        path: where it was looked for.
-    """
+    """An image's file is not at ``path``."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"file {path} does not exist")
@@ -96,11 +88,8 @@ class ImageSource:
             raise MissingFile(Path(self.path)) from None
 
     def size(self) -> tuple[int, int]:
-        """(width, height) of the upright image, from the header; see the module for what is checked.
-
-        Raises:
-            ValueError: with the reason, for an image that cannot be used.
-        """
+        """(width, height) of the upright image, from the header; a ValueError with the reason for one that
+        cannot be used, see the module for what is checked."""
         data = self.read()
         try:
             with _open(data) as image:
@@ -122,14 +111,9 @@ class ImageSource:
 
 
 def image_sources(cell: Any, image_dir: str | None = None) -> tuple[ImageSource, ...]:
-    """The images of a cell, none for null, an empty string or an empty list. Nothing is opened.
-
-    Args:
-        image_dir: where relative paths start; None is the working directory.
-
-    Raises:
-        ValueError: an image is missing or of no known form.
-    """
+    """The images of a cell, none for null, an empty string or an empty list; a ValueError for one that is
+    missing or of no known form. Nothing is opened. Relative paths start in ``image_dir``, None being the
+    working directory."""
     return tuple(_image_source(part, image_dir) for part in image_cells(cell))
 
 
@@ -178,22 +162,18 @@ def looks_like_image(cell: Any) -> bool:
 
 def reason(error: Exception) -> str:
     """One line that says what is wrong."""
-    return (
-        first_line(error).encode(errors="backslashreplace").decode()
-    )  # a path may hold half of a surrogate pair
+    # A path may hold half of a surrogate pair.
+    return first_line(error).encode(errors="backslashreplace").decode()
 
 
 def _image_source(cell: Any, image_dir: str | None) -> ImageSource:
     image = inner_image(cell)
     if isinstance(image, (bytes, bytearray)) and image:
         return ImageSource(bytes(image), None)
-    if isinstance(image, str) and image.strip():
-        return _from_text(image.strip(), image_dir)
-    missing = not image and not isinstance(image, int)
-    raise ValueError(f"an image is {'missing' if missing else type(image).__name__ + ', no image'}")
-
-
-def _from_text(text: str, image_dir: str | None) -> ImageSource:
+    text = image.strip() if isinstance(image, str) else ""
+    if not text:
+        missing = not image and not isinstance(image, int)
+        raise ValueError(f"an image is {'missing' if missing else type(image).__name__ + ', no image'}")
     if text.startswith("data:"):
         return ImageSource(_base64(text.partition(",")[2]), None)
     if text.startswith(("http://", "https://")):
@@ -231,7 +211,7 @@ def _base64(text: str) -> bytes:
     compact = "".join(text.split()).replace("-", "+").replace("_", "/")
     try:
         return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         raise ValueError("an image is text that is neither a path nor base64") from None
 
 
@@ -277,10 +257,10 @@ def _unidentified(data: bytes) -> str:
 
 
 def _is_turned(image: Image.Image, data: bytes) -> bool:
-    """By EXIF. PIL would decode a PNG to look for it behind the pixels."""
+    """Whether EXIF swaps width and height. PIL would decode a PNG to look for it behind the pixels."""
     plain = image.format == "PNG" and "exif" not in image.info and b"eXIf" not in data
     exif = Image.Image.getexif(image) if plain else image.getexif()
-    return exif.get(ExifTags.Base.Orientation) in TURNED
+    return exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def _is_complete(image: Image.Image, data: bytes) -> bool:

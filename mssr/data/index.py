@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,19 +114,11 @@ class SourceRows:
         return len(self.table)
 
     def row(self, number: int, row_id: str) -> Row:
-        """One row, images not opened.
-
-        Raises:
-            ValueError: it cannot be used, which a check would have said.
-        """
+        """One row, images not opened; a ValueError for one that cannot be used, which a check would say."""
         return read_row(self.cells(number), row_id, self.table.where(number), self.config)
 
     def cells(self, number: int) -> dict[str, Any]:
-        """A row as the table has it.
-
-        Raises:
-            ValueError: it cannot be read.
-        """
+        """A row as the table has it; a ValueError for one that cannot be read."""
         try:
             return self.table.cells(number)
         except Exception as error:  # pyarrow and datasets raise many types for damaged data
@@ -152,10 +145,13 @@ class SourceRows:
         index = self._cached(self._key()) if self.cache.directory.is_dir() else None
         if index is not None:
             return index.ids
-        numbers = range(len(self))
-        if self.config.id_column:
-            return [_or_none(self._id, cells) for cells in self._cells_of(self.config.id_column, numbers)]
-        return [_or_none(lambda n: self._id(self.cells(n)), n) for n in numbers]
+        ids: list[str | None] = [None] * len(self)
+        column = self.config.id_column
+        named = self._cells_of(column, range(len(self))) if column else None
+        for number in range(len(self)):
+            with contextlib.suppress(ValueError):
+                ids[number] = self._id(named[number] if named else self.cells(number))
+        return ids
 
     def check(self) -> RowIndex:
         """The index; made by reading every row once, with the headers of its images, if it is not kept."""
@@ -165,10 +161,7 @@ class SourceRows:
             index = self._scan(key)
             self.cache.save("rows", key, index.table)
         if index.without_images:
-            self.columns.refuse_blindness(
-                self.source.name,
-                f"no usable image in column {self.config.images_column!r} (data.images_column)",
-            )
+            self.columns.refuse_blindness(self.source.name, "no usable image in")
         return index
 
     def _key(self) -> str:
@@ -198,12 +191,8 @@ class SourceRows:
         return RowIndex(table, digest_of(key, states))
 
     def _outcome(self, number: int, first: dict[str, int], files: dict[str, None]) -> dict[str, Any]:
-        """What the index says of a row.
-
-        Args:
-            first: id -> first row that has it, of the rows before; the row's is added.
-            files: image files that rows name; the row's are added.
-        """
+        """What the index says of a row; its id is added to those of ``first`` (id -> first row that has it),
+        its image files to ``files``."""
         found: dict[str, Any] = {"id": None, "state": USABLE, "sizes": [], "structured": False}
         try:
             cells = self.cells(number)
@@ -213,7 +202,11 @@ class SourceRows:
             found["sizes"] = list(_header_sizes(row))
             found["structured"] = row.answer[0] in "[{" and is_structured(truth(cells, self.config))
             if row_id in first:
-                found["state"], found["reason"] = self._repeated(row_id, first[row_id])
+                found["state"], found["reason"] = (
+                    (BAD, f"id {row_id} occurs twice, first in row {first[row_id]}")
+                    if self.config.id_column
+                    else (DUPLICATE, f"question, answer and images are those of row {first[row_id]}")
+                )
         except ValueError as error:
             found |= {"state": BAD, "reason": reason(error), "sizes": []}
             if isinstance(error, MissingFile):
@@ -226,11 +219,6 @@ class SourceRows:
         column = self.config.id_column
         return column_id(cell(cells, column), column) if column else content_id(cells, self.config)
 
-    def _repeated(self, row_id: str, number: int) -> tuple[int, str]:
-        if self.config.id_column:
-            return BAD, f"id {row_id} occurs twice, first in row {number}"
-        return DUPLICATE, f"question, answer and images are those of row {number}"
-
 
 def _header_sizes(row: Row) -> Iterator[int]:
     for k, image in enumerate(row.images):
@@ -238,10 +226,3 @@ def _header_sizes(row: Row) -> Iterator[int]:
             yield from image.size()
         except Exception as error:
             raise ValueError(f"image {k} cannot be read ({reason(error)})") from error
-
-
-def _or_none(read: Callable[[Any], str], argument: Any) -> str | None:
-    try:
-        return read(argument)
-    except ValueError:
-        return None

@@ -35,12 +35,8 @@ PROBES = (
 def prompt_lengths(
     rows: SourceRows, index: RowIndex, encoder: PromptEncoder
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Lengths of the usable rows of a source.
-
-    Returns:
-        (R,) int32 tokens, -1 for rows without; and row number -> reason of rows that the encoder refuses,
-        such as an image with an aspect ratio above 200.
-    """
+    """Lengths of a source: (R,) int32 tokens, -1 for rows that are not usable; and row number -> reason of
+    rows that the encoder refuses, such as an image with an aspect ratio above 200."""
     key = digest_of(index.key, encoder_fingerprint(encoder))
     table = rows.cache.load("lengths", key)
     if table is None or len(table) != len(rows):

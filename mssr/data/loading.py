@@ -65,10 +65,8 @@ def load_prompts(
     ``data.cache_dir`` by content.
 
     Args:
-        sources: the value of data.train or data.val.
-        bad_rows_file: bad and duplicate rows are appended to it, overlong ones to ``OVERLONG_FILE``
-            beside it.
-        prefix: see `PromptDataset`.
+        sources, prefix: see `PromptDataset`.
+        bad_rows_file: gets bad and duplicate rows, ``OVERLONG_FILE`` beside it overlong ones.
         by_rule: name of the rule that compares responses with the truths, which then must be text; empty
             for a function of a user, which gets the truths as they are.
 
@@ -90,15 +88,13 @@ def load_prompts(
     longest = config.max_prompt_length
     found = dict(zip(dataset.ids, lengths[dataset.numbers].tolist(), strict=True))
     kept = {i: length for i, length in found.items() if 0 <= length <= longest}  # -1: refused
-    overlong = [(dataset.where(i), i, length) for i, length in found.items() if length > longest]
-    _append(
-        bad_rows_file.with_name(OVERLONG_FILE),
-        [{"where": where, "id": i, "length": length} for where, i, length in overlong],
-    )
+    overlong = [{"where": dataset.where(i), "id": i, "length": n} for i, n in found.items() if n > longest]
+    _append(bad_rows_file.with_name(OVERLONG_FILE), overlong)
     dataset.keep(kept)
     assert rows == len(kept) + len(bad) + len(overlong) + len(duplicates)
     _refuse_empty_sources(dataset, bad, len(overlong))
-    too_long = [BadRow(w, f"{n} tokens, longer than data.max_prompt_length") for w, _, n in overlong]
+    why = "{length} tokens, longer than data.max_prompt_length"
+    too_long = [BadRow(one["where"], why.format(**one)) for one in overlong]
     return LoadedPrompts(
         dataset,
         rows=rows,
@@ -112,12 +108,8 @@ def load_prompts(
 
 
 def _measure(dataset: PromptDataset, encoder: PromptEncoder, by_rule: str) -> tuple[np.ndarray, list[BadRow]]:
-    """Check the data set and leave its usable rows.
-
-    Returns:
-        lengths in tokens of the rows of all sources, -1 where there is none; and usable rows that encoder or
-        rule refuse.
-    """
+    """Check the data set and leave its usable rows. Returns the lengths in tokens of the rows of all sources,
+    -1 where there is none, and usable rows that encoder or rule refuse."""
     lengths: list[np.ndarray] = []
     bad: list[BadRow] = []
     for part, index in zip(dataset.parts, dataset.check(), strict=True):

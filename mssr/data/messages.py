@@ -53,19 +53,17 @@ def is_messages(cell: Any) -> bool:
 
 
 def read_messages(cell: Any, column: str) -> Conversation:
-    """The prompt that a list of messages is.
-
-    Raises:
-        ValueError: names the column and what is wrong, for example a role or kind of part that is not known.
-    """
+    """The prompt that a list of messages is; a ValueError names the column and what is wrong, for example a
+    role or kind of part that is not known."""
     turns: list[Turn] = []
     images: list[Any] = []
     for message in _list(cell):
-        name = message["role"] if "role" in message else message["from"]
+        keys = ("role", "content") if "role" in message else ("from", "value")
+        name, content = (message[key] for key in keys)
         role = ROLES.get(str(name).lower())
         if role is None:
             raise ValueError(f"column {column} has a turn of the role {name!r}: one of {', '.join(ROLES)}")
-        text, inside = _content(message["content"] if "role" in message else message["value"], column)
+        text, inside = _content(content, column)
         turns.append((role, text))
         images += inside
     last = max((k for k, (role, _) in enumerate(turns) if role == "user"), default=-1)

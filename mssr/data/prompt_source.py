@@ -12,7 +12,7 @@ from mssr.data.dataset import VAL_PREFIX, PromptDataset, Row
 from mssr.data.encoder import PromptEncoder
 from mssr.data.validation_sets import validation_sets
 from mssr.models.bounded_cache import BoundedCache
-from mssr.models.encoded import EncodedImage, EncodedPrompt, join_pixels
+from mssr.models.encoded import EncodedPrompt, join_pixels
 from mssr.models.loading import load_processor
 
 
@@ -24,9 +24,8 @@ class PromptSource:
 
     def __init__(self, config: Config) -> None:
         self.encoder = PromptEncoder(load_processor(config.model), config.data)
-        self._datasets = [PromptDataset(config.data.train, config.data)]
-        for one in validation_sets(config.data.val):
-            self._datasets.append(one.dataset(config.data, config.run_dir))
+        val = [one.dataset(config.data, config.run_dir) for one in validation_sets(config.data.val)]
+        self._datasets = [PromptDataset(config.data.train, config.data), *val]
         self._cache: BoundedCache[str | bytes, Any] = BoundedCache(config.data.image_cache_bytes)
         """Prompts without their pixels by id, and images by key."""
         self._lock = threading.Lock()
@@ -49,10 +48,8 @@ class PromptSource:
             return [found[i] for i in prompt_ids]
 
     def take_new(self, prompt_ids: Iterable[str]) -> dict[str, EncodedPrompt]:
-        """Those of some prompts that `get` had to encode since this last gave them out.
-
-        Prompts of validation are not among them, nor are those that are kept no longer.
-        """
+        """Those of some prompts that `get` had to encode since this last gave them out, without validation's
+        and those that are kept no longer."""
         with self._lock:
             new = self._new.intersection(prompt_ids)
             self._new -= new
@@ -63,12 +60,9 @@ class PromptSource:
         prompt: EncodedPrompt | None = self._cache.get(prompt_id)
         if prompt is None or not prompt.image_keys:
             return prompt
-        images: list[EncodedImage] = []
-        for key in prompt.image_keys:
-            if (image := self._cache.get(key)) is None:
-                return None
-            images.append(image)
-        return dataclasses.replace(prompt, pixels=join_pixels(images))
+        images: list[Any] = [self._cache.get(key) for key in prompt.image_keys]
+        lost = any(image is None for image in images)
+        return None if lost else dataclasses.replace(prompt, pixels=join_pixels(images))
 
     def encode(self, prompt_ids: Sequence[str]) -> list[EncodedPrompt]:
         """The same as `get`, and nothing is kept."""

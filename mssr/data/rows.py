@@ -19,8 +19,6 @@ from mssr.data.messages import IMAGE_MARK, Conversation, Turn, count_marks, is_m
 MAX_IMAGES_PER_PROMPT = 16
 """Engines reserve memory for so many."""
 
-VIDEO_MARK = "<video>"
-
 _WRAPPED = re.compile(r"<answer>((?:(?!<answer>).)*)</answer>\s*$", re.DOTALL | re.IGNORECASE)
 
 
@@ -56,11 +54,7 @@ class BadRow:
 
 
 def read_row(cells: Mapping[str, Any], row_id: str, where: str, config: DataConfig) -> Row:
-    """The row that the configured columns hold. No image is opened.
-
-    Raises:
-        ValueError: the reason why it is no prompt.
-    """
+    """The row that the configured columns hold; a ValueError says why it is no prompt. No image is opened."""
     prompt = read_prompt(cells, config)
     answer = answer_text(truth(cells, config), config.answer_column)
     given = image_cells(cell(cells, config.images_column))
@@ -79,11 +73,8 @@ def read_row(cells: Mapping[str, Any], row_id: str, where: str, config: DataConf
 
 
 def read_prompt(cells: Mapping[str, Any], config: DataConfig) -> Conversation:
-    """Question, turns before it and what else the cell of ``data.problem_column`` holds.
-
-    Raises:
-        ValueError: it is no question.
-    """
+    """Question, turns before it and what else the cell of ``data.problem_column`` holds; a ValueError where
+    there is no question."""
     column = config.problem_column
     problem = cell(cells, column)
     if problem is None:
@@ -98,8 +89,8 @@ def read_prompt(cells: Mapping[str, Any], config: DataConfig) -> Conversation:
         raise ValueError(f"column {column} is empty")
     for _, text in prompt.turns:
         check_text(text, column)
-        if VIDEO_MARK in text:
-            raise ValueError(f"column {column} has a mark {VIDEO_MARK}, and videos are not read")
+        if "<video>" in text:
+            raise ValueError(f"column {column} has a mark <video>, and videos are not read")
     return prompt
 
 
@@ -126,11 +117,8 @@ def cell(cells: Mapping[str, Any], column: str | None) -> Any:
 
 
 def truth(cells: Mapping[str, Any], config: DataConfig) -> Any:
-    """The ground truth as the data has it; of a list of messages the assistant's turn behind the question.
-
-    Raises:
-        ValueError: such a list has none.
-    """
+    """The ground truth as the data has it; of a list of messages the assistant's turn behind the question,
+    and a ValueError where there is none."""
     found = cell(cells, config.answer_column)
     if not is_messages(found):
         return found
@@ -193,11 +181,7 @@ def content_id(cells: Mapping[str, Any], config: DataConfig) -> str:
 
 
 def column_id(found: Any, column: str) -> str:
-    """The id of a row from its id column.
-
-    Raises:
-        ValueError: it is empty, or neither text nor a number.
-    """
+    """The id of a row from its id column; a ValueError where that is empty, or neither text nor a number."""
     if found is None or (isinstance(found, float) and math.isnan(found)) or not str(found).strip():
         raise ValueError(f"column {column} is empty")
     if not isinstance(found, (str, int, float)):

@@ -25,11 +25,7 @@ class _IdSampler:
         return {"kind": self._kind, **self._at, "prompts": len(self._ids)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
-
-        Raises:
-            ValueError: the state is of another kind of sampler or another number of prompts.
-        """
+        """Go on where `state_dict` was taken; a ValueError for another kind or another number of prompts."""
         kind = state.get("kind", "epochs")  # a state without a kind is older than the second one
         if kind != self._kind:
             raise ValueError(f"the checkpoint's sampler.name is {kind}, this run's is {self._kind}")
@@ -117,22 +113,19 @@ class UncertaintySampler(_IdSampler):
         Raises:
             ValueError: the values are not one number in [0, 1] for each id.
         """
-        weights = self._weights()
-        taken: list[str] = []
-        while len(taken) < count:
-            first = self._draw(weights, min(count - len(taken), len(self._ids)))
-            taken.extend(self._ids[i] for i in first)
-        self._at["drawn"] += count
-        return taken
-
-    def _weights(self) -> npt.NDArray[np.float64]:
         v = np.asarray(self._values(), np.float64)
         if v.shape != (len(self._ids),):
             raise ValueError(f"{len(self._ids)} prompts need as many values, not shape {v.shape}")
         if not (v.min() >= 0 and v.max() <= 1):  # false for NaN too
             raise ValueError("the values of prompts must be in [0, 1]")
         # The bound is far below any other weight, and keeps the order among prompts of weight 0 random.
-        return np.maximum(np.sqrt(v * (1 - v)) + self._eps, 1e-300)
+        weights = np.maximum(np.sqrt(v * (1 - v)) + self._eps, 1e-300)
+        taken: list[str] = []
+        while len(taken) < count:
+            first = self._draw(weights, min(count - len(taken), len(self._ids)))
+            taken.extend(self._ids[i] for i in first)
+        self._at["drawn"] += count
+        return taken
 
     def _draw(self, weights: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
         """(count,) distinct indices."""
@@ -177,12 +170,16 @@ class MixtureSampler:
 
     def next(self, count: int) -> list[str]:
         """The next ``count`` ids, sources interleaved."""
-        order = [self._draw() for _ in range(count)]
+        order: list[str] = []
+        done = sum(self._drawn.values())
+        for number in range(done + 1, done + count + 1):
+            label = max(self._shares, key=lambda one: self._shares[one] * number - self._drawn[one])
+            self._drawn[label] += 1
+            order.append(label)
         ids = {label: iter(self._samplers[label].next(order.count(label))) for label in set(order)}
         return [next(ids[label]) for label in order]
 
     def state_dict(self) -> dict[str, Any]:
-        """Two numbers a source and the state of its sampler."""
         return {
             "shares": dict(self._shares),
             "drawn": dict(self._drawn),
@@ -190,11 +187,7 @@ class MixtureSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another sampler stopped.
-
-        Raises:
-            ValueError: it had other sources or weights, or a source has changed.
-        """
+        """Go on where another sampler stopped; a ValueError for other sources, weights or ids."""
         if state.get("shares") != self._shares:
             raise ValueError(
                 f"the checkpoint's data has the shares {state.get('shares')}, this has {self._shares}"
@@ -202,12 +195,6 @@ class MixtureSampler:
         for label, sampler in self._samplers.items():
             sampler.load_state_dict(state["samplers"][label])
         self._drawn = {label: state["drawn"][label] for label in self._samplers}
-
-    def _draw(self) -> str:
-        done = sum(self._drawn.values()) + 1
-        label = max(self._shares, key=lambda name: self._shares[name] * done - self._drawn[name])
-        self._drawn[label] += 1
-        return label
 
 
 PromptSampler = EpochSampler | UncertaintySampler | MixtureSampler

@@ -36,8 +36,6 @@ ARROW_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"}
 APART_BYTES = 64 * 2**20
 """Files of this size together are converted in a process of their own."""
 
-ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-
 FILE_SUFFIXES = (*ARROW_SUFFIXES, *TEXT_SUFFIXES)
 
 
@@ -60,23 +58,18 @@ class Source:
 
 
 def parse_sources(value: Any, key: str) -> list[Source]:
-    """The sources that a config value names.
-
-    Args:
-        value: a string, or a list of strings and of mappings with ``path`` and ``weight``.
-        key: ``data.train`` or ``data.val``; weights are for the former.
+    """The sources of a config value, which is a string, or a list of strings and mappings {path, weight}.
 
     Raises:
-        UserError: names the key.
+        UserError: names the ``key``, data.train or data.val; weights are for the former.
     """
     items = [value] if isinstance(value, (str, Mapping)) else value
     if not isinstance(items, Sequence) or not items:
         raise UserError(f"{key}: expected a source or a list of sources, not {value!r}")
     sources = [_parse_source(item, key) for item in items]
     names = [source.name for source in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{key}: {name} is listed twice; {{path: ..., weight: 2.0}} draws it more often")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{key}: {twice} is listed twice; {{path: ..., weight: 2.0}} draws it more often")
     if all(source.weight is None for source in sources):
         return sources
     return [Source(source.name, 1.0 if source.weight is None else source.weight) for source in sources]
@@ -93,9 +86,9 @@ def _parse_source(item: Any, key: str) -> Source:
         raise UserError(f"{key}: {path!r} is not the name of a source")
     if weight is None:
         return Source(path.strip())
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+    if type(weight) not in (int, float):
         raise UserError(f"{key}: weight {weight!r} of {path} is not a number")
-    if not (math.isfinite(weight) and weight > 0):
+    if not 0 < weight < math.inf:
         raise UserError(f"{key}: weight {weight} of {path} must be above 0")
     if key != "data.train":
         raise UserError(f"{key}: {path} has a weight, but only data.train is drawn by weights")
@@ -110,7 +103,7 @@ def open_table(name: str) -> Table:
     """
     if name.startswith("file://"):
         name = local_path(name)
-    if ADDRESS.match(name):
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
         raise UserError(
             f"data {name} is an address; download it and name the file, or name a data set of the hub as "
             "owner/name@split"
@@ -175,11 +168,8 @@ def _open_directory(path: Path, split: str, name: str) -> Table:
 
 
 def _load(arguments: dict[str, Any], split: str, name: str) -> Table:
-    """A file, a folder or a hub name: splits and files are found by the rules of the hub.
-
-    Args:
-        arguments: of `datasets.load_dataset`.
-    """
+    """A file, a folder or a hub name, as ``arguments`` of `datasets.load_dataset`: splits and files are found
+    by the rules of the hub."""
     import datasets
 
     builder = datasets.load_dataset_builder(**arguments)
@@ -199,10 +189,8 @@ def _load(arguments: dict[str, Any], split: str, name: str) -> Table:
 
 
 def _convert_apart(arguments: dict[str, Any]) -> None:
-    """Have `datasets` convert files to Arrow in another process, which may take their size in memory.
-
-    A failure is left to the caller, who opens the data in any case.
-    """
+    """Have `datasets` convert files to Arrow in another process, which may take their size in memory. Of a
+    failure the caller hears when it opens the data."""
     program = (
         "import datasets, json, sys; datasets.disable_progress_bars(); "
         "datasets.load_dataset_builder(**json.load(sys.stdin)).download_and_prepare()"

@@ -26,8 +26,6 @@ BYTES_AROUND = 2**22
 SAMPLED_ROWS = 1000
 """Rows that are looked at for the names of a text file's columns."""
 
-JSON_FORMS = "read are an object a line, an array of objects, {data: [...]}, and one object of columns"
-
 
 class Table:
     """Rows of a source, numbered from 0: a `datasets.Dataset`, read as Arrow has it, so that images, in
@@ -54,11 +52,7 @@ class Table:
         return f"{self.name} row {number}"
 
     def cells(self, number: int) -> dict[str, Any]:
-        """Column names to cells. The memory that reading takes is bounded.
-
-        Raises:
-            ValueError: the row cannot be parsed.
-        """
+        """Column names to cells; a ValueError for a row that cannot be parsed. The memory is bounded."""
         self._count([number], len(self._dataset.column_names))
         cells: dict[str, Any] = self._dataset[number].to_pylist()[0]
         return cells
@@ -118,8 +112,10 @@ class TextTable(Table):
         )
         if not self.column_names:
             problem = json.loads(self._texts[0].as_py())
-            why = f"no row that is a JSON object (row 0: {problem}); {JSON_FORMS}"
-            raise UserError(f"data file {files[0]} has {why}")
+            raise UserError(
+                f"data file {files[0]} has no row that is a JSON object (row 0: {problem}); read are an "
+                "object a line, an array of objects, {data: [...]}, and one object of columns"
+            )
 
     def __len__(self) -> int:
         return len(self._numbers)

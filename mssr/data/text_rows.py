@@ -21,13 +21,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from mssr.data.cache import hash_of_file, settled_state
+from mssr.data.cache import settled_state
 from mssr.data.messages import is_messages
 from mssr.errors import UserError
+from mssr.models.files import sha256
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-TEXT_SUFFIXES = (*DELIMITERS, *JSON_SUFFIXES)
+TEXT_SUFFIXES = (*DELIMITERS, ".json", ".jsonl", ".ndjson")
 
 VERSION = 1
 """Part of the names in the cache: raise it when the same file would give other rows."""
@@ -38,14 +38,14 @@ ROWS_IN_MEMORY = 100
 WRAPPERS = ("data", "rows", "examples", "items", "records", "instances", "samples", "questions", "train")
 """Keys of an object under which a file has its rows, beside others that say something about them."""
 
+_NO_SPACE = re.compile(r"\S")
 
-_SPACE = re.compile(r"\s*")
+csv.field_size_limit(sys.maxsize)  # it is 128 KiB, which base64 images exceed
 
 
 def convert(path: Path) -> Any:
-    """A `datasets.Dataset` of one column ``text``: a row's JSON object, or a JSON string, why it is none.
-
-    Rows are in the order of the file, without the header of a CSV and without empty lines.
+    """A `datasets.Dataset` of one column ``text``: a row's JSON object, or a JSON string, why it is none; in
+    the order of the file, without the header of a CSV and without empty lines.
 
     Raises:
         UserError: the file has no rows, or is a JSON array that ends early.
@@ -54,28 +54,23 @@ def convert(path: Path) -> Any:
 
     if path.stat().st_size == 0:
         raise UserError(f"data file {path} is empty")
-
-    content = settled_state(path) or hash_of_file(path)
+    content = settled_state(path) or sha256(path)[:32]
 
     def examples() -> Iterator[dict[str, str]]:
         delimiter = DELIMITERS.get(path.suffix.lower())
-        rows = iter(_csv_rows(path, delimiter) if delimiter else _json_rows(path))
-        first = next(rows, None)
-        if first is None:
-            raise UserError(f"data file {path} has no rows")
-        for row in itertools.chain([first], rows):
+        empty = True
+        for row in _csv_rows(path, delimiter) if delimiter else _json_rows(path):
+            empty = False
             yield {"text": _text(row)}
+        if empty:
+            raise UserError(f"data file {path} has no rows")
 
-    limit = csv.field_size_limit(sys.maxsize)  # it is 128 KiB a field, which base64 images exceed
-    try:
-        return datasets.Dataset.from_generator(
-            examples,
-            features=datasets.Features(text=datasets.Value("large_string")),
-            fingerprint=f"mssr-rows-{VERSION}{path.suffix.lower()}-{content}",
-            writer_batch_size=ROWS_IN_MEMORY,
-        )
-    finally:
-        csv.field_size_limit(limit)
+    return datasets.Dataset.from_generator(
+        examples,
+        features=datasets.Features(text=datasets.Value("large_string")),
+        fingerprint=f"mssr-rows-{VERSION}{path.suffix.lower()}-{content}",
+        writer_batch_size=ROWS_IN_MEMORY,
+    )
 
 
 def _text(row: Any) -> str:
@@ -160,15 +155,10 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, str] | ValueErro
                 space = True  # "a, b" in the header: the space is part of the delimiter, in the rows too
                 file.seek(begin)
             elif row:
-                header = _column_names(row, path)
-
-
-def _column_names(header: list[str], path: Path) -> list[str]:
-    names = [name.strip() for name in header]
-    for name in names:
-        if name and names.count(name) > 1:
-            raise UserError(f"data file {path} has {names.count(name)} columns {name!r}; rename one")
-    return names
+                header = [name.strip() for name in row]
+                for name in filter(None, header):
+                    if (count := header.count(name)) > 1:
+                        raise UserError(f"data file {path} has {count} columns {name!r}; rename one")
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
@@ -208,27 +198,18 @@ def _value(line: bytes) -> Any:
 
 
 def _whole(path: Path, array: bool) -> list[Any]:
-    """The items of an array, or values one behind the other, over any number of lines.
-
-    Raises:
-        ValueError: it is something else, or does not end.
-    """
+    """The items of an array, or values one behind the other, over any number of lines; a ValueError where it
+    is something else, or does not end."""
     with _open(path) as file:
         text = file.read().decode().strip()
-    values, end = [], 0
-    while end < len(text):
-        value, end = _DECODER.raw_decode(text, end)
+    values: list[Any] = []
+    end = 0
+    while begin := _NO_SPACE.search(text, end):
+        if array and values:
+            raise ValueError(f"text behind the JSON array at character {begin.start()}")
+        value, end = _DECODER.raw_decode(text, begin.start())
         values.append(value)
-        end = _behind_space(text, end)
-        if array and end < len(text):
-            raise ValueError(f"text behind the JSON array at character {end}")
     return values[0] if array else values
-
-
-def _behind_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
-    assert match is not None
-    return match.end()
 
 
 def _rows_within(value: dict[str, Any], path: Path) -> list[dict[str, Any]] | None:

@@ -71,14 +71,8 @@ class ValidationSet:
 
 def benchmark_data(config: DataConfig) -> DataConfig:
     """The config of prompts that were written in the project's own form; what makes prompts of rows stays."""
-    return replace(
-        config,
-        id_column="id",
-        images_column="images",
-        problem_column="problem",
-        answer_column="answer",
-        image_dir=None,
-    )
+    own: dict[str, Any] = {f"{name}_column": name for name in ("id", "images", "problem", "answer")}
+    return replace(config, **own, image_dir=None)
 
 
 def validation_sets(value: Any) -> list[ValidationSet]:
@@ -114,15 +108,12 @@ def _parse(name: str, options: Any) -> ValidationSet:
             raise UserError(f"{key}.data_dir is read by benchmarks only; write it into the path")
     for option in ("every", "limit", "n"):
         number = given.get(option, 1)
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        if type(number) is not int or number < 1:
             raise UserError(f"{key}.{option}={number} must be an integer of at least 1")
     found = ValidationSet(name, **given)
-    temperature = found.temperature
-    if temperature is not None:
-        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-            raise UserError(f"{key}.temperature={temperature} must be a number")
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise UserError(f"{key}.temperature={temperature} must not be negative")
-        if temperature == 0 and found.n > 1:
-            raise UserError(f"{key}: temperature=0 would give the same response {found.n} times")
+    temperature = given.get("temperature", 1.0)
+    if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
+        raise UserError(f"{key}.temperature={temperature} must be a number and must not be negative")
+    if temperature == 0 and found.n > 1:
+        raise UserError(f"{key}: temperature=0 would give the same response {found.n} times")
     return found

@@ -11,7 +11,6 @@ stays in the denominator and is not right. True and False are kept on disk and n
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import json
 import os
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mssr.data.cache import digest_of
 from mssr.errors import UserError
 from mssr.evaluation.base import Benchmark
 from mssr.evaluation.items import Item, Status, Verdict
@@ -78,8 +78,7 @@ class JudgeInput:
 
     def key(self, model: str) -> str:
         """A hash of all that a verdict depends on."""
-        parts = [model, PROMPT_VERSION, self.question, self.answer, self.response]
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        return digest_of(model, PROMPT_VERSION, self.question, self.answer, self.response)
 
 
 def parse_reply(reply: str) -> bool | None:

@@ -1,14 +1,10 @@
 """The data of a benchmark: found under a directory or on the hub, and its images read when asked for.
 
-``--data-dir DIR`` is searched in this order; names are compared without case, ``-`` and ``_``, and a
-benchmark has the names of its registry entry and of its data set (mathverse: ``mathverse``, ``MathVerse``):
-
-1. a file ``DIR/NAME.parquet`` (or .arrow, .jsonl, .ndjson, .json, .tsv, .csv, in this order);
-2. a directory ``DIR/NAME``;
-3. the same two under ``DIR/OWNER``, the owner of the data set on the hub (``DIR/AI4Math/MathVerse``).
-
-In such a directory: a data set that the `datasets` library saved; else a file ``SPLIT`` or ``NAME`` of those
-kinds, also in its folder ``data``; else whatever `datasets` finds there by the rules of the hub.
+``--data-dir DIR`` is searched for a file ``NAME`` of one of the `SUFFIXES` (in their order), then a directory
+``NAME``, then both under ``DIR/OWNER`` of the hub. Names are compared without case, ``-`` and ``_``, and a
+benchmark has those of its registry entry and of its data set (``mathverse``, ``MathVerse``). In a directory:
+a data set that the `datasets` library saved; else a file ``SPLIT`` or ``NAME``, also in its folder ``data``;
+else whatever `datasets` finds there by the rules of the hub.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from mssr.config.options import READ, UNREAD, describe, nearest
 from mssr.data.images import reason
 from mssr.errors import UserError
 from mssr.models.files import sha256
+from mssr.models.loading import resolve_device
 from mssr.runs import manifest as manifests
 from mssr.runs.checkpoint import resolve
 from mssr.runs.config import merge_layers
@@ -57,12 +58,9 @@ class EvaluatedModel:
         """
         if self.checkpoint is None:
             return self.config.model.path
-        dtype = self.config.model.dtype
-        if dtype == "auto":
-            from mssr.models.loading import resolve_device
-
-            dtype = "float32" if resolve_device(self.config.cluster.device) == "cpu" else dtype
-        exported = export(self.checkpoint, scratch / "model", "float32" if dtype == "float32" else None)
+        dtype, device = self.config.model.dtype, self.config.cluster.device
+        in_float32 = dtype == "float32" or (dtype == "auto" and resolve_device(device) == "cpu")
+        exported = export(self.checkpoint, scratch / "model", "float32" if in_float32 else None)
         return str(exported.absolute())
 
 

@@ -37,8 +37,7 @@ class Own(Benchmark):
 
     Args:
         source: see `mssr.data.sources`; a path may be relative to ``--data-dir``.
-        rule: None, or a name of `RULES`.
-        reward: scores as in training, in place of a rule.
+        rule, reward: see the module; at most one of them.
         config: names of the columns and the folder of images.
     """
 

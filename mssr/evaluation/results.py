@@ -35,6 +35,7 @@ from mssr.evaluation.responses import Response
 from mssr.evaluation.statistics import Bootstrap, count_right
 from mssr.evaluation.tables import paper_name, results_table
 from mssr.models.files import replace_text
+from mssr.runs.jsonl import read_records
 
 SCHEMA = 1
 ITEMS, RESULTS, TABLE, PAGE, TIMING = "items.jsonl", "results.json", "table.md", "items.html", "timing.json"
@@ -208,14 +209,23 @@ def read(directory: str | Path) -> Evaluation:
     Raises:
         UserError: a file is missing, damaged, or not of the same evaluation as the other.
     """
-    directory = Path(directory)
-    path = directory / RESULTS
+    path, items = Path(directory, RESULTS), Path(directory, ITEMS)
     if not path.is_file():
         raise UserError(f"{directory} is no finished evaluation: it has no {RESULTS}")
-    summary = _parsed(path.read_bytes(), str(path))
-    if summary.get("schema") != SCHEMA:
-        raise UserError(f"{path} has schema {summary.get('schema')}, this version of mssr reads {SCHEMA}")
-    records = _read_records(directory / ITEMS)
+    try:
+        summary = json.loads(path.read_bytes())
+        schema = summary.get("schema")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if schema != SCHEMA:
+        raise UserError(f"{path} has schema {schema}, this version of mssr reads {SCHEMA}")
+    if not items.is_file():
+        raise UserError(f"{items} does not exist")
+    records = read_records(items)
+    if not records:
+        raise UserError(f"{items} is empty")
+    for number, row in enumerate(records, 1):
+        _check_record(row, f"{items} line {number}")
     counted = count_right((row["benchmark"], row["correct"]) for row in records)
     try:
         stated = {name: (b["correct"], b["total"]) for name, b in summary["benchmarks"].items()}
@@ -224,31 +234,6 @@ def read(directory: str | Path) -> Evaluation:
     if counted != stated:
         raise UserError(f"{path} does not have the counts of {ITEMS} beside it; write the evaluation again")
     return Evaluation(summary, records)
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    records = []
-    # Split at \n alone: a response may hold other characters that end a line for Python.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if line:
-            where = f"{path} line {number}"
-            records.append(_parsed(line, where))
-            _check_record(records[-1], where)
-    if not records:
-        raise UserError(f"{path} is empty")
-    return records
-
-
-def _parsed(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is no JSON object")
-    return value
 
 
 def _check_record(row: Mapping[str, Any], where: str) -> None:

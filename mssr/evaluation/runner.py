@@ -32,8 +32,8 @@ from mssr.models.loading import check_model_path, load_processor
 from mssr.rollout.seeds import request_seed
 from mssr.runs.console import ProgressLine, captured_output
 from mssr.runs.events import EventLog
-from mssr.runs.lock import hold_directory
 from mssr.runs.manifest import package_versions
+from mssr.runs.run_directory import hold_directory
 from mssr.runs.signals import StopRequest
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 

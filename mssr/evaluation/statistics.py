@@ -93,8 +93,7 @@ def paired_bootstrap(
     """Bootstrap of mean(second) - mean(first) over the same items.
 
     Args:
-        first, second: share of right samples by item id. The two evaluations may have different numbers
-            of samples.
+        first, second: share of right samples by item id, of any number of samples.
         names: of the evaluations, for the error.
 
     Raises:
@@ -187,12 +186,8 @@ def _win(size: int, others: tuple[int, ...], missing: int, k: int) -> float:
 
     Counts the subsets by v, the votes of the answer: polynomials in the number of drawn samples, whose
     coefficients are the ways to draw them, are multiplied over the other answers, each with fewer than
-    v votes or tied at v.
-
-    Args:
-        size: samples with the answer.
-        others: samples with each other answer.
-        missing: samples without one.
+    v votes or tied at v. All arguments but k are numbers of samples: with the answer, with each other one,
+    and without any.
     """
 
     def ways_to_draw(n: int, highest: int) -> np.ndarray:

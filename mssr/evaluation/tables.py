@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mssr.evaluation.items import STATUSES
@@ -57,7 +57,7 @@ def results_table(summary: Mapping[str, Any]) -> str:
     return render(
         "evaluation",
         "table.jinja",
-        {"cell": cell, "percent": percent, "with_interval": with_interval},
+        FILTERS,
         model=summary["model"],
         benchmarks=benchmarks,
         columns=columns,
@@ -92,3 +92,11 @@ def with_interval(numbers: Mapping[str, Any]) -> str:
 def cell(text: Any) -> str:
     """Anything as the text of a table's cell."""
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+FILTERS: Mapping[str, Callable[[Any], Any]] = {
+    "cell": cell,
+    "percent": percent,
+    "with_interval": with_interval,
+}
+"""Of the templates of tables."""

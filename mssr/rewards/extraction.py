@@ -85,7 +85,6 @@ def lenient_answer(response: str, *, boxed_only: bool = False) -> str | None:
     5. the whole text outside the thinking, if it is a single line of at most 200 characters.
 
     Args:
-        response: The model's text.
         boxed_only: Stop after the second.
     """
     tail = response.rpartition(_CLOSE)[2] if _CLOSE in response else ""

@@ -88,13 +88,12 @@ class LoadedReward:
     named: Mapping[str, Getter] = field(default_factory=dict)
     options: Mapping[str, bool] = field(default_factory=dict)
     """Names that ``reward.options`` may set -> whether it must; ``**`` stands for any."""
-    rows: bool = False
-    """Whether it asks for something of the row."""
     sized: bool = False
     """Whether it asks for the resized sizes of images."""
     note: str = ""
     """What was taken for what."""
     access: RowAccess = NO_ROWS
+    """Where the rows are, if it asks for something of them."""
 
     @property
     def is_async(self) -> bool:
@@ -109,7 +108,7 @@ class LoadedReward:
         Raises:
             TypeError, ValueError: it returned something that is no score, or not as many as items.
         """
-        value = self._call(items)
+        value = self.ask(items)
         if inspect.isawaitable(value):
             value = self.loop.run_until_complete(value)
         if not self.batch:
@@ -121,16 +120,13 @@ class LoadedReward:
             raise ValueError(f"{len(results)} scores were returned for {len(items)} responses")
         return results
 
-    async def call_async(self, item: RewardInput) -> RewardResult:
-        """Score one item with a function that is async and takes one."""
-        return as_result(await self._call([item]))
-
     @functools.cached_property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The only one of this process: a user's client may be bound to it."""
         return asyncio.new_event_loop()
 
-    def _call(self, items: Sequence[RewardInput]) -> Any:
+    def ask(self, items: Sequence[RewardInput]) -> Any:
+        """What the function itself returns for items, unchecked; of an async one a coroutine."""
         views = [RowView(item, self.access) for item in items]
 
         def values(get: Getter) -> Any:
@@ -188,7 +184,6 @@ def bind(function: Callable[..., Any], options: Mapping[str, Any], access: RowAc
     """A function with what it is given, told from its signature.
 
     Args:
-        options: ``reward.options``.
         access: the rows; None where it is not known yet which columns there are.
 
     Raises:
@@ -215,7 +210,7 @@ def bind(function: Callable[..., Any], options: Mapping[str, Any], access: RowAc
             settable[name] = parameter.default is Parameter.empty
     # (Without access, a name without a default may be that of a column.)
     if "completions" in meanings and "**" in settable and access is not None:
-        left_out = {access.named("images_column"), "prompt", "completion"}
+        left_out = {access.config.images_column, "prompt", "completion"}
         rest = (columns or {"answer"}) - getters.keys() - options.keys() - left_out
         getters |= {name: _column(name) for name in sorted(rest)}
     of_row = {n for n, getter in getters.items() if getter not in _OF_ITEM.values()}
@@ -229,10 +224,9 @@ def bind(function: Callable[..., Any], options: Mapping[str, Any], access: RowAc
         positional=tuple(getters.pop(n) for n in first),
         named=getters,
         options=settable,
-        rows=bool(of_row),
         sized=bool(of_images & {"row", "resized_image_sizes"}),
         note=note,
-        access=access or NO_ROWS,
+        access=access if access and of_row else NO_ROWS,
     )
 
 
@@ -279,7 +273,9 @@ def _getter(name: str, meanings: Mapping[str, str], batch: bool, access: RowAcce
         return _column(name) if name in access.columns else None
     trl = "completions" in meanings
     several = meaning in ANSWER and sum(m in ANSWER for m in meanings.values()) > 1  # answer and solution
-    if (trl or several) and name in access.columns - access.named_columns:
+    config = access.config
+    read_anyway = {config.answer_column, config.problem_column, config.images_column}
+    if (trl or several) and name in access.columns - read_anyway:
         return _column(name)
     if trl and name in _OF_TRL:
         return _OF_TRL[name]

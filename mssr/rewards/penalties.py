@@ -29,8 +29,7 @@ def length_penalty(length: int, max_length: int, weight: float = 1.0) -> float:
 def repetition_penalty(text: str, ngram: int, weight: float = 1.0) -> float:
     """``weight`` * the fraction of the text's word n-grams that stood in it before.
 
-    Words are what white space separates. A text of less than two n-grams has no repetition. In
-    "a b a b a b" four of the five 2-grams have a distinct predecessor only twice, so the fraction is 3/5.
+    Words are what white space separates. Of the five 2-grams in "a b a b a b" three stood before: 3/5.
     """
     words = text.split()
     count = len(words) - ngram + 1

@@ -1,23 +1,22 @@
 """The row behind a response, for functions that ask for more than its answer.
 
-The driver sends ids only. The reward processes open the data sets themselves, memory-mapped, and only if the
-function asks.
+The driver sends ids only. The reward processes open the data sets themselves, memory-mapped.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mssr.config.data import DataConfig
 from mssr.rewards.base import RewardInput
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mssr.config import ModelConfig
-    from mssr.config.data import DataConfig
     from mssr.data.dataset import PromptDataset
     from mssr.data.encoder import PromptEncoder
     from mssr.data.rows import Row
@@ -31,7 +30,7 @@ class RowAccess:
     """The arguments of each `PromptDataset`."""
     columns: frozenset[str] = frozenset()
     """Those that all of them have."""
-    config: DataConfig | None = None
+    config: DataConfig = field(default_factory=DataConfig)
     """Names the columns that are read in any case."""
     model: ModelConfig | None = None
     """Its processor decides to what size images are resized."""
@@ -42,15 +41,6 @@ class RowAccess:
         columns = frozenset.intersection(*(frozenset(d.column_names) for d in datasets))
         sources = tuple((d.sources, d.config, d.prefix) for d in datasets)
         return cls(sources, columns, datasets[0].parts[0].config, model)
-
-    def named(self, key: str) -> str:
-        """The column that ``data.<key>`` names, as ``answer_column``."""
-        return key.removesuffix("_column") if self.config is None else getattr(self.config, key)
-
-    @property
-    def named_columns(self) -> set[str]:
-        """Those that are read in any case."""
-        return {self.named(key) for key in ("answer_column", "problem_column", "images_column")}
 
     @functools.cached_property
     def datasets(self) -> list[PromptDataset]:
@@ -116,7 +106,7 @@ class RowView:
     def column(self, name: str) -> Any:
         """A cell; of images, as `images`, or the one where the cell is no list."""
         cell = self.cells[name]
-        if self._dataset is None or name != self._access.named("images_column"):
+        if self._dataset is None or name != self._access.config.images_column:
             return cell
         return self.images() if isinstance(cell, list) else next(iter(self.images()), None)
 
@@ -132,7 +122,7 @@ class RowView:
             return None
         from mssr.data.rows import cell
 
-        found = cell(self.cells, self._access.named("problem_column"))
+        found = cell(self.cells, self._access.config.problem_column)
         return found if isinstance(found, list) else None
 
     def images(self) -> list[Image]:

@@ -1,7 +1,7 @@
 r"""The named reward rules and how an accuracy and a format become one score.
 
-Everything here is a pure function of its arguments: no threads, signals, clocks or random numbers, so that
-a rule gives the same verdict in any process. Whoever calls it enforces the time limit.
+Everything here is a pure function of its arguments, without threads, signals, clocks or random numbers: the
+verdict is the same in any process. Whoever calls it enforces the time limit.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,10 +33,7 @@ MIN_BATCH = 8
 
 @dataclass(frozen=True, slots=True)
 class ScoredBatch:
-    """The scores of B responses.
-
-    Example: ``ScoredBatch(scores=[1, 0], parts={"format": [1, 1]}, errors=0)``
-    """
+    """The scores of B responses."""
 
     scores: npt.NDArray[np.float32]
     """(B,) finite; 0 where the function failed."""
@@ -47,7 +45,7 @@ class ScoredBatch:
     """Those of the errors that the time limit ended."""
 
 
-class Scorer:
+class Scorer(AbstractContextManager["Scorer"]):
     """Scores batches with the reward of a config, in processes that it owns until `close`.
 
     They start in the background: what the caller does next costs no waiting.
@@ -92,7 +90,7 @@ class Scorer:
             clip,
             workers=config.workers or min(MAX_WORKERS, len(os.sched_getaffinity(0))),
             together=reward.batch or reward.is_async,
-            rows=rows if reward.rows else NO_ROWS,
+            rows=reward.access,
             sized=reward.sized,
         )
         self.pool = RewardPool(job, on_restart)
@@ -115,32 +113,15 @@ class Scorer:
                 stream.add(index, item)
             return stream.result()
 
-    def combine(self, inputs: Sequence[RewardInput], outcomes: Sequence[Outcome]) -> ScoredBatch:
-        """The outcomes of a whole batch as its scores."""
-        failures = {i: o for i, o in enumerate(outcomes) if isinstance(o, Failure)}
-        if failures:
-            self._tell(inputs, failures)
-        results = [RewardResult(0.0) if isinstance(o, Failure) else o for o in outcomes]
-        keys = sorted({key for result in results for key in result.parts})
-        return ScoredBatch(
-            scores=np.array([result.score for result in results], np.float32),
-            parts={key: np.array([r.parts.get(key, 0.0) for r in results], np.float32) for key in keys},
-            errors=len(failures),
-            timeouts=sum(f.timeout for f in failures.values()),
-        )
-
     def close(self) -> None:
         """End the processes; may be called again."""
         self.pool.close()
 
-    def __enter__(self) -> Scorer:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _tell(self, inputs: Sequence[RewardInput], failures: dict[int, Failure]) -> None:
-        """Say that responses failed, and raise TrainingError where all did."""
+    def tell(self, inputs: Sequence[RewardInput], failures: dict[int, Failure]) -> None:
+        """Say which responses of a batch failed, by their place in it; TrainingError where all did."""
         i, first = next(iter(failures.items()))
         if not self._told:
             _log.warning(
@@ -160,7 +141,7 @@ class Scorer:
                 self._on_failure(f"{told}, which score 0 ({first.reason}); the log has the first traceback")
 
 
-class ScoringStream:
+class ScoringStream(AbstractContextManager["ScoringStream"]):
     """A batch whose responses come one by one and are scored meanwhile.
 
     Leaving the ``with`` by an exception gives up what is still being scored.
@@ -177,10 +158,18 @@ class ScoringStream:
     def result(self) -> ScoredBatch:
         """The scores of all, when all have come and are scored; raises as `Scorer.score`."""
         scored = [self._scored[i] for i in range(len(self._scored))]
-        return self._scorer.combine([item for item, _ in scored], [future.result() for _, future in scored])
-
-    def __enter__(self) -> ScoringStream:
-        return self
+        outcomes = [future.result() for _, future in scored]
+        failures = {i: o for i, o in enumerate(outcomes) if isinstance(o, Failure)}
+        if failures:
+            self._scorer.tell([item for item, _ in scored], failures)
+        results = [RewardResult(0.0) if isinstance(o, Failure) else o for o in outcomes]
+        keys = sorted({key for result in results for key in result.parts})
+        return ScoredBatch(
+            scores=np.array([result.score for result in results], np.float32),
+            parts={key: np.array([r.parts.get(key, 0.0) for r in results], np.float32) for key in keys},
+            errors=len(failures),
+            timeouts=sum(f.timeout for f in failures.values()),
+        )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import resource
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pebble
 
 from mssr.rewards import functions
-from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult
+from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult, as_result
 from mssr.rewards.penalties import penalised
 from mssr.rewards.rows import NO_ROWS, RowAccess
 
@@ -43,6 +44,8 @@ AHEAD = 4
 """Calls of other functions that are with a worker or wait for it."""
 CHECK_S = 1.0
 """Seconds between looks at whether the pool is alive."""
+LAST_WORDS_S = 0.2
+"""Seconds from the death of a worker until pebble is told of it."""
 _PDEATHSIG = 1  # prctl's PR_SET_PDEATHSIG
 
 
@@ -118,9 +121,19 @@ def _prepare(job: Job) -> Failure | None:
 
 
 class _Worker(ForkProcess):
+    _died: float | None = None
+
+    def is_alive(self) -> bool:
+        # Pebble first is to read what a worker sent before it died, or it blames an earlier call.
+        if super().is_alive():
+            return True
+        self._died = self._died or time.monotonic()
+        return time.monotonic() < self._died + LAST_WORDS_S
+
     def terminate(self) -> None:
         """End it and whatever it started; a function may ignore SIGTERM, or not hear it."""
         assert self.pid is not None
+        self._died = -math.inf
         _kill_group(self.pid)
 
     @property
@@ -260,7 +273,7 @@ async def _together(reward: functions.LoadedReward, items: Sequence[RewardInput]
         timeout = asyncio.timeout(_job.wall_limit_s)
         try:
             async with timeout:
-                return _job.outcome(item, await reward.call_async(item))
+                return _job.outcome(item, as_result(await reward.ask([item])))
         except BaseException as error:
             return _job.too_long() if timeout.expired() else _failure(error)
 

@@ -146,10 +146,10 @@ class CheckpointStore:
                 verify(path)
             except UserError as error:
                 faults.append(str(error))
-            else:
-                for fault in faults:
-                    tell(f"{fault}; going on from {path.name}")
-                return path
+                continue
+            for fault in faults:
+                tell(f"{fault}; going on from {path.name}")
+            return path
         raise UserError(
             f"trainer.resume=auto: no checkpoint in {self.directory} is intact: {faults[0]}; "
             "trainer.resume=never with another trainer.run_dir starts afresh"

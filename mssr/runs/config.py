@@ -42,4 +42,4 @@ def merge_layers(
 
 def advice(config: Config) -> list[str]:
     """What is allowed and likely not meant; one line each, shown at the start of a run."""
-    return own.advice(config) + rewards.advice(config.reward, config.method.bounded_rewards)
+    return [*own.advice(config), *rewards.advice(config.reward, config.method.bounded_rewards)]

@@ -44,10 +44,8 @@ class ProgressLine:
     """How far a command is, and what it has to say on the way.
 
     Args:
-        stream: where to write.
         mode: trainer.progress: auto, live, plain or off.
-        total: of what is counted.
-        count: how it is told, ``"step {}/{}"``.
+        count: how many of the total are done, ``"step {}/{}"``.
         columns: of the live line, behind the rest.
     """
 

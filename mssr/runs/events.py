@@ -30,19 +30,10 @@ class EventLog:
         self._restarts = 0
 
     def record(self, event: str, detail: str) -> None:
-        """Something worth knowing happened.
-
-        Example: ``record("checkpoint_failed", "No space left on device")``
-        """
-        detail = redact(detail)
-        entry = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "step": self.step,
-            "event": event,
-            "detail": detail,
-        }
+        """Something worth knowing happened: ``record("checkpoint_failed", "No space left on device")``."""
+        detail, time = redact(detail), datetime.now(UTC).isoformat(timespec="seconds")
         self._announce(f"step {self.step}: {event.replace('_', ' ')}: {detail}")
-        append_record(self._path, entry)
+        append_record(self._path, {"time": time, "step": self.step, "event": event, "detail": detail})
 
     def restart(self, event: str, detail: str) -> None:
         """Something was lost and is about to be replaced.

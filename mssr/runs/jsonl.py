@@ -1,4 +1,7 @@
-"""Files with one JSON object a line, which runs append to and a crash may cut off."""
+"""Files with one JSON object a line, which runs append to and a crash may cut off.
+
+samples/step-000010.jsonl   questions, responses and scores of a step, of training and validation sets
+"""
 
 from __future__ import annotations
 
@@ -48,3 +51,21 @@ def read_records(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]
         else:
             records.append(record)
     return records
+
+
+def write_samples(path: Path, samples: Iterable[dict[str, Any]], split: str) -> None:
+    """Put a split's samples into a step's file, beside the other splits'.
+
+    A step that is computed again after a resume replaces its own.
+    """
+    others = [x for x in read_records(path) if x["split"] != split] if path.is_file() else []
+    path.write_text(to_lines([*others, *samples]), encoding="utf-8")
+
+
+def last_samples(run_dir: Path, split: str) -> tuple[str, list[dict[str, Any]]]:
+    """Name of the last step that has some of a split, and these."""
+    for path in sorted((run_dir / "samples").glob("step-*.jsonl"), reverse=True):
+        samples = [x for x in read_records(path) if x["split"] == split]
+        if samples:
+            return path.stem, samples
+    return "", []

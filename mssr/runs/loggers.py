@@ -26,8 +26,7 @@ class MetricsLog:
     """
 
     def __init__(self, config: Config, resume_step: int | None) -> None:
-        self.run_dir = config.run_dir
-        self.path = self.run_dir / "metrics.jsonl"
+        self.path = config.run_dir / "metrics.jsonl"
         self._loggers: list[Logger] = []
         for name in config.trainer.loggers:
             try:

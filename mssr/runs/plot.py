@@ -17,8 +17,7 @@ from rich.table import Table
 from mssr.config.secrets import redact
 from mssr.errors import UserError
 from mssr.runs.html import data_uri, render
-from mssr.runs.jsonl import read_records
-from mssr.runs.samples import last_samples
+from mssr.runs.jsonl import last_samples, read_records
 
 REPORT_SAMPLES = 12
 
@@ -32,7 +31,6 @@ PANELS: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (
 )
 PHASES = ("rollout", "reward", "score", "update", "sync", "val", "save")
 """What a step's time is made of, stacked in the last panel; ``save`` is of the checkpoint before it."""
-
 
 WATCHED: dict[str, tuple[str, str]] = {
     "watch/entropy_collapsed": ("entropy, nats per token", "entropy collapsed"),

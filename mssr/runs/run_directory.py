@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from mssr.config import Config, flatten, to_dict
-from mssr.config.loading import save_config
+from mssr.config.loading import config_yaml
 from mssr.config.options import FORM, LISTED, REFUSED, describe, nearest
 from mssr.config.secrets import redact
 from mssr.errors import UserError
-from mssr.runs.lock import hold_directory
+from mssr.models.files import replace_text
 from mssr.runs.manifest import read_manifest
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How a config differs from that of the run so far; each entry is "key: old -> new".
-
-    Example: ``Drift(refused=["seed: 0 -> 1"], listed=["actor.lr: 1e-06 -> 2e-06"])``
-    """
+    """How a config differs from that of the run so far; each entry is "key: old -> new"."""
 
     refused: list[str]
     """What the saved state would mean something else under."""
@@ -49,12 +48,52 @@ def prepare_run_directory(config: Config) -> Iterator[tuple[str, ...]]:
         try:
             for part in ("samples", "checkpoints"):
                 (run_dir / part).mkdir(exist_ok=True)
-            partial = saved.with_suffix(".yaml.partial")
-            save_config(config, partial)
-            os.replace(partial, saved)
+            replace_text(saved, config_yaml(config))
         except OSError as error:
             raise UserError(f"trainer.run_dir: {run_dir} cannot be written ({error.strerror})") from error
         yield notes
+
+
+@contextlib.contextmanager
+def hold_directory(path: Path, key: str) -> Iterator[tuple[str, ...]]:
+    """Make a directory with ``logs`` in it and hold it; yields lines for the user.
+
+    The kernel lets go when the process ends, be it by kill -9: the library sees to it that no child keeps the
+    open file.
+
+    Args:
+        key: the option that names the directory, for messages.
+
+    Raises:
+        UserError: it cannot be made, or another process holds it.
+    """
+    file = path / ".lock"
+    notes: tuple[str, ...] = ()
+    try:
+        (path / "logs").mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be made ({error.strerror})") from error
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        pid, _, host = file.read_text(errors="replace").strip().partition(" ")
+        holder = f"process {pid} on {host}" if host else "another process"
+        raise UserError(
+            f"{key}: {path} is in use by {holder}; let it end or stop it, or choose another {key}"
+        ) from None
+    except OSError as error:
+        # The file system knows no locks.
+        reason = error.strerror
+        notes = (f"{file} cannot be locked ({reason}): see to it that no second run writes to {path}",)
+    else:
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            file.write_text(f"{os.getpid()} {socket.gethostname()}\n")
+    try:
+        yield notes
+    finally:
+        lock.release()
 
 
 def compare_configs(old: dict[str, Any], new: dict[str, Any]) -> Drift:

@@ -27,29 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(args, "overrides") or any(x.startswith("-") for x in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.overrides = [*args.overrides, *rest]
+    arguments = vars(args)
+    module, _, name = arguments.pop("command").partition(":")
     try:
-        return _run(**vars(args))
+        result = getattr(importlib.import_module(module), name)(**arguments)
+        return result if isinstance(result, int) else EXIT_OK
     except (UserError, TrainingError) as error:
-        _complain(error)
+        from mssr.config.secrets import redact
+
+        print(f"mssr: error: {redact(' '.join(str(error).split()))}", file=sys.stderr)
         return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE
     except KeyboardInterrupt:
         return EXIT_SIGINT
     except Exception:
         traceback.print_exc()
         return EXIT_FAILURE
-
-
-def _complain(error: Exception) -> None:
-    from mssr.config.secrets import redact
-
-    print(f"mssr: error: {redact(' '.join(str(error).split()))}", file=sys.stderr)
-
-
-def _run(command: str, **arguments: Any) -> int:
-    """Call ``module:function`` with the arguments of its command."""
-    module, _, name = command.partition(":")
-    result = getattr(importlib.import_module(module), name)(**arguments)
-    return result if isinstance(result, int) else EXIT_OK
 
 
 def prepare(task: str, **options: Any) -> None:
@@ -78,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, function: str, text: str) -> Callable[..., argparse.Action]:
-        """Add a command; its arguments have the names of the function's parameters."""
+        """A command that calls ``module:function``; its arguments have the names of the parameters."""
         command = commands.add_parser(name, help=text)
         command.set_defaults(command=function)
         return command.add_argument

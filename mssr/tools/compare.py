@@ -6,6 +6,7 @@ the first one, and whether an evaluation differs from the first one by more than
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,10 +16,10 @@ from typing import Any
 from mssr.errors import UserError
 from mssr.evaluation import results, statistics
 from mssr.evaluation.results import Evaluation
-from mssr.evaluation.tables import cell, percent, with_interval
+from mssr.evaluation.tables import FILTERS
 from mssr.runs.html import render
 from mssr.tools.compare_figure import draw
-from mssr.tools.run_curves import AXES, Point, RunCurves, ratio, read_run
+from mssr.tools.run_curves import AXES, Point, RunCurves, read_run
 
 SCHEMA = 1
 
@@ -32,7 +33,7 @@ def compare(
     """Write compare.md, compare.png and compare.json, and print the first; returns the directory.
 
     Args:
-        paths: run directories and evaluation directories.
+        paths: run and evaluation directories.
         at: accuracies; when does each run reach them. Empty for the best of the first run.
         metric: key of the validation accuracy in the runs' metrics.jsonl.
 
@@ -57,7 +58,7 @@ def compare(
     text = render(
         "tools",
         "compare.jinja",
-        {"cell": cell, "percent": percent, "with_interval": with_interval},
+        FILTERS,
         runs=runs,
         reached=report.get("reached"),
         evaluations=evaluations,
@@ -102,18 +103,13 @@ def _names(paths: Sequence[str | Path]) -> dict[str, Path]:
     names: dict[str, Path] = {}
     for path, given in zip(resolved, paths, strict=True):
         others = [other.parts for other in resolved if other != path]
-        length = 1
-        while any(other[-length:] == path.parts[-length:] for other in others):
-            length += 1
-        names["/".join(path.parts[-length:])] = Path(given)
+        lengths = (n for n in itertools.count(1) if all(o[-n:] != path.parts[-n:] for o in others))
+        names["/".join(path.parts[-next(lengths) :])] = Path(given)
     return names
 
 
-# Runs
-
-
 def _run_json(name: str, run: RunCurves) -> dict[str, Any]:
-    curves = {"validation": run.validation, "training": run.training, "entropy": run.entropy}
+    points = asdict(run)
     return {
         "name": name,
         "method": run.method,
@@ -121,25 +117,21 @@ def _run_json(name: str, run: RunCurves) -> dict[str, Any]:
         "rollouts": run.last.rollouts,
         "hours": run.last.hours,
         "best": asdict(run.best),
-        "curves": {key: [asdict(point) for point in points] for key, points in curves.items()},
+        "curves": {key: points[key] for key in ("validation", "training", "entropy")},
     }
 
 
 def _reached(runs: Mapping[str, RunCurves], accuracy: float) -> dict[str, Any]:
-    """When each run reaches an accuracy, and the ratios to when the first one does."""
+    """When each run reaches an accuracy, and the ratios to when the first one does, if that needed any."""
     points = {name: run.reaches(accuracy) for name, run in runs.items()}
     first = next(iter(points.values()))
 
-    def of(point: Point | None) -> dict[str, Any] | None:
-        if point is None:
-            return None
-        ratios = {axis: ratio(point, first, axis) if first else None for axis in AXES}
-        return {axis: getattr(point, axis) for axis in AXES} | {"ratio": ratios}
+    def of(point: Point) -> dict[str, Any]:
+        needed = {axis: getattr(point, axis) for axis in AXES}
+        ratios = {axis: n / base if (base := getattr(first, axis, 0)) else None for axis, n in needed.items()}
+        return needed | {"ratio": ratios}
 
-    return {"accuracy": accuracy, "runs": {name: of(point) for name, point in points.items()}}
-
-
-# Evaluations
+    return {"accuracy": accuracy, "runs": {name: point and of(point) for name, point in points.items()}}
 
 
 def _numbers(evaluation: Evaluation) -> dict[str, Any]:
@@ -161,14 +153,12 @@ def _differences(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, A
     for name, evaluation in others:
         parts = {}
         for benchmark in sorted(first.summary["benchmarks"]):
-            rows = [_of(first, benchmark), _of(evaluation, benchmark)]
-            if not rows[1]:
+            if benchmark not in evaluation.summary["benchmarks"]:
                 continue
-            means = [results.item_means(r) for r in rows]
+            rows = [[r for r in e.records if r["benchmark"] == benchmark] for e in (first, evaluation)]
             pair = (f"{benchmark} in {first_name}", f"{benchmark} in {name}")
-            parts[benchmark] = statistics.paired_bootstrap(
-                means[0], means[1], pair, results.seed_of(benchmark)
-            )
+            one, other = map(results.item_means, rows)
+            parts[benchmark] = statistics.paired_bootstrap(one, other, pair, results.seed_of(benchmark))
             _check_same_answers(rows[0], rows[1], pair)
         if not parts:
             raise UserError(f"{first_name} and {name} have no benchmark in common")
@@ -177,10 +167,6 @@ def _differences(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, A
             differences["average"] = _difference(statistics.average(list(parts.values())))
         found[name] = differences
     return found
-
-
-def _of(evaluation: Evaluation, benchmark: str) -> list[dict[str, Any]]:
-    return [row for row in evaluation.records if row["benchmark"] == benchmark]
 
 
 def _check_same_answers(first: results.Records, second: results.Records, names: tuple[str, str]) -> None:
@@ -194,9 +180,5 @@ def _check_same_answers(first: results.Records, second: results.Records, names: 
 
 
 def _difference(part: statistics.Bootstrap) -> dict[str, Any]:
-    low, high = part.interval()
-    return {
-        "difference": round(part.value, results.DECIMALS),
-        "interval": [round(low, results.DECIMALS), round(high, results.DECIMALS)],
-        "p_value": round(part.p_value(), results.DECIMALS),
-    }
+    value, low, high, p = (round(n, results.DECIMALS) for n in (part.value, *part.interval(), part.p_value()))
+    return {"difference": value, "interval": [low, high], "p_value": p}

@@ -19,43 +19,34 @@ def draw(
 ) -> None:
     """Runs: accuracy over steps, rollouts and hours, and entropy. Evaluations: accuracies with intervals."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     layout = [[*AXES, "entropy"]] if runs else []
     if evaluations:
         layout.append(["evaluations"] * (4 if runs else 1))
-    size = (17 if runs else 8, 4.2 * len(layout))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(17 if runs else 8, 4.2 * len(layout)), layout="constrained")
     axes: Mapping[str, Any] = figure.subplot_mosaic(layout)
+    for index, (name, run) in enumerate(runs.items()):
+        color = f"C{index % 10}"
+        for key in AXES:
+            _line(axes[key], run.training, key, color=color, alpha=0.3, linewidth=1)
+            _line(axes[key], run.validation, key, color=color, label=name, marker="o", markersize=3.5)
+        _line(axes["entropy"], run.entropy, "step", color=color)
     if runs:
-        for axis, label in AXES.items():
-            _accuracy(axes[axis], runs, axis, label, targets)
+        for key, label in AXES.items():
+            for target in targets:
+                axes[key].axhline(target, color="#555", linewidth=0.8, linestyle="--")
+            axes[key].set(xlabel=label, title=f"accuracy over {label}")
+            axes[key].grid(alpha=0.3)
         axes["step"].set_ylabel(f"accuracy ({metric}; faint: training)")
         axes["step"].legend(fontsize=8)
-        for index, (name, run) in enumerate(runs.items()):
-            _line(axes["entropy"], run.entropy, "step", color=f"C{index % 10}", label=name)
+        axes["rollouts"].xaxis.set_major_formatter(EngFormatter(sep=""))
         axes["entropy"].set(xlabel="steps", title="entropy, nats per token")
         axes["entropy"].set_ylim(bottom=0)
         axes["entropy"].grid(alpha=0.3)
     if evaluations:
         _evaluations(axes["evaluations"], evaluations)
     figure.savefig(path, dpi=110)
-
-
-def _accuracy(
-    axis: Any, runs: Mapping[str, RunCurves], key: str, label: str, targets: Sequence[float]
-) -> None:
-    from matplotlib.ticker import EngFormatter
-
-    for index, (name, run) in enumerate(runs.items()):
-        color = f"C{index % 10}"
-        _line(axis, run.training, key, color=color, alpha=0.3, linewidth=1)
-        _line(axis, run.validation, key, color=color, label=name, marker="o", markersize=3.5)
-    for target in targets:
-        axis.axhline(target, color="#555", linewidth=0.8, linestyle="--")
-    axis.set(xlabel=label, title=f"accuracy over {label}")
-    if key == "rollouts":
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.grid(alpha=0.3)
 
 
 def _line(axis: Any, points: Sequence[Any], key: str, **style: Any) -> None:

@@ -36,7 +36,6 @@ class Point:
 class RunCurves:
     """The curves of a run."""
 
-    path: Path
     method: str
     """algorithm.name."""
     validation: list[Point]
@@ -103,19 +102,12 @@ def read_run(run_dir: Path, metric: str = "val/accuracy") -> RunCurves:
         )
     assert before is not None
     return RunCurves(
-        path=run_dir,
         method=str(OmegaConf.select(config, "algorithm.name") or ""),
         validation=curves[metric],
         training=curves["reward/accuracy"],
         entropy=curves["policy/entropy"],
         last=Point(before, round(rollouts), hours, float(before)),
     )
-
-
-def ratio(point: Point, first: Point, axis: str) -> float | None:
-    """How much of the first run's steps, rollouts or hours another needed; None if the first needed none."""
-    needed = getattr(first, axis)
-    return getattr(point, axis) / needed if needed else None
 
 
 def _config(path: Path) -> Any:

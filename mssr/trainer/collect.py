@@ -20,7 +20,7 @@ from mssr.errors import TrainingError
 from mssr.rewards import RewardInput, ScoredBatch, Scorer, ScoringStream
 from mssr.rollout.seeds import request_seed
 from mssr.trainer.early_log_probs import EarlyLogProbs
-from mssr.trainer.response_lengths import ResponseLengths
+from mssr.trainer.last_visits import ResponseLengths
 from mssr.trainer.timing import PhaseTimer
 from mssr.types import PackedRollouts, Rollout, RolloutRequest, SamplingParams, TokenLogProbs
 
@@ -43,11 +43,6 @@ class Collected:
     @property
     def prompt_ids(self) -> list[str]:
         return [r.prompt_id for r in self.rollouts]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(B,) response tokens."""
-        return np.array([len(r.response_token_ids) for r in self.rollouts])
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON values and arrays; without log-probs."""
@@ -191,12 +186,11 @@ class RolloutCollector:
 
 
 def with_signal(rollouts: Sequence[Rollout], scores: np.ndarray, at_most: int) -> np.ndarray:
-    """Indices of the rollouts of prompts whose scores differ, all of a prompt next to one another.
+    """Indices of the rollouts of prompts whose (B,) scores differ, all of a prompt next to one another.
 
     A prompt that was drawn again has one group of all its responses, as for the estimators.
 
     Args:
-        scores: (B,) of the rollouts.
         at_most: so many indices; a group that no longer fits as a whole is left out.
     """
     groups = group_indices([r.prompt_id for r in rollouts])

@@ -23,26 +23,15 @@ class RunData:
     encoder: PromptEncoder
     train: LoadedPrompts
     val: list[ValidationPrompts]
-
-    @property
-    def rows(self) -> list[LoadedPrompts]:
-        """All sets in the form of the training's, that one first."""
-        return [self.train, *(one.rows for one in self.val if one.rows is not None)]
-
-    @property
-    def notes(self) -> list[str]:
-        """What the user should hear once of how they are read."""
-        return list(dict.fromkeys(note for loaded in self.rows for note in loaded.notes))
+    access: RowAccess
+    """Where rewards find the rows behind the responses that they score."""
+    notes: list[str]
+    """What the user should hear once of how rows are read."""
 
     @property
     def item_notes(self) -> list[str]:
         """Items of benchmarks that cannot be asked as they are."""
         return [note for one in self.val if one.rows is None for note in one.notes]
-
-    @property
-    def access(self) -> RowAccess:
-        """Where rewards find the rows behind the responses that they score."""
-        return RowAccess.of([loaded.dataset for loaded in self.rows], self.config.model)
 
 
 def load_data(config: Config) -> RunData:
@@ -58,9 +47,12 @@ def load_data(config: Config) -> RunData:
         stale.unlink(missing_ok=True)
     train = load_prompts(config.data.train, config.data, encoder, bad_rows_file, by_rule=config.reward.rule)
     config = resolve_steps(config, train)
-    data = RunData(config, encoder, train, load_validation(config, encoder, bad_rows_file))
-    rewards.check(config.reward, data.access)
-    return data
+    val = load_validation(config, encoder, bad_rows_file)
+    rows = [train, *(one.rows for one in val if one.rows is not None)]
+    access = RowAccess.of([loaded.dataset for loaded in rows], config.model)
+    rewards.check(config.reward, access)
+    notes = dict.fromkeys(note for loaded in rows for note in loaded.notes)
+    return RunData(config, encoder, train, val, access, list(notes))
 
 
 def resolve_steps(config: Config, train: LoadedPrompts) -> Config:

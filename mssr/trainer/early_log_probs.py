@@ -33,19 +33,16 @@ class EarlyLogProbs:
         self._reference = reference
         self._parts = [part.tolist() for part in np.array_split(np.asarray(order), min(PARTS, len(order)))]
         self._part_of = {i: k for k, part in enumerate(self._parts) for i in part}
-        self._missing = [len(part) for part in self._parts]
-        self._rollouts: dict[int, Rollout] = {}
+        self._ended: list[dict[int, Rollout]] = [{} for _ in self._parts]
         self._thread = ThreadPoolExecutor(1, "early-log-probs")
         self._results: dict[int, Future[list[TokenLogProbs]]] = {}
 
     def add(self, index: int, rollout: Rollout) -> None:
         """A rollout has ended."""
-        self._rollouts[index] = rollout
-        part = self._part_of[index]
-        self._missing[part] -= 1
-        if not self._missing[part]:
-            rollouts = [self._rollouts[i] for i in self._parts[part]]
-            self._results[part] = self._thread.submit(self._of_part, rollouts)
+        k = self._part_of[index]
+        self._ended[k][index] = rollout
+        if len(self._ended[k]) == len(self._parts[k]):
+            self._results[k] = self._thread.submit(self._of, [self._ended[k][i] for i in self._parts[k]])
 
     def result(self) -> list[TokenLogProbs]:
         """Of all rollouts by their index, when all are there.
@@ -64,6 +61,6 @@ class EarlyLogProbs:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._thread.shutdown(wait=kind is not KeyboardInterrupt, cancel_futures=True)
 
-    def _of_part(self, rollouts: Sequence[Rollout]) -> list[TokenLogProbs]:
+    def _of(self, rollouts: Sequence[Rollout]) -> list[TokenLogProbs]:
         found = self._cluster.log_probs(TrainBatch.of(rollouts), reference=self._reference)
         return found.split(rollouts)

@@ -45,21 +45,19 @@ class Estimator:
         Raises:
             UserError: the method cannot use such rewards.
         """
-        ids, scores, lengths = collected.prompt_ids, collected.scores, collected.lengths
         known, metrics = self._log_probs(collected)
-        penalties = None
-        if self.config.kl_in_reward:
-            assert known is not None
-            penalties, metrics["policy/kl_ref"] = self._penalties(known)
-            known = replace(known, reference=None)  # the loss has no KL
         batch = TrainBatch.of(collected.rollouts)
+        step = collected.prompt_ids, collected.scores, batch.response_lengths
         try:
-            if penalties is None:
-                advantages, signal = self.algorithm.advantages(ids, scores, lengths)
-                batch = replace(batch, advantages=advantages)
-            else:
-                advantages, signal = self.algorithm.token_advantages(ids, scores, lengths, penalties)
+            if self.config.kl_in_reward:
+                assert known is not None
+                penalties, metrics["policy/kl_ref"] = self._penalties(known)
+                known = replace(known, reference=None)  # the loss has no KL
+                advantages, signal = self.algorithm.token_advantages(*step, penalties)
                 batch = replace(batch, token_advantages=advantages)
+            else:
+                advantages, signal = self.algorithm.advantages(*step)
+                batch = replace(batch, advantages=advantages)
         except ValueError as error:
             raise UserError(f"reward.name={self.config.reward.name}: {error}") from error
         if known is not None:
@@ -68,16 +66,10 @@ class Estimator:
         return replace(batch, kl_coef=kl_coef), metrics | signal
 
     def observe(self, collected: Collected, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Let the method and the KL weight learn from a step that is done.
-
-        Args:
-            metrics: of the update and of `batch`.
-        """
+        """Let the method and the KL weight learn from a step; metrics are of `batch` and of the update."""
         kl_source = self.algorithm.kl_source
-        if kl_source == "last_visit":
-            kl: Any = self._drift
-        else:
-            kl = metrics["policy/kl_update" if kl_source == "update" else "policy/kl_ref"]
+        key = "policy/kl_update" if kl_source == "update" else "policy/kl_ref"
+        kl: Any = self._drift if kl_source == "last_visit" else metrics[key]
         self.algorithm.observe(collected.prompt_ids, collected.scores, kl)
         result = self.algorithm.metrics()
         if self.config.algorithm.kl.coef > 0:
@@ -116,8 +108,7 @@ class Estimator:
         computed: list[TokenLogProbs] = []
         if asked:
             with self.timer("score"):
-                batch = TrainBatch.of(asked)
-                found = self.cluster.log_probs(batch, reference=needed and self.config.kl_in_reward)
+                found = self.cluster.log_probs(TrainBatch.of(asked), needed and self.config.kl_in_reward)
             computed = found.split(asked)
         if needed:
             known, computed = computed[: len(rollouts)], computed[len(rollouts) :]

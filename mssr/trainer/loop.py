@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,12 @@ from mssr.data.dataset import PromptDataset
 from mssr.data.sampler import EpochSampler, MixtureSampler, PromptSampler, UncertaintySampler
 from mssr.errors import StopRequestedError, TrainingError, UserError
 from mssr.rewards import Scorer
-from mssr.runs.checkpoint import read_state
-from mssr.runs.run import Run
-from mssr.runs.samples import write_samples
+from mssr.runs.checkpoint import CheckpointStore, read_state
+from mssr.runs.console import Console
+from mssr.runs.events import EventLog
+from mssr.runs.jsonl import write_samples
+from mssr.runs.loggers import MetricsLog
+from mssr.runs.signals import StopRequest
 from mssr.trainer.collect import RolloutCollector
 from mssr.trainer.estimate import Estimator
 from mssr.trainer.initial_values import initialize_values
@@ -30,6 +34,18 @@ from mssr.types import Rollout
 
 TRAIN_SAMPLES = 16
 """Train rollouts written to a samples file; validation writes all of its own."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one start of a training writes to, is shown on and is stopped by; its owner closes them."""
+
+    config: Config
+    store: CheckpointStore
+    log: MetricsLog
+    events: EventLog
+    console: Console
+    stop: StopRequest
 
 
 class Trainer:
@@ -144,10 +160,10 @@ class Trainer:
             with self.timer("sync"):
                 self.cluster.sync_weights(version=self.step)
         if self.step in self.config.trainer.profile_steps:
-            self.cluster.write_timeline(str(self.log.run_dir / f"profiles/step-{self.step:06d}-ray.json"))
+            self.cluster.write_timeline(str(self.config.run_dir / f"profiles/step-{self.step:06d}-ray.json"))
         if self._due(self.config.trainer.samples_every):
-            rollouts = collected.rollouts[:TRAIN_SAMPLES]
-            self._write_samples("train", self.train, rollouts, collected.scores)
+            shown = collected.rollouts[:TRAIN_SAMPLES], collected.scores[:TRAIN_SAMPLES]
+            self._write_samples("train", self.train, *shown)
 
     def _finish_step(self) -> None:
         """Validate where it is due, log, checkpoint where it is due."""
@@ -168,7 +184,7 @@ class Trainer:
         for warning in warnings:
             self.events.record("collapse", warning)
         if skipped := metrics["policy/skipped_updates"]:
-            where = self.log.run_dir / "nonfinite"
+            where = self.config.run_dir / "nonfinite"
             self.events.record("updates_skipped", f"{skipped:.0f} were not finite; see {where}")
         self.console.step(self.step, metrics)
         if self.store.written:
@@ -240,22 +256,21 @@ class Trainer:
     def _write_samples(
         self, split: str, dataset: PromptDataset, rollouts: Sequence[Rollout], scores: np.ndarray
     ) -> None:
-        records = []
-        for rollout, score in zip(rollouts, scores[: len(rollouts)], strict=True):
-            row = dataset.row(rollout.prompt_id)
-            records.append(
-                {
-                    "split": split,
-                    "id": rollout.prompt_id.removeprefix("" if split == "train" else f"{split}/"),
-                    "question": row.problem,
-                    "response": rollout.text,
-                    "answer": row.answer,
-                    "score": float(score),
-                    "finish_reason": rollout.finish_reason,
-                    "response_tokens": len(rollout.response_token_ids),
-                }
-            )
-        write_samples(self.log.run_dir / "samples" / f"step-{self.step:06d}.jsonl", records, split)
+        rows = (dataset.row(r.prompt_id) for r in rollouts)
+        records = [
+            {
+                "split": split,
+                "id": rollout.prompt_id.removeprefix("" if split == "train" else f"{split}/"),
+                "question": row.problem,
+                "response": rollout.text,
+                "answer": row.answer,
+                "score": float(score),
+                "finish_reason": rollout.finish_reason,
+                "response_tokens": len(rollout.response_token_ids),
+            }
+            for rollout, row, score in zip(rollouts, rows, scores, strict=True)
+        ]
+        write_samples(self.config.run_dir / "samples" / f"step-{self.step:06d}.jsonl", records, split)
 
 
 def make_sampler(config: Config, dataset: PromptDataset, algorithm: Algorithm) -> PromptSampler:

@@ -1,28 +1,28 @@
-"""A training from the first look at its data to its report."""
+"""A training from the first look at its data to its report; it outlives its workers."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from mssr.cluster.base import Cluster
 from mssr.cluster.launch import launch
 from mssr.config import Config
-from mssr.errors import EXIT_OK
+from mssr.errors import EXIT_OK, StopRequestedError, WorkersLostError
 from mssr.rewards import Scorer
-from mssr.runs.checkpoint import CheckpointStore
+from mssr.runs.checkpoint import CheckpointStore, read_state
 from mssr.runs.config import advice
 from mssr.runs.console import Console
 from mssr.runs.events import EventLog
-from mssr.runs.loggers import MetricsLog
+from mssr.runs.loggers import MetricsLog, discard_after
 from mssr.runs.plot import plot, write_report
-from mssr.runs.run import Run
 from mssr.runs.run_directory import check_checkpoint
 from mssr.runs.signals import StopRequest
 from mssr.trainer.data import RunData, load_data
-from mssr.trainer.loop import Trainer
-from mssr.trainer.recovery import run_with_recovery, step_of
+from mssr.trainer.loop import Run, Trainer
 from mssr.trainer.validation import describe
 
 
@@ -97,3 +97,56 @@ def _goes_on(config: Config, checkpoint: Path, console: Console) -> bool:
         return False
     console.note(f"resuming from {checkpoint}")
     return True
+
+
+def run_with_recovery(
+    run: Run,
+    checkpoint: Path | None,
+    launch: Callable[[], Cluster],
+    make_trainer: Callable[[Cluster], Trainer],
+) -> None:
+    """Run to the end, or until a stop is requested.
+
+    When actor ranks are lost, and the policy with them, they are started anew, and everything goes back
+    to the last checkpoint (or to the base model): metrics of the steps after it are set aside, and the
+    same steps are computed again. How often, `EventLog.restart` decides.
+
+    Args:
+        checkpoint: where to begin; None at the base model.
+    """
+    cluster: Cluster | None = None
+    try:
+        while True:
+            try:
+                if cluster is None:
+                    cluster = launch()
+                    run.stop.install()  # Ray has signal handlers of its own
+                else:
+                    cluster.restart()
+                trainer = make_trainer(cluster)
+                if checkpoint is not None:
+                    trainer.resume(checkpoint)
+                trainer.run()
+                return
+            except WorkersLostError:
+                run.store.clean()
+                if run.store.saved:
+                    checkpoint = run.store.find("auto", partial(run.events.record, "damaged_checkpoint"))
+                last = step_of(checkpoint)
+                discard_after(run.log.path, last)
+                run.events.step = last or 0
+            except StopRequestedError:
+                return  # while workers started: nothing has changed since the last checkpoint
+    finally:
+        if cluster is not None:
+            cluster.shutdown()
+
+
+def step_of(checkpoint: Path | None) -> int | None:
+    """The last step that stands; None for the base model."""
+    if checkpoint is None:
+        return None
+    state = read_state(checkpoint)
+    # A step that was stopped in its validation has no record yet.
+    step: int = state["step"] - (state["unlogged"] is not None)
+    return step

@@ -55,12 +55,7 @@ class CollapseWatch:
         return any(counts for counts, _ in self._signs.values())
 
     def observe(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
-        """Take in a step; returns a sentence for every episode that begins.
-
-        Args:
-            step: as in metrics.jsonl.
-            metrics: of that step.
-        """
+        """Take in the metrics of a step; returns a sentence for every episode that begins."""
         found = {
             "entropy": self._entropy(metrics),
             "accuracy": self._accuracy(metrics),
@@ -72,11 +67,9 @@ class CollapseWatch:
                 continue
             counts, against = self._signs[name]
             against = against + 1 if bool(text) != counts else 0
-            if against < self.config.patience:
-                self._signs[name] = [counts, against]
-                continue
-            self._signs[name] = [not counts, 0]
-            if not counts:
+            turns = against >= self.config.patience
+            self._signs[name] = [not counts, 0] if turns else [counts, against]
+            if turns and not counts:
                 warnings.append(f"step {step}: {text} (for {self.config.patience} steps)")
         return warnings
 
@@ -97,7 +90,7 @@ class CollapseWatch:
         """
         check_version(state, _STATE_VERSION, "watch")
         state = deepcopy(dict(state))
-        watched = [name for name, (_, option) in SIGNS.items() if option in self.config.signs]
+        watched = [name for name, (_, option) in SIGNS.items() if getattr(self.config, option) is not None]
         self._signs |= {name: state["signs"][name] for name in watched}
         self._recent, self._best, self._first = state["recent"], state["best"], state["first"]
 

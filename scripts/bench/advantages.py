@@ -3,18 +3,16 @@
     PYTHONPATH=. python scripts/bench/advantages.py --out scripts/bench/results/advantages.md
 
 In an environment with verl (scripts/oracles/README.md) its functions run in the same process, on the same
-scores, padded as verl has them. Elsewhere only mssr's are measured. mssr needs NumPy and torch here.
-
-mssr has one advantage for each response and no padding. verl returns a padded grid, in which each token
-has its own copy; the column "and copied to tokens" is mssr's time with such copies, unpadded.
+scores. mssr, which needs NumPy and torch here, has one advantage for each response; verl returns a padded
+grid with a copy for each token. The column "and copied to tokens" is mssr's time with such copies, unpadded.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import statistics
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -43,23 +41,16 @@ def milliseconds(call: Callable[[], object], repeats: int, digits: int) -> str:
     return f"{statistics.median(times):.{digits}f} ({min(times):.{digits}f})"
 
 
-def verl_functions() -> dict[str, Callable[..., torch.Tensor]]:
-    """verl's estimators by name, as (token rewards, mask, index) -> grid; empty without verl."""
-    try:
-        from verl.trainer.config import AlgoConfig
-        from verl.trainer.ppo.core_algos import get_adv_estimator_fn
-    except ModuleNotFoundError as error:
-        print(f"without verl: {error}", file=sys.stderr)
+def verl_functions() -> dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
+    """verl's estimators by name; empty without verl."""
+    if not importlib.util.find_spec("verl"):
         return {}
-    config = AlgoConfig(gamma=1.0)
+    from verl.trainer.config import AlgoConfig
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
-    def named(name: str) -> Callable[..., torch.Tensor]:
-        function = get_adv_estimator_fn(name)
-        return lambda rewards, mask, index: function(
-            token_level_rewards=rewards, response_mask=mask, index=index, config=config
-        )[0]
-
-    return {name: named(name) for names in METHODS.values() for name in names}
+    names = itertools.chain.from_iterable(METHODS.values())
+    gamma = AlgoConfig(gamma=1.0)
+    return {name: functools.partial(get_adv_estimator_fn(name), config=gamma) for name in names}
 
 
 def rows(batch: int, tokens: int, repeats: int) -> list[tuple[str, ...]]:
@@ -74,6 +65,7 @@ def rows(batch: int, tokens: int, repeats: int) -> list[tuple[str, ...]]:
     mask = (torch.arange(tokens) < torch.from_numpy(lengths)[:, None]).float()
     token_rewards = torch.zeros(batch, tokens)
     token_rewards[torch.arange(batch), torch.from_numpy(lengths) - 1] = torch.from_numpy(rewards)
+    padded = {"token_level_rewards": token_rewards, "response_mask": mask, "index": index}
     found = []
     for name, theirs in METHODS.items():
         method = create(name)
@@ -81,7 +73,6 @@ def rows(batch: int, tokens: int, repeats: int) -> list[tuple[str, ...]]:
         if method.baseline is not None:  # in the midst of a training: every prompt has been seen
             for ids in steps:
                 method.observe(ids, rng.integers(0, 2, batch), np.zeros(batch) if name == "spo" else 0.0)
-
         following = itertools.cycle(batches)
 
         def advantages(method=method, following=following) -> np.ndarray:
@@ -90,17 +81,13 @@ def rows(batch: int, tokens: int, repeats: int) -> list[tuple[str, ...]]:
         own = milliseconds(advantages, repeats, 2)
         copied = milliseconds(lambda f=advantages: np.repeat(f(), lengths), repeats, 1)
         verl, difference = [], []
-        for key in theirs:
-            if key not in oracles:
-                continue
-            grid = oracles[key](token_rewards, mask, index)
-            flat = grid[mask.bool()].numpy()
+        for key in filter(oracles.get, theirs):
+            flat = oracles[key](**padded)[0][mask.bool()].numpy()
             difference.append(float(np.abs(flat - np.repeat(advantages(), lengths)).max()))
             kind = " vectorised" if key.endswith("vectorized") else ""
-            cell = milliseconds(lambda f=oracles[key]: f(token_rewards, mask, index), repeats, 0)
-            verl.append(f"{cell}{kind}")
-        cells = own, copied, ", ".join(verl), f"{max(difference):.0e}" if difference else ""
-        found.append((name, *cells))
+            verl.append(milliseconds(functools.partial(oracles[key], **padded), repeats, 0) + kind)
+        largest = f"{max(difference):.0e}" if difference else ""
+        found.append((name, own, copied, ", ".join(verl), largest))
     return found
 
 

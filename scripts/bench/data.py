@@ -2,10 +2,9 @@
 
     python scripts/bench/data.py --out scripts/bench/results/data.md
 
-The images are synthetic JPEGs, a few hundred different ones with random bytes in a comment, so that no two
-rows are equal. Every run is a process of its own. The caches and the data lie in a temporary directory
-(about 2.5 GiB at a time), which is removed at the end. Files are written just before and so are in the
-page cache of the system. What the driver holds over many steps is measured by `driver_scale`.
+The images are synthetic JPEGs, no two alike. Every run is a process of its own. Caches and data lie in
+a temporary directory (about 2.5 GiB); just written, they are in the page cache of the system. What the driver
+holds over many steps is measured by `driver_scale`.
 """
 
 from __future__ import annotations
@@ -34,27 +33,22 @@ def make_data(path: Path, rows: int) -> None:
 
     rng = np.random.default_rng(0)
     images = []
-    for k in range(IMAGES):
-        width, height = SIZES[k % len(SIZES)]
+    for width, height in SIZES * (IMAGES // len(SIZES)):
         small = rng.integers(0, 255, (height // 16, width // 16, 3), dtype=np.uint8)
         buffer = io.BytesIO()
         picture = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
         picture.save(buffer, "JPEG", quality=90)
         images.append(buffer.getvalue())
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    schema = pa.schema([("images", pa.list_(image)), ("problem", pa.string()), ("answer", pa.string())])
+    images_type = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    schema = pa.schema([("images", images_type), ("problem", pa.string()), ("answer", pa.string())])
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, rows, 100):
             batch = []
             for i in range(start, min(start + 100, rows)):
                 data = images[i % IMAGES]
-                data = data[:2] + b"\xff\xfe\x00\x12" + rng.bytes(16) + data[2:]
-                problem = (
-                    f"<image>In figure {i}, AB = {i % 97} and BC = {i % 89}. " + "What is the area? " * 8
-                )
-                batch.append(
-                    {"images": [{"bytes": data, "path": None}], "problem": problem, "answer": str(i)}
-                )
+                image = {"bytes": data[:2] + b"\xff\xfe\x00\x12" + rng.bytes(16) + data[2:], "path": None}
+                problem = f"<image>In figure {i}, AB = {i % 97} and BC = {i % 89}. {'What is the area? ' * 8}"
+                batch.append({"images": [image], "problem": problem, "answer": str(i)})
             writer.write_table(pa.Table.from_pylist(batch, schema=schema))
 
 

@@ -9,6 +9,7 @@ workers, engine), sampled every two seconds.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import statistics
@@ -21,27 +22,16 @@ import psutil
 from report import GIB, arguments, publish, table
 
 TARGET = 0.65
-COLUMNS = (
-    "seed",
-    "steps",
-    "accuracy before",
-    "accuracy after",
-    f"first validation at {TARGET:.0%}",
-    "minutes",
-    "seconds to first step",
-    "rollouts/s",
-    "peak memory, GiB",
-    "driver RSS, GiB, step 10 -> last",
-)
+COLUMNS = ("seed", "steps", "accuracy before", "accuracy after", f"first validation at {TARGET:.0%}",
+           "minutes", "seconds to first step", "rollouts/s", "peak memory, GiB",
+           "driver RSS, GiB, step 10 -> last")  # fmt: skip
 
 
 def memory_gib(process: psutil.Process) -> float:
     total = 0
     for member in (process, *process.children(recursive=True)):
-        try:
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
             total += member.memory_full_info().pss
-        except psutil.Error:
-            continue  # it ended meanwhile
     return total / GIB
 
 
@@ -58,10 +48,8 @@ def run(config: str, seed: int, overrides: list[str], run_dir: Path) -> tuple[st
         if first_step is None and metrics.is_file() and '"step": 1,' in metrics.read_text():
             first_step = time.monotonic() - started
         if time.monotonic() >= next_sample:  # seldom: reading the maps of a process holds it up
-            try:
+            with contextlib.suppress(psutil.Error):  # it ended meanwhile
                 peak = max(peak, memory_gib(process))
-            except psutil.Error:
-                break
             next_sample = time.monotonic() + 2
         time.sleep(0.2)
     if child.wait() != 0:

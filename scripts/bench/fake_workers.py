@@ -1,8 +1,5 @@
-"""Ray workers that compute nothing and import no torch, so that many fit on a small machine.
-
-They are the real Ray actors, with engines and ranks that sleep in place of theirs. What they return has the
-size of the real thing.
-"""
+"""Ray workers without torch, so that many fit on a small machine: the real Ray actors, with engines and ranks
+that sleep. What they return has the size of the real thing."""
 
 from __future__ import annotations
 
@@ -29,9 +26,7 @@ OPTIONS = "fake"
 
 def use_fake_workers() -> None:
     """Make `RayCluster` start these in place of the real ones."""
-    for name, fake in (("RayRolloutWorker", FakeRolloutWorker), ("RayPolicyWorker", FakePolicyWorker)):
-        assert hasattr(ray_cluster, name)
-        setattr(ray_cluster, name, fake)
+    ray_cluster.RayRolloutWorker, ray_cluster.RayPolicyWorker = FakeRolloutWorker, FakePolicyWorker
 
 
 class FakePrompt:
@@ -44,10 +39,9 @@ class FakePrompt:
 
 
 class FakePrompts:
-    """In place of a `PromptSource`: all prompts are new, as in a first epoch."""
+    """In place of a `PromptSource`: all prompts are ready and new, as in a first epoch."""
 
-    def get(self, prompt_ids: Iterable[str]) -> None:
-        """Nothing: they are ready."""
+    def get(self, prompt_ids: Iterable[str]) -> None: ...
 
     def take_new(self, prompt_ids: Iterable[str]) -> dict[str, FakePrompt]:
         return {prompt_id: FakePrompt() for prompt_id in prompt_ids}
@@ -62,12 +56,11 @@ class FakeEngine:
         self._seconds = float(config.rollout.engine_options[OPTIONS]["generate_s"])
         self._slots = config.rollout.max_num_seqs
         self._version = 0
+        self._length = config.rollout.max_response_length
         rng = np.random.default_rng(0)
-        tokens = config.rollout.max_response_length
         self._prompt = rng.integers(0, 1000, PROMPT_TOKENS).astype(np.int32)
-        self._tokens = rng.integers(0, 1000, 2 * tokens).astype(np.int32)
-        self._log_probs = -rng.random(2 * tokens).astype(np.float32)
-        self._length = tokens
+        self._tokens = rng.integers(0, 1000, 2 * self._length).astype(np.int32)
+        self._log_probs = -rng.random(2 * self._length).astype(np.float32)
 
     def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
         running: list[tuple[float, int, RolloutRequest]] = []
@@ -75,10 +68,9 @@ class FakeEngine:
             taken = requests.take(self._slots - len(running), wait=not running)
             if not taken and not running:
                 return
-            now = time.monotonic()
             for index, request in taken:
                 share = 0.2 + 0.8 * (request.seed % 1000) / 1000
-                running.append((now + share * self._seconds, index, request))
+                running.append((time.monotonic() + share * self._seconds, index, request))
             time.sleep(0.2)
             now = time.monotonic()
             yield [(index, self._rollout(request)) for end, index, request in running if end <= now]
@@ -87,8 +79,7 @@ class FakeEngine:
     def load_weights(self, weights: Any, version: int) -> None:
         self._version = version
 
-    def close(self) -> None:
-        """Nothing to give back."""
+    def close(self) -> None: ...
 
     def _rollout(self, request: RolloutRequest) -> Rollout:
         part = slice(start := request.seed % self._length, start + self._length)
@@ -105,15 +96,11 @@ class FakeEngine:
 
 
 class FakeRolloutWorker(RayRolloutWorker):
-    """An engine that sleeps."""
-
     def start(self, device: str) -> None:
         self._engine = FakeEngine(self._config)
 
 
 class FakePolicyWorker(RayPolicyWorker):
-    """An actor rank that sleeps."""
-
     def start(self, rank: int, init_method: str, device: str) -> None:
         self._rank, self._ranks = rank, self._config.actor.num_ranks
         self._seconds = float(self._config.rollout.engine_options[OPTIONS]["update_s"])

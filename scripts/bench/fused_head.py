@@ -5,11 +5,10 @@
 
 One measurement is a forward and backward pass. Memory: at the full shape, each version in a process of its
 own, after a small pass that loads the libraries. Peak extra memory is what was held at the peak beyond hidden
-states, weight and targets: on a CPU the largest resident set since it was reset (Linux), on a GPU the peak of
-torch's allocator. The gradients that a pass must return are part of it, and are also given by themselves.
-Time: all versions in turn in one process, so all meet the same weather; with ``--time-tokens`` on fewer
-tokens, of which the time is a multiple: a version's work for a chunk does not depend on the number of chunks.
-Before that, all versions run at a small shape, and their gradients are compared with those in float64.
+states, weight and targets: on a CPU the largest resident set (Linux), on a GPU the peak of torch's allocator.
+It includes the gradients, which are also given by themselves. Time: all versions in turn in one process; with
+``--time-tokens`` on fewer tokens, for the time is a multiple of theirs. Gradients are compared, at a small
+shape, with those in float64.
 
 - straightforward: all logits, log_softmax, entropy, autograd
 - two passes: `token_log_probs_and_entropy`, logits computed again in the backward pass
@@ -25,99 +24,79 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import json
-import statistics
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from report import GIB, arguments, forget_peak, in_new_process, in_turn, publish, resident, table, timed
 
 from mssr.models.head import token_log_probs_and_entropy, token_loss
 
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]
+T = torch.Tensor
+Inputs = tuple[T, T, T, T, float]
 """hidden, weight, targets, advantages, coefficient of the entropy"""
 
 
-def loss_of(
-    log_probs: torch.Tensor, entropy: torch.Tensor, advantages: torch.Tensor, coef: float
-) -> torch.Tensor:
+def loss_of(log_probs: T, entropy: T, advantages: T, coef: float) -> T:
     loss = -(log_probs * advantages).sum()
     return loss - coef * entropy.sum() if coef else loss
 
 
-def straightforward(inputs: Inputs) -> torch.Tensor:
-    hidden, weight, targets, advantages, coef = inputs
-    log_p = torch.log_softmax(_at_least_float(hidden @ weight.T), dim=-1)
+def straightforward(hidden: T, weight: T, targets: T, advantages: T, coef: float) -> T:
+    logits = hidden @ weight.T
+    log_p = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
     with torch.set_grad_enabled(coef != 0):  # else it is a metric
         entropy = -(log_p.exp() * log_p).sum(-1)
     return loss_of(log_probs, entropy, advantages, coef)
 
 
-def _at_least_float(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def two_pass(inputs: Inputs) -> torch.Tensor:
-    hidden, weight, targets, advantages, coef = inputs
+def two_pass(hidden: T, weight: T, targets: T, advantages: T, coef: float) -> T:
     return loss_of(*token_log_probs_and_entropy(hidden, weight, targets), advantages, coef)
 
 
-def in_forward(inputs: Inputs) -> torch.Tensor:
-    hidden, weight, targets, advantages, coef = inputs
-
-    def objective(log_probs: torch.Tensor, entropy: torch.Tensor, part: slice) -> torch.Tensor:
+def in_forward(hidden: T, weight: T, targets: T, advantages: T, coef: float) -> T:
+    def objective(log_probs: T, entropy: T, part: slice) -> T:
         return loss_of(log_probs, entropy, advantages[part], coef)
 
     return token_loss(hidden, weight, targets, objective)[0]
 
 
-def verl(inputs: Inputs) -> torch.Tensor:
-    hidden, weight, targets, advantages, coef = inputs
-    log_probs, entropy = _verl_module().FusedLinearForPPO(chunk_size=256)(hidden, weight, targets)
-    return loss_of(log_probs, entropy, advantages, coef)
+def verl(hidden: T, weight: T, targets: T, advantages: T, coef: float) -> T:
+    return loss_of(*verl_head()(chunk_size=256)(hidden, weight, targets), advantages, coef)
 
 
-def verl_kernel(inputs: Inputs) -> torch.Tensor:
+@functools.cache
+def verl_head() -> Any:
+    """Of the one file, without the package, whose import needs much else."""
+    name = "verl/utils/experimental/torch_functional.py"
+    path = next(Path(p) / name for p in sys.path if (Path(p) / "verl").is_dir())
+    return runpy.run_path(str(path))["FusedLinearForPPO"]
+
+
+def verl_kernel(hidden: T, weight: T, targets: T, advantages: T, coef: float) -> T:
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
-    hidden, weight, targets, advantages, coef = inputs
-    log_probs, entropy = linear_cross_entropy(hidden, weight, targets, 1.0, "none")
-    return loss_of(log_probs, entropy, advantages, coef)
+    return loss_of(*linear_cross_entropy(hidden, weight, targets, 1.0, "none"), advantages, coef)
 
 
-def liger(inputs: Inputs) -> torch.Tensor:
+def liger(hidden: T, weight: T, targets: T, advantages: T, coef: float) -> T:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    hidden, weight, targets, advantages, _ = inputs
-    compiled = hidden.is_cuda
-    function = LigerFusedLinearGRPOLoss(
-        beta=0.0, use_ref_model=False, compiled=compiled, chunk_size=256, loss_type="bnpo"
-    )
-    loss, _ = function(
-        hidden[:, None], weight, targets[:, None], torch.ones_like(targets)[:, None], advantages
-    )
+    options = {"compiled": hidden.is_cuda, "chunk_size": 256, "loss_type": "bnpo"}
+    function = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, **options)
+    mask = torch.ones_like(targets)[:, None]
+    loss, _ = function(hidden[:, None], weight, targets[:, None], mask, advantages)
     # Its ratio is 1, so its value is the mean of the advantages; the gradient is that of the log-probs.
     return loss * len(hidden)
 
 
-@functools.cache
-def _verl_module() -> Any:
-    """The one file, without the package, whose import needs much else."""
-    name = "verl.utils.experimental.torch_functional"
-    path = next(Path(p) / f"{name.replace('.', '/')}.py" for p in sys.path if (Path(p) / "verl").is_dir())
-    spec = importlib.util.spec_from_file_location("verl_fused_head", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-VERSIONS: dict[str, Callable[[Inputs], torch.Tensor]] = {
+VERSIONS: dict[str, Callable[..., T]] = {
     "straightforward": straightforward,
     "mssr, two passes": two_pass,
     "mssr, gradient in forward": in_forward,
@@ -129,9 +108,8 @@ VERSIONS: dict[str, Callable[[Inputs], torch.Tensor]] = {
 
 def run(name: str, inputs: Inputs) -> None:
     """Forward and backward; gradients of an earlier pass are dropped first."""
-    for x in inputs[:2]:
-        x.grad = None
-    VERSIONS[name](inputs).backward()
+    inputs[0].grad = inputs[1].grad = None
+    VERSIONS[name](*inputs).backward()
 
 
 def make_inputs(args: argparse.Namespace, tokens: int, vocabulary: int) -> Inputs:
@@ -155,8 +133,7 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
     inputs = make_inputs(args, args.tokens, args.vocabulary)
     if cuda:
         run(name, inputs)  # kernels of this shape are chosen and loaded
-        for x in inputs[:2]:
-            x.grad = None
+        inputs[0].grad = inputs[1].grad = None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -169,32 +146,16 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
     return {"once": seconds, "peak": (peak - before) / GIB, "gradients": gradients / GIB}
 
 
-def times(args: argparse.Namespace, names: list[str]) -> dict[str, dict[str, float]]:
-    """Medians by version of rounds in which each has its turn, in this process."""
-    inputs = make_inputs(args, args.time_tokens or args.tokens, args.vocabulary)
-    sides = {name: functools.partial(run, name, inputs) for name in names}
-    return {
-        name: {
-            "seconds": statistics.median(s for s, _ in values),
-            "least_seconds": min(s for s, _ in values),
-            "cpu": statistics.median(c for _, c in values),
-        }
-        for name, values in in_turn(sides, args.repeats, inputs[0].is_cuda).items()
-    }
-
-
 def errors(args: argparse.Namespace, names: list[str]) -> dict[str, float]:
     """By version, the largest error of a gradient at a small shape, relative to the largest gradient."""
     shape = argparse.Namespace(**vars(args) | {"hidden": 64})
     inputs = make_inputs(shape, 300, 1000)
-    exact_inputs: Inputs = tuple(  # type: ignore[assignment]
-        x.detach().double().requires_grad_() if k < 2 else x for k, x in enumerate(inputs)
-    )
-    run("straightforward", exact_inputs)
+    hidden, weight = (x.detach().double().requires_grad_() for x in inputs[:2])
+    run("straightforward", (hidden, weight, *inputs[2:]))
     result = {}
     for name in names:
         run(name, inputs)
-        pairs = [(x.grad, e.grad) for x, e in zip(inputs[:2], exact_inputs[:2], strict=True)]
+        pairs = (inputs[0].grad, hidden.grad), (inputs[1].grad, weight.grad)
         result[name] = max(float((x - e).abs().max() / e.abs().max()) for x, e in pairs)  # type: ignore
     return result
 
@@ -207,7 +168,7 @@ def available(name: str, device: str, entropy_coef: float) -> str:
         return "verl's kernel needs a GPU"
     try:
         if name == "verl":
-            _verl_module()
+            verl_head()
         elif name == "verl, kernel":
             import verl.utils.kernel.linear_cross_entropy  # noqa: F401
         elif name == "Liger":
@@ -242,9 +203,13 @@ def row(name: str, m: dict[str, float], base: dict[str, float]) -> tuple[str, ..
 def compare(args: argparse.Namespace) -> list[str]:
     why = {name: available(name, args.device, args.entropy_coef) for name in VERSIONS}
     names = [name for name in VERSIONS if not why[name]]
-    found = times(args, names)
-    for name, error in errors(args, names).items():
-        found[name] |= in_new_process(*sys.argv[1:], "--measure", name) | {"error": error}
+    inputs = make_inputs(args, args.time_tokens or args.tokens, args.vocabulary)
+    sides = {name: functools.partial(run, name, inputs) for name in names}
+    times, wrong, found = in_turn(sides, args.repeats, inputs[0].is_cuda), errors(args, names), {}
+    for name in names:
+        found[name] = in_new_process(*sys.argv[1:], "--measure", name) | {"error": wrong[name]}
+        found[name]["seconds"], found[name]["cpu"] = np.median(times[name], axis=0)
+        found[name]["least_seconds"] = times[name][:, 0].min()
         print(f"memory, {name}: {found[name]['peak']:.2f} GiB", file=sys.stderr, flush=True)
     return [
         f"V = {args.vocabulary}, D = {args.hidden}, {args.tokens} tokens, {args.dtype}, {args.threads}"

@@ -6,10 +6,9 @@
 
 Further arguments are config keys: ``actor.micro_batch_tokens=32768 algorithm.kl.coef=0``.
 
-The model has random weights and is written to a directory; rows with JPEG images go through the real data
-path; `PolicyWorker`, one rank, makes the updates. ``--sequences`` of Vision-R1's lengths (see `workload`) are
-trained on once, ``--per-update`` in each update, so that the medians are over 512 / 64 = 8 updates, after one
-to warm up. Advantages are random, and the engine's log-probs those of a policy that knows nothing.
+Rows with JPEG images go through the real data path; `PolicyWorker`, one rank with random weights, makes the
+updates. ``--sequences`` of Vision-R1's lengths (see `workload`) are trained on once, ``--per-update`` in each
+update, so the medians are over 512 / 64 = 8 updates, after one to warm up. Advantages are random.
 
 Full training holds 16 bytes a parameter and a float32 reference 4 more: the 7B one (8.3e9 parameters) fits in
 139 GiB only with ``algorithm.kl.coef=0``, that is 124 GiB before activations, if at all.
@@ -22,14 +21,13 @@ by its name, or ``--peak-tflops``). Model operations of a forward pass F are tho
     attention = sum(L^2) * 2 * layers * h*e                                           causal, so half
     vision    = patch embedding, blocks with windows as they are, merger, for every image once
 
-with L tokens of a sequence, T of them of the response. Training costs 3 F. With LoRA it is 2 * matrices
+with L tokens of a sequence, T of them of the response. Training costs 3 F; with LoRA 2 * matrices
 + 3 * attention + vision, for frozen weights need no gradient of their own and a frozen tower none at all; the
 adapters are left out. What activation checkpointing computes again is not counted, and of a frozen tower only
 the passes that run it, for its features are kept.
 
 It needs torch and transformers with what they need, and jinja2, numpy, pillow, psutil, pyarrow, pyyaml,
-qwen-vl-utils, safetensors and torchvision; ``--lora`` peft; neither ray, vllm nor datasets. Where a machine
-has no index, bring wheels of what it lacks, made by ``pip wheel --no-deps -w wheels qwen-vl-utils``.
+qwen-vl-utils, safetensors and torchvision; ``--lora`` peft; neither ray, vllm nor datasets.
 """
 
 from __future__ import annotations
@@ -37,11 +35,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import operator
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +47,15 @@ import numpy as np
 import torch
 import yaml
 from phases import Operations, Phases
-from report import arguments, gpu_name, publish
+from report import arguments, publish, watch
 from report import table as markdown
 from workload import SHAPES, VOCABULARY, draw_lengths, write_model, write_rows
 
+from mssr.actor.worker import PolicyWorker
 from mssr.config import Config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.cost import UNIT, CostModel
+from mssr.rollout.weights import pack_weights
 from mssr.types import TrainBatch
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -64,18 +64,24 @@ SYNCS = 5
 """Exports of the weights that are measured."""
 
 
-def make_config(args: argparse.Namespace, model: Path, rows: Path) -> Config:
+def make_config(args: argparse.Namespace, directory: Path, prompts: np.ndarray) -> Config:
+    """A config of one rank, whose model and rows, prompts of so many tokens, are written to a directory."""
+    cuda = args.device == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    write_model(directory / "model", args.size, torch.device(args.device), dtype)
+    if cuda:
+        torch.cuda.empty_cache()
     config = Config()
-    config.model.path, config.data.train, config.data.id_column = str(model), str(rows), "id"
+    config.model.path, config.data.id_column = str(directory / "model"), "id"
+    config.data.train = str(write_rows(directory, prompts, args.scale))
     # Images are written in the size that they are to have.
     config.data.min_pixels, config.data.instruction = 56 * 56, ""
-    config.data.cache_dir, config.trainer.run_dir = str(rows.parent / "cache"), str(rows.parent / "run")
+    config.data.cache_dir, config.trainer.run_dir = str(directory / "cache"), str(directory / "run")
     config.cluster.launcher, config.cluster.device, config.rollout.engine = "local", args.device, "hf"
     config.cluster.threads_per_actor = config.cluster.threads_per_rollout = args.threads
     config.actor.updates_per_step, config.trainer.val_every, config.trainer.save_every = 1, 0, 0
     config.actor.activation_checkpointing = args.size != "tiny"
-    if args.lora:
-        config.actor.lora.rank = args.lora
+    config.actor.lora.rank = args.lora
     for option in args.options:
         set_option(config, option)
     return config
@@ -84,10 +90,8 @@ def make_config(args: argparse.Namespace, model: Path, rows: Path) -> Config:
 def set_option(config: Config, option: str) -> None:
     """``key=value`` without the checks of `load_config`, which needs omegaconf."""
     key, _, value = option.partition("=")
-    *sections, name = key.split(".")
-    target: Any = config
-    for section in sections:
-        target = getattr(target, section)
+    section, _, name = key.rpartition(".")
+    target = operator.attrgetter(section)(config) if section else config
     if not hasattr(target, name):
         sys.exit(f"gpu_update: there is no option {key}")
     setattr(target, name, yaml.safe_load(value))
@@ -101,15 +105,14 @@ def make_batches(config: Config, per_update: int, vocabulary: int, responses: np
         ids = [str(k) for k in range(start, start + per_update)]
         prompts = [source.encoder.encode(source.row(i)).token_ids.numpy() for i in ids]
         lengths = responses[start : start + per_update]
+        prompt_lengths = np.array([len(p) for p in prompts])
         parts = [x for p, t in zip(prompts, lengths, strict=True) for x in (p, rng.integers(0, 256, t))]
         batches.append(
             TrainBatch(
                 prompt_ids=tuple(ids),
                 tokens=np.concatenate(parts).astype(np.int32),
-                offsets=np.concatenate(
-                    [[0], np.cumsum([len(p) + t for p, t in zip(prompts, lengths, strict=True)])]
-                ),
-                prompt_lengths=np.array([len(p) for p in prompts]),
+                offsets=np.concatenate([[0], np.cumsum(prompt_lengths + lengths)]),
+                prompt_lengths=prompt_lengths,
                 advantages=rng.standard_normal(len(ids)).astype(np.float32),
                 engine_log_probs=np.full(int(lengths.sum()), -np.log(vocabulary), np.float32),
                 kl_coef=config.algorithm.kl.coef,
@@ -130,24 +133,18 @@ class Update:
 
 def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> tuple[list[Update], Phases]:
     """Every batch once, after the last one to warm up."""
-    from mssr.actor.worker import PolicyWorker
-    from mssr.rollout.weights import pack_weights
-
     rendezvous = Path(str(config.trainer.run_dir)) / "rendezvous"
     rendezvous.parent.mkdir(parents=True)
     worker = PolicyWorker(config, 0, f"file://{rendezvous}", args.device)
     updater, phases = worker.updater, Phases(worker.device)
-    phases.watch(updater, "_before_update", "reference")
-    phases.watch(updater, "backward", "forward and backward")
-    phases.watch(updater, "_probe_kl", "KL probe")
-    phases.watch(updater.optimizer, "step", "optimizer")
-    phases.count(updater.prompts, "items", "prompts")
+    watch(updater, "_before_update", lambda: phases("reference"))
+    watch(updater, "backward", lambda: phases("forward and backward"))
+    watch(updater, "_probe_kl", lambda: phases("KL probe"))
+    watch(updater.optimizer, "step", lambda: phases("optimizer"))
+    watch(updater.prompts, "items", lambda: phases.on_host("prompts"))
     visual = worker.policy.model.model.visual
     frozen_tower = not any(p.requires_grad for p in visual.parameters())
-    models = [m for m in (worker.policy, worker.reference) if m is not None]
-    # One and the same where it is frozen.
-    towers = {m for model in models for name, m in model.named_modules() if name.split(".")[-1] == "visual"}
-    encoded = vision_operations(towers, worker.policy.model.config, phases)
+    encoded = vision_operations(worker, phases)
     batches = make_batches(config, args.per_update, VOCABULARY[args.size], responses)
     updates: list[Update] = []
     for number, batch in enumerate([batches[-1], *batches]):
@@ -164,8 +161,8 @@ def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> 
                 assert weights is not None
                 pack_weights(weights)
             del weights
-        seconds = phases.take() | {"prompts": of_prompts}
-        seconds["update"] = seconds["step"] - seconds.get("reference", 0.0) - seconds["KL probe"]
+        seconds, phases.seconds = phases.seconds | {"prompts": of_prompts}, {}
+        seconds["update"] = seconds["step"] - seconds["reference"] - seconds["KL probe"]
         seconds["the rest of it"] = seconds["update"] - seconds["forward and backward"] - seconds["optimizer"]
         whole = Operations.of(batch, worker.policy.model.config)
         by_phase = {k: dataclasses.replace(whole, vision=encoded.pop(k, 0.0)) for k in COMPUTING}
@@ -186,14 +183,12 @@ def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> 
     return updates, phases
 
 
-def vision_operations(
-    towers: Iterable[torch.nn.Module], model_config: Any, phases: Phases
-) -> dict[str, float]:
+def vision_operations(worker: PolicyWorker, phases: Phases) -> dict[str, float]:
     """Filled with the operations of forward passes of vision towers, by the phase in which they were.
 
     The features of a frozen tower are kept from one pass to the next, so not every pass runs it.
     """
-    cost = CostModel(model_config, train_vision=False)
+    cost = CostModel(worker.policy.model.config, train_vision=False)
     found: dict[str, float] = {}
 
     def count(module: Any, args: Any, kwargs: Any) -> None:
@@ -201,7 +196,9 @@ def vision_operations(
         for name in phases.running:
             found[name] = found.get(name, 0.0) + float(cost.images(patches).sum()) * UNIT
 
-    for tower in towers:
+    # One and the same where it is frozen.
+    models = [model for model in (worker.policy, worker.reference) if model is not None]
+    for tower in {m for model in models for name, m in model.named_modules() if name.endswith("visual")}:
         tower.register_forward_pre_hook(count, with_kwargs=True)
     return found
 
@@ -240,19 +237,14 @@ def table(updates: list[Update], phases: Phases, peak: float | None) -> list[str
     return markdown(("phase", "s, median", "tokens/s", "MFU", "peak GiB"), rows)
 
 
-def device_peak(args: argparse.Namespace) -> float | None:
-    """Operations a second, None where it is not known."""
-    if args.peak_tflops:
-        return float(args.peak_tflops) * 1e12
-    name = gpu_name() if args.device == "cuda" else ""
-    return next((peak for key, peak in PEAKS.items() if key in name), None)
-
-
 def benchmark(args: argparse.Namespace) -> list[str]:
-    peak, loaded = device_peak(args), set(sys.modules)
+    loaded, device = set(sys.modules), torch.cuda.get_device_name() if args.device == "cuda" else ""
+    known = next((peak for key, peak in PEAKS.items() if key in device), None)
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else known
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory(prefix="mssr-gpu-", dir=args.scratch) as scratch:
-        config, responses = write_workload(args, Path(scratch))
+    with tempfile.TemporaryDirectory(prefix="mssr-gpu-") as scratch:
+        prompts, responses = draw_lengths(args.sequences, 1, args.scale)
+        config = make_config(args, Path(scratch), prompts)
         lines = table(*measure(args, config, responses), peak)
     assert not {"ray", "vllm"} & (set(sys.modules) - loaded)
     formula = "2 matrices + 3 attention + vision" if args.lora else "3 F"
@@ -271,17 +263,6 @@ def benchmark(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def write_workload(args: argparse.Namespace, directory: Path) -> tuple[Config, np.ndarray]:
-    """A model and rows on disk: the config that trains on them, and the lengths of the responses."""
-    device = torch.device(args.device)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    write_model(directory / "model", args.size, device, dtype)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    prompts, responses = draw_lengths(args.sequences, 1, args.scale)
-    return make_config(args, directory / "model", write_rows(directory, prompts, args.scale)), responses
-
-
 def main(command_line: list[str] | None = None) -> None:
     parser = arguments(__doc__)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -293,7 +274,6 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--peak-tflops", type=float, help="of the device, in bfloat16")
-    parser.add_argument("--scratch", type=Path, help="where model and images are written for the time")
     parser.add_argument("options", nargs="*", help="key=value of the config")
     args = parser.parse_args(command_line)
     if args.sequences % args.per_update:

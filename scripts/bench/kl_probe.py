@@ -4,16 +4,13 @@
     python scripts/bench/kl_probe.py --out scripts/bench/results/kl_probe.md
 
 In every step a large fresh sample of responses, by the policy before the step and never trained on, is scored
-before and after the update: its k3 is the truth about that update. Beside it stands what the update itself
-reported as policy/kl_update. Both ways train on the same number of rollouts a step, those that are held out
-included. The run goes on from step to step, so that the optimizer has moments.
+before and after the update: its k3 is the truth about that update. Beside it stands policy/kl_update. All
+generate the same number of rollouts a step. One run goes on, so that the optimizer has moments.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import statistics
 import tempfile
 
 import numpy as np
@@ -38,21 +35,14 @@ COLUMNS = ("rollouts", "probe", "steps", "reported, mean", "true, mean", "ratio 
            "median ratio of a step", "least to largest", "standard error of the truth")  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """One update."""
+def measure(overrides: list[str], rollouts: int, steps: int, fresh: int) -> np.ndarray:
+    """Train some steps, and compare in each, with a cluster that measures its updates.
 
-    reported: float
-    """policy/kl_update, nats a token."""
-    truth: float
-    """k3 of the fresh sample."""
-    error: float
-    """Standard error of the truth, over responses."""
-
-
-def measure(config_file: str, overrides: list[str], rollouts: int, steps: int, fresh: int) -> list[Measured]:
-    """Train some steps, and compare in each, with a cluster that measures its updates."""
-    found: list[Measured] = []
+    Returns:
+        (3, steps): policy/kl_update and k3 of the fresh sample, in nats a token; standard error of the latter
+        over responses.
+    """
+    found: list[tuple[float, ...]] = []
 
     class Measuring(LocalCluster):
         def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
@@ -63,7 +53,7 @@ def measure(config_file: str, overrides: list[str], rollouts: int, steps: int, f
             kl, lengths = np.expm1(change) - change, sample.response_lengths
             sums = np.add.reduceat(kl, sample.response_offsets[:-1])
             spread = np.std(sums - kl.mean() * lengths) / lengths.mean() / math.sqrt(fresh)
-            found.append(Measured(metrics["policy/kl_update"], float(kl.mean()), float(spread)))
+            found.append((metrics["policy/kl_update"], float(kl.mean()), float(spread)))
             return metrics
 
     session.launch = lambda config, report, stop: Measuring(config, stop)
@@ -71,8 +61,8 @@ def measure(config_file: str, overrides: list[str], rollouts: int, steps: int, f
         options = ["cluster.launcher=local", "actor.num_ranks=1", "rollout.workers=1", "reward.workers=1"]
         options += [f"rollout.rollouts_per_step={rollouts}", f"trainer.steps={steps}", "data.val=null"]
         options += [f"trainer.run_dir={directory}/run", "trainer.save_every=0", "trainer.progress=off"]
-        assert train(config_file, [*options, *overrides]) == 0
-    return found
+        assert train("configs/digits/mssr.yaml", [*options, *overrides]) == 0
+    return np.array(found).T
 
 
 def fresh_sample(cluster: LocalCluster, step: int, count: int) -> TrainBatch:
@@ -81,32 +71,29 @@ def fresh_sample(cluster: LocalCluster, step: int, count: int) -> TrainBatch:
     ids, seed = PromptDataset(config.data.train, config.data).ids, config.seed
     rng = np.random.default_rng([seed, step, FRESH_SEED])
     prompts = [ids[i] for i in rng.integers(len(ids), size=count)]
-    requests = [
-        RolloutRequest(p, k, request_seed(seed + FRESH_SEED, step, p, k)) for k, p in enumerate(prompts)
-    ]
-    rollouts = cluster.generate(requests, SamplingParams(temperature=1.0, max_tokens=32))
-    return TrainBatch.of(rollouts)
+    seeds = [request_seed(seed + FRESH_SEED, step, prompt, k) for k, prompt in enumerate(prompts)]
+    requests = [RolloutRequest(prompts[k], k, seeds[k]) for k in range(count)]
+    return TrainBatch.of(cluster.generate(requests, SamplingParams(temperature=1.0, max_tokens=32)))
 
 
-def row(rollouts: int, way: str, found: list[Measured]) -> tuple[str, ...]:
-    reported, truth = sum(m.reported for m in found), sum(m.truth for m in found)
-    ratios = [m.reported / m.truth for m in found]
+def row(rollouts: int, way: str, found: np.ndarray) -> tuple[str, ...]:
+    reported, truth, error = found
+    ratios = reported / truth
     return (
         str(rollouts),
         way,
-        str(len(found)),
-        f"{reported / len(found):.2e}",
-        f"{truth / len(found):.2e}",
-        f"{reported / truth:.2f}",
-        f"{statistics.median(ratios):.2f}",
-        f"{min(ratios):.2f} to {max(ratios):.2f}",
-        f"{statistics.mean(m.error / m.truth for m in found):.1%}",
+        str(len(truth)),
+        f"{reported.mean():.2e}",
+        f"{truth.mean():.2e}",
+        f"{reported.sum() / truth.sum():.2f}",
+        f"{np.median(ratios):.2f}",
+        f"{ratios.min():.2f} to {ratios.max():.2f}",
+        f"{(error / truth).mean():.1%}",
     )
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--config", default="configs/digits/mssr.yaml")
     parser.add_argument("--rollouts", type=int, nargs="+", default=list(STEPS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--fresh", type=int, default=4096, help="responses of the fresh sample")
@@ -117,11 +104,9 @@ def main() -> None:
         for rollouts in args.rollouts:
             steps = max(2, STEPS.get(rollouts, 6) // len(args.seeds))
             for way, overrides in WAYS.items():
-                found = []
-                for seed in args.seeds:
-                    options = [*overrides, f"seed={seed}"]
-                    found += measure(args.config, options, rollouts, steps, args.fresh)
-                rows.append(row(rollouts, way, found))
+                runs = ([*overrides, f"seed={seed}"] for seed in args.seeds)
+                found = [measure(options, rollouts, steps, args.fresh) for options in runs]
+                rows.append(row(rollouts, way, np.concatenate(found, axis=1)))
         return [
             f"Digits, MSSR, {args.fresh} fresh responses a step, seeds {', '.join(map(str, args.seeds))}. "
             "Reported over true KL of the same updates, nats a token.",

@@ -6,14 +6,13 @@
 Lengths are like those of Vision-R1, see `workload`; ``--scale`` multiplies all of them and the token budget.
 An update is forward and backward of all sequences by `PolicyUpdater`, the weights being random.
 
-The padded versions are the same code on micro-batches whose sequences are all filled up to the same length,
-within the same budget, padding counted. Neither their head nor their vision tower works on padding, and their
-attention needs no mask, so the padding is as cheap as it can be. They are filled up to
+The padded versions are the same code on micro-batches whose sequences are filled up to the same length,
+within the same budget, padding counted. Head and vision tower skip padding and attention needs no
+mask, so it is as cheap as it can be. They are filled up to
 
 - the limits of prompt and response: batches of fixed width, as verl's without ``remove_padding``;
-- the longest of the step: its longest prompt (filled up on the left) and its longest response (on the right),
-  laid out before the step is cut into micro-batches, as TRL does. ``--sequences`` of the ``--step`` sequences
-  are trained on, to save time; the longest is that of all of them;
+- the longest prompt and the longest response of the step, as TRL does. ``--sequences`` of the ``--step``
+  sequences are trained on, to save time; the longest is that of all of them;
 - the longest sequence of the micro-batch, in random order or sorted by length.
 """
 
@@ -21,16 +20,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
+import functools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from gpu_update import make_batches, make_config
 from report import arguments, in_turn, publish, table
-from workload import PROMPT, RESPONSE_LIMIT, SHAPES, VOCABULARY, draw_lengths, write_model, write_rows
+from workload import PROMPT, RESPONSE_LIMIT, SHAPES, VOCABULARY, draw_lengths
 
 from mssr.actor.planning import MicroBatch, UpdatePlan
 from mssr.actor.update import PolicyUpdater
@@ -61,14 +60,9 @@ class PaddedUpdater(PolicyUpdater):
                 filled.append(dataclasses.replace(item, response=response))
                 real += [True] * len(item.response) + [False] * missing
             packed = pack(filled, self.policy.merge_size)
-            yield (
-                micro,
-                dataclasses.replace(
-                    packed,
-                    response_index=packed.response_index[real],
-                    targets=packed.targets[real],
-                ).to(self.device),
-            )
+            index, targets = packed.response_index[real], packed.targets[real]
+            packed = dataclasses.replace(packed, response_index=index, targets=targets)
+            yield micro, packed.to(self.device)
 
 
 def padded_passes(order: np.ndarray, lengths: np.ndarray, budget: int, fill_to: int = 0) -> UpdatePlan:
@@ -87,21 +81,17 @@ def padded_passes(order: np.ndarray, lengths: np.ndarray, budget: int, fill_to: 
 def throughput(args: argparse.Namespace, scratch: Path) -> list[tuple[str, ...]]:
     budget, cuda = int(BUDGET * args.scale), args.device == "cuda"
     args.lora, args.options = 0, [f"actor.micro_batch_tokens={budget}", "algorithm.kl.coef=0"]
-    write_model(
-        scratch / "model", args.size, torch.device(args.device), torch.bfloat16 if cuda else torch.float32
-    )
     of_step = draw_lengths(args.step, 1, args.scale)
     prompts, responses = (x[: args.sequences] for x in of_step)
-    config = make_config(args, scratch / "model", write_rows(scratch, prompts, args.scale))
+    config = make_config(args, scratch, prompts)
     [batch] = make_batches(config, args.sequences, VOCABULARY[args.size], responses)
     lengths = batch.lengths
     worker = PolicyWorker(config, 0, f"file://{scratch}/rendezvous", args.device)
     packing = worker.updater
 
     def padded(order: np.ndarray, fill_to: int = 0) -> tuple[PolicyUpdater, UpdatePlan]:
-        updater = PaddedUpdater(
-            config, worker.policy, None, packing.optimizer, packing.prompts, 0, worker.device
-        )
+        parts = packing.optimizer, packing.prompts, 0, worker.device
+        updater = PaddedUpdater(config, worker.policy, None, *parts)
         updater.fill_to = fill_to
         return updater, padded_passes(order, lengths, budget, fill_to)
 
@@ -116,33 +106,24 @@ def throughput(args: argparse.Namespace, scratch: Path) -> list[tuple[str, ...]]
         "padded to the limits of prompt and response": padded(shuffled, limit),
     }
 
-    def update(updater: PolicyUpdater, plan: UpdatePlan) -> Callable[[], None]:
-        def run() -> None:
-            worker.policy.zero_grad()
-            updater.backward(updater.begin(batch), plan)
+    def update(updater: PolicyUpdater, plan: UpdatePlan) -> None:
+        worker.policy.zero_grad()
+        updater.backward(updater.begin(batch), plan)
 
-        return run
-
-    times = in_turn({name: update(*side) for name, side in sides.items()}, args.repeats, cuda)
+    updates = {name: functools.partial(update, *side) for name, side in sides.items()}
+    times = in_turn(updates, args.repeats, cuda)
     worker.close()
-    wall, cpu = ({k: statistics.median(t[i] for t in v) for k, v in times.items()} for i in (0, 1))
+    medians = {name: np.median(of_side, axis=0) for name, of_side in times.items()}
     rows = []
     for name, (updater, plan) in sides.items():
         computed, micros = int(lengths.sum()), plan.ranks[0]
         if isinstance(updater, PaddedUpdater):
             widths = (max(updater.fill_to, *lengths[list(m.sequences)]) for m in micros)
             computed = sum(len(m.sequences) * width for m, width in zip(micros, widths, strict=True))
-        rows.append(
-            (
-                name,
-                str(len(micros)),
-                f"{lengths.sum() / computed:.2f}",
-                f"{wall[name]:.2f}",
-                f"{lengths.sum() / wall[name]:.0f}",
-                f"{wall[name] / wall['packed']:.2f}",
-                "" if cuda else f"{cpu[name] / cpu['packed']:.2f}",
-            )
-        )
+        wall, to_packed = medians[name][0], medians[name] / medians["packed"]
+        ratios = f"{to_packed[0]:.2f}", "" if cuda else f"{to_packed[1]:.2f}"
+        share = f"{lengths.sum() / computed:.2f}"
+        rows.append((name, str(len(micros)), share, f"{wall:.2f}", f"{lengths.sum() / wall:.0f}", *ratios))
     return rows
 
 

@@ -7,15 +7,14 @@
 ``speed``: seconds a step of 256 rollouts, (a) of 32 tokens each (a model that never ends a response), (b)
 with a long tail of lengths (its end token has probability 1/48 at every position; at most 256 tokens);
 first while all prompts are new, then in MSSR's second epoch, where what can be kept of a prompt is kept. All
-trainers are started once and take turns, a step each, so that they see the same machine; while one works,
-the others stand still. The time of a step is everything from one step's end to the next one's.
+trainers take turns, a step each, so that they see the same machine; while one works, the others stand still.
 
 ``curves``: mean reward over the steps of the digits task from the same base model, several seeds a side.
 
 Both sides: float32, two cores in all, the same rows and images, the same number of prompts (GRPO: 32 with 8
 responses each; MSSR: 256 with one), of updates a step, and learning rate; AdamW, gradient norm clipped at 1,
 k3 towards the reference with coefficient 0.01, clip range 0.2 / 0.3, mean over all tokens of an update,
-temperature 1, the same reward function. TRL has an environment of its own, made at the first run.
+temperature 1, the same reward function. TRL's own environment is made at the first run.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from peer.turns import Side
 from report import arguments, publish, table
 
@@ -45,15 +45,22 @@ PROMPTS = (
     "MSSR's prompts come again, as in all epochs but the first; those of GRPO are new",
 )
 PHASES = ("rollout", "reward", "update", "sync")
+SIDES = ("trl", "grpo", "mssr")
+WARM_UP = 1
+"""Steps of each side before those that are measured."""
+TRL_BATCH = 256
+"""per_device_train_batch_size, at most."""
+TRL_PYTHON = REPO / ".venv-trl/bin/python"
+CONFIG = REPO / "configs/digits/mssr.yaml"
 
 
 def make_model(base: Path, out: Path, end_probability: float) -> None:
     """The base model changed so that its end token has a constant probability, all text tokens nearly the
     same, and the other special tokens none worth the name: TRL does not survive an image token.
 
-    The last hidden dimension is made a constant: every embedding holds it, so does every image feature, and
-    no layer writes to it. It is so large that the final norm leaves little of the other dimensions, and the
-    rows of the (tied) head say with it which tokens are likely.
+    The last hidden dimension is made a constant, which every embedding and image feature holds and no layer
+    writes to. It is so large that the final norm leaves little of the others, and the rows of the (tied) head
+    say with it which tokens are likely.
     """
     import torch
     import transformers
@@ -81,85 +88,62 @@ def make_model(base: Path, out: Path, end_probability: float) -> None:
     model.save_pretrained(out)
 
 
-def vision_tokens(model: Path) -> list[int]:
-    """The tokens that TRL must not sample; ours never does."""
-    import transformers
-
-    from mssr.models.policy import vision_placeholder_ids
-
-    return vision_placeholder_ids(transformers.AutoConfig.from_pretrained(model))
-
-
-class Peer:
-    """Starts trainers with the same settings in all that both sides have.
-
-    Args:
-        work: directory for models, logs and runs.
-    """
-
-    def __init__(self, args: argparse.Namespace, work: Path) -> None:
-        self.args, self.work = args, work
-        self.python = args.trl_environment.absolute() / "bin" / "python"
-
-    def start(self, name: str, algorithm: str, settings: dict[str, Any]) -> Side:
-        """TRL's GRPO where ``algorithm`` is "trl", or ours; ready for its first step."""
-        start = self._trl if algorithm == "trl" else self._ours
-        side = start(name, settings | {"algorithm": algorithm})
-        side.ready()
-        return side
-
-    def _trl(self, name: str, settings: dict[str, Any]) -> Side:
+def start(args: argparse.Namespace, name: str, algorithm: str, settings: dict[str, Any]) -> Side:
+    """TRL's GRPO where ``algorithm`` is "trl", or ours, with the same settings in all that both have; ready
+    for its first step."""
+    environment = {"PYTHONPATH": str(REPO)}
+    if algorithm == "trl":
+        environment |= {"OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"}
         settings = settings | {
-            "data": str(self.args.data / "train.parquet"),
-            "out": str(self.work / name),
-            "threads": self.args.threads,
+            "data": str(args.data / "train.parquet"),
+            "out": str(args.work / name),
+            "threads": args.threads,
             "rollouts": ROLLOUTS,
             "n": GROUP,
-            "batch": self.args.trl_batch,
+            "batch": TRL_BATCH,
         }
-        environment = {
-            "PYTHONPATH": str(REPO),
-            "OMP_NUM_THREADS": str(self.args.threads),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        command = [str(self.python), str(HERE / "trl_side.py"), json.dumps(settings)]
-        return Side(name, command, self.work / f"{name}.log", environment)
-
-    def _ours(self, name: str, settings: dict[str, Any]) -> Side:
-        """``mssr train`` with the config of the digits run."""
-        overrides = {
-            "algorithm.name": settings["algorithm"],
-            "algorithm.kl.coef": 0.01,
-            "model.path": settings["model"],
-            "data.train": self.args.data / "train.parquet",
-            "data.val": "null",
-            "reward.name": f"{HERE / 'rewards.py'}:{settings['reward']}",
-            "rollout.rollouts_per_step": ROLLOUTS,
-            "rollout.max_response_length": settings["limit"],
-            "actor.updates_per_step": settings["updates"],
-            "actor.lr": settings["lr"],
-            "trainer.steps": settings["steps"],
-            "trainer.save_every": 0,
-            "trainer.run_dir": self.work / name,
-            "seed": settings["seed"],
-        }
-        shutil.rmtree(self.work / name, ignore_errors=True)
-        arguments = [f"{key}={value}" for key, value in overrides.items()] + self.args.set
-        command = [sys.executable, str(HERE / "mssr_side.py"), str(self.args.config), *arguments]
-        return Side(name, command, self.work / f"{name}.log", {"PYTHONPATH": str(REPO)})
-
-    def records(self, name: str) -> list[dict[str, Any]]:
-        """The metrics of a run of ours, by step."""
-        lines = (self.work / name / "metrics.jsonl").read_text().splitlines()
-        return [record for line in lines if (record := json.loads(line))["step"]]
+        command = [str(TRL_PYTHON), str(HERE / "trl_side.py"), json.dumps(settings)]
+    else:
+        shutil.rmtree(args.work / name, ignore_errors=True)
+        command = [sys.executable, str(HERE / "mssr_side.py"), str(CONFIG)]
+        command += [*overrides(args, name, algorithm, settings), *args.set]
+    return Side(name, command, args.work / f"{name}.log", environment)
 
 
-def speed(peer: Peer) -> list[str]:
-    args = peer.args
+def overrides(args: argparse.Namespace, name: str, algorithm: str, settings: dict[str, Any]) -> list[str]:
+    """Of the config of the digits run."""
+    values = {
+        "algorithm.name": algorithm,
+        "algorithm.kl.coef": 0.01,
+        "model.path": settings["model"],
+        "data.train": args.data / "train.parquet",
+        "data.val": "null",
+        "reward.name": f"{HERE / 'rewards.py'}:{settings['reward']}",
+        "rollout.rollouts_per_step": ROLLOUTS,
+        "rollout.max_response_length": settings["limit"],
+        "actor.updates_per_step": settings["updates"],
+        "actor.lr": settings["lr"],
+        "trainer.steps": settings["steps"],
+        "trainer.save_every": 0,
+        "trainer.run_dir": args.work / name,
+        "seed": settings["seed"],
+    }
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Of a run of ours, by step."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [record for line in lines if (record := json.loads(line))["step"]]
+
+
+def speed(args: argparse.Namespace) -> list[str]:
+    # Steps before each of the two parts that are measured.
+    epoch = EPOCH_ROWS // ROLLOUTS
+    befores = WARM_UP, epoch * math.ceil((WARM_UP + args.rounds) / epoch) + WARM_UP
     lines: list[str] = []
-    for case in args.cases:
-        title, end_probability, limit = CASES[case]
-        model = peer.work / f"model-{case}"
+    for case, (title, end_probability, limit) in CASES.items():
+        model = args.work / f"model-{case}"
         make_model(args.data / "model", model, end_probability)
         settings = {
             "model": str(model),
@@ -167,40 +151,34 @@ def speed(peer: Peer) -> list[str]:
             "limit": limit,
             "updates": args.updates,
             "lr": 1e-6,
-            "steps": first_steps(args)[1] + args.rounds,
+            "steps": befores[1] + args.rounds,
             "seed": 0,
             "banned": [],
         }
         # One after the other: starting is work, too.
-        trainers = {side: peer.start(f"{case}-{side}", side, settings) for side in args.sides}
-        steps: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}
+        trainers = {side: start(args, f"{case}-{side}", side, settings) for side in SIDES}
+        steps: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
         for _ in range(settings["steps"]):
             for side, trainer in trainers.items():
                 steps[side].append(trainer.step())
         for side, trainer in trainers.items():
             trainer.close()
             if side != "trl":
-                pairs = zip(steps[side], peer.records(f"{case}-{side}"), strict=True)
-                steps[side] = [told | metrics for told, metrics in pairs]
-        for first, prompts in zip(first_steps(args), PROMPTS, strict=True):
+                pairs = zip(steps[side], metrics(args.work / f"{case}-{side}"), strict=True)
+                steps[side] = [told | record for told, record in pairs]
+        for first, prompts in zip(befores, PROMPTS, strict=True):
             part = {side: records[first : first + args.rounds] for side, records in steps.items()}
-            rows = [speed_row(side, part[side], part.get("trl")) for side in args.sides]
+            rows = [speed_row(side, part[side], part["trl"]) for side in SIDES]
             heading = f"({case}) {title}, steps {first + 1} to {first + args.rounds}: {prompts}"
             lines += [heading, "", *table(SPEED_COLUMNS, rows), ""]
     return lines
-
-
-def first_steps(args: argparse.Namespace) -> tuple[int, int]:
-    """Steps before each of the two parts that are measured."""
-    epoch = EPOCH_ROWS // ROLLOUTS
-    return args.warm_up, epoch * math.ceil((args.warm_up + args.rounds) / epoch) + args.warm_up
 
 
 SPEED_COLUMNS = ("trainer", "tokens a response", "s a step", "fastest to slowest", "CPU s a step",
                  "rollouts/s", "times TRL", "by CPU time", "phases, s")  # fmt: skip
 
 
-def speed_row(side: str, steps: list[dict[str, Any]], trl: list[dict[str, Any]] | None) -> tuple[str, ...]:
+def speed_row(side: str, steps: list[dict[str, Any]], trl: list[dict[str, Any]]) -> tuple[str, ...]:
     """One line of the table, from the records of measured steps."""
 
     def median(records: list[dict[str, Any]], key: str) -> float:
@@ -208,7 +186,7 @@ def speed_row(side: str, steps: list[dict[str, Any]], trl: list[dict[str, Any]] 
 
     tokens = [step["tokens" if side == "trl" else "rollout/tokens"] for step in steps]
     seconds = sorted(step["seconds"] for step in steps)
-    ratios = [median(trl, key) / median(steps, key) if trl else 0.0 for key in ("seconds", "cpu_seconds")]
+    ratios = [median(trl, key) / median(steps, key) for key in ("seconds", "cpu_seconds")]
     phases = [f"{phase} {median(steps, f'timing/{phase}_s'):.2f}" for phase in PHASES if side != "trl"]
     return (
         "TRL, GRPO" if side == "trl" else f"mssr, {side.upper()}",
@@ -222,108 +200,91 @@ def speed_row(side: str, steps: list[dict[str, Any]], trl: list[dict[str, Any]] 
     )
 
 
-def curves(peer: Peer) -> list[str]:
-    """Mean reward in windows of five steps, for each seed and over all."""
-    args = peer.args
+def curves(args: argparse.Namespace) -> list[str]:
+    import transformers
+
+    from mssr.models.policy import vision_placeholder_ids
+
+    model = args.data / "model"
     rewards: dict[str, list[list[float]]] = {"trl": [], "grpo": []}
     settings = {
-        "model": str(args.data / "model"),
+        "model": str(model),
         "reward": "digits",
         "limit": 32,
         "updates": args.updates,
         "lr": 5e-5,
         "steps": args.steps,
-        "banned": vision_tokens(args.data / "model"),
+        # TRL must not sample them; ours never does.
+        "banned": vision_placeholder_ids(transformers.AutoConfig.from_pretrained(model)),
     }
     for seed in range(args.seeds):
         for side, of_side in rewards.items():
             name = f"curves-{side}-{seed}"
-            trainer = peer.start(name, side, settings | {"seed": seed})
+            trainer = start(args, name, side, settings | {"seed": seed})
             told = [trainer.step() for _ in range(args.steps)]
             trainer.close()
-            records, key = (told, "reward") if side == "trl" else (peer.records(name), "reward/accuracy")
-            of_side.append([record[key] for record in records])
-    return curve_table(rewards, args.steps)
+            if side == "trl":
+                of_side.append([record["reward"] for record in told])
+            else:
+                of_side.append([record["reward/accuracy"] for record in metrics(args.work / name)])
+    return curve_table(rewards)
 
 
-def curve_table(rewards: dict[str, list[list[float]]], steps: int, window: int = 5) -> list[str]:
+def curve_table(rewards: dict[str, list[list[float]]], window: int = 5) -> list[str]:
     """The two sides' means over seeds, and their difference in standard errors of it.
 
     Seeds are few, so the error of a side is that of single runs pooled over all windows and both sides.
     """
-    windows = [slice(k, min(k + window, steps)) for k in range(0, steps, window)]
-    runs = {
-        side: [[statistics.mean(run[w]) for w in windows] for run in of_side]
-        for side, of_side in rewards.items()
-    }
-    pairs = [column for of_side in runs.values() for column in zip(*of_side, strict=True)]
-    pooled = statistics.mean(statistics.variance(column) for column in pairs) ** 0.5
-    count = len(runs["trl"])
-    error = pooled * (2 / count) ** 0.5
+    runs = np.array([rewards["trl"], rewards["grpo"]])
+    starts = range(0, runs.shape[-1], window)
+    means = np.stack([runs[..., k : k + window].mean(-1) for k in starts])  # (windows, sides, seeds)
+    pooled = means.var(-1, ddof=1).mean() ** 0.5
+    error = pooled * (2 / runs.shape[1]) ** 0.5
     rows = []
-    for k, w in enumerate(windows):
-        trl, ours = ([run[k] for run in runs[side]] for side in ("trl", "grpo"))
-        difference = statistics.mean(ours) - statistics.mean(trl)
-        rows.append(
-            (
-                f"{w.start + 1} to {w.stop}",
-                *(", ".join(f"{x:.3f}" for x in side) for side in (trl, ours)),
-                f"{statistics.mean(trl):.3f}",
-                f"{statistics.mean(ours):.3f}",
-                f"{difference:+.3f}",
-                f"{difference / error:+.1f}",
-            )
-        )
+    for start, sides in zip(starts, means, strict=True):
+        trl, ours = sides.mean(-1)
+        steps = f"{start + 1} to {min(start + window, runs.shape[-1])}"
+        each = (", ".join(f"{x:.3f}" for x in side) for side in sides)
+        difference = f"{ours - trl:+.3f}", f"{(ours - trl) / error:+.1f}"
+        rows.append((steps, *each, f"{trl:.3f}", f"{ours:.3f}", *difference))
     columns = ("steps", "TRL, each seed", "mssr, each seed", "TRL, mean", "mssr, mean", "difference",
                "in its standard errors")  # fmt: skip
     return [f"Mean reward; a run's window has a standard deviation of {pooled:.3f} between seeds.", "",
             *table(columns, rows), ""]  # fmt: skip
 
 
-def versions(python: Path) -> str:
-    code = (
-        "import torch, transformers, trl; print(trl.__version__, transformers.__version__, torch.__version__)"
-    )
-    trl, transformers, torch = subprocess.check_output([python, "-c", code], text=True).split()[-3:]
-    return f"TRL {trl} with transformers {transformers}, torch {torch}"
-
-
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("what", nargs="?", choices=("speed", "curves"), default="speed")
-    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
-    sides = ["trl", "grpo", "mssr"]
-    parser.add_argument("--sides", nargs="+", choices=sides, default=sides)
     parser.add_argument("--rounds", type=int, default=7, help="measured steps of each side, in turn")
-    parser.add_argument("--warm-up", type=int, default=1, help="steps before them")
-    parser.add_argument("--updates", type=int, help="optimizer steps a step; 1 for speed, 4 for curves")
     parser.add_argument("--seeds", type=int, default=3, help="of each side's curve, at least 2")
     parser.add_argument("--steps", type=int, default=20, help="of a curve")
     parser.add_argument(
         "--threads", type=int, default=2, help="of TRL; 1 is far quicker where others use the machine, too"
     )
-    parser.add_argument("--trl-batch", type=int, default=256, help="per_device_train_batch_size, at most")
     parser.add_argument("--data", type=Path, default=Path("data/digits"))
-    parser.add_argument("--config", type=Path, default=REPO / "configs/digits/mssr.yaml")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of ours")
-    parser.add_argument("--trl-environment", type=Path, default=REPO / ".venv-trl")
     parser.add_argument("--work", type=Path, default=REPO / "runs/peer")
     args = parser.parse_args()
-    args.updates = args.updates or {"speed": 1, "curves": 4}[args.what]
-    subprocess.run([HERE / "trl_environment.sh", args.trl_environment.absolute()], check=True)
+    args.updates = {"speed": 1, "curves": 4}[args.what]  # optimizer steps a step
+    subprocess.run([HERE / "trl_environment.sh"], check=True)
+    args.work = args.work.absolute()
     args.work.mkdir(parents=True, exist_ok=True)
-    peer = Peer(args, args.work.absolute())
     how = {
-        "speed": f"medians of {args.rounds} after {args.warm_up}, the sides in turn",
+        "speed": f"medians of {args.rounds} after {WARM_UP}, the sides in turn",
         "curves": f"GRPO with {args.seeds} seeds a side, {args.steps} steps",
     }
 
     def measure() -> list[str]:
-        tables = {"speed": speed, "curves": curves}[args.what](peer)
+        tables = {"speed": speed, "curves": curves}[args.what](args)
+        names = "trl", "transformers", "torch"
+        code = f"import {', '.join(names)}; print({', '.join(f'{name}.__version__' for name in names)})"
+        output = subprocess.check_output([TRL_PYTHON, "-c", code], text=True)
+        trl, transformers, torch = output.split()[-3:]
         return [
-            f"{versions(peer.python)}. {ROLLOUTS} rollouts and {args.updates} updates a step, "
-            f"{how[args.what]}. TRL: per_device_train_batch_size at most {args.trl_batch}, {args.threads} "
-            f"threads, no gradient checkpointing. Ours: {args.config.name}, "
+            f"TRL {trl} with transformers {transformers}, torch {torch}. {ROLLOUTS} rollouts and "
+            f"{args.updates} updates a step, {how[args.what]}. TRL: per_device_train_batch_size at most "
+            f"{TRL_BATCH}, {args.threads} threads, no gradient checkpointing. Ours: {CONFIG.name}, "
             f"{' '.join(args.set) or 'as it is'}.",
             "",
             *tables,

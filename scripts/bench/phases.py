@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,8 +38,8 @@ class Operations:
 
     def training(self, frozen_weights: bool = False, frozen_tower: bool = False) -> float:
         """Forward and backward."""
-        matrices = (2 if frozen_weights else 3) * self.matrices
-        return matrices + 3 * self.attention + (1 if frozen_tower else 3) * self.vision
+        matrices, vision = 2 if frozen_weights else 3, 1 if frozen_tower else 3
+        return matrices * self.matrices + 3 * self.attention + vision * self.vision
 
 
 class Phases:
@@ -50,52 +50,27 @@ class Phases:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._open: list[str] = []
+        self.running: list[str] = []
+        """The phases that are open, the outermost first."""
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, float] = {}
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self._fold_peak()
-        self._open.append(name)
+        self.running.append(name)
+        with self.on_host(name):
+            yield
+            synchronize(self._cuda)
+        self._fold_peak()
+        self.running.remove(name)
+
+    @contextlib.contextmanager
+    def on_host(self, name: str) -> Iterator[None]:
+        """Only the host's seconds; the device may work meanwhile."""
         started = time.perf_counter()
         yield
-        synchronize(self._cuda)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-        self._fold_peak()
-        self._open.remove(name)
-
-    @property
-    def running(self) -> tuple[str, ...]:
-        """The phases that are open, the outermost first."""
-        return tuple(self._open)
-
-    def watch(self, owner: Any, method: str, name: str) -> None:
-        """Make every call of a method of an object a phase."""
-        call: Callable[..., Any] = getattr(owner, method)
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            with self(name):
-                return call(*args, **kwargs)
-
-        setattr(owner, method, watched)
-
-    def count(self, owner: Any, method: str, name: str) -> None:
-        """Add up the host's seconds in a method; the device may work meanwhile."""
-        call: Callable[..., Any] = getattr(owner, method)
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            result = call(*args, **kwargs)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-            return result
-
-        setattr(owner, method, counted)
-
-    def take(self) -> dict[str, float]:
-        """The seconds by phase, and start again. Peaks stay."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
 
     def _fold_peak(self) -> None:
         """The peak since the last call belongs to all phases that are open."""
@@ -106,5 +81,5 @@ class Phases:
         else:
             peak = resident("VmHWM") / GIB
             forget_peak()
-        for name in self._open:
+        for name in self.running:
             self.peaks[name] = max(self.peaks.get(name, 0.0), peak)

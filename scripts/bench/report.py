@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 MIB, GIB = 2**20, 2**30
 
 
@@ -36,7 +38,7 @@ def publish(
     """Print what is measured below command, day and machine, and write it to ``--out``.
 
     Args:
-        packages: whose versions are told.
+        packages: whose versions are told, of those that are installed.
         append: to the file, in place of what it holds.
         title: above all of it.
     """
@@ -46,10 +48,17 @@ def publish(
     command = " ".join(["python", f"scripts/bench/{Path(sys.argv[0]).name}", *words])
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     machine = f"{os.cpu_count()} CPU cores, {memory / GIB:.0f} GiB, "
-    machine += gpu_name() if getattr(args, "device", "cpu") == "cuda" else "no GPU"
+    if getattr(args, "device", "cpu") == "cuda":
+        import torch
+
+        machine += torch.cuda.get_device_name()
+    else:
+        machine += "no GPU"
     load = f"load average {before:.1f} before, {os.getloadavg()[0]:.1f} after"
-    python = f"Python {platform.python_version()}"
-    parts = [f"`{command}`", f"{datetime.date.today()}", machine, python, *versions(packages.split())]
+    parts = [f"`{command}`", f"{datetime.date.today()}", machine, f"Python {platform.python_version()}"]
+    for name in packages.split():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            parts.append(f"{name} {importlib.metadata.version(name)}")
     heading = [f"## {title}", ""] if title else []
     text = "\n".join([*heading, f"{', '.join(parts)}; {load}.", "", *lines, ""])
     print(text)
@@ -57,21 +66,6 @@ def publish(
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with args.out.open("a" if append else "w") as file:
             file.write(text + "\n" * append)
-
-
-def gpu_name() -> str:
-    import torch
-
-    return str(torch.cuda.get_device_name())
-
-
-def versions(packages: Iterable[str]) -> list[str]:
-    """Of those that are installed."""
-    found = []
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    return found
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -97,8 +91,8 @@ def synchronize(cuda: bool) -> None:
 
 def in_turn(
     sides: Mapping[str, Callable[[], object]], repeats: int, cuda: bool = False
-) -> dict[str, list[tuple[float, float]]]:
-    """What `timed` says of rounds in which each has its turn, so that all meet the same machine."""
+) -> dict[str, np.ndarray]:
+    """(repeats, 2): what `timed` says of rounds in which each has its turn, so all meet the same machine."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for number in range(repeats + 1):
         for name, call in sides.items():
@@ -106,7 +100,18 @@ def in_turn(
             if number:  # the first warms up
                 found[name].append(measured)
             print(f"round {number}, {name}: {measured[0]:.2f} s", file=sys.stderr, flush=True)
-    return found
+    return {name: np.array(measured) for name, measured in found.items()}
+
+
+def watch(owner: Any, method: str, around: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+    """Put a context around every call of a method of an object."""
+    call: Callable[..., Any] = getattr(owner, method)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return call(*args, **kwargs)
+
+    setattr(owner, method, watched)
 
 
 def resident(field: str = "VmRSS") -> int:

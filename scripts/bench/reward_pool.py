@@ -2,14 +2,12 @@
 
     python scripts/bench/reward_pool.py --out scripts/bench/results/reward_pool.md
 
-Of some answers the truth has another form, so that math-verify has to decide, and no two are alike. The delay
-is the time from the arrival of the last response until all scores are there. A second table has the CPU time
-of an answer in one process, beside that of math-verify alone, which gets the whole response.
+Of some answers the truth has another form, so that math-verify has to decide. The delay is the time from the
+arrival of the last response until all scores are there.
 """
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
 
@@ -17,7 +15,6 @@ from report import arguments, publish, table
 
 from mssr.config.data import RewardConfig
 from mssr.rewards import RewardInput, Scorer, ScoringStream
-from mssr.rewards.rules import score
 
 COUNT = 2048
 THINKING = "<think>" + "so we get that x equals y and so on. " * 200 + "</think>"
@@ -33,8 +30,7 @@ def items(hard_share: float) -> list[RewardInput]:
     """Right answers, so many of them in another form than the truth."""
     result = []
     for i in range(COUNT):
-        k = i + 2
-        numbers = {"k": k, "s": k * k, "m": k - 1, "t": 3 * k}
+        numbers = {"k": (k := i + 2), "s": k * k, "m": k - 1, "t": 3 * k}
         hard = int((i + 1) * hard_share) > int(i * hard_share)
         answer, truth = HARD[i % len(HARD)] if hard else (EASY[i % len(EASY)],) * 2
         text = f"{THINKING}\\boxed{{{answer.format(**numbers)}}}"
@@ -43,7 +39,6 @@ def items(hard_share: float) -> list[RewardInput]:
 
 
 def delay(scorer: Scorer, batch: list[RewardInput], seconds: float) -> float:
-    """In seconds."""
     start = time.perf_counter()
     with ScoringStream(scorer) as stream:
         for i, item in enumerate(batch):
@@ -51,38 +46,10 @@ def delay(scorer: Scorer, batch: list[RewardInput], seconds: float) -> float:
             stream.add(i, item)
         last = time.perf_counter()
         scored = stream.result()
-    passed = time.perf_counter() - last
+        passed = time.perf_counter() - last
     wrong = COUNT - int(scored.scores.sum())
     assert not scored.errors and not wrong, f"{wrong} are not right, {scored.errors} failed"
     return passed
-
-
-def math(response: str, truth: str) -> bool:
-    return score("math", response, truth).score == 1
-
-
-def math_verify(response: str, truth: str) -> bool:
-    """What the field uses, its time limits off."""
-    from math_verify import parse, verify
-
-    gold = parse(f"\\boxed{{{truth}}}", parsing_timeout=None)
-    return bool(verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None))
-
-
-def of_an_answer(count: int) -> list[tuple[str, ...]]:
-    """Rows of the second table, of so many answers that are the same by text, and so many that are not."""
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    rows = []
-    for rule in (math, math_verify):
-        for share in (0.0, 1.0):
-            times, right = [], 0
-            for item in items(share)[:count]:
-                started = time.process_time()
-                right += rule(item.response, item.answer)
-                times.append(1e3 * (time.process_time() - started))
-            cells = f"{statistics.median(times):.2f}", f"{max(times[1:]):.0f}", f"{right / count:.0%}"
-            rows.append((rule.__name__.replace("_", "-"), f"{share:.0%}", *cells))
-    return rows
 
 
 def main() -> None:
@@ -108,8 +75,6 @@ def main() -> None:
             f"{COUNT} responses, {args.repeats} runs, {args.workers} workers",
             "",
             *table(columns, rows),
-            "",
-            *table(("rule", columns[0], "CPU ms an answer, median", "slowest", "right"), of_an_answer(256)),
         ]
 
     publish(args, measure)

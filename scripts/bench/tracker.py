@@ -5,8 +5,7 @@
 For each size, two fresh processes. The first visits that many prompts, 2048 a step (`values`, then
 `update`), then already seen ones, then saves as a checkpoint does. The second loads, and draws 2048 of all
 prompts by uncertainty. Times are medians with quartiles in brackets; no file is synced to the disk. Memory
-is the growth of the resident set over that of the process before it had a tracker; its peak is the
-kernel's (VmHWM, Linux only), so that no moment is missed.
+is the growth of the resident set since the process had no tracker; its peak is the kernel's (Linux only).
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ ROWS = {
 """What the stages measure, by its name in their results."""
 
 
-def seconds(call: Callable[[], object]) -> float:
-    return timed(call)[0]
+def seconds(call: Callable[[], object], repeats: int = 1) -> list[float]:
+    return [timed(call)[0] for _ in range(repeats)]
 
 
 def shown(times: list[float], unit: float = 1.0) -> str:
@@ -56,11 +55,8 @@ def prompt_ids(numbers: Any) -> list[str]:
 
 
 def step(baseline: BetaBaseline, ids: list[str], rewards: np.ndarray) -> float:
-    def work() -> None:
-        baseline.values(ids)
-        baseline.update(ids, rewards, eta=0.9)
-
-    return seconds(work)
+    """Seconds of it."""
+    return timed(lambda: (baseline.values(ids), baseline.update(ids, rewards, eta=0.9)))[0]
 
 
 def grow_and_save(prompts: int, directory: Path, repeats: int) -> dict[str, str]:
@@ -76,14 +72,13 @@ def grow_and_save(prompts: int, directory: Path, repeats: int) -> dict[str, str]
     assert len(baseline) == prompts
     memory, peak_growing = resident() - before, resident("VmHWM") - before
     seen = [step(baseline, prompt_ids(rng.integers(0, prompts, STEP)), rewards[k % 64]) for k in range(300)]
-    means = [seconds(baseline.mean) for _ in range(20)]
+    means = seconds(baseline.mean, 20)
 
     def save() -> None:
         write_state(directory, {"b": baseline.state_dict()})
 
-    saves = [seconds(save)]
+    saves = seconds(save)
     peak_saving = resident("VmHWM") - before
-    saves += [seconds(save) for _ in range(repeats - 1)]
     return {
         "memory": f"{memory / MIB:.0f}",
         "peak_growing": f"{peak_growing / MIB:.0f}",
@@ -92,7 +87,7 @@ def grow_and_save(prompts: int, directory: Path, repeats: int) -> dict[str, str]
         "seen_ms": shown(seen, 1e3),
         "longest_ms": f"{1e3 * max(new):.0f}",
         "mean_ms": shown(means, 1e3),
-        "save_s": shown(saves),
+        "save_s": shown(saves + seconds(save, repeats - 1)),
     }
 
 
@@ -103,31 +98,29 @@ def load_and_draw(prompts: int, directory: Path, repeats: int) -> dict[str, str]
     def load() -> None:
         baseline.load_state_dict(read_state(directory)["b"])
 
-    loads = [seconds(load)]
+    loads = seconds(load)
     peak_loading = resident("VmHWM") - before
-    loads += [seconds(load) for _ in range(repeats - 1)]
+    loads += seconds(load, repeats - 1)
     assert len(baseline) == prompts
     ids = prompt_ids(range(prompts))
     keys = baseline.keys(ids)
     sampler = UncertaintySampler(ids, 0, lambda: baseline.values(keys))
-    draws = [seconds(lambda: sampler.next(STEP)) for _ in range(max(5, repeats))]
-    return {
-        "peak_loading": f"{peak_loading / MIB:.0f}",
-        "load_s": shown(loads),
-        "draw_s": shown(draws),
-    }
+    draws = seconds(lambda: sampler.next(STEP), max(5, repeats))
+    return {"peak_loading": f"{peak_loading / MIB:.0f}", "load_s": shown(loads), "draw_s": shown(draws)}
+
+
+STAGES = {"grow_and_save": grow_and_save, "load_and_draw": load_and_draw}
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--repeats", type=int, default=5, help="how often to save and to load (5)")
-    parser.add_argument("--stage", choices=("grow_and_save", "load_and_draw"), help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=tuple(STAGES), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.stage:
-        stage = {"grow_and_save": grow_and_save, "load_and_draw": load_and_draw}[args.stage]
-        print(json.dumps(stage(args.prompts[0], args.directory, args.repeats)))
+        print(json.dumps(STAGES[args.stage](args.prompts[0], args.directory, args.repeats)))
         return
 
     def measure() -> list[str]:
@@ -135,7 +128,7 @@ def main() -> None:
         for prompts, results in zip(args.prompts, found, strict=True):
             with tempfile.TemporaryDirectory() as directory:
                 sizes = "--prompts", str(prompts), "--repeats", str(args.repeats)
-                for stage in ("grow_and_save", "load_and_draw"):
+                for stage in STAGES:
                     results |= in_new_process("--stage", stage, "--directory", directory, *sizes)
         rows = [[title, *(results[name] for results in found)] for name, title in ROWS.items()]
         return table(["", *(f"{prompts:,} prompts" for prompts in args.prompts)], rows)

@@ -36,13 +36,11 @@ SHAPES = {
     "7b": TinySize(hidden=3584, mlp=18944, text_layers=28, heads=28, kv_heads=4, **VISION),
 }
 VOCABULARY = {"tiny": 512, "3b": 151936, "7b": 152064}
-CELL = 28
-"""Side in pixels of what becomes one token: 2 x 2 patches of 14."""
+CELL = 28  # pixels, the side of what becomes one token: 2 x 2 patches of 14
 
 
 def make_tokenizer() -> Any:
-    """A few hundred tokens, whose ids are the lowest of the vocabulary, so special tokens and text fit; a
-    policy with random weights also samples the others, which decode to nothing."""
+    """A few hundred tokens, the lowest ids of the vocabulary; the others decode to nothing."""
     return tiny.train_tokenizer(["0 1 2 3 4 5 6 7 8 9"], 256)
 
 
@@ -55,12 +53,7 @@ def model_config(name: str) -> transformers.Qwen2_5_VLConfig:
 
 
 def write_model(directory: Path, name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Random weights in a Hugging Face directory, with `make_tokenizer`.
-
-    Args:
-        device: where the random numbers are drawn.
-        dtype: of the weights in the file.
-    """
+    """Random weights, drawn on a device, in a Hugging Face directory, with `make_tokenizer`."""
     tokenizer, config = make_tokenizer(), model_config(name)
     end = [config.text_config.eos_token_id, config.text_config.pad_token_id]
     torch.manual_seed(0)
@@ -70,12 +63,9 @@ def write_model(directory: Path, name: str, device: torch.device, dtype: torch.d
         )
     model.generation_config = transformers.GenerationConfig(eos_token_id=end, pad_token_id=end[1])
     pixels = {"shortest_edge": 56 * 56, "longest_edge": CELL * CELL * 2 * PROMPT[1]}
-    processor = transformers.Qwen2_5_VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(size=pixels),
-        tokenizer=tokenizer,
-        video_processor=transformers.Qwen2VLVideoProcessor(size=pixels),
-        chat_template=tiny.CHAT_TEMPLATE,
-    )
+    images = transformers.Qwen2VLImageProcessor(size=pixels)
+    videos = transformers.Qwen2VLVideoProcessor(size=pixels)
+    processor = transformers.Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=tiny.CHAT_TEMPLATE)
     directory.mkdir(parents=True, exist_ok=True)
     tiny.save_quietly(model, directory)
     processor.save_pretrained(directory)
@@ -91,14 +81,11 @@ def draw_lengths(prompts: int, n: int, scale: float, seed: int = 0) -> tuple[np.
 
 
 def write_rows(directory: Path, lengths: np.ndarray, scale: float, template: int = 12) -> Path:
-    """A JSONL file of prompts of about so many tokens, each with a JPEG image of its own.
+    """A JSONL file of prompts "0", "1", ... of about so many tokens, each with a JPEG image of its own.
 
     Args:
         lengths: (B,) tokens of the prompts, as `draw_lengths` gives them.
         template: tokens that the chat template adds.
-
-    Returns:
-        the file. Its ids are "0", "1", ...
     """
     rng = np.random.default_rng(1)
     images = directory / "images"

@@ -21,15 +21,13 @@ def draw(rng: np.random.Generator, number: int, group_sizes: np.ndarray, shuffle
     if shuffle:
         groups = rng.permutation(groups)
     count = len(groups)
-    kind = number % 4
-    if kind == 0:
-        rewards = rng.integers(0, 2, count).astype(float)
-    elif kind == 1:
-        rewards = rng.integers(0, 65, count) / 64
-    elif kind == 2:
-        rewards = rng.choice([0.0, 0.1, 0.9, 1.0], count)
-    else:
-        rewards = rng.integers(-128, 129, count) / 32
+    kinds = (
+        lambda: rng.integers(0, 2, count).astype(float),
+        lambda: rng.integers(0, 65, count) / 64,
+        lambda: rng.choice([0.0, 0.1, 0.9, 1.0], count),
+        lambda: rng.integers(-128, 129, count) / 32,
+    )
+    rewards = kinds[number % 4]()
     rewards[groups == 0] = rewards[groups == 0][0]  # a group without signal
     lengths = rng.integers(1, MAX_TOKENS + 1, count)
     lengths[rng.integers(count)] = 1
@@ -55,16 +53,16 @@ def draw(rng: np.random.Generator, number: int, group_sizes: np.ndarray, shuffle
     advantages = np.repeat(rng.standard_normal(count), lengths)
     if number % 2:  # as after entropy shaping: another advantage at every token
         advantages = advantages * (1 + 0.3 * rng.random(n))
-    return {
-        "lengths": lengths,
-        "groups": groups,
-        "rewards": rewards.astype(np.float32),
-        "log_probs": log_probs.astype(np.float32),
-        "old_log_probs": old.astype(np.float32),
-        "reference_log_probs": reference.astype(np.float32),
-        "engine_log_probs": engine.astype(np.float32),
-        "advantages": advantages.astype(np.float32),
+    numbers = {
+        "rewards": rewards,
+        "log_probs": log_probs,
+        "old_log_probs": old,
+        "reference_log_probs": reference,
+        "engine_log_probs": engine,
+        "advantages": advantages,
     }
+    floats = {name: array.astype(np.float32) for name, array in numbers.items()}
+    return {"lengths": lengths, "groups": groups} | floats
 
 
 class Padded:

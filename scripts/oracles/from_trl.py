@@ -59,6 +59,8 @@ def trainer(p: Padded, log_probs: torch.Tensor | None = None, **options: Any) ->
     logs: dict[str, Any] = {key: [] for key in ("prompt", "completion", "advantages")}
     off = ("mask_truncated_completions", "aux_loss_enabled", "_entropy_bonus_enabled")
     absent = ("environment_factories", "environments", "tools", "pad_to_multiple_of", "ref_model")
+    accelerator = SimpleNamespace(num_processes=1, process_index=0, device="cpu")
+    accelerator.gather = accelerator.gather_for_metrics = accelerator.reduce = lambda value, **_: value
     return SimpleNamespace(
         **config,
         **dict.fromkeys(off, False),
@@ -66,14 +68,7 @@ def trainer(p: Padded, log_probs: torch.Tensor | None = None, **options: Any) ->
         args=SimpleNamespace(**config),
         epsilon_low=config["epsilon"],
         model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
-        accelerator=SimpleNamespace(
-            num_processes=1,
-            process_index=0,
-            device="cpu",
-            gather=as_is,
-            gather_for_metrics=as_is,
-            reduce=as_is,
-        ),
+        accelerator=accelerator,
         _generate=lambda prompts: (completions, completions, None, completions, sampled, {}, None, None),
         _calculate_rewards=lambda *_: p.rewards[:, None].clone(),
         _get_per_token_logps_and_entropies=lambda *_, **__: (log_probs, torch.zeros_like(p.mask), None),
@@ -94,11 +89,6 @@ def trainer(p: Padded, log_probs: torch.Tensor | None = None, **options: Any) ->
         _pending_extra_logs={},
         _pending_metrics={},
     )
-
-
-def as_is(value: Any, **_: Any) -> Any:
-    """What every reduction and gathering over one process does."""
-    return value
 
 
 def scored(p: Padded, **options: Any) -> dict[str, torch.Tensor]:

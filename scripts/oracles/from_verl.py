@@ -37,30 +37,22 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "mask_token": {"rollout_rs": "token_k1", "rollout_rs_threshold": "0.2_2.0"},
     "mask_sequence": {"rollout_rs": "seq_sum_k1", "rollout_rs_threshold": "0.2_2.0"},
     "mask_geometric": {"rollout_rs": "seq_mean_k1", "rollout_rs_threshold": "0.8_1.25"},
-    "both": {
-        "rollout_is": "token",
-        "rollout_is_threshold": 1.5,
-        "rollout_rs": "seq_mean_k1",
-        "rollout_rs_threshold": "0.8_1.25",
-    },
 }
+CORRECTIONS["both"] = CORRECTIONS["mask_geometric"] | {"rollout_is": "token", "rollout_is_threshold": 1.5}
 
 
 def advantages(p: Padded, token_rewards: torch.Tensor) -> Arrays:
     gamma = AlgoConfig(gamma=1.0)
     common = {"token_level_rewards": token_rewards, "response_mask": p.mask}
+    grouped = common | {"index": p.uids}
     grids = {
-        "grpo": core_algos.compute_grpo_outcome_advantage(**common, index=p.uids),
-        "grpo_vectorized": core_algos.compute_grpo_vectorized_outcome_advantage(**common, index=p.uids),
-        "dr_grpo": core_algos.compute_grpo_outcome_advantage(
-            **common, index=p.uids, norm_adv_by_std_in_grpo=False
-        ),
-        "rloo": core_algos.compute_rloo_outcome_advantage(**common, index=p.uids),
-        "rloo_vectorized": core_algos.compute_rloo_vectorized_outcome_advantage(**common, index=p.uids),
+        "grpo": core_algos.compute_grpo_outcome_advantage(**grouped),
+        "grpo_vectorized": core_algos.compute_grpo_vectorized_outcome_advantage(**grouped),
+        "dr_grpo": core_algos.compute_grpo_outcome_advantage(**grouped, norm_adv_by_std_in_grpo=False),
+        "rloo": core_algos.compute_rloo_outcome_advantage(**grouped),
+        "rloo_vectorized": core_algos.compute_rloo_vectorized_outcome_advantage(**grouped),
         "reinforce_pp": core_algos.compute_reinforce_plus_plus_outcome_advantage(**common, config=gamma),
-        "reinforce_pp_baseline": core_algos.compute_reinforce_plus_plus_baseline_outcome_advantage(
-            **common, index=p.uids
-        ),
+        "reinforce_pp_baseline": core_algos.compute_reinforce_plus_plus_baseline_outcome_advantage(**grouped),
     }
     return {name: p.flat(grid) for name, (grid, _) in grids.items()}
 
@@ -168,11 +160,7 @@ def batch(rng: np.random.Generator, number: int) -> Arrays:
         # the rounding of the scores by their small standard deviation.
         with_kl = advantages(p, p.outcome_rewards().double() - penalties.double())
         out |= {f"advantages_{kind}/{k}": v for k, v in with_kl.items() if "vectorized" not in k}
-    for part, arrays in (
-        ("loss", losses(p)),
-        ("kl", kl_penalties(p)),
-        ("aggregation", aggregations(p)),
-        ("correction", corrections(p)),
-    ):
-        out |= {f"{part}/{key}": array for key, array in arrays.items()}
+    parts = {"loss": losses, "kl": kl_penalties, "aggregation": aggregations, "correction": corrections}
+    for part, compute in parts.items():
+        out |= {f"{part}/{key}": array for key, array in compute(p).items()}
     return with_prefixes(inputs, out) | head(rng) | controller(rng)

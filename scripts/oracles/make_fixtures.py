@@ -2,13 +2,12 @@
 
     python scripts/oracles/make_fixtures.py            # in the environment of README.md, from anywhere
 
-Every number under ``out/`` comes from a function of verl or a method of TRL's GRPOTrainer; this file
-only draws inputs, pads them, calls, and takes the padding off again. It imports nothing of mssr. The
-same versions give the same files.
+Every number under ``out/`` comes from a function of verl or a method of TRL's GRPOTrainer; nothing of mssr is
+imported. The same versions give the same files.
 
-Layout of ``oracles_verl.npz`` and ``oracles_trl.npz``: all batches laid end to end. ``in/sequences``
-holds the number of responses of every batch, ``in/lengths`` the tokens of every response; every other
-array has one entry for each batch, each response or each token.
+Layout of both files: all batches laid end to end. ``in/sequences`` holds the number of responses of every
+batch, ``in/lengths`` the tokens of every response; every other array has one entry for each batch, each
+response or each token.
 """
 
 from __future__ import annotations

@@ -304,6 +304,7 @@ def test_whitening_tokens_that_agree_is_whitening_responses(batch: tuple[np.ndar
         (lambda: advantages.returns_to_go([1, 0], [1, 2], [0, 0]), "3 response tokens need as many"),
         (lambda: advantages.returns_to_go([1, 0], [1, 1], [0, math.nan]), "penalties must be finite"),
         (lambda: advantages.whiten([1, 0], [1, 2], 1e-8, "token"), "as many values"),
+        (lambda: advantages.whiten([1, math.inf], [1, 1], 1e-8, "token"), "values must be finite"),
         (lambda: advantages.whiten([1, 0], [1, 1], 1e-8, "tokens"), "weighting must be"),
         (lambda: advantages.rloo([[1, 0]], [0, 0]), "vector"),
         (lambda: advantages.reinforce_pp([1, 0], [1, -1]), ">= 0"),

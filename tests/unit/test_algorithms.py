@@ -14,7 +14,7 @@ import pytest
 
 from mssr import algorithms
 from mssr.algorithms import Algorithm, advantages
-from mssr.algorithms.registry import ALGORITHMS
+from mssr.algorithms.base import ALGORITHMS
 from mssr.errors import UserError
 
 pytestmark = pytest.mark.unit

@@ -15,13 +15,12 @@ import torch
 from mssr.cluster import ray_workers
 from mssr.cluster.ray_calls import Failure, Worker, WorkerDiedError
 from mssr.cluster.ray_generation import Generation
-from mssr.cluster.ray_workers import RayRolloutWorker
+from mssr.cluster.ray_workers import FinishedPart, RayRolloutWorker
 from mssr.cluster.shared_prompts import SharedPrompts
-from mssr.cluster.transport import FinishedPart, pack_rollouts, unpack_rollouts
 from mssr.config import Config
 from mssr.models.encoded import EncodedPrompt
 from mssr.rollout.queue import Finished, RequestQueue
-from mssr.types import Rollout, RolloutRequest, SamplingParams
+from mssr.types import PackedRollouts, Rollout, RolloutRequest, SamplingParams
 
 pytestmark = pytest.mark.unit
 PARAMS = SamplingParams(1.0, 8)
@@ -72,7 +71,8 @@ class FakeEngine:
             self.running[index] = now + request.seed, request
         over = [i for i, (end, _) in self.running.items() if end <= now]
         self.answered += over
-        return pack_rollouts([(i, rollout(self.running.pop(i)[1])) for i in over]) if over else None
+        rollouts = [rollout(self.running.pop(i)[1]) for i in over]
+        return FinishedPart(over, PackedRollouts.of(rollouts)) if over else None
 
 
 class FakeCalls:
@@ -238,9 +238,10 @@ def test_what_is_packed_for_the_way_comes_out_as_it_was() -> None:
         sent.append(
             (10 - k, Rollout(f"p{k}", k, tokens[:p], tokens[p:], log_probs, reason, k + 5, f"text {k}"))
         )
-    got = unpack_rollouts(pickle.loads(pickle.dumps(pack_rollouts(sent))))
-    assert [n for n, _ in got] == [n for n, _ in sent]
-    for (_, a), (_, b) in zip(sent, got, strict=True):
+    numbers, rollouts = zip(*sent, strict=True)
+    got = pickle.loads(pickle.dumps(FinishedPart(list(numbers), PackedRollouts.of(rollouts))))
+    assert got.numbers == list(numbers)
+    for a, b in zip(rollouts, got.rollouts.unpack(), strict=True):
         for name, value in vars(a).items():
             np.testing.assert_array_equal(getattr(b, name), value, err_msg=name)
             assert getattr(getattr(b, name), "dtype", None) == getattr(value, "dtype", None), name

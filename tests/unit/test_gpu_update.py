@@ -14,7 +14,7 @@ import transformers
 from gpu_update import make_batches, make_config
 from phases import Operations
 from torch.utils.flop_counter import FlopCounterMode
-from workload import draw_lengths, model_config, write_model, write_rows
+from workload import draw_lengths, model_config
 
 from mssr.actor.worker import PolicyWorker
 from mssr.config import Config
@@ -33,10 +33,9 @@ def test_the_shapes_are_those_of_the_published_models(name: str, parameters: int
 def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
     """Of forward and backward of an update with images. torch counts no attention on a CPU; that part of the
     formula has its test in test_cost.py."""
-    args = argparse.Namespace(size="tiny", device="cpu", threads=1, lora=0, options=[])
-    write_model(tmp_path / "model", "tiny", torch.device("cpu"), torch.float32)
-    prompts, responses = draw_lengths(4, 1, 0.2)
-    config = make_config(args, tmp_path / "model", write_rows(tmp_path, prompts, 0.2))
+    args = argparse.Namespace(size="tiny", device="cpu", threads=1, lora=0, options=[], scale=0.2)
+    prompts, responses = draw_lengths(4, 1, args.scale)
+    config = make_config(args, tmp_path, prompts)
     worker = PolicyWorker(config, 0, f"file://{tmp_path}/rendezvous", set_threads=False)
     try:
         [batch] = make_batches(config, 4, 512, responses)
@@ -82,11 +81,10 @@ def test_a_table_of_all_phases(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("freeze", ["true", "false"])
 def test_vision_counts_where_the_tower_runs(tmp_path: Path, freeze: str) -> None:
     """The features of a frozen one are kept: the first pass of a step, the reference's, computes them."""
-    args = argparse.Namespace(size="tiny", device="cpu", threads=1, lora=0, per_update=2)
+    args = argparse.Namespace(size="tiny", device="cpu", threads=1, lora=0, per_update=2, scale=0.1)
     args.options = [f"model.freeze_vision={freeze}"]
-    write_model(tmp_path / "model", "tiny", torch.device("cpu"), torch.float32)
-    prompts, responses = draw_lengths(4, 1, 0.1)
-    config = make_config(args, tmp_path / "model", write_rows(tmp_path, prompts, 0.1))
+    prompts, responses = draw_lengths(4, 1, args.scale)
+    config = make_config(args, tmp_path, prompts)
     update = gpu_update.measure(args, config, responses)[0][0]
     [batch, _] = make_batches(config, 2, 512, responses)
     operations = Operations.of(batch, transformers.AutoConfig.from_pretrained(tmp_path / "model"))

@@ -263,7 +263,7 @@ def test_aggregations_by_hand(mode: str, constant: int | None, denominator: floa
     assert losses.aggregation_denominator(LENGTHS, mode, constant) == denominator
     assert losses.aggregation_denominator(LENGTHS.tolist(), mode, constant) == denominator
     assert losses.aggregation_denominator(np.array([2, 0, 1, 5]), mode, constant) == denominator
-    weights = losses.aggregation_weights(LENGTHS, mode, constant)
+    weights = losses.aggregation_weights(LENGTHS, mode)
     for dtype in (torch.float32, torch.float64):
         x = torch.arange(8, dtype=dtype)
         result = losses.aggregate(x, denominator, weights)
@@ -276,7 +276,7 @@ def test_aggregations_by_hand(mode: str, constant: int | None, denominator: floa
 def test_a_mini_batch_without_tokens_still_has_a_denominator(mode: str, lengths: list[int]) -> None:
     denominator = losses.aggregation_denominator(lengths, mode, 10)
     assert denominator == 1.0
-    weights = losses.aggregation_weights(torch.tensor(lengths, dtype=torch.int64), mode, 10)
+    weights = losses.aggregation_weights(torch.tensor(lengths, dtype=torch.int64), mode)
     empty = torch.zeros(0, requires_grad=True)
     loss = losses.aggregate(empty * 2, denominator, weights)
     loss.backward()
@@ -291,7 +291,7 @@ def test_a_longer_response_counts_as_its_aggregation_says() -> None:
         ("sequence_mean", 1, 0.01),
         ("constant_length", 100, 1),
     ):
-        weights = [losses.aggregation_weights(length, mode, 1000) for length in (short, long)]
+        weights = [losses.aggregation_weights(length, mode) for length in (short, long)]
         a, b = (torch.ones(int(n)) if w is None else w for n, w in zip((short, long), weights, strict=True))
         assert (b.sum() / a.sum()).item() == pytest.approx(of_response)
         assert (b[0] / a[0]).item() == pytest.approx(of_token)
@@ -307,8 +307,8 @@ def test_aggregations_that_are_refused() -> None:
     for function in (losses.aggregation_weights, losses.aggregation_denominator):
         with pytest.raises(ValueError, match="token_mean, sequence_mean, constant_length"):
             function(LENGTHS, "mean")
-        with pytest.raises(ValueError, match="constant_length must be > 0"):
-            function(LENGTHS, "constant_length", 0)
+    with pytest.raises(ValueError, match="constant_length must be > 0"):
+        losses.aggregation_denominator(LENGTHS, "constant_length", 0)
     with pytest.raises(ValueError, match="needs the length"):
         losses.aggregation_denominator(LENGTHS, "constant_length")
     with pytest.raises(ValueError, match="lengths"):

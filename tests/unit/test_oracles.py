@@ -187,7 +187,7 @@ TRL_LOSSES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def aggregated(per_token: torch.Tensor, batch: Batch, mode: str) -> torch.Tensor:
     lengths = torch.from_numpy(batch.lengths).long()
-    weights = losses.aggregation_weights(lengths, mode, CONSTANT_LENGTH)
+    weights = losses.aggregation_weights(lengths, mode)
     denominator = losses.aggregation_denominator(lengths, mode, CONSTANT_LENGTH)
     return losses.aggregate(per_token, denominator, weights)
 

@@ -254,7 +254,7 @@ def test_splitting_into_micro_batches_changes_nothing(batch: dict[str, Any], nam
         new, old, a, lengths = of_sequences(batch, which)
         new.requires_grad_()
         per_token, _ = policy_loss(new, old, a, lengths, name=name)
-        loss = aggregate(per_token, denominator, aggregation_weights(lengths, mode, 7))
+        loss = aggregate(per_token, denominator, aggregation_weights(lengths, mode))
         return loss.detach(), torch.autograd.grad(loss, new)[0]
 
     everything = list(range(len(batch["lengths"])))

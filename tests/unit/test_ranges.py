@@ -135,8 +135,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         lambda: advantages.single_rollout([[1.0]], [[0.5]]),
         lambda: advantages.reinforce_pp([1.0, 0.0], [1]),
         lambda: advantages.grpo([1.0, 0.0], [0]),
-        lambda: advantages.check_penalties([0.1], np.array([2])),
-        lambda: advantages.check_penalties([0.1, math.nan], np.array([2])),
+        lambda: advantages.per_token("penalties", [0.1], np.array([2])),
+        lambda: advantages.per_token("penalties", [0.1, math.nan], np.array([2])),
     ):
         with pytest.raises(ValueError):
             call()

@@ -31,11 +31,10 @@ from mssr.runs.config import load_config
 from mssr.runs.console import Console
 from mssr.runs.events import EventLog
 from mssr.runs.loggers import MetricsLog
-from mssr.runs.run import Run
 from mssr.runs.run_directory import check_checkpoint
 from mssr.runs.signals import StopRequest
-from mssr.trainer.loop import Trainer
-from mssr.trainer.recovery import run_with_recovery, step_of
+from mssr.trainer.loop import Run, Trainer
+from mssr.trainer.session import run_with_recovery, step_of
 from mssr.trainer.validation import load_validation
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
 from tests.chaos.run import comparable

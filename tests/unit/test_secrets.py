@@ -15,7 +15,7 @@ import yaml
 
 import mssr
 from mssr.config import Config, ModelConfig, to_dict
-from mssr.config.loading import save_config
+from mssr.config.loading import config_yaml
 from mssr.config.secrets import environment_variable, is_secret_name, named_secrets, redact
 from mssr.errors import UserError
 from mssr.runs.config import load_config
@@ -136,7 +136,7 @@ def test_secrets_do_not_reach_config_yaml(tmp_path: Path, monkeypatch: pytest.Mo
     overrides += ["rollout.engine_options.hf_token=${oc.env:JUDGE_KEY}"]
     config = load_config(DIGITS, overrides)
     assert config.rollout.engine_options["hf_token"] == "from-the-environment"  # where it is used
-    save_config(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config_yaml(config))
     text = (tmp_path / "config.yaml").read_text()
     assert HF not in text and "from-the-environment" not in text
     saved = yaml.safe_load(text)

@@ -13,7 +13,7 @@ from mssr.config.data import RewardConfig
 from mssr.errors import StopRequestedError
 from mssr.rewards import RewardInput, Scorer, ScoringStream
 from mssr.trainer.early_log_probs import PARTS, EarlyLogProbs
-from mssr.trainer.response_lengths import ResponseLengths
+from mssr.trainer.last_visits import ResponseLengths
 from mssr.types import RankLogProbs, Rollout, TokenLogProbs, TrainBatch
 
 pytestmark = pytest.mark.unit
@@ -144,7 +144,7 @@ def test_what_ranks_scored_is_put_in_the_order_of_the_batch() -> None:
 
     def share(*own: int) -> RankLogProbs:
         policy = np.concatenate([values[starts[s] : starts[s + 1]] for s in own])
-        return RankLogProbs(np.array(own), policy, 10 * policy)
+        return RankLogProbs(policy, 10 * policy, np.array(own))
 
     for shares in ([share(2, 0), share(3, 1)], [share(3, 2, 1, 0)]):
         joined = join_log_probs(shares, batch)

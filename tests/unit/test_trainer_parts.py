@@ -16,9 +16,8 @@ from mssr.data.sampler import EpochSampler
 from mssr.rollout.seeds import request_seed
 from mssr.rollout.weights import pack_weights, unpack_weights
 from mssr.runs.checkpoint import read_state, write_state
-from mssr.runs.jsonl import append_record
+from mssr.runs.jsonl import append_record, write_samples
 from mssr.runs.loggers import discard_after
-from mssr.runs.samples import write_samples
 
 pytestmark = pytest.mark.unit
 

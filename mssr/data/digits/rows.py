@@ -99,7 +99,7 @@ def answer_to(kind: str, left: int, right: int) -> int:
 def draw_examples(scans: Scans, count: int, rng: np.random.Generator) -> Iterator[Example]:
     """``count`` random pairs of scans with random questions; the kinds come in equal shares."""
     for index in range(count):
-        left, right = (int(i) for i in rng.integers(len(scans), size=2))
+        left, right = rng.integers(len(scans), size=2).tolist()
         kind = KINDS[index % len(KINDS)]
         phrasings = QUESTIONS[kind]
         yield Example(left, right, kind, phrasings[int(rng.integers(len(phrasings)))])
@@ -112,10 +112,8 @@ def pair_image(scans: Scans, left: int, right: int) -> npt.NDArray[np.uint8]:
 
 
 def write_parquet(scans: Scans, examples: list[Example], split: str, path: Path) -> None:
-    """Write the rows as ``datasets`` reads them: ``id, images, problem, answer, kind``.
-
-    ``images`` is a list of one PNG, embedded. ``problem`` starts with the mark ``<image>``.
-    """
+    """Write ``id, images, problem, answer, kind`` as ``datasets`` reads them; ``images`` is a list of one
+    PNG, embedded, and ``problem`` starts with the mark ``<image>``."""
     import pyarrow.parquet as pq
     from datasets import Dataset, Features, Image, Sequence, Value
 

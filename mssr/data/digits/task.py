@@ -66,9 +66,10 @@ class DigitsSettings:
     """Threads of the warm start; all cores, at most 8, by default. Not part of the cache's key."""
 
     def __post_init__(self) -> None:
-        for name in ("train_rows", "val_rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"DigitsSettings.{name}={getattr(self, name)}: at least 1 row is needed")
+        if min(self.train_rows, self.val_rows) < 1:
+            raise UserError(
+                f"{self.train_rows} train_rows and {self.val_rows} val_rows: at least 1 is needed"
+            )
 
 
 def prepare(out: Path, seed: int = 0, quiet: bool = False, settings: DigitsSettings | None = None) -> None:
@@ -81,8 +82,7 @@ def prepare(out: Path, seed: int = 0, quiet: bool = False, settings: DigitsSetti
     to stderr, unless ``quiet``.
 
     Raises:
-        UserError: ``out`` is no directory, cannot be written, or holds files of these names that this
-            function did not make.
+        UserError: ``out`` is no directory, cannot be written, or holds such files of somebody else.
     """
     from filelock import FileLock
 
@@ -178,17 +178,14 @@ def _publish(partial: Path, out: Path) -> None:
     """Move the finished files into ``out``; the summary goes first and comes last."""
     (out / SUMMARY).unlink(missing_ok=True)
     for name in (*PRODUCTS, SUMMARY):
-        old = out / name
-        if old.is_dir():
-            # Renamed away in one step, so that `model` is never half a directory.
-            old.rename(partial / f"{name}.old")
+        if (old := out / name).is_dir():
+            old.rename(partial / f"{name}.old")  # in one step: `model` is never half a directory
         (partial / name).replace(old)
 
 
 def _refuse_foreign_files(out: Path) -> None:
-    ours = (out / SUMMARY).exists() or (out / LOCK).exists()
     foreign = [name for name in PRODUCTS if (out / name).exists()]
-    if foreign and not ours:
+    if foreign and not any((out / name).exists() for name in (SUMMARY, LOCK)):
         raise UserError(
             f"{out} holds {foreign[0]}, which `mssr prepare` did not make: choose another folder for --out"
         )

@@ -137,22 +137,18 @@ def warm_start(
     seed: int,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Train the encoder's model in place on pairs of ``scans``; return the loss of every step.
-
-    The result is the same bit for bit for the same seed, settings, number of torch's threads and versions.
-    ``on_step(step, loss)`` follows each step.
-    """
+    """Train the encoder's model in place on pairs of ``scans``; return the loss of every step, as
+    ``on_step(step, loss)`` gets it. The result is the same bit for bit for the same seed, settings, number of
+    torch's threads and versions."""
     import torch
 
     rng = np.random.default_rng([seed, 3])
     model, total = encoder.model, settings.reading_steps + settings.habit_steps
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
+    decay = {"params": matrices, "weight_decay": settings.weight_decay}
     optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
+        [decay, {"params": vectors, "weight_decay": 0.0}],
         lr=settings.learning_rate,
         betas=(0.9, 0.98),
         fused=True,
@@ -195,11 +191,8 @@ def accuracy(
     greedy: bool = True,
     careful: bool = False,
 ) -> float:
-    """Share of the examples answered correctly.
-
-    Responses are ``greedy`` or sampled at temperature 1. ``careful`` forbids the word ``guess``, which
-    leaves the model no other way than to read the digits.
-    """
+    """Share of the examples answered correctly, ``greedy`` or sampled at temperature 1. ``careful`` forbids
+    the word ``guess``, which leaves the model no other way than to read the digits."""
     import torch
 
     tokenizer, right = encoder.processor.tokenizer, 0
@@ -232,11 +225,9 @@ def torch_threads(count: int | None) -> Iterator[None]:
     """Let torch use ``count`` threads; by default all cores, but no more than a model this small can feed."""
     import torch
 
-    if count is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        count = min(cores or 1, 8)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(min(cores or 1, 8) if count is None else count)
     try:
         yield
     finally:

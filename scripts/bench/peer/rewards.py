@@ -1,6 +1,4 @@
-"""The rewards of both sides. Standard library only, but for the digits' rule, which is ours."""
-
-from __future__ import annotations
+"""The rewards of both sides."""
 
 
 def even_length(response: str, answer: str) -> float:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# TRL in an environment of its own, with our versions of torch and transformers: ./.venv-trl, or the directory
-# given as the first argument. Does nothing if it is there.
+# TRL in an environment of its own, .venv-trl, with our versions of torch and transformers. Does nothing if it is
+# there.
 set -euo pipefail
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
-VENV=${1:-$REPO/.venv-trl}
+VENV=$REPO/.venv-trl
 TRL_VERSION=1.16.0
 
 [[ -f $VENV/ready-$TRL_VERSION ]] && exit

@@ -1,13 +1,13 @@
 """TRL's GRPOTrainer on the same rows, one step a turn; run by the python of TRL's environment. See `turns`.
 
-A step is one generation of ``rollouts`` responses and all updates made from it. Settings are those that
-turned out best on a CPU: no gradient checkpointing, fp32, all cores as threads, batches as large as given.
+A step is one generation of ``rollouts`` responses and all updates made from it, with the settings that turned
+out best on a CPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from typing import Any
 
 import datasets
@@ -48,9 +48,7 @@ def rows(path: str) -> datasets.Dataset:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("settings", type=json.loads, help="see peer_trl.py")
-    s = parser.parse_args().settings
+    s = json.loads(sys.argv[1])  # see peer_trl.py
     torch.set_num_threads(s["threads"])
     record: dict[str, Any] = {}
     function = getattr(rewards, s["reward"])

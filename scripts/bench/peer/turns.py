@@ -1,6 +1,5 @@
-"""Two trainers that take turns: each stands still until the benchmark lets it make one step.
+"""Trainers that take turns: a `Side` of the benchmark is a process that calls a `Gate` around its steps.
 
-The benchmark opens a `Side`, a process that runs a trainer; the trainer calls a `Gate` around its steps.
 TRL's environment imports this, too.
 """
 
@@ -42,11 +41,7 @@ class Gate:
 
 
 class Side:
-    """A trainer in a process of its own.
-
-    Args:
-        command: of the process; its output goes to ``log``.
-    """
+    """A trainer in a process of its own, whose output goes to ``log``; ready for its first step."""
 
     def __init__(self, name: str, command: Sequence[str], log: Path, environment: dict[str, str]) -> None:
         self.name, self._log = name, log
@@ -56,9 +51,6 @@ class Side:
             self._process = subprocess.Popen(
                 command, stdout=output, stderr=output, env=variables, pass_fds=[there.fileno()]
             )
-
-    def ready(self) -> None:
-        """Wait until the first step can begin."""
         self._receive()
 
     def step(self) -> dict[str, Any]:
@@ -83,8 +75,7 @@ class Side:
 
     def _receive(self) -> dict[str, Any]:
         try:
-            record: dict[str, Any] = self._trainer.recv()
-            return record
+            return dict(self._trainer.recv())
         except EOFError:
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
             raise SystemExit(f"{self.name} ended, see {self._log}:\n{tail}") from None
