@@ -1,6 +1,6 @@
 """The FSDP2 policy, in the order of a step.
 
 `worker` is a rank: it makes the model (`initial_weights`, `distributed`) and its optimizer (`optimizers`,
-`adamw`, `offload`). `update` runs the step: who computes what (`planning`), encoded prompts (`prompts`), what
-is known and measured of their tokens (`step`), what is not finite (`guard`). `checkpoint` saves and loads.
+`adamw`). `update` runs the step: who computes what (`planning`), encoded prompts (`prompts`), what is known
+and measured of their tokens (`step`), what is not finite (`guard`). `checkpoint` saves and loads.
 """

@@ -48,8 +48,7 @@ class ActorCheckpoint:
     Args:
         model: whose parameters are saved, by their Hugging Face names; of one with adapters, these alone.
         background: whether `begin` only makes a copy of the state before it returns.
-        on_device: within it the optimizer's states are where the optimizer left them, see
-            `mssr.actor.offload`.
+        on_device: within it the optimizer's states are where it left them, see `OffloadedOptimizer`.
     """
 
     def __init__(
@@ -171,9 +170,9 @@ def _reason(error: BaseException) -> str:
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
-    cause = error
-    while cause.__cause__ is not None or cause.__context__ is not None:
-        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
         if isinstance(cause, OSError):
             error = cause
+        cause = cause.__cause__ or cause.__context__
     return first_line(error)

@@ -69,7 +69,6 @@ class Planner:
     """Plans a batch's passes.
 
     Args:
-        work: lengths and costs of the batch's sequences.
         ranks: how many share the work.
         token_budget: most tokens of a forward pass; a longer sequence gets a pass of its own.
     """

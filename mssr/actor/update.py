@@ -17,8 +17,7 @@ import torch
 
 from mssr.actor.distributed import accumulate_locally, clip_grad_norm, reshard
 from mssr.actor.guard import NonFiniteGuard
-from mssr.actor.offload import OffloadedOptimizer
-from mssr.actor.optimizers import learning_rate
+from mssr.actor.optimizers import OffloadedOptimizer, learning_rate
 from mssr.actor.planning import MicroBatch, Passes, Planner, StepPlan, UpdatePlan
 from mssr.actor.prompts import PromptCache
 from mssr.actor.step import LogProbs, StepState
@@ -61,9 +60,8 @@ class PolicyUpdater:
         self.objective = make_objective(config)
         self.cost_model = CostModel(policy.model.config, train_vision=config.trains_vision)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
-        self.guard = NonFiniteGuard(
-            config.run_dir / "nonfinite", rank, config.actor.max_nonfinite_updates, device
-        )
+        most = config.actor.max_nonfinite_updates
+        self.guard = NonFiniteGuard(config.run_dir / "nonfinite", rank, most, device)
 
     def step(self, batch: TrainBatch, step: int) -> dict[str, float]:
         """Run ``actor.updates_per_step`` updates on a batch; returns metrics, equal on all ranks.
@@ -209,11 +207,8 @@ class PolicyUpdater:
         self._reshard()
 
     def _planner(self, batch: TrainBatch) -> Planner:
-        return Planner(
-            self.cost_model.work(batch),
-            ranks=self.config.actor.num_ranks,
-            token_budget=self.config.actor.micro_batch_tokens,
-        )
+        actor, work = self.config.actor, self.cost_model.work(batch)
+        return Planner(work, ranks=actor.num_ranks, token_budget=actor.micro_batch_tokens)
 
     def _packed(
         self, batch: TrainBatch, passes: Passes, text_only: bool = False
@@ -224,9 +219,8 @@ class PolicyUpdater:
             yield micro, pack(items, self.policy.merge_size).to(self.device)
 
     def _metrics(self, state: StepState, updates: int) -> dict[str, float]:
-        encoded, self.prompts.encoded = self.prompts.encoded, 0
-        key = "perf/prompts_encoded_by_ranks"
-        state.measured.total(key, torch.tensor(encoded, device=self.device))
+        encoded, self.prompts.encoded = torch.tensor(self.prompts.encoded, device=self.device), 0
+        state.measured.total("perf/prompts_encoded_by_ranks", encoded)
         metrics = state.measured.reduce()
         # The mean of what each update minimised, of those that were made.
         metrics["policy/loss"] = metrics["policy/loss"] / updates if updates else math.nan

@@ -16,8 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mssr.actor.checkpoint import ActorCheckpoint
 from mssr.actor.distributed import full_tensors, init_process_group, shard
 from mssr.actor.initial_weights import InitialWeights
-from mssr.actor.offload import with_offload
-from mssr.actor.optimizers import make_optimizer
+from mssr.actor.optimizers import make_optimizer, with_offload
 from mssr.actor.prompts import Prepared, PromptCache
 from mssr.actor.update import PolicyUpdater
 from mssr.config import Config

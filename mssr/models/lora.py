@@ -123,7 +123,6 @@ def save_adapter(weights: Mapping[str, torch.Tensor], config: Any, base: str, di
         weights: by their names in the model.
         config: of `peft_config`.
         base: path or name of the model that they belong to.
-        directory: made if it is not there.
     """
     import safetensors.torch
 

@@ -20,7 +20,7 @@ from mssr.actor.adamw import (
     round_stochastically,
     split,
 )
-from mssr.actor.offload import OffloadedOptimizer, with_offload
+from mssr.actor.optimizers import OffloadedOptimizer, with_offload
 from mssr.models.policy import PolicyModel
 from mssr.runs.config import load_config
 from tests.conftest import Workspace
