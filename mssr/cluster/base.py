@@ -72,7 +72,7 @@ class Cluster(Protocol):
         """Whether the ranks have devices of their own, which do nothing while engines generate."""
 
     def log_probs(self, batch: TrainBatch, reference: bool = False) -> TokenLogProbs:
-        """Score the responses of a batch under the policy as it is, and under the reference."""
+        """Log-probs of the responses of a batch under the policy as it is, and under the reference."""
 
     def sync_weights(self, version: int) -> None:
         """Give the actor's weights to every engine; later rollouts carry ``version``."""
@@ -98,10 +98,10 @@ class Cluster(Protocol):
 
 
 def join_log_probs(shares: Sequence[RankLogProbs], batch: TrainBatch) -> TokenLogProbs:
-    """What the ranks scored of a batch, each its share, in the order of the batch."""
+    """The log-probs of a batch, of which each rank computed its share, in the order of the batch."""
     starts, lengths = batch.response_offsets, batch.response_lengths
     order = np.concatenate([share.sequences for share in shares])
-    assert len(order) == len(batch), "the ranks scored some rollouts twice or not at all"
+    assert len(order) == len(batch), "the ranks took some rollouts twice or not at all"
     # Where each value belongs: the start of its rollout, and how far it is into it.
     ends = np.cumsum(lengths[order])
     places = np.repeat(starts[order] - ends + lengths[order], lengths[order]) + np.arange(ends[-1])
