@@ -103,7 +103,7 @@ install() {
     trap 'kill "$pid" 2>/dev/null || true; exit 130' INT TERM
     while kill -0 "$pid" 2>/dev/null; do
         sleep 0.2
-        ((++ticks % 75)) || say "  $((SECONDS - start)) s: $(tail -n 1 "$LOG" | cut -c 1-90)"
+        ((++ticks % 75)) || say "  $((SECONDS - start)) s: $(grep -v 'is ignored: it is neither' "$LOG" | tail -n 1 | cut -c 1-90)"
     done
     wait "$pid" || status=$?
     trap - INT TERM

@@ -174,7 +174,7 @@ class TrainerConfig:
     """Where everything is written; null is runs/<experiment_name>."""
     val_every: int = option(10, ">= 0")
     """Validate before the first step, then every so many steps and after the last; 0 never."""
-    val_max_prompts: int | None = option(None)
+    val_max_prompts: int | None = option(None, "> 0")
     """Validate on the first so many prompts; null on all."""
     save_every: int = option(20, ">= 0")
     """Checkpoint every so many steps and after the last; 0 never."""

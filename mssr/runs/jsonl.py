@@ -6,6 +6,7 @@ samples/step-000010.jsonl   questions, responses and scores of a step, of traini
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,13 @@ def to_lines(records: Iterable[dict[str, Any]]) -> str:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Add a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(to_lines([record]))
+    """Add a line; one that a crash cut off before stays a line of its own."""
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(to_lines([record]).encode())
 
 
 def read_records(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:

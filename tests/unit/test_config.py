@@ -214,6 +214,7 @@ def test_the_defaults_of_every_method_are_in_range_and_read() -> None:
         ("algorithm.discount.eta", (0.0, 1.0), {-0.1: r"lie in \[0, 1\]", math.inf: r"lie in \[0, 1\]"}),
         ("algorithm.discount.eta_max", (0.9,), {1.0: r"lie in \(0, 1\)", 0.0: r"lie in \(0, 1\)"}),
         ("watch.length_growth", (1.5, None), {1.0: "be greater than 1, or be null$"}),
+        ("trainer.val_max_prompts", (1, None), {0: "be greater than 0", -5: "be greater than 0"}),
         ("rollout.lag", (0, 1), {2: "be 0 or 1", -1: "be 0 or 1"}),
         ("algorithm.kl.estimator", ("k1", "k3"), {"k4": "be one of k1, k2, k3"}),
         ("actor.betas", ([0.0, 0.9],), {(0.9, 1.0): r"lie in \[0, 1\)"}),

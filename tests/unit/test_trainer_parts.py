@@ -16,7 +16,7 @@ from mssr.data.sampler import EpochSampler
 from mssr.rollout.seeds import request_seed
 from mssr.rollout.weights import pack_weights, unpack_weights
 from mssr.runs.checkpoint import read_state, write_state
-from mssr.runs.jsonl import append_record, write_samples
+from mssr.runs.jsonl import append_record, read_records, write_samples
 from mssr.runs.loggers import discard_after
 
 pytestmark = pytest.mark.unit
@@ -71,6 +71,16 @@ def test_metrics_file_has_neither_gap_nor_duplicate_and_loses_nothing(tmp_path: 
     assert [(r["step"], r["run"]) for r in records] == [(0, 1), (1, 1), (2, 1), (3, 2)]
     discarded = (tmp_path / "metrics.discarded.jsonl").read_text()
     assert discarded == '{"step": 3, "run": 1}\n{"step": 4, "ru'
+
+
+def test_a_record_is_not_lost_behind_one_that_a_crash_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    append_record(path, {"event": "a"})
+    with path.open("a") as file:
+        file.write('{"event": "b", "de')
+    append_record(path, {"event": "\u00fc"})
+    append_record(path, {"event": "d"})
+    assert [r["event"] for r in read_records(path, skip_damaged=True)] == ["a", "\u00fc", "d"]
 
 
 def test_samples_of_a_step_are_replaced_by_split(tmp_path: Path) -> None:
