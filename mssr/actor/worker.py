@@ -45,7 +45,7 @@ class PolicyWorker:
         self.rank = rank
         self.device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         if set_threads and device == "cpu":
-            torch.set_num_threads(config.cluster.threads_per_actor)
+            torch.set_num_threads(config.cluster.threads_per_actor or 1)
         torch.manual_seed(config.seed)
         limit_s = config.cluster.hang_timeout_s
         mesh = init_process_group(rank, config.actor.num_ranks, init_method, self.device, limit_s)
@@ -102,7 +102,7 @@ class PolicyWorker:
         model = PolicyModel(
             hf_model,
             temperature=self.config.rollout.temperature,
-            head_chunk=actor.head_chunk_tokens,
+            head_chunk=actor.head_chunk_tokens or (2048 if self.device.type == "cuda" else 256),
             features=self._features if frozen_tower else None,
         )
         offload = actor.offload == "all"

@@ -14,6 +14,7 @@ from mssr.models.encoded import EncodedPrompt
 from mssr.models.loading import resolve_device
 from mssr.rollout.engine import make_engine
 from mssr.rollout.queue import RequestQueue
+from mssr.rollout.weights import InMemory
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 
 
@@ -29,7 +30,7 @@ class LocalCluster(Cluster):
         device = resolve_device(config.cluster.device)
         self._scratch = tempfile.TemporaryDirectory(prefix="mssr-")
         # vLLM replaces torch.set_num_threads; the count of the whole process is set before.
-        torch.set_num_threads(max(config.cluster.threads_per_actor, config.cluster.threads_per_rollout))
+        torch.set_num_threads(max(config.cluster.threads_per_actor or 1, config.cluster.threads_per_rollout))
         rendezvous = f"file://{self._scratch.name}/rendezvous"
         self._has_actor = config.actor.num_ranks > 0
         if self._has_actor:
@@ -73,7 +74,7 @@ class LocalCluster(Cluster):
     def sync_weights(self, version: int) -> None:
         weights = self._actor.export_weights()
         assert weights is not None
-        self._engine.load_weights(weights.items(), version)
+        self._engine.load_weights(InMemory(weights), version)
 
     def begin_save(self, directory: str) -> SaveHandle:
         saving = self._actor.checkpoint

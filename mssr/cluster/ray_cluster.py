@@ -69,7 +69,7 @@ class RayCluster(Cluster):
         on_finished: OnFinished | None = None,
         stoppable: bool = True,
     ) -> list[Rollout]:
-        slots = self._config.rollout.max_num_seqs
+        slots = self._slots
         stop = self._stop if stoppable else None
         generation = Generation(self._calls, requests, params, slots, on_finished, stop, self._shelf.add)
         while not generation.done:
@@ -161,19 +161,21 @@ class RayCluster(Cluster):
 
     def _start(self, engines: Sequence[int], ranks: Sequence[int]) -> None:
         """Make workers, and wait until they have loaded the base model."""
-        started = []
+        starting = []
         for k in engines:
             index = self._config.actor.num_ranks + k
             engine = self._remote(RayRolloutWorker, f"engine {k}", index, f"rollout-{k}")
             self._engines[k : k + 1] = [engine]
-            started.append((engine, engine.handle.start.remote(self._device)))
+            starting.append((engine, engine.handle.start.remote(self._device)))
         if ranks:
             self._ranks = [self._remote(RayPolicyWorker, f"actor rank {k}", k, f"actor-{k}") for k in ranks]
             first = self._ranks[0]
             [address] = self._started([(first, first.handle.rendezvous.remote())])
             for k, rank in enumerate(self._ranks):
-                started.append((rank, rank.handle.start.remote(k, address, self._device)))
-        self._started(started)
+                starting.append((rank, rank.handle.start.remote(k, address, self._device)))
+        outcomes = self._started(starting)
+        if engines:
+            self._slots = outcomes[0]
 
     def _started(self, refs: list[tuple[Worker, Any]]) -> list[Any]:
         outcomes = self._calls.gather(refs, together=True, stop=self._stop, hang_timeout_s=START_TIMEOUT_S)

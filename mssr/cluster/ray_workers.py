@@ -46,7 +46,7 @@ class RayWorker:
     def __init__(self, config: Config, log_file: str) -> None:
         self._config = config
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-            os.environ[name] = str(getattr(config.cluster, self.threads_option))
+            os.environ[name] = str(getattr(config.cluster, self.threads_option) or 1)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         # Everything that this process and its libraries print goes to the file.
         os.makedirs(os.path.dirname(log_file), exist_ok=True)
@@ -139,13 +139,15 @@ class RayRolloutWorker(RayWorker):
         self._lock = threading.Lock()
         self._queues: dict[int, RequestQueue] = {}
 
-    def start(self, device: str) -> None:
+    def start(self, device: str) -> int:
+        """Returns how many sequences the engine runs at a time."""
         import torch
 
         torch.set_num_threads(self._config.cluster.threads_per_rollout)
         from mssr.rollout.engine import make_engine
 
         self._engine = make_engine(self._config, device)
+        return self._engine.slots
 
     def generate(
         self, call: int, requests: Sequence[Numbered], params: SamplingParams
@@ -156,7 +158,7 @@ class RayRolloutWorker(RayWorker):
         """
         queue = self._queue(call)
         queue.put(requests)
-        handful = max(1, self._config.rollout.max_num_seqs // HANDFUL)
+        handful = max(1, self._engine.slots // HANDFUL)
         outbox = PromptOutbox(self._config.actor.num_ranks)
         ended: Finished = []
         returned, since = 0, time.monotonic()
@@ -203,7 +205,7 @@ class RayRolloutWorker(RayWorker):
         """``weights``: what `RayPolicyWorker.export_weights` gave on rank 0."""
         import ray
 
-        from mssr.rollout.weights import unpack_weights
+        from mssr.rollout.weights import Packed
 
         heartbeat.beat()
-        self._engine.load_weights(unpack_weights(ray.get(weights[0])), version)
+        self._engine.load_weights(Packed(ray.get(weights[0])), version)

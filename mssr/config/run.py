@@ -56,14 +56,22 @@ class RolloutConfig:
     this step's; algorithm.correction accounts for the difference. 0: one after the other."""
     workers: int = option(1, "> 0", resume=FREE)
     """Number of engines; they share one queue of requests."""
-    max_num_seqs: int = option(256, "> 0", resume=FREE)
-    """Sequences an engine decodes at the same time."""
+    tensor_parallel: int = option(1, "> 0", resume=FREE)
+    """Devices that share an engine's weights, for models that do not fit on one; else 1 is faster."""
+    max_num_seqs: int | None = option(None, "> 0", resume=FREE)
+    """Sequences an engine decodes at the same time; null: what vLLM thinks right for the GPU, 256 on CPU."""
+    max_num_batched_tokens: int | None = option(None, "> 0", resume=FREE)
+    """Tokens an engine computes in one pass; null: what vLLM thinks right for the GPU, enough for a prompt
+    of any length on CPU."""
     kv_cache_gib: int = option(4, "> 0", resume=FREE)
     """Memory for keys and values on CPU, GiB per engine."""
-    gpu_memory_utilization: float = option(0.85, "> 0", resume=FREE)
-    """Share of GPU memory an engine may take."""
+    gpu_memory_utilization: float | None = option(None, "(0, 1]", resume=FREE)
+    """Share of GPU memory an engine may take; null: 0.9, or 0.65 where an actor rank is on the same GPU."""
     enforce_eager: bool = option(False, resume=FREE)
     """Do not capture CUDA graphs (always so on CPU)."""
+    check_weights: str = option("first", choices="first, always, never", resume=FREE)
+    """Compare the engines' weights with the actor's, by checksum, after a transfer: first (the first of a run
+    and of an engine that was replaced), always, never."""
     engine_options: dict[str, Any] = option({}, resume=FREE, first_values=True)
     """Further arguments for vllm.LLM, passed as they are."""
 
@@ -88,6 +96,9 @@ class ActorConfig:
 
     num_ranks: int = option(1, "> 0", resume=FREE)
     """Processes that share the policy, one GPU each where there are GPUs."""
+    shard_size: int | None = option(None, "> 0", resume=FREE)
+    """Ranks that share one copy of the policy; as many copies as needed train on shares of a batch (HSDP).
+    null: all ranks share one."""
     updates_per_step: int = option(4, "> 0")
     """Optimizer steps a step; every method gets the same number."""
     lr: float = option(1e-6, "> 0")
@@ -107,8 +118,8 @@ class ActorConfig:
     keep_gathered: bool = option(False, resume=FREE)
     """Hold whole parameters and gradients through an update instead of gathering them for every
     layer and pass: less communication for more memory, right for small models."""
-    head_chunk_tokens: int = option(256, "> 0", resume=FREE)
-    """As many logits exist at the same time (twice) as so many tokens have."""
+    head_chunk_tokens: int | None = option(None, "> 0", resume=FREE)
+    """As many logits exist at the same time (twice) as so many tokens have; null: 2048 on GPU, 256 on CPU."""
     score_early: str = option("auto", choices="auto, always, never", resume=FREE)
     """Have the ranks score responses (log-probs before the step and of the reference) while others are still
     being generated: always, never, or auto (where ranks have GPUs of their own, which would be idle)."""
@@ -137,6 +148,8 @@ class ActorConfig:
     offload: str = option("none", choices="none, optimizer, all", resume=FREE)
     """What waits in host memory, on a GPU: none, optimizer (its states, but while it steps), or all
     (parameters, gradients and states; the optimizer steps on the host)."""
+    offload_reference: bool = option(False, resume=FREE)
+    """The reference's parameters wait in host memory, on a GPU, but while they are used."""
     max_nonfinite_updates: int = option(3, "> 0", resume=FREE)
     """Stop after this many updates in a row that were skipped because loss, gradient or a log-prob (the
     engine's too) was not finite; what spoilt them is in <run_dir>/nonfinite."""
@@ -152,13 +165,27 @@ class ClusterConfig:
     """Address of a running Ray cluster, or auto; null starts one on this machine."""
     device: str = option("auto", choices="auto, cpu, cuda")
     """cpu, cuda, or auto: cuda where there is one."""
-    threads_per_actor: int = option(1, "> 0")
-    """CPU threads of an actor rank."""
+    placement: str = option("auto", choices="auto, colocated, apart")
+    """colocated (an engine and as many ranks as it has devices share these, and take turns), apart (each has
+    devices of its own), or auto: colocated on GPUs where counts and memory allow, apart otherwise."""
+    weight_transfer: str = option("auto", choices="auto, object_store, ipc, broadcast")
+    """How engines get weights: object_store (Ray's, through host memory), ipc (in buckets from a rank on
+    the same device), broadcast (NCCL, on CPU gloo), or auto: ipc where colocated on GPUs, broadcast where
+    apart on GPUs or an engine has several processes, else object_store."""
+    env: dict[str, Any] = option({})
+    """Environment variables of all workers, beside those of the driver that begin with NCCL_, GLOO_, VLLM_ or
+    HF_; null: as the driver has it."""
+    threads_per_actor: int | None = option(None, "> 0")
+    """CPU threads of an actor rank; null: 1, or with actor.offload=all on a GPU its share of the cores."""
     threads_per_rollout: int = option(2, "> 0")
     """CPU threads of an engine."""
     hang_timeout_s: float = option(900.0, "> 0")
     """A worker that shows no sign of life for so long (no engine step, no micro-batch, no answer) is
     taken for hung: its stacks are written to the run directory, and it is replaced."""
+    start_timeout_s: float = option(1800.0, "> 0")
+    """How long a worker may take to start and load its model."""
+    replace_timeout_s: float = option(300.0, "> 0")
+    """How long an engine whose machine is gone is waited for; then the run goes on without it."""
 
 
 @dataclass

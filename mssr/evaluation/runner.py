@@ -213,7 +213,7 @@ class _Evaluation:
         path = self.model.directory(self.scratch)
         data = prompt_data(self.config.data, self.scratch / "prompts")
         rollout = self.config.rollout
-        size = self.request.part_size or PARTS_PER_ENGINE * rollout.max_num_seqs * rollout.workers
+        size = self.request.part_size or PARTS_PER_ENGINE * (rollout.max_num_seqs or 256) * rollout.workers
         with engines(engine_config(self.config, path, data, self.out)) as generate:
             for first in range(0, len(missing), size):
                 part = missing[first : first + size]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from mssr.config import Config
@@ -10,15 +10,16 @@ from mssr.rollout.queue import Finished, RequestQueue
 from mssr.types import SamplingParams
 
 if TYPE_CHECKING:
-    import torch
-
     from mssr.data.prompt_source import PromptSource
+    from mssr.rollout.weights import WeightSource
 
 
 class RolloutEngine(Protocol):
     """Generates responses; holds its own copy of the policy."""
 
     prompts: PromptSource
+    slots: int
+    """Sequences that it runs at a time."""
 
     def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
         """One response a request, until the queue is closed and empty.
@@ -31,28 +32,39 @@ class RolloutEngine(Protocol):
             EngineError: the engine is broken.
         """
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Take over all weights, by their Hugging Face names, and forget everything cached.
+    def load_weights(self, source: WeightSource, version: int) -> None:
+        """Take over all weights, by their Hugging Face names, tied heads included, and forget everything
+        cached.
 
         Args:
-            weights: pairs (name, tensor), tied heads included.
             version: becomes the ``policy_version`` of later rollouts.
         """
+
+    def sleep(self) -> None:
+        """Give back the device's memory, that of the weights too, for others to use; nothing on CPU."""
+
+    def wake(self, part: str) -> None:
+        """Take memory again after `sleep`: "weights" before `load_weights`, "kv_cache" after it."""
+
+    def metrics(self) -> dict[str, float]:
+        """What the engine counted since the last call: ``rollout/preemptions``, ``rollout/kv_cache_usage``
+        (largest share that was in use)."""
 
     def close(self) -> None:
         """Give back what the engine holds in this process."""
 
 
-def make_engine(config: Config, device: str) -> RolloutEngine:
+def make_engine(config: Config, device: str, colocated: bool = False) -> RolloutEngine:
     """The engine that ``rollout.engine`` names, with the base model's weights.
 
     Args:
         device: "cpu" or "cuda".
+        colocated: an actor rank is on the same device, so the engine must be able to sleep.
     """
     if config.rollout.engine == "vllm":
         from mssr.rollout.vllm_engine import VllmEngine
 
-        return VllmEngine(config, device)
+        return VllmEngine(config, device, colocated)
     from mssr.rollout.hf_engine import HfEngine
 
     return HfEngine(config, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from mssr.models.loading import compute_dtype, load_model
 from mssr.models.policy import vision_placeholder_ids
 from mssr.rollout.heartbeat import beat
 from mssr.rollout.queue import Finished, RequestQueue
+from mssr.rollout.weights import WeightSource
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
 
@@ -26,7 +27,7 @@ class HfEngine:
         dtype = compute_dtype(config.model.dtype, device)
         self._model = load_model(config.model, dtype, packed=False).to(device).requires_grad_(False)
         self.prompts = PromptSource(config)
-        self._batch = config.rollout.max_num_seqs
+        self.slots = config.rollout.max_num_seqs or 256
         self._version = 0
         self._banned = vision_placeholder_ids(self._model.config)
         tokenizer = self._tokenizer = self.prompts.encoder.processor.tokenizer
@@ -36,13 +37,23 @@ class HfEngine:
         self._eos = set(eos if isinstance(eos, list) else [eos])
 
     def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
-        while taken := requests.take(self._batch, wait=True):
+        while taken := requests.take(self.slots, wait=True):
             numbers, batch = zip(*taken, strict=True)
             yield list(zip(numbers, self._generate_batch(batch, params), strict=True))
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        self._model.load_state_dict(dict(weights), strict=True)
+    def load_weights(self, source: WeightSource, version: int) -> None:
+        weights = {name: tensor.clone() for name, tensor in source.tensors(self._model.device, 0)}
+        self._model.load_state_dict(weights, strict=True)
         self._version = version
+
+    def sleep(self) -> None:
+        """It keeps what it has."""
+
+    def wake(self, part: str) -> None:
+        """It never slept."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from mssr.models.loading import compute_dtype, import_transformers
 from mssr.models.policy import vision_placeholder_ids
 from mssr.rollout.heartbeat import beat
 from mssr.rollout.queue import Finished, Numbered, RequestQueue
+from mssr.rollout.weights import WeightSource
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
 SUPPORTED_VLLM = "0.32"
@@ -30,7 +31,7 @@ SUPPORTED_VLLM = "0.32"
 class VllmEngine:
     """`RolloutEngine` on vLLM, inside this process. See `mssr.rollout.engine.RolloutEngine`."""
 
-    def __init__(self, config: Config, device: str) -> None:
+    def __init__(self, config: Config, device: str, colocated: bool = False) -> None:
         _prepare_environment(config, device)
         import_transformers()  # before vLLM does
         try:
@@ -52,7 +53,7 @@ class VllmEngine:
             "dtype": str(self._dtype).removeprefix("torch."),
             "trust_remote_code": config.model.trust_remote_code,
             "max_model_len": data.max_prompt_length + rollout.max_response_length,
-            "max_num_seqs": rollout.max_num_seqs,
+            "max_num_seqs": rollout.max_num_seqs or 256,
             "limit_mm_per_prompt": {"image": MAX_IMAGES_PER_PROMPT, "video": 0},
             "mm_processor_kwargs": {"size": data.pixel_bounds},
             # Its own preparation of images, which it needs for trial runs only: ours is `_engine_input`.
@@ -62,6 +63,7 @@ class VllmEngine:
             "generation_config": "vllm",
             "seed": config.seed,
             "disable_log_stats": True,
+            "worker_extension_cls": "mssr.rollout.engine_process.EngineProcess",
         }
         if device == "cpu":
             # Chunked prefill and per-request seeds together crash the CPU sampler of vLLM 0.32.
@@ -74,7 +76,7 @@ class VllmEngine:
         else:
             options |= {
                 "enforce_eager": rollout.enforce_eager,
-                "gpu_memory_utilization": rollout.gpu_memory_utilization,
+                "gpu_memory_utilization": rollout.gpu_memory_utilization or (0.65 if colocated else 0.9),
             }
         self._engine = vllm.LLM(**(options | rollout.engine_options)).llm_engine
         if device == "cpu":
@@ -84,6 +86,7 @@ class VllmEngine:
         self._banned = vision_placeholder_ids(self._engine.model_config.hf_config)
         self._merge_size = int(self._engine.model_config.hf_config.vision_config.spatial_merge_size)
         self._final_only = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        self.slots = int(self._engine.vllm_config.scheduler_config.max_num_seqs)
         self._ids = itertools.count()
 
     def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
@@ -104,13 +107,20 @@ class VllmEngine:
             numbered = [(running.pop(output.request_id), output) for output in ended]
             yield [(number, self._rollout(request, output)) for (number, request), output in numbered]
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def load_weights(self, source: WeightSource, version: int) -> None:
         # Plain model.load_weights is wrong on CPU, where the weights were prepacked at start.
-        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self._engine.collective_rpc("load_from", args=(source,))
         # Either left stale, the same image keeps its old embedding.
         self._engine.reset_prefix_cache()
         self._engine.reset_encoder_cache()
         self._version = version
+
+    def sleep(self) -> None: ...
+
+    def wake(self, part: str) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def close(self) -> None:
         # Now and not at exit, when the actor of a local run has taken the process group down.

@@ -54,7 +54,7 @@ class FakeEngine:
 
     def __init__(self, config: Config) -> None:
         self._seconds = float(config.rollout.engine_options[OPTIONS]["generate_s"])
-        self._slots = config.rollout.max_num_seqs
+        self.slots = config.rollout.max_num_seqs or 256
         self._version = 0
         self._length = config.rollout.max_response_length
         rng = np.random.default_rng(0)
@@ -65,7 +65,7 @@ class FakeEngine:
     def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
         running: list[tuple[float, int, RolloutRequest]] = []
         while True:
-            taken = requests.take(self._slots - len(running), wait=not running)
+            taken = requests.take(self.slots - len(running), wait=not running)
             if not taken and not running:
                 return
             for index, request in taken:
@@ -78,6 +78,13 @@ class FakeEngine:
 
     def load_weights(self, weights: Any, version: int) -> None:
         self._version = version
+
+    def sleep(self) -> None: ...
+
+    def wake(self, part: str) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def close(self) -> None: ...
 
@@ -96,8 +103,9 @@ class FakeEngine:
 
 
 class FakeRolloutWorker(RayRolloutWorker):
-    def start(self, device: str) -> None:
+    def start(self, device: str) -> int:
         self._engine = FakeEngine(self._config)
+        return self._engine.slots
 
 
 class FakePolicyWorker(RayPolicyWorker):

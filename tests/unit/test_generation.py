@@ -174,6 +174,8 @@ def test_a_queue_hands_out_what_comes_and_ends() -> None:
 class OneByOne:
     """An engine that answers one request a step."""
 
+    slots = 64  # handfuls of 4
+
     def generate(self, queue: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
         waiting: list[Any] = []
         while True:
@@ -195,7 +197,6 @@ class OneByOne:
 def worker_of(ranks: int) -> RayRolloutWorker:
     worker = RayRolloutWorker.__new__(RayRolloutWorker)
     worker._lock, worker._queues, worker._config = threading.Lock(), {}, Config()
-    worker._config.rollout.max_num_seqs = 64  # handfuls of 4
     worker._config.actor.num_ranks = ranks
     worker._engine = OneByOne()  # type: ignore[assignment]
     return worker

@@ -13,6 +13,7 @@ from mssr.models.packing import pack
 from mssr.models.policy import PolicyModel
 from mssr.rollout.hf_engine import HfEngine
 from mssr.rollout.queue import RequestQueue
+from mssr.rollout.weights import InMemory
 from mssr.runs.config import load_config
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
 from tests.conftest import Workspace
@@ -90,10 +91,10 @@ def test_limits_greedy_and_new_weights(engine: HfEngine, policy: PolicyModel) ->
     assert cut and all(len(r.response_token_ids) == 5 for r in cut)
     assert tokens(first) == tokens(answers(engine, [RolloutRequest(f"t{i}", 0, 5) for i in range(8)], greedy))
     changed = {k: v + 0.05 * torch.randn_like(v) for k, v in policy.model.state_dict().items()}
-    engine.load_weights(changed.items(), version=7)
+    engine.load_weights(InMemory(changed), version=7)
     second = answers(engine, requests(8), greedy)
     assert all(r.policy_version == 7 for r in second) and tokens(first) != tokens(second)
-    engine.load_weights(policy.model.state_dict().items(), version=0)
+    engine.load_weights(InMemory(policy.model.state_dict()), version=0)
     assert tokens(answers(engine, requests(8), greedy)) == tokens(first)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from mssr.data.sampler import EpochSampler
 from mssr.rollout.seeds import request_seed
-from mssr.rollout.weights import pack_weights, unpack_weights
+from mssr.rollout.weights import Packed, pack_weights
 from mssr.runs.checkpoint import read_state, write_state
 from mssr.runs.jsonl import append_record, read_records, write_samples
 from mssr.runs.loggers import discard_after
@@ -115,7 +115,7 @@ def test_weights_travel_unchanged(dtype: torch.dtype) -> None:
     packed = pack_weights(weights)
     for data, _, _ in packed.values():
         data.flags.writeable = False  # as Ray hands them out
-    back = dict(unpack_weights(packed))
+    back = dict(Packed(packed).tensors(torch.device("cpu"), 0))
     assert all(torch.equal(back[k], weights[k]) and back[k].dtype == weights[k].dtype for k in weights)
 
 
