@@ -17,6 +17,7 @@ import torch
 
 from mssr.actor.distributed import accumulate_locally, clip_grad_norm, reshard
 from mssr.actor.guard import NonFiniteGuard
+from mssr.actor.operations import work_metrics
 from mssr.actor.optimizers import OffloadedOptimizer, learning_rate
 from mssr.actor.planning import MicroBatch, Passes, Planner, StepPlan, UpdatePlan
 from mssr.actor.prompts import PromptCache
@@ -99,7 +100,7 @@ class PolicyUpdater:
         metrics["policy/grad_norm"] = float(np.mean(norms)) if norms else float("nan")
         metrics["policy/skipped_updates"] = float(len(plan.updates) - len(norms))
         metrics["policy/lr"] = lr
-        return metrics
+        return metrics | work_metrics(self.config, self.cost_model, batch, plan, self.device)
 
     def begin(self, batch: TrainBatch) -> StepState:
         """What is known of a batch before its step."""

@@ -127,15 +127,20 @@ class RayCluster(Cluster):
     def write_timeline(self, path: str) -> None:
         ray.timeline(path)
 
-    def memory(self) -> dict[str, float]:
-        actors = self._call_ranks("rss_gib")
-        rollouts = [x for x in self._call_engines("rss_gib") if x]
-        driver = rss_gib()
+    def metrics(self) -> dict[str, float]:
+        actors, driver = self._call_ranks("rss_gib"), rss_gib()
+        engines = [found for found in self._call_engines("metrics") if found is not None]
+        keys = {key for found in engines for key in found}
+        of_engines = {key: [found[key] for found in engines if key in found] for key in sorted(keys)}
+        rollouts = of_engines.pop("memory/rollout_rss_gib", [0.0])
+        gpus = sum(bundle.get("GPU", 0.0) for bundle in self._group.bundle_specs)
         return {
             "memory/driver_rss_gib": driver,
             "memory/actor_rss_gib": max(actors),
-            "memory/rollout_rss_gib": max(rollouts, default=0.0),
+            "memory/rollout_rss_gib": max(rollouts),
             "memory/total_rss_gib": driver + sum(actors) + sum(rollouts),
+            **({"perf/gpus": gpus} if gpus else {}),
+            **{k: sum(v) if k == "rollout/preemptions" else max(v) for k, v in of_engines.items()},
         }
 
     def shutdown(self) -> None:

@@ -201,6 +201,11 @@ class RayRolloutWorker(RayWorker):
         except Exception:
             logger.warning("prompts could not be prepared", exc_info=True)
 
+    def metrics(self) -> dict[str, float]:
+        """See `RolloutEngine.metrics`; and the process's resident memory, GiB."""
+        heartbeat.beat()
+        return {"memory/rollout_rss_gib": rss_gib()} | self._engine.metrics()
+
     def load_weights(self, weights: list[Any], version: int) -> None:
         """``weights``: what `RayPolicyWorker.export_weights` gave on rank 0."""
         import ray
