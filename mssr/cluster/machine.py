@@ -230,6 +230,6 @@ def _memory() -> int:
 
 
 def _compiler() -> str:
-    """Of those that Triton looks for."""
-    candidates = [os.environ.get("CC", ""), "gcc", "clang"]
-    return next((found for name in candidates if name and (found := shutil.which(name))), "")
+    """That which Triton's `runtime/build.py` takes."""
+    chosen = os.environ.get("CC")
+    return next(filter(None, map(shutil.which, ["gcc", "clang"] if chosen is None else [chosen])), "")
