@@ -25,6 +25,9 @@ from pathlib import Path
 import psutil
 
 import mssr
+from mssr.config import Config
+from mssr.data.sources import parse_sources, split_name
+from mssr.data.validation_sets import validation_sets
 
 _PACKAGES = ("torch", "transformers", "ray")
 _FIELDS = ("index", "uuid", "name", "memory.total", "memory.free", "compute_cap", "mig.mode.current")
@@ -120,6 +123,17 @@ def differences(machines: Sequence[Machine]) -> list[str]:
             where = "; ".join(f"{version} on {', '.join(sorted(h))}" for version, h in sorted(hosts.items()))
             lines.append(f"{name} is {where}")
     return lines
+
+
+def shared_paths(config: Config) -> list[str]:
+    """Absolute paths of model and data, as far as they are files here and no names of the hub: every node of a
+    run opens them."""
+    sets = validation_sets(config.data.val)
+    sources = [s for v in sets if v.path for s in parse_sources(v.path, "data.val")]
+    sources += parse_sources(config.data.train, "data.train")
+    names = [config.model.path, config.data.image_dir, *(v.data_dir for v in sets)]
+    names += [str(split_name(source.name)[0]) for source in sources]
+    return sorted({os.path.abspath(name) for name in names if name and os.path.exists(name)})
 
 
 def missing(paths: Sequence[str]) -> list[str]:
@@ -230,6 +244,6 @@ def _memory() -> int:
 
 
 def _compiler() -> str:
-    """Of those that Triton looks for."""
-    candidates = [os.environ.get("CC", ""), "gcc", "clang"]
-    return next((found for name in candidates if name and (found := shutil.which(name))), "")
+    """That which Triton's `runtime/build.py` takes."""
+    chosen = os.environ.get("CC")
+    return next(filter(None, map(shutil.which, ["gcc", "clang"] if chosen is None else [chosen])), "")

@@ -12,6 +12,7 @@ import pytest
 
 from mssr.cluster import machine
 from mssr.cluster.machine import describe, differences, driver_problem, marker, missing, sees
+from mssr.config import Config
 
 # What nvidia-smi prints for the fields that are asked for, on two GPUs, one split into parts (MIG).
 TWO_GPUS = """\
@@ -115,6 +116,19 @@ def test_a_marker_is_seen_only_where_the_directory_is_the_same(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OSError), marker(tmp_path / "absent"):
         pass
+
+
+def test_paths_that_every_node_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "a.parquet", "b.parquet", "c.jsonl", "images", "mathvista"):
+        (tmp_path / name).touch()
+    config = Config()
+    config.model.path, config.data.image_dir = "model", "images"
+    config.data.train = ["a.parquet@train[:10]", {"path": "hub/name@train", "weight": 2.0}]
+    config.data.val = {"b": "b.parquet", "c": {"path": [str(tmp_path / "c.jsonl")]}}
+    config.data.val |= {"m": {"benchmark": "mathvista", "data_dir": "mathvista"}, "n": {"benchmark": "mmk12"}}
+    names = [Path(path).relative_to(tmp_path) for path in machine.shared_paths(config)]
+    assert list(map(str, names)) == "a.parquet b.parquet c.jsonl images mathvista model".split()
 
 
 def test_missing_paths_and_free_disk(tmp_path: Path) -> None:
