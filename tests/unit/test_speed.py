@@ -74,7 +74,8 @@ def test_what_engines_say_is_put_together(monkeypatch: pytest.MonkeyPatch) -> No
     }
     monkeypatch.setattr(cluster, "_call_ranks", found.__getitem__)
     monkeypatch.setattr(cluster, "_call_engines", found.__getitem__)
-    cluster._group = SimpleNamespace(bundle_specs=[{"CPU": 1.0, "GPU": 1.0}, {"CPU": 2.0, "GPU": 2.0}])
+    units = [SimpleNamespace(needs={"CPU": 1.0, "GPU": 1.0}), SimpleNamespace(needs={"CPU": 2.0, "GPU": 2.0})]
+    vars(cluster)["_places"] = SimpleNamespace(units=units)
     metrics = cluster.metrics()
     driver = metrics.pop("memory/driver_rss_gib")
     assert metrics.pop("memory/total_rss_gib") == pytest.approx(driver + 3 + 7)
@@ -85,7 +86,7 @@ def test_what_engines_say_is_put_together(monkeypatch: pytest.MonkeyPatch) -> No
         "rollout/preemptions": 5.0,
         "rollout/kv_cache_usage": 0.75,
     }
-    cluster._group = SimpleNamespace(bundle_specs=[{"CPU": 1.0}])
+    vars(cluster)["_places"] = SimpleNamespace(units=[SimpleNamespace(needs={"CPU": 1.0})])
     found["metrics"] = [{"memory/rollout_rss_gib": 4.0}]
     assert not cluster.metrics().keys() & {"perf/gpus", "rollout/preemptions"}
 
