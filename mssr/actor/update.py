@@ -125,10 +125,10 @@ class PolicyUpdater:
             sequences += micro.sequences if micro.weight else ()
             for model, parts in zip(models, found, strict=True):
                 assert model is not None
-                log_probs = model(packed, micro.any_rank_has_images)[0].cpu()
+                log_probs = model(packed, micro.any_rank_has_images)[0]
                 parts.append(log_probs if micro.weight else log_probs[:0])
         self._reshard()
-        policy, *others = (torch.cat(parts).numpy() for parts in found)
+        policy, *others = (torch.cat(parts).cpu().numpy() for parts in found)
         return RankLogProbs(policy, others[0] if reference else None, np.array(sequences, np.int64))
 
     def _before_updates(self, state: StepState, plan: StepPlan) -> None:
