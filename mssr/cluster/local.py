@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 
-from mssr.actor.worker import PolicyWorker
+from mssr.actor.worker import PolicyWorker, host_threads
 from mssr.cluster.base import Cluster, OnFinished, SaveHandle, join_log_probs, rss_gib
 from mssr.config import Config
 from mssr.errors import StopRequestedError
@@ -30,7 +30,7 @@ class LocalCluster(Cluster):
         device = self._device = resolve_device(config.cluster.device)
         self._scratch = tempfile.TemporaryDirectory(prefix="mssr-")
         # vLLM replaces torch.set_num_threads; the count of the whole process is set before.
-        torch.set_num_threads(max(config.cluster.threads_per_actor or 1, config.cluster.threads_per_rollout))
+        torch.set_num_threads(max(host_threads(config, device, 1), config.cluster.threads_per_rollout))
         rendezvous = f"file://{self._scratch.name}/rendezvous"
         self._has_actor = config.actor.num_ranks > 0
         if self._has_actor:

@@ -22,6 +22,7 @@ from mssr.cluster.shared_prompts import PromptShelf
 from mssr.config import Config
 from mssr.errors import EngineError, TrainingError, WorkersLostError
 from mssr.models.cost import home
+from mssr.rollout.heartbeat import CALL, SAVE
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 
 PLACEMENT_TIMEOUT_S = 60.0
@@ -122,7 +123,7 @@ class RayCluster(Cluster):
         refs = [r.handle.finish_save.options(concurrency_group=SAVING).remote() for r in self._ranks]
         return SaveHandle(
             done=lambda: not ray.wait(refs, num_returns=len(refs), timeout=0)[1],
-            result=lambda: {k: v for checksums in self._of_ranks(refs) for k, v in checksums.items()},
+            result=lambda: {k: v for sums in self._of_ranks(refs, SAVE) for k, v in sums.items()},
         )
 
     def load(self, directory: str) -> None:
@@ -299,13 +300,13 @@ class RayCluster(Cluster):
     def _call_ranks(self, method: str, *args: Any) -> list[Any]:
         return self._of_ranks([getattr(r.handle, method).remote(*args) for r in self._ranks])
 
-    def _of_ranks(self, refs: list[Any]) -> list[Any]:
-        """The results of a call of all ranks.
+    def _of_ranks(self, refs: list[Any], task: str = CALL) -> list[Any]:
+        """The results of a call of all ranks, which work at a task of `mssr.rollout.heartbeat`.
 
         Raises:
             WorkersLostError: a rank died or hung, or they lost touch with one another.
         """
-        results = self._calls.gather(list(zip(self._ranks, refs, strict=True)), together=True)
+        results = self._calls.gather(list(zip(self._ranks, refs, strict=True)), together=True, task=task)
         failures = [x for x in results if isinstance(x, Failure)]
         if not failures:
             return results

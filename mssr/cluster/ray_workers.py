@@ -65,9 +65,9 @@ class RayWorker:
     def rss_gib(self) -> float:
         return rss_gib()
 
-    def silent_s(self) -> float:
+    def silent_s(self, task: str) -> float:
         """See `mssr.rollout.heartbeat`. Called in a thread of its own, as is `stacks`."""
-        return heartbeat.silent_s()
+        return heartbeat.silent_s(task)
 
     def stacks(self) -> str:
         return heartbeat.stacks()
