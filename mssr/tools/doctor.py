@@ -115,9 +115,10 @@ def _bandwidth_here(count: int, link: float, backend: str = "nccl") -> Iterator[
 
 def _environment() -> Iterator[Finding]:
     names = sorted(name for name in os.environ if name.startswith(_VARIABLES))
+    shown = redact({name: os.environ[name] for name in names})
     yield (
         OK,
-        ", ".join(f"{name}={value}" for name, value in redact({n: os.environ[n] for n in names}).items()),
+        ", ".join(f"{name}={value}" for name, value in shown.items()) or "nothing of CUDA, NCCL, vLLM, Ray",
     )
     for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "NCCL_SHM_DISABLE", "CUDA_LAUNCH_BLOCKING"):
         if os.environ.get(name, "0") != "0":
@@ -249,9 +250,9 @@ def _ask(nodes: Sequence[Any], calls: Sequence[partial[Any]], gpus: Sequence[int
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     refs = [
-        ray.remote(num_cpus=0, num_gpus=count, max_retries=0)(call)
+        ray.remote(num_cpus=0, num_gpus=count, max_retries=0)(_call)
         .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-        .remote()
+        .remote(call)
         for node, call, count in zip(nodes, calls, gpus or [0] * len(nodes), strict=True)
     ]
     ready, _ = ray.wait(refs, num_returns=len(refs), timeout=_ANSWER_TIMEOUT_S)
@@ -266,6 +267,10 @@ def _ask(nodes: Sequence[Any], calls: Sequence[partial[Any]], gpus: Sequence[int
         except ray.exceptions.RayError as error:
             answers.append(str(error).strip().splitlines()[-1].strip())
     return answers
+
+
+def _call(function: partial[Any]) -> Any:
+    return function()
 
 
 def _free_port() -> int:
@@ -290,4 +295,4 @@ def _table(rows: Iterable[Row]) -> str:
         lines.append(f"  {row.status:<8} {row.check:<14} {row.found}")
         if row.advice:
             lines.append(f"  {'':<8} {'':<14} -> {row.advice}")
-    return "\n".join([*lines, f"{counts[ERROR]} errors, {counts[WARNING]} warnings, {counts[OK]} ok"])
+    return "\n".join([*lines, f"errors: {counts[ERROR]}, warnings: {counts[WARNING]}, ok: {counts[OK]}"])

@@ -44,8 +44,8 @@ def bandwidth(ranks: Sequence[int], world: int, address: str, backend: str = "nc
         backend: nccl, or gloo without GPUs.
 
     Returns:
-        all_reduce and broadcast in GB/s: bus bandwidth as nccl-tests defines it, which compares with the speed
-        of a link. Of a broadcast that is bytes / seconds, of an all-reduce 2 (world - 1) / world times that.
+        all_reduce and broadcast in GB/s: bus bandwidth as nccl-tests has it, which compares with a link's.
+        Of a broadcast that is bytes / seconds, of an all-reduce 2 (world - 1) / world times that.
 
     Raises:
         RuntimeError: the ranks do not meet, or their sum is wrong.

@@ -109,8 +109,8 @@ def _gpus(machine: Machine, run: Run) -> Iterator[Finding]:
 
 def _compiler(machine: Machine, run: Run) -> Iterator[Finding]:
     python = ".".join(machine.versions["python"].split(".")[:2])
-    packages = {"a C compiler": "gcc", "Python.h": f"python{python}-dev"}
-    there = {"a C compiler": bool(machine.compiler), "Python.h": machine.python_headers}
+    packages = {"C compiler": "gcc", "Python.h": f"python{python}-dev"}
+    there = {"C compiler": bool(machine.compiler), "Python.h": machine.python_headers}
     lacking = [name for name in packages if not there[name]]
     if not lacking:
         yield OK, f"{machine.compiler}, Python.h"
