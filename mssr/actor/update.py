@@ -17,6 +17,7 @@ import torch
 
 from mssr.actor.distributed import accumulate_locally, clip_grad_norm, reduce_between_replicas, reshard
 from mssr.actor.guard import NonFiniteGuard
+from mssr.actor.operations import work_metrics
 from mssr.actor.optimizers import OffloadedOptimizer, learning_rate
 from mssr.actor.planning import MicroBatch, Passes, Planner, StepPlan, UpdatePlan
 from mssr.actor.prompts import PromptCache
@@ -100,7 +101,7 @@ class PolicyUpdater:
         metrics["policy/grad_norm"] = float(np.mean(norms)) if norms else float("nan")
         metrics["policy/skipped_updates"] = float(len(plan.updates) - len(norms))
         metrics["policy/lr"] = lr
-        return metrics
+        return metrics | work_metrics(self.config, self.cost_model, batch, plan, self.device)
 
     def begin(self, batch: TrainBatch) -> StepState:
         """What is known of a batch before its step."""
@@ -125,10 +126,10 @@ class PolicyUpdater:
             sequences += micro.sequences if micro.weight else ()
             for model, parts in zip(models, found, strict=True):
                 assert model is not None
-                log_probs = model(packed, micro.any_rank_has_images)[0].cpu()
+                log_probs = model(packed, micro.any_rank_has_images)[0]
                 parts.append(log_probs if micro.weight else log_probs[:0])
         self._reshard()
-        policy, *others = (torch.cat(parts).numpy() for parts in found)
+        policy, *others = (torch.cat(parts).cpu().numpy() for parts in found)
         return RankLogProbs(policy, others[0] if reference else None, np.array(sequences, np.int64))
 
     def _before_updates(self, state: StepState, plan: StepPlan) -> None:

@@ -29,6 +29,8 @@ class Worker:
     name: str
     """As users know it: "actor rank 1", "engine 0"."""
     handle: Any
+    number: int = 0
+    """The 1 and the 0 of these."""
 
 
 class WorkerDiedError(Exception):

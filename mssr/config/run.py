@@ -56,11 +56,11 @@ class RolloutConfig:
     this step's; algorithm.correction accounts for the difference. 0: one after the other."""
     workers: int = option(1, "> 0", resume=FREE)
     """Number of engines; they share one queue of requests."""
-    tensor_parallel: int = option(1, "> 0", resume=FREE)
+    tensor_parallel: int = option(1, "> 0", resume=FREE, read_if="rollout.engine = vllm")
     """Devices that share an engine's weights, for models that do not fit on one; else 1 is faster."""
     max_num_seqs: int | None = option(None, "> 0", resume=FREE)
     """Sequences an engine decodes at the same time; null: what vLLM thinks right for the GPU, 256 on CPU."""
-    max_num_batched_tokens: int | None = option(None, "> 0", resume=FREE)
+    max_num_batched_tokens: int | None = option(None, "> 0", resume=FREE, read_if="rollout.engine = vllm")
     """Tokens an engine computes in one pass; null: what vLLM thinks right for the GPU, enough for a prompt
     of any length on CPU."""
     kv_cache_gib: int = option(4, "> 0", resume=FREE)
