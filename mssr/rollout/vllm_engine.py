@@ -83,8 +83,7 @@ class VllmEngine:
 
     def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
         running: dict[str, Numbered] = {}
-        coming = EncodingAhead(self._inputs, self._threads)
-        with coming:
+        with contextlib.closing(EncodingAhead(self._inputs, self._threads)) as coming:
             while True:
                 coming.put(requests.take(wait=not running and not coming))
                 if not running and not coming:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import itertools
 import os
@@ -340,8 +341,7 @@ def test_prompts_are_encoded_in_order_and_not_too_far_ahead() -> None:
         return [i.upper() for i in prompt_ids]
 
     numbered = [(k, RolloutRequest(f"p{k}", 0, seed=k)) for k in range(10 * AHEAD * PIECE)]
-    ahead = EncodingAhead(encode, 1)
-    with ahead:
+    with contextlib.closing(EncodingAhead(encode, 1)) as ahead:
         ahead.put(numbered)
         assert ahead.take(wait=False) == []
         go.release()
@@ -360,6 +360,6 @@ def test_a_prompt_that_cannot_be_encoded_is_told(threads: int) -> None:
         raise UserError("image 0 cannot be read")
 
     ahead = EncodingAhead(encode, threads)
-    with pytest.raises(UserError, match="image 0 cannot be read"), ahead:
+    with pytest.raises(UserError, match="image 0 cannot be read"), contextlib.closing(ahead):
         ahead.put([(0, RolloutRequest("p", 0, seed=0))])
         ahead.take(wait=True)
