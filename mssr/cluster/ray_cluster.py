@@ -157,7 +157,7 @@ class RayCluster(Cluster):
             "memory/rollout_rss_gib": max(rollouts),
             "memory/total_rss_gib": driver + sum(actors) + sum(rollouts),
             **({"perf/gpus": gpus} if gpus else {}),
-            **{k: sum(v) if k == "rollout/preemptions" else max(v) for k, v in of_engines.items()},
+            **{k: sum(v) if k == "perf/preemptions" else max(v) for k, v in of_engines.items()},
         }
 
     def shutdown(self) -> None:

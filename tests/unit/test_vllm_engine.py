@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import itertools
 import os
@@ -294,12 +295,12 @@ def test_preemptions_use_of_the_cache_and_memory_are_counted_since_the_last_call
         fake.scheduler._preempt_request("request", 0.0, drop_stale_output=True)
         list(engine.generate(asked(2), PARAMS))
     assert engine.metrics() == {
-        "rollout/preemptions": 2.0,
-        "rollout/kv_cache_usage": 0.75,
+        "perf/preemptions": 2.0,
+        "perf/kv_cache_usage": 0.75,
         "memory/rollout_gpu_gib": 3.0,
     }
     found = engine.metrics()
-    assert (found["rollout/preemptions"], found["rollout/kv_cache_usage"]) == (0.0, 0.0)
+    assert (found["perf/preemptions"], found["perf/kv_cache_usage"]) == (0.0, 0.0)
 
 
 def test_a_gpu_begins_before_all_prompts_are_encoded(
@@ -340,8 +341,7 @@ def test_prompts_are_encoded_in_order_and_not_too_far_ahead() -> None:
         return [i.upper() for i in prompt_ids]
 
     numbered = [(k, RolloutRequest(f"p{k}", 0, seed=k)) for k in range(10 * AHEAD * PIECE)]
-    ahead = EncodingAhead(encode, 1)
-    with ahead:
+    with contextlib.closing(EncodingAhead(encode, 1)) as ahead:
         ahead.put(numbered)
         assert ahead.take(wait=False) == []
         go.release()
@@ -360,6 +360,6 @@ def test_a_prompt_that_cannot_be_encoded_is_told(threads: int) -> None:
         raise UserError("image 0 cannot be read")
 
     ahead = EncodingAhead(encode, threads)
-    with pytest.raises(UserError, match="image 0 cannot be read"), ahead:
+    with pytest.raises(UserError, match="image 0 cannot be read"), contextlib.closing(ahead):
         ahead.put([(0, RolloutRequest("p", 0, seed=0))])
         ahead.take(wait=True)
