@@ -208,8 +208,9 @@ class RayCluster(Cluster):
             ]
             first = self._ranks[0]
             [address] = self._started([(first, first.handle.rendezvous.remote())])
+            options = self._device, self._colocated
             for rank in self._ranks:
-                starting.append((rank, rank.handle.start.remote(rank.number, address, self._device)))
+                starting.append((rank, rank.handle.start.remote(rank.number, address, *options)))
         outcomes = self._started(starting)
         if engines:
             self._slots = outcomes[0]
