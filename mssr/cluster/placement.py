@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mssr.config import Config
 from mssr.errors import StopRequestedError, UserError
+from mssr.models.memory import colocated_fits
 
 POLL_S = 1.0
 
@@ -55,8 +56,6 @@ def decide(config: Config, device: str, gpu_bytes: int) -> Decision:
             return Decision(False, f"{key}={value} has engines and ranks work at the same time")
     if shared != ranks:
         return Decision(False, f"engines take {shared} GPUs, and actor.num_ranks={ranks}")
-    from mssr.models.memory import colocated_fits
-
     return Decision(*colocated_fits(config, gpu_bytes))
 
 
@@ -221,7 +220,7 @@ class Places:
             )
         return UserError(
             f"the Ray cluster has no room for actor.num_ranks={config.actor.num_ranks} and "
-            f"rollout.workers={config.rollout.workers}{f' of {each} devices' if each > 1 else ''} "
+            f"rollout.workers={config.rollout.workers}{f' of {each} devices each' if each > 1 else ''} "
             f"({decision}): they need {needed}, and free are {there or 'none'}; {advice}"
         )
 
