@@ -209,15 +209,13 @@ class Places:
         needed = ", ".join(f"{sum(unit.needs[kind] for unit in units):.0f} {kind}" for kind in kinds)
         there = "; ".join(f"{has(node)} on {node.address}" for node in nodes)
         each = config.rollout.tensor_parallel
-        advice = f"there is room for {len(free)} of {len(units)} parts that each need one machine; "
+        parts = f"{len(units)} parts that each need one machine"
         if len(total) == len(units):
-            advice += "others hold the rest: wait for them, or ask for less"
-        elif decision.colocated or not config.actor.num_ranks:
-            advice += "ask for less, or add machines"
+            advice = f"room for {len(free)} of {parts}; others hold the rest: wait for them, or ask for less"
         else:
-            advice += (
-                "ask for less, add machines, or let engines and ranks share (cluster.placement=colocated)"
-            )
+            advice = f"room for {len(total)} of {parts}, if all were free; ask for less, or add machines"
+            if config.actor.num_ranks and not decision.colocated:
+                advice += ", or let engines and ranks share theirs (cluster.placement=colocated)"
         return UserError(
             f"the Ray cluster has no room for actor.num_ranks={config.actor.num_ranks} and "
             f"rollout.workers={config.rollout.workers}{f' of {each} devices each' if each > 1 else ''} "

@@ -65,9 +65,9 @@ class RayWorker:
     def rss_gib(self) -> float:
         return rss_gib()
 
-    def silent_s(self) -> float:
+    def silent_s(self, task: str) -> float:
         """See `mssr.rollout.heartbeat`. Called in a thread of its own, as is `stacks`."""
-        return heartbeat.silent_s()
+        return heartbeat.silent_s(task)
 
     def stacks(self) -> str:
         return heartbeat.stacks()
@@ -207,6 +207,11 @@ class RayRolloutWorker(RayWorker):
                 self._engine.prompts.get(prompt_ids[start : start + PIECE])
         except Exception:
             logger.warning("prompts could not be prepared", exc_info=True)
+
+    def metrics(self) -> dict[str, float]:
+        """See `RolloutEngine.metrics`; and the process's resident memory, GiB."""
+        heartbeat.beat()
+        return {"memory/rollout_rss_gib": rss_gib()} | self._engine.metrics()
 
     def sleep(self) -> None:
         heartbeat.beat()

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from mssr import algorithms
 from mssr.algorithms.plugins import is_spec
 from mssr.config.data import PAPER_INSTRUCTION
-from mssr.config.options import check_read, check_values, in_yaml
-from mssr.config.run import Config
+from mssr.config.options import check_read, check_values, describe, in_yaml
+from mssr.config.run import Config, RolloutConfig
 from mssr.errors import UserError
 
 TOO_LATE = ("LD_", "PYTHON", "RAY_")
@@ -152,19 +152,40 @@ def _try_loss(config: Config) -> None:
     aggregation_denominator(length, config.aggregation, config.constant_length)
 
 
+_ENGINE_OPTIONS_ELSEWHERE = {
+    "model": "set model.path",
+    "dtype": "set model.dtype",
+    "seed": "set seed",
+    "max_model_len": "it is data.max_prompt_length + rollout.max_response_length; set these",
+    "tensor_parallel_size": "set rollout.tensor_parallel, which gives an engine so many devices, too",
+    "distributed_executor_backend": "set rollout.tensor_parallel, which chooses it",
+    "pipeline_parallel_size": "engines have no stages; set rollout.tensor_parallel",
+    "data_parallel_size": "set rollout.workers, the number of engines",
+    "enable_sleep_mode": "set cluster.placement=colocated, where engines sleep",
+    "weight_transfer_config": "set cluster.weight_transfer",
+    "worker_cls": "engines get their weights through a worker of ours; remove it",
+    "worker_extension_cls": "engines get their weights through a worker of ours; remove it",
+    "logprobs_mode": "the log-probs must be those of what is sampled; remove it",
+    **dict.fromkeys(
+        ("mm_processor_kwargs", "mm_processor_cache_gb", "mm_device_do_normalize"),
+        "engines get their images ready from our encoder; set data.min_pixels, data.max_pixels or "
+        "data.image_cache_gib",
+    ),
+}
+"""Arguments of vLLM that are decided elsewhere, and where."""
+
+
 def _check_engine_options(config: Config) -> None:
-    options = config.rollout.engine_options
-    if "trust_remote_code" in options:
+    if "trust_remote_code" in config.rollout.engine_options:
         raise UserError(
             "rollout.engine_options.trust_remote_code: set model.trust_remote_code, which decides for "
             "engine and actor alike"
         )
-    for name in ("mm_processor_kwargs", "mm_processor_cache_gb", "mm_device_do_normalize"):
-        if name in options:
-            raise UserError(
-                f"rollout.engine_options.{name}: engines get their images ready from our encoder; set "
-                "data.min_pixels, data.max_pixels or data.image_cache_gib"
-            )
+    for name in config.rollout.engine_options:
+        if name in _ENGINE_OPTIONS_ELSEWHERE:
+            raise UserError(f"rollout.engine_options.{name}: {_ENGINE_OPTIONS_ELSEWHERE[name]}")
+        if name in describe(RolloutConfig):
+            raise UserError(f"rollout.engine_options.{name}: set rollout.{name}")
 
 
 def _check_memory(config: Config) -> None:
@@ -186,10 +207,16 @@ def _check_memory(config: Config) -> None:
             "actor.offload=all runs the optimizer on the host, for which adamw_8bit is not made; set "
             "actor.optimizer=adamw, or actor.offload=optimizer"
         )
-    if actor.keep_gathered and offloads_all:
+    if actor.keep_gathered and (offloads_all or actor.offload_reference):
+        offload = "actor.offload=all" if offloads_all else "actor.offload_reference=true"
         raise UserError(
-            "actor.keep_gathered=true holds whole parameters on the device, off which actor.offload=all is "
+            f"actor.keep_gathered=true holds whole parameters on the device, off which {offload} is "
             "to keep them; set one of the two"
+        )
+    if actor.shard_size and actor.num_ranks % actor.shard_size:
+        raise UserError(
+            f"actor.shard_size={actor.shard_size} does not divide actor.num_ranks={actor.num_ranks} into "
+            "whole copies of the policy; set a divisor, or null for one copy that all ranks share"
         )
 
 
@@ -244,7 +271,11 @@ def _check_overlap(config: Config) -> None:
             "rollout.lag=1 with sampler.dynamic=true and sampler.name=uncertainty: further draws would "
             "depend on how far the training of the step before is; turn one of them off"
         )
-    counts = {"actor.num_ranks": config.actor.num_ranks, "rollout.workers": config.rollout.workers}
+    counts = {
+        "actor.num_ranks": config.actor.num_ranks,
+        "rollout.workers": config.rollout.workers,
+        "rollout.tensor_parallel": config.rollout.tensor_parallel,
+    }
     if local and (several := [f"{key}=1" for key, count in counts.items() if count != 1]):
         raise UserError(f"cluster.launcher=local runs in one process; set {' '.join(several)}")
 

@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     option("overrides", nargs="*", metavar="key=value")
     option("--out", type=Path, help="HTML file to write; data.html in the run directory by default")
 
+    option = add("doctor", "mssr.tools.doctor:doctor", "check machine, GPUs and cluster before a run")
+    option("config_file", metavar="config", nargs="?", help="also check that nodes see its model and data")
+    option("overrides", nargs="*", metavar="key=value")
+    option("--address", help="of a running Ray cluster, or auto; all its nodes are checked")
+    option("--json", dest="as_json", action="store_true", help="a list of rows, for programs")
+
     option = add("prepare", "mssr.tools.cli:prepare", "make the embedded task: data and base model")
     option("task", choices=["digits"])
     option("--out", type=Path, required=True, help="directory to write")
