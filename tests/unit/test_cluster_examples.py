@@ -162,7 +162,8 @@ def test_two_machines_find_each_other_with_a_token(tmp_path: Path) -> None:
             started = subprocess.Popen(
                 command, env=env | {"RAY_OPTIONS": options}, stdout=subprocess.PIPE, text=True
             )
-            stack.callback(lambda: (started.terminate(), started.communicate(timeout=120)))
+            stack.callback(started.communicate, timeout=120)
+            stack.callback(started.terminate)
             return started
 
         head = start("head", options=f"{few} --port=0 --temp-dir={home}")
