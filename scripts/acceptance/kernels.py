@@ -113,7 +113,7 @@ def head_part(place: Place) -> Told:
 
 
 def model_part(place: Place) -> Told:
-    """Log-probs of a whole small model, images included: bfloat16 without a mask, against float32 with one."""
+    """Log-probs of a whole small model, with images: bfloat16 without a mask, against float32 with one."""
     config, batch = small(place)
     source = PromptSource(config)
     found = {}
