@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +38,20 @@ PIECE = 8
 
 
 class RayWorker:
-    """What both kinds of workers share: a log file of their own, thread counts, signs of life."""
+    """What both kinds of workers share: a log file of their own, thread counts, signs of life.
+
+    Args:
+        env: environment variables, among them which GPUs are its own.
+        directory: where the run was started, from which relative paths go out.
+    """
 
     threads_option: str
     """Of ``config.cluster``."""
 
-    def __init__(self, config: Config, log_file: str) -> None:
+    def __init__(self, config: Config, log_file: str, env: Mapping[str, str], directory: str) -> None:
         self._config = config
+        os.chdir(directory)
+        os.environ.update(env)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[name] = str(getattr(config.cluster, self.threads_option) or 1)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -58,9 +65,9 @@ class RayWorker:
     def rss_gib(self) -> float:
         return rss_gib()
 
-    def silent_s(self) -> float:
+    def silent_s(self, task: str) -> float:
         """See `mssr.rollout.heartbeat`. Called in a thread of its own, as is `stacks`."""
-        return heartbeat.silent_s()
+        return heartbeat.silent_s(task)
 
     def stacks(self) -> str:
         return heartbeat.stacks()
@@ -134,8 +141,8 @@ class RayRolloutWorker(RayWorker):
     threads_option = "threads_per_rollout"
     _engine: RolloutEngine
 
-    def __init__(self, config: Config, log_file: str) -> None:
-        super().__init__(config, log_file)
+    def __init__(self, config: Config, log_file: str, env: Mapping[str, str], directory: str) -> None:
+        super().__init__(config, log_file, env, directory)
         self._lock = threading.Lock()
         self._queues: dict[int, RequestQueue] = {}
 
@@ -200,6 +207,15 @@ class RayRolloutWorker(RayWorker):
                 self._engine.prompts.get(prompt_ids[start : start + PIECE])
         except Exception:
             logger.warning("prompts could not be prepared", exc_info=True)
+
+    def metrics(self) -> dict[str, float]:
+        """See `RolloutEngine.metrics`; and the process's resident memory, GiB."""
+        heartbeat.beat()
+        return {"memory/rollout_rss_gib": rss_gib()} | self._engine.metrics()
+
+    def sleep(self) -> None:
+        heartbeat.beat()
+        self._engine.sleep()
 
     def load_weights(self, weights: list[Any], version: int) -> None:
         """``weights``: what `RayPolicyWorker.export_weights` gave on rank 0."""

@@ -198,10 +198,16 @@ def _check_memory(config: Config) -> None:
             "actor.offload=all runs the optimizer on the host, for which adamw_8bit is not made; set "
             "actor.optimizer=adamw, or actor.offload=optimizer"
         )
-    if actor.keep_gathered and offloads_all:
+    if actor.keep_gathered and (offloads_all or actor.offload_reference):
+        offload = "actor.offload=all" if offloads_all else "actor.offload_reference=true"
         raise UserError(
-            "actor.keep_gathered=true holds whole parameters on the device, off which actor.offload=all is "
+            f"actor.keep_gathered=true holds whole parameters on the device, off which {offload} is "
             "to keep them; set one of the two"
+        )
+    if actor.shard_size and actor.num_ranks % actor.shard_size:
+        raise UserError(
+            f"actor.shard_size={actor.shard_size} does not divide actor.num_ranks={actor.num_ranks} into "
+            "whole copies of the policy; set a divisor, or null for one copy that all ranks share"
         )
 
 

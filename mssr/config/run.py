@@ -97,8 +97,8 @@ class ActorConfig:
     num_ranks: int = option(1, "> 0", resume=FREE)
     """Processes that share the policy, one GPU each where there are GPUs."""
     shard_size: int | None = option(None, "> 0", resume=FREE)
-    """Ranks that share one copy of the policy; as many copies as needed train on shares of a batch (HSDP).
-    null: all ranks share one."""
+    """Ranks that share one copy of the policy, a divisor of actor.num_ranks: with fewer than all, there are
+    several copies (HSDP), and only sums of gradients go from one to another. null: all share one."""
     updates_per_step: int = option(4, "> 0")
     """Optimizer steps a step; every method gets the same number."""
     lr: float = option(1e-6, "> 0")
@@ -148,8 +148,13 @@ class ActorConfig:
     offload: str = option("none", choices="none, optimizer, all", resume=FREE)
     """What waits in host memory, on a GPU: none, optimizer (its states, but while it steps), or all
     (parameters, gradients and states; the optimizer steps on the host)."""
-    offload_reference: bool = option(False, resume=FREE)
-    """The reference's parameters wait in host memory, on a GPU, but while they are used."""
+    offload_reference: bool = option(
+        False,
+        read_if="offload != all and lora.rank = 0 and algorithm.kl.coef != 0 or "
+        "algorithm.discount.kl_source = reference",
+        resume=FREE,
+    )
+    """The reference's parameters wait in host memory, on a GPU, but for the layer in use."""
     max_nonfinite_updates: int = option(3, "> 0", resume=FREE)
     """Stop after this many updates in a row that were skipped because loss, gradient or a log-prob (the
     engine's too) was not finite; what spoilt them is in <run_dir>/nonfinite."""
@@ -324,6 +329,11 @@ class Config:
     def needs_reference(self) -> bool:
         """Whether the frozen base model is to be held."""
         return self.algorithm.kl.coef > 0 or self.kl_source == "reference"
+
+    @property
+    def replicas(self) -> int:
+        """Whole copies of the policy, each of which ``actor.shard_size`` ranks share."""
+        return self.actor.num_ranks // _own(self.actor.shard_size, self.actor.num_ranks or 1)
 
     @property
     def trains_vision(self) -> bool:

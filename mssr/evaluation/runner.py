@@ -259,7 +259,7 @@ class _Evaluation:
 @contextlib.contextmanager
 def _engines(events: EventLog, stop: StopRequest, config: Config) -> Iterator[local_judge.Generate]:
     """Engines that end with the context."""
-    cluster = launch(config, events.restart, lambda: stop.requested)
+    cluster = launch(config, events, lambda: stop.requested)
 
     def generate(requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
         if stop.requested:

@@ -79,6 +79,18 @@ def test_a_bad_override_is_one_line_that_names_the_key(
         ("actor.optimizer=adamw_8bit actor.master_dtype=bfloat16", "set actor.master_dtype=float32"),
         ("actor.optimizer=adamw_8bit actor.offload=all", "actor.offload=all runs the optimizer on the host"),
         ("actor.offload=all actor.keep_gathered=true", "actor.keep_gathered=true holds whole parameters"),
+        ("actor.num_ranks=8 actor.shard_size=3", "actor.shard_size=3 does not divide actor.num_ranks=8"),
+        ("actor.num_ranks=2 actor.shard_size=4", "actor.shard_size=4 does not divide actor.num_ranks=2"),
+        ("actor.keep_gathered=true actor.offload_reference=true algorithm.kl.coef=0.1", "set one of the two"),
+        ("actor.offload_reference=true algorithm.kl.coef=0", "read by nothing with algorithm.kl.coef=0"),
+        (
+            "actor.offload_reference=true algorithm.kl.coef=0.1 actor.lora.rank=4",
+            "read by nothing with actor.lora.rank=4",
+        ),
+        (
+            "actor.offload_reference=true algorithm.kl.coef=0.1 actor.offload=all",
+            "read by nothing with actor.offload=all",
+        ),
         ("actor.lora.rank=4 actor.lora.dropout=1", "actor.lora.dropout=1.0 must be below 1"),
     ],
 )
@@ -86,6 +98,13 @@ def test_memory_options_that_contradict_each_other_are_refused(overrides: str, w
     with pytest.raises(UserError) as error:
         load_config(DIGITS, ["actor.keep_gathered=false", *overrides.split()])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_ranks_make_as_many_copies_as_their_shards_are_enough_for() -> None:
+    eight = [f"actor.num_ranks=8 {x}".split() for x in ("", "actor.shard_size=8", "actor.shard_size=2")]
+    assert [load_config(DIGITS, options).replicas for options in eight] == [1, 1, 4]
+    following = ["algorithm.name=reinforce_pp", "algorithm.kl.coef=0.1", "actor.keep_gathered=false"]
+    assert load_config(DIGITS, [*following, "actor.offload_reference=true"]).actor.offload_reference
 
 
 @pytest.mark.parametrize(
