@@ -16,6 +16,9 @@ from ray.cluster_utils import Cluster
 
 from mssr.cluster import machine as facts
 from mssr.cluster.machine import Gpu, Machine, describe
+from mssr.models.host_memory import disk_bytes
+from mssr.models.shapes import read_shape
+from mssr.runs.config import load_config
 from mssr.tools import doctor, gpu_checks
 from mssr.tools.cli import main
 from mssr.tools.machine_checks import ERROR, OK, WARNING, Row, Run, guarded, machine_rows
@@ -146,12 +149,12 @@ def test_a_config_is_checked_too(
 def test_disk_for_the_checkpoints(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "model.safetensors").write_bytes(bytes(2**20))
-    (tmp_path / "m" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
-    (tmp_path / "c.yaml").write_text(f"model: {{path: {tmp_path}/m}}\ndata: {{train: a/b, val: a/b}}\n")
-    # 12 bytes for each of 2 in the file; the newest two, the best, and one that is being written.
-    for free, status in ((2**30, OK), (2**30 - 1, WARNING)):
+    model = "Qwen/Qwen2.5-VL-7B-Instruct"
+    (tmp_path / "c.yaml").write_text(f"model: {{path: {model}}}\ndata: {{train: a/b, val: a/b}}\n")
+    config = load_config(tmp_path / "c.yaml")
+    need = int(disk_bytes(config, read_shape(config.model)))
+    assert need > 300e9  # four of 99 GB: the newest two, the best, and one that is being written
+    for free, status in ((need + 1, OK), (need - 1, WARNING)):
         monkeypatch.setattr(facts, "free_disk", lambda path, free=free: free)
         main(["doctor", str(tmp_path / "c.yaml"), "--json"])
         [row] = [row for row in json.loads(capsys.readouterr().out) if row["check"] == "disk"]
