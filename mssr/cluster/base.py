@@ -11,9 +11,16 @@ import psutil
 
 from mssr.types import RankLogProbs, Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 
-Report = Callable[[str, str], None]
-"""Called as ``report(event, detail)`` before something that was lost is replaced; raises `TrainingError`
-if that happened too often."""
+
+class Events(Protocol):
+    """Where a cluster tells what went wrong; see `mssr.runs.events.EventLog`."""
+
+    def restart(self, event: str, detail: str) -> None:
+        """Something that was lost is about to be replaced; raises `TrainingError` if it was too often."""
+
+    def record(self, event: str, detail: str) -> None:
+        """Something happened that costs no restart."""
+
 
 OnFinished = Callable[[int, Rollout], None]
 """Called with a rollout and the index of its request, in the thread that generates."""
@@ -90,8 +97,9 @@ class Cluster(Protocol):
         """What every worker did when, as a Chrome trace; nothing where there is one process only."""
         return
 
-    def memory(self) -> dict[str, float]:
-        """Resident memory by role, the largest process of each, and the total, GiB."""
+    def metrics(self) -> dict[str, float]:
+        """Resident memory by role, the largest process of each, and the total, GiB; ``perf/gpus`` that are in
+        use, if any; and what the engines counted since the last call."""
 
     def shutdown(self) -> None:
         """End all workers."""

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from mssr.cluster.base import Cluster, OnFinished, Report, SaveHandle, join_log_probs, rss_gib
+from mssr.cluster import preflight
+from mssr.cluster.base import Cluster, Events, OnFinished, SaveHandle, join_log_probs, rss_gib
+from mssr.cluster.faults import explained, is_lost, is_replaceable
+from mssr.cluster.placement import Places, Seat, decide, find_nodes
 from mssr.cluster.ray_calls import HEALTH, Calls, Failure, Worker, WorkerDiedError, WorkerHungError, stacks
 from mssr.cluster.ray_generation import FEEDING, Generation
+from mssr.cluster.ray_start import init_ray, worker_environment
 from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
 from mssr.cluster.shared_prompts import PromptShelf
 from mssr.config import Config
-from mssr.errors import EngineError, UserError, WorkersLostError, first_line
+from mssr.errors import TrainingError, WorkersLostError
 from mssr.models.cost import home
+from mssr.rollout.heartbeat import CALL, SAVE
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 
-PLACEMENT_TIMEOUT_S = 60
-START_TIMEOUT_S = 1800.0
-"""Longest silence of a worker that is to start and load its model; long, for a node may have to come back."""
+PLACEMENT_TIMEOUT_S = 60.0
+"""For what others, as a run that ends now, are about to give back."""
 PREPARING = "preparing"
 """Concurrency group of the method that encodes prompts beside whatever else an engine does."""
 SAVING = "saving"
@@ -33,34 +34,43 @@ SAVING = "saving"
 
 
 class RayCluster(Cluster):
-    """Actor ranks and engines, each a Ray actor with a bundle of one placement group.
+    """Actor ranks and engines, each a Ray actor, in the places that `mssr.cluster.placement` finds.
 
     Prompts travel as ids and responses as tokens. Weights go from the actor's object store to the
     engines without passing through the driver.
 
+    Args:
+        note: shows a line about how workers are placed.
+
     Raises:
-        UserError: the cluster has not the resources that the config asks for.
+        UserError: the cluster has not the resources that the config asks for, or its machines differ.
     """
 
-    def __init__(self, config: Config, report: Report, stop: Callable[[], bool]) -> None:
-        self._config, self._report, self._stop = config, report, stop
+    def __init__(
+        self, config: Config, events: Events, stop: Callable[[], bool], note: Callable[[str], None]
+    ) -> None:
+        self._config, self._stop = config, stop
+        self._report, self._record = events.restart, events.record
         self._calls = Calls(config.cluster.hang_timeout_s)
         self._version = 0
         # As much of an engine's prompts as it keeps itself.
         self._shelf = PromptShelf(config.data.image_cache_bytes * config.rollout.workers)
         self._weights: list[Any] | None = None
         """Those of the last transfer, where they are kept."""
-        self._group: Any = None
         self._ranks: list[Worker] = []
         self._engines: list[Worker] = []
-        self._started_ray = not ray.is_initialized()
-        if self._started_ray:
-            _init_ray(config, processes=config.actor.num_ranks + config.rollout.workers)
-        try:
+        """In the order of their numbers, without those that were given up."""
+        self._given_up: list[int] = []
+        self._env = worker_environment(config)
+        with contextlib.ExitStack() as leave:
+            if not ray.is_initialized():
+                each = config.rollout.tensor_parallel
+                init_ray(config, processes=config.actor.num_ranks + config.rollout.workers * each)
+                leave.callback(ray.shutdown)
+            self._find_places(note, leave)
+            leave.callback(lambda: _kill(self._ranks + self._engines))
             self._launch()
-        except BaseException:
-            self.shutdown()
-            raise
+            self._leave = leave.pop_all()
 
     def generate(
         self,
@@ -73,8 +83,7 @@ class RayCluster(Cluster):
         stop = self._stop if stoppable else None
         generation = Generation(self._calls, requests, params, slots, on_finished, stop, self._shelf.add)
         while not generation.done:
-            for failure in generation.run(self._engines):
-                self._replace_engine(failure)
+            self._replace_engines(generation.run(self._engines))
         return generation.result()
 
     def prepare(self, prompt_ids: Sequence[str]) -> None:
@@ -86,7 +95,7 @@ class RayCluster(Cluster):
 
     @property
     def ranks_idle_in_rollout(self) -> bool:
-        return self._device == "cuda"
+        return self._device == "cuda" and not self._colocated
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
         metrics: dict[str, float] = self._call_ranks("update", self._work(batch), step)[0]
@@ -101,6 +110,7 @@ class RayCluster(Cluster):
         return ray.put((batch, self._shelf.fetcher(batch.prompt_ids)))
 
     def sync_weights(self, version: int) -> None:
+        self._take_back()
         weights = self._call_ranks("export_weights")[0]
         self._version = version
         # Where engines generate while the ranks train, one that is replaced needs what the others have.
@@ -113,7 +123,7 @@ class RayCluster(Cluster):
         refs = [r.handle.finish_save.options(concurrency_group=SAVING).remote() for r in self._ranks]
         return SaveHandle(
             done=lambda: not ray.wait(refs, num_returns=len(refs), timeout=0)[1],
-            result=lambda: {k: v for checksums in self._of_ranks(refs) for k, v in checksums.items()},
+            result=lambda: {k: v for sums in self._of_ranks(refs, SAVE) for k, v in sums.items()},
         )
 
     def load(self, directory: str) -> None:
@@ -122,122 +132,187 @@ class RayCluster(Cluster):
     def restart(self) -> None:
         _kill(self._ranks)
         self._ranks = []
-        self._start([], range(self._config.actor.num_ranks))
+        timeout_s = self._config.cluster.replace_timeout_s
+        if missing := self._places.wait(self._places.ranks, timeout_s, self._stop):
+            raise TrainingError(
+                f"{len(missing)} of {len(self._places.ranks)} actor ranks have lost their machine, and "
+                f"{_told(missing)} did not become free within cluster.replace_timeout_s={timeout_s:g}; start "
+                "the run again, and it goes on from its last checkpoint"
+            )
+        self._start(ranks=True)
 
     def write_timeline(self, path: str) -> None:
         ray.timeline(path)
 
-    def memory(self) -> dict[str, float]:
-        actors = self._call_ranks("rss_gib")
-        rollouts = [x for x in self._call_engines("rss_gib") if x]
-        driver = rss_gib()
+    def metrics(self) -> dict[str, float]:
+        actors, driver = self._call_ranks("rss_gib"), rss_gib()
+        engines = [found for found in self._call_engines("metrics") if found is not None]
+        keys = {key for found in engines for key in found}
+        of_engines = {key: [found[key] for found in engines if key in found] for key in sorted(keys)}
+        rollouts = of_engines.pop("memory/rollout_rss_gib", [0.0])
+        gpus = sum(unit.needs.get("GPU", 0.0) for unit in self._places.units)
         return {
             "memory/driver_rss_gib": driver,
             "memory/actor_rss_gib": max(actors),
-            "memory/rollout_rss_gib": max(rollouts, default=0.0),
+            "memory/rollout_rss_gib": max(rollouts),
             "memory/total_rss_gib": driver + sum(actors) + sum(rollouts),
+            **({"perf/gpus": gpus} if gpus else {}),
+            **{k: sum(v) if k == "perf/preemptions" else max(v) for k, v in of_engines.items()},
         }
 
     def shutdown(self) -> None:
-        _kill(self._ranks + self._engines)
-        if self._group is not None:
-            remove_placement_group(self._group)
-        if self._started_ray:
-            ray.shutdown()
+        self._leave.close()
 
-    def _launch(self) -> None:
-        ranks, engines = self._config.actor.num_ranks, self._config.rollout.workers
-        self._device = self._config.cluster.device
+    def _find_places(self, note: Callable[[str], None], leave: contextlib.ExitStack) -> None:
+        """Have Ray reserve what all workers need, on nodes that can run them."""
+        config = self._config
+        self._device = config.cluster.device
         if self._device == "auto":
             self._device = "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
-        self._bundle = {"CPU": 1.0} | ({"GPU": 1.0} if self._device == "cuda" else {})
-        self._group = placement_group([self._bundle] * (ranks + engines), strategy="PACK")
-        if not self._group.wait(PLACEMENT_TIMEOUT_S):
-            raise UserError(
-                f"the Ray cluster has no room for actor.num_ranks={ranks} and rollout.workers={engines}: "
-                f"needs {ranks + engines} x {self._bundle}, has {ray.cluster_resources()}"
-            )
-        self._start(range(engines), range(ranks))
+        nodes = find_nodes(self._device)
+        found = preflight.survey(config, nodes)
+        decision = decide(config, self._device, preflight.gpu_bytes(found.values()))
+        note(str(decision))
+        self._colocated = decision.colocated
+        self._places = places = Places(config, self._device, self._colocated)
+        places.check_total(nodes, decision)
+        leave.callback(places.release)
+        places.reserve(nodes)
+        if places.wait([*places.engines, *places.ranks], PLACEMENT_TIMEOUT_S, self._stop):
+            raise places.no_room(find_nodes(self._device), decision)
+        places.sort()
+        used = dict.fromkeys(unit.node for unit in places.units)
+        preflight.check(config, self._device, [found[node] for node in used if node in found])
 
-    def _start(self, engines: Sequence[int], ranks: Sequence[int]) -> None:
+    def _launch(self) -> None:
+        engines = range(self._config.rollout.workers)
+        if self._colocated:
+            # vLLM gives up if memory becomes free while it measures how much there is: ranks come later.
+            self._start(engines=engines)
+            self._call_engines("sleep")
+            self._start(ranks=True)
+        else:
+            self._start(engines=engines, ranks=bool(self._places.ranks))
+
+    def _start(self, engines: Sequence[int] = (), ranks: bool = False) -> None:
         """Make workers, and wait until they have loaded the base model."""
         starting = []
-        for k in engines:
-            index = self._config.actor.num_ranks + k
-            engine = self._remote(RayRolloutWorker, f"engine {k}", index, f"rollout-{k}")
-            self._engines[k : k + 1] = [engine]
-            starting.append((engine, engine.handle.start.remote(self._device)))
+        made = [self._worker(RayRolloutWorker, f"engine {k}", k, self._places.engines[k]) for k in engines]
+        kept = [engine for engine in self._engines if engine.number not in engines]
+        self._engines = sorted([*kept, *made], key=lambda engine: engine.number)
+        starting += [(engine, engine.handle.start.remote(self._device)) for engine in made]
         if ranks:
-            self._ranks = [self._remote(RayPolicyWorker, f"actor rank {k}", k, f"actor-{k}") for k in ranks]
+            self._ranks = [
+                self._worker(RayPolicyWorker, f"actor rank {k}", k, seat)
+                for k, seat in enumerate(self._places.ranks)
+            ]
             first = self._ranks[0]
             [address] = self._started([(first, first.handle.rendezvous.remote())])
-            for k, rank in enumerate(self._ranks):
-                starting.append((rank, rank.handle.start.remote(k, address, self._device)))
+            options = self._device, self._colocated
+            for rank in self._ranks:
+                starting.append((rank, rank.handle.start.remote(rank.number, address, *options)))
         outcomes = self._started(starting)
         if engines:
             self._slots = outcomes[0]
 
     def _started(self, refs: list[tuple[Worker, Any]]) -> list[Any]:
-        outcomes = self._calls.gather(refs, together=True, stop=self._stop, hang_timeout_s=START_TIMEOUT_S)
+        limit_s = self._config.cluster.start_timeout_s
+        outcomes = self._calls.gather(refs, together=True, stop=self._stop, hang_timeout_s=limit_s)
         failures = [x for x in outcomes if isinstance(x, Failure)]
         for failure in failures:
-            if not _is_lost(failure):
-                raise failure.error
+            if not is_lost(failure):
+                raise explained(failure)
         if failures:
             self._report("start_failed", str(failures[0]))
             raise WorkersLostError(f"{failures[0]}; see {self._config.run_dir / 'logs'}")
         return outcomes
 
-    def _remote(self, cls: type, name: str, index: int, log: str) -> Worker:
-        log_file = os.path.abspath(self._config.run_dir / "logs" / f"{log}.log")
+    def _worker(self, cls: type, name: str, number: int, seat: Seat) -> Worker:
+        log = f"{'rollout' if cls is RayRolloutWorker else 'actor'}-{number}.log"
         groups = dict.fromkeys((HEALTH, SAVING, FEEDING, PREPARING), 1)
         actor = ray.remote(concurrency_groups=groups)(cls).options(
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
-            num_cpus=self._bundle["CPU"],
-            num_gpus=self._bundle.get("GPU", 0.0),
+            scheduling_strategy=seat.unit.strategy, num_cpus=seat.cpus, num_gpus=0
         )
-        return Worker(name, actor.remote(self._config, log_file))
+        env = self._env | ({"CUDA_VISIBLE_DEVICES": ",".join(seat.gpus)} if seat.gpus else {})
+        log_file = os.path.abspath(self._config.run_dir / "logs" / log)
+        return Worker(name, actor.remote(self._config, log_file, env, os.getcwd()), number)
 
-    def _call_engines(self, method: str, *args: Any, only: Sequence[int] | None = None) -> list[Any]:
-        """The results of a call of all engines, or of some. One that fails is replaced, and has None."""
-        engines = self._engines if only is None else [self._engines[k] for k in only]
+    def _call_engines(self, method: str, *args: Any, only: Sequence[Worker] | None = None) -> list[Any]:
+        """The results of a call of all engines, or of some. Those that fail are replaced, and have None."""
+        engines = self._engines if only is None else only
         results = self._calls.gather([(e, getattr(e.handle, method).remote(*args)) for e in engines])
-        for position, result in enumerate(results):
-            if isinstance(result, Failure):
-                self._replace_engine(result)
-                results[position] = None
-        return results
+        self._replace_engines([x for x in results if isinstance(x, Failure)])
+        return [None if isinstance(x, Failure) else x for x in results]
 
-    def _replace_engine(self, failure: Failure) -> None:
-        """A new engine, with the weights that the others have, if that helps; else raises the error."""
-        if not (_is_lost(failure) or isinstance(failure.error, EngineError)):
-            raise failure.error
-        hung = isinstance(failure.error, WorkerHungError)
-        where = self._write_stacks([failure.worker]) if hung else ""
-        _kill([failure.worker])
-        self._report("engine_hung" if hung else "engine_died", f"{failure}{where}; it is replaced")
-        k = self._engines.index(failure.worker)
-        self._start([k], [])
-        if self._version:
-            weights = self._weights or self._call_ranks("export_weights")[0]
-            self._call_engines("load_weights", weights, self._version, only=[k])
+    def _replace_engines(self, failures: Sequence[Failure]) -> None:
+        """New engines, with the weights that the others have, where that helps and there is a place for them.
+
+        Raises:
+            TrainingError: there is no engine any more. What an engine raised, if a new one would do the same.
+        """
+        if not failures:
+            return
+        for failure in failures:
+            if not is_replaceable(failure):
+                raise explained(failure)
+        hung = [f.worker for f in failures if isinstance(f.error, WorkerHungError)]
+        where = self._write_stacks(hung) if hung else ""
+        lost = [failure.worker for failure in failures]
+        _kill(lost)
+        told = "; ".join(map(str, failures))
+        done = "it is replaced" if len(lost) == 1 else "they are replaced"
+        self._report("engine_hung" if hung else "engine_died", f"{told}{where}; {done}")
+        numbers, timeout_s = [engine.number for engine in lost], self._config.cluster.replace_timeout_s
+        seats = {self._places.engines[k]: k for k in numbers}
+        missing = [seats[seat] for seat in self._places.wait(seats, timeout_s, self._stop)]
+        if missing:
+            self._give_up(missing)
+        if new := [k for k in numbers if k not in missing]:
+            self._start(engines=new)
+            if self._version:
+                weights = self._weights or self._call_ranks("export_weights")[0]
+                made = [engine for engine in self._engines if engine.number in new]
+                self._call_engines("load_weights", weights, self._version, only=made)
+
+    def _give_up(self, numbers: Sequence[int]) -> None:
+        """Go on without engines, if there are others."""
+        timeout_s, seats = self._config.cluster.replace_timeout_s, [self._places.engines[k] for k in numbers]
+        self._given_up += numbers
+        self._engines = [engine for engine in self._engines if engine.number not in numbers]
+        lost = (
+            f"{_told(seats)} for engine {', '.join(map(str, numbers))} did not become free within "
+            f"cluster.replace_timeout_s={timeout_s:g}"
+        )
+        if not self._engines:
+            raise TrainingError(f"{lost}, and no engine is left; start the run again when machines are back")
+        self._record("engine_lost", f"{lost}; the run goes on with {len(self._engines)} engines")
+
+    def _take_back(self) -> None:
+        """Engines that were given up, where there is a place for them again."""
+        back = [k for k in self._given_up if self._places.engines[k].unit.has_place]
+        seats = {self._places.engines[k]: k for k in back}
+        missing = [seats[seat] for seat in self._places.wait(seats, PLACEMENT_TIMEOUT_S, self._stop)]
+        if back := [k for k in back if k not in missing]:
+            self._given_up = [k for k in self._given_up if k not in back]
+            self._record("engine_back", f"there is a place for engine {', '.join(map(str, back))} again")
+            self._start(engines=back)
 
     def _call_ranks(self, method: str, *args: Any) -> list[Any]:
         return self._of_ranks([getattr(r.handle, method).remote(*args) for r in self._ranks])
 
-    def _of_ranks(self, refs: list[Any]) -> list[Any]:
-        """The results of a call of all ranks.
+    def _of_ranks(self, refs: list[Any], task: str = CALL) -> list[Any]:
+        """The results of a call of all ranks, which work at a task of `mssr.rollout.heartbeat`.
 
         Raises:
             WorkersLostError: a rank died or hung, or they lost touch with one another.
         """
-        results = self._calls.gather(list(zip(self._ranks, refs, strict=True)), together=True)
+        results = self._calls.gather(list(zip(self._ranks, refs, strict=True)), together=True, task=task)
         failures = [x for x in results if isinstance(x, Failure)]
         if not failures:
             return results
-        lost = [f for f in failures if _is_lost(f)]
+        lost = [f for f in failures if is_lost(f)]
         if not lost:
-            raise failures[0].error
+            raise explained(failures[0])
         # Those that died or hang are the cause of what the others say.
         died = [f for f in lost if isinstance(f.error, WorkerDiedError)]
         hung = [f for f in lost if isinstance(f.error, WorkerHungError)]
@@ -260,33 +335,8 @@ def _kill(workers: Sequence[Worker]) -> None:
         ray.kill(worker.handle)
 
 
-def _is_lost(failure: Failure) -> bool:
-    """Whether the worker, or its connection to the others, is to blame and not what it computed."""
-    error = failure.error
-    if isinstance(error, (WorkerDiedError, WorkerHungError)):
-        return True
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return bool(names & {"DistError", "RayError"}) or (
-        isinstance(error, RuntimeError) and bool(re.search(r"gloo|nccl", str(error), re.IGNORECASE))
-    )
-
-
-def _init_ray(config: Config, processes: int) -> None:
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if config.cluster.address is None:
-        # Bundles are one CPU each; on a small machine the phases of a step take turns on the cores.
-        # Nothing of a run on one machine is to be reached from others.
-        options |= {
-            "address": "local",
-            "num_cpus": max(processes, os.cpu_count() or 1),
-            "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
-        }
-    else:
-        options["address"] = config.cluster.address
-    try:
-        ray.init(**options)
-    except ConnectionError as error:
-        raise UserError(f"cluster.address={config.cluster.address}: {first_line(error)}") from error
+def _told(seats: Iterable[Seat]) -> str:
+    """What some seats need, all together."""
+    units = {seat.unit: None for seat in seats}
+    kind = "GPU" if any("GPU" in unit.needs for unit in units) else "CPU"
+    return f"{sum(unit.needs[kind] for unit in units):.0f} {kind}"

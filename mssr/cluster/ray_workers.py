@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +38,20 @@ PIECE = 8
 
 
 class RayWorker:
-    """What both kinds of workers share: a log file of their own, thread counts, signs of life."""
+    """What both kinds of workers share: a log file of their own, thread counts, signs of life.
+
+    Args:
+        env: environment variables, among them which GPUs are its own.
+        directory: where the run was started, from which relative paths go out.
+    """
 
     threads_option: str
     """Of ``config.cluster``."""
 
-    def __init__(self, config: Config, log_file: str) -> None:
+    def __init__(self, config: Config, log_file: str, env: Mapping[str, str], directory: str) -> None:
         self._config = config
+        os.chdir(directory)
+        os.environ.update(env)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[name] = str(getattr(config.cluster, self.threads_option) or 1)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -58,9 +65,9 @@ class RayWorker:
     def rss_gib(self) -> float:
         return rss_gib()
 
-    def silent_s(self) -> float:
+    def silent_s(self, task: str) -> float:
         """See `mssr.rollout.heartbeat`. Called in a thread of its own, as is `stacks`."""
-        return heartbeat.silent_s()
+        return heartbeat.silent_s(task)
 
     def stacks(self) -> str:
         return heartbeat.stacks()
@@ -81,7 +88,13 @@ class RayPolicyWorker(RayWorker):
             s.bind(("", 0))
             return f"tcp://{host}:{s.getsockname()[1]}"
 
-    def start(self, rank: int, init_method: str, device: str) -> None:
+    def start(self, rank: int, init_method: str, device: str, colocated: bool) -> None:
+        # Memory grows in place, so that what one pass freed serves the next of another size; not where an
+        # engine maps it, which takes long then and a system call (pidfd_getfd) that containers may forbid.
+        # torch reads this when CUDA is first used; what the user set stays.
+        allocator = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
+        if device == "cuda" and not colocated and not allocator & os.environ.keys():
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         from mssr.actor.worker import PolicyWorker
 
         self._worker = PolicyWorker(self._config, rank, init_method, device)
@@ -134,8 +147,8 @@ class RayRolloutWorker(RayWorker):
     threads_option = "threads_per_rollout"
     _engine: RolloutEngine
 
-    def __init__(self, config: Config, log_file: str) -> None:
-        super().__init__(config, log_file)
+    def __init__(self, config: Config, log_file: str, env: Mapping[str, str], directory: str) -> None:
+        super().__init__(config, log_file, env, directory)
         self._lock = threading.Lock()
         self._queues: dict[int, RequestQueue] = {}
 
@@ -200,6 +213,15 @@ class RayRolloutWorker(RayWorker):
                 self._engine.prompts.get(prompt_ids[start : start + PIECE])
         except Exception:
             logger.warning("prompts could not be prepared", exc_info=True)
+
+    def metrics(self) -> dict[str, float]:
+        """See `RolloutEngine.metrics`; and the process's resident memory, GiB."""
+        heartbeat.beat()
+        return {"memory/rollout_rss_gib": rss_gib()} | self._engine.metrics()
+
+    def sleep(self) -> None:
+        heartbeat.beat()
+        self._engine.sleep()
 
     def load_weights(self, weights: list[Any], version: int) -> None:
         """``weights``: what `RayPolicyWorker.export_weights` gave on rank 0."""

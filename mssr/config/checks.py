@@ -13,9 +13,16 @@ from collections.abc import Iterator
 from mssr import algorithms
 from mssr.algorithms.plugins import is_spec
 from mssr.config.data import PAPER_INSTRUCTION
-from mssr.config.options import check_read, check_values
-from mssr.config.run import Config
+from mssr.config.options import check_read, check_values, describe, in_yaml
+from mssr.config.run import Config, RolloutConfig
 from mssr.errors import UserError
+
+TOO_LATE = ("LD_", "PYTHON", "RAY_")
+"""How the names of variables begin that a process reads as it starts."""
+OURS = {"CUDA_VISIBLE_DEVICES": "the placement"} | dict.fromkeys(
+    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"),
+    "cluster.threads_per_actor or cluster.threads_per_rollout",
+)
 
 
 def validate(config: Config) -> None:
@@ -26,7 +33,9 @@ def validate(config: Config) -> None:
     _check_engine_options(config)
     _check_memory(config)
     _check_budget(config)
+    _check_placement(config)
     _check_overlap(config)
+    _check_environment(config)
 
 
 def advice(config: Config) -> Iterator[str]:
@@ -143,19 +152,40 @@ def _try_loss(config: Config) -> None:
     aggregation_denominator(length, config.aggregation, config.constant_length)
 
 
+_ENGINE_OPTIONS_ELSEWHERE = {
+    "model": "set model.path",
+    "dtype": "set model.dtype",
+    "seed": "set seed",
+    "max_model_len": "it is data.max_prompt_length + rollout.max_response_length; set these",
+    "tensor_parallel_size": "set rollout.tensor_parallel, which gives an engine so many devices, too",
+    "distributed_executor_backend": "set rollout.tensor_parallel, which chooses it",
+    "pipeline_parallel_size": "engines have no stages; set rollout.tensor_parallel",
+    "data_parallel_size": "set rollout.workers, the number of engines",
+    "enable_sleep_mode": "set cluster.placement=colocated, where engines sleep",
+    "weight_transfer_config": "set cluster.weight_transfer",
+    "worker_cls": "engines get their weights through a worker of ours; remove it",
+    "worker_extension_cls": "engines get their weights through a worker of ours; remove it",
+    "logprobs_mode": "the log-probs must be those of what is sampled; remove it",
+    **dict.fromkeys(
+        ("mm_processor_kwargs", "mm_processor_cache_gb", "mm_device_do_normalize"),
+        "engines get their images ready from our encoder; set data.min_pixels, data.max_pixels or "
+        "data.image_cache_gib",
+    ),
+}
+"""Arguments of vLLM that are decided elsewhere, and where."""
+
+
 def _check_engine_options(config: Config) -> None:
-    options = config.rollout.engine_options
-    if "trust_remote_code" in options:
+    if "trust_remote_code" in config.rollout.engine_options:
         raise UserError(
             "rollout.engine_options.trust_remote_code: set model.trust_remote_code, which decides for "
             "engine and actor alike"
         )
-    for name in ("mm_processor_kwargs", "mm_processor_cache_gb", "mm_device_do_normalize"):
-        if name in options:
-            raise UserError(
-                f"rollout.engine_options.{name}: engines get their images ready from our encoder; set "
-                "data.min_pixels, data.max_pixels or data.image_cache_gib"
-            )
+    for name in config.rollout.engine_options:
+        if name in _ENGINE_OPTIONS_ELSEWHERE:
+            raise UserError(f"rollout.engine_options.{name}: {_ENGINE_OPTIONS_ELSEWHERE[name]}")
+        if name in describe(RolloutConfig):
+            raise UserError(f"rollout.engine_options.{name}: set rollout.{name}")
 
 
 def _check_memory(config: Config) -> None:
@@ -177,10 +207,16 @@ def _check_memory(config: Config) -> None:
             "actor.offload=all runs the optimizer on the host, for which adamw_8bit is not made; set "
             "actor.optimizer=adamw, or actor.offload=optimizer"
         )
-    if actor.keep_gathered and offloads_all:
+    if actor.keep_gathered and (offloads_all or actor.offload_reference):
+        offload = "actor.offload=all" if offloads_all else "actor.offload_reference=true"
         raise UserError(
-            "actor.keep_gathered=true holds whole parameters on the device, off which actor.offload=all is "
+            f"actor.keep_gathered=true holds whole parameters on the device, off which {offload} is "
             "to keep them; set one of the two"
+        )
+    if actor.shard_size and actor.num_ranks % actor.shard_size:
+        raise UserError(
+            f"actor.shard_size={actor.shard_size} does not divide actor.num_ranks={actor.num_ranks} into "
+            "whole copies of the policy; set a divisor, or null for one copy that all ranks share"
         )
 
 
@@ -235,6 +271,50 @@ def _check_overlap(config: Config) -> None:
             "rollout.lag=1 with sampler.dynamic=true and sampler.name=uncertainty: further draws would "
             "depend on how far the training of the step before is; turn one of them off"
         )
-    counts = {"actor.num_ranks": config.actor.num_ranks, "rollout.workers": config.rollout.workers}
+    counts = {
+        "actor.num_ranks": config.actor.num_ranks,
+        "rollout.workers": config.rollout.workers,
+        "rollout.tensor_parallel": config.rollout.tensor_parallel,
+    }
     if local and (several := [f"{key}=1" for key, count in counts.items() if count != 1]):
         raise UserError(f"cluster.launcher=local runs in one process; set {' '.join(several)}")
+
+
+def _check_placement(config: Config) -> None:
+    """Engines and ranks that take turns on the same devices."""
+    if config.cluster.placement != "auto" and config.cluster.launcher == "local":
+        raise UserError(
+            f"cluster.placement={config.cluster.placement} places processes, and cluster.launcher=local runs "
+            "in one; remove it"
+        )
+    if config.cluster.placement != "colocated":
+        return
+    chosen = "cluster.placement=colocated has engines and ranks take turns on the same devices"
+    for key, at_the_same_time in (
+        ("rollout.lag=1", config.rollout.lag == 1),
+        ("actor.score_early=always", config.actor.score_early == "always"),
+    ):
+        if at_the_same_time:
+            raise UserError(f"{chosen}, and {key} works at the same time; set cluster.placement=apart")
+    each, ranks = config.rollout.tensor_parallel, config.actor.num_ranks
+    if (shared := config.rollout.workers * each) != ranks:
+        raise UserError(
+            f"{chosen}: rollout.workers={config.rollout.workers} times rollout.tensor_parallel={each} is "
+            f"{shared}, which must be actor.num_ranks={ranks}"
+        )
+
+
+def _check_environment(config: Config) -> None:
+    """What workers get in their environment."""
+    for name, value in config.cluster.env.items():
+        key = f"cluster.env.{name}"
+        if not isinstance(value, str | int | float | None) or isinstance(value, bool):
+            raise UserError(
+                f"{key}={in_yaml(value)} must be text, a number or null; write what it is to hold"
+            )
+        if name.startswith(TOO_LATE):
+            raise UserError(
+                f"{key} is read before a worker could set it; set it where Ray is started on a node"
+            )
+        if name in OURS:
+            raise UserError(f"{key} is overwritten; {OURS[name]} decides")

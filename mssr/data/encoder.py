@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class PromptEncoder:
         self._normalizer = PixelNormalizer.of(image_processor)
         self._factor = image_processor.patch_size * image_processor.merge_size
         self._image_token_id: int = processor.image_token_id
+        self._tokenizing = threading.Lock()  # tokenizers fail where two threads are the first to use one
         keys = ("system_prompt", "chat_template", "prompt_template")
         self.texts = {key: text_or_file(getattr(config, key), f"data.{key}") for key in keys}
         """What these keys of the config say, read from the file where they name one."""
@@ -228,7 +230,9 @@ class PromptEncoder:
     ) -> list[EncodedPrompt]:
         if not prompts:
             return []
-        all_token_ids = self.processor.tokenizer([self.chat_text(row) for row, _ in prompts])["input_ids"]
+        texts = [self.chat_text(row) for row, _ in prompts]
+        with self._tokenizing:
+            all_token_ids = self.processor.tokenizer(texts)["input_ids"]
         result = []
         for token_ids, (_, keys) in zip(map(torch.tensor, all_token_ids), prompts, strict=True):
             if not keys:

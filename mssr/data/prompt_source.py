@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from mssr.config import Config
@@ -31,21 +32,44 @@ class PromptSource:
         self._lock = threading.Lock()
         self._new: set[str] = set()
         """Prompts that were encoded and not yet asked for by `take_new`."""
+        self._encoding: dict[str, Future[EncodedPrompt]] = {}
+        """Prompts that a thread is at work on."""
 
     def get(self, prompt_ids: Sequence[str]) -> list[EncodedPrompt]:
-        """Read and encoded, in their order. Threads may call it; one encodes at a time."""
+        """Read and encoded, in their order. Threads may call it; a prompt that one of them encodes the others
+        wait for."""
+        found: dict[str, EncodedPrompt] = {}
+        own: dict[str, Future[EncodedPrompt]] = {}
+        others: dict[str, Future[EncodedPrompt]] = {}
         with self._lock:
-            wanted = dict.fromkeys(prompt_ids)
-            found = {i: kept for i in wanted if (kept := self._kept(i)) is not None}
-            missing = [i for i in wanted if i not in found]
-            encoded = self.encoder.encode_all([self.row(i) for i in missing], self._cache)
-            for prompt_id, prompt in zip(missing, encoded, strict=True):
-                found[prompt_id] = prompt
+            for i in dict.fromkeys(prompt_ids):
+                if (kept := self._kept(i)) is not None:
+                    found[i] = kept
+                elif i in self._encoding:
+                    others[i] = self._encoding[i]
+                else:
+                    own[i] = self._encoding[i] = Future()
+        try:
+            with self._lock:
+                rows = [self.row(i) for i in own]
+            encoded = self.encoder.encode_all(rows, self._cache)
+            for (prompt_id, future), prompt in zip(own.items(), encoded, strict=True):
                 without = dataclasses.replace(prompt, pixels=None)
                 self._cache.put(prompt_id, without, without.nbytes)
-                if not prompt_id.startswith(VAL_PREFIX):
-                    self._new.add(prompt_id)
-            return [found[i] for i in prompt_ids]
+                found[prompt_id] = prompt
+                future.set_result(prompt)
+            with self._lock:
+                self._new.update(i for i in own if not i.startswith(VAL_PREFIX))
+        except BaseException as error:
+            for future in own.values():
+                future.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                for i in own:
+                    del self._encoding[i]
+        found |= {i: future.result() for i, future in others.items()}
+        return [found[i] for i in prompt_ids]
 
     def take_new(self, prompt_ids: Iterable[str]) -> dict[str, EncodedPrompt]:
         """Those of some prompts that `get` had to encode since this last gave them out, without validation's

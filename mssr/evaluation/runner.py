@@ -90,7 +90,7 @@ def evaluate(request: EvaluationRequest) -> int:
         print(f"mssr: {line}", flush=True)
 
     model = open_model(request.model, request.config, request.overrides, request.reward, note)
-    check_model_path(model.config.model)
+    check_model_path(model.config.model, model.config.rollout.tensor_parallel)
     benchmarks = _benchmarks(request, model.config)
     out = request.out or Path("evaluations") / model.label
     with hold_directory(out, "--out") as notes:
@@ -259,7 +259,7 @@ class _Evaluation:
 @contextlib.contextmanager
 def _engines(events: EventLog, stop: StopRequest, config: Config) -> Iterator[local_judge.Generate]:
     """Engines that end with the context."""
-    cluster = launch(config, events.restart, lambda: stop.requested)
+    cluster = launch(config, events, lambda: stop.requested)
 
     def generate(requests: Sequence[RolloutRequest], params: SamplingParams) -> list[Rollout]:
         if stop.requested:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
 from typing import Any
+
+import torch
 
 from mssr.rollout.weights import WeightSource
 
@@ -17,3 +21,15 @@ class EngineProcess:
     def load_from(self, source: WeightSource) -> None:
         """Take over weights."""
         self.reload_weights(weights_iterator=source.tensors(self.device, self.rank))
+
+    def end_with_parent(self) -> None:
+        """Have the system kill this process with the one that started it, also where it waits for a device
+        that hangs: the engine that takes its place needs the memory."""
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def peak_gpu_bytes(self) -> int:
+        """The most that torch held on the device since the last call."""
+        peak = torch.cuda.max_memory_reserved(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak

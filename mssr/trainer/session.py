@@ -65,7 +65,7 @@ def run_session(config: Config, terminal: TextIO) -> int:
         run_with_recovery(
             run,
             checkpoint,
-            lambda: launch(config, events.restart, lambda: stop.requested),
+            lambda: launch(config, events, lambda: stop.requested, console.note),
             lambda cluster: Trainer(run, data.train.dataset, data.val, scorer, cluster),
         )
     if log.written and console.quiet:

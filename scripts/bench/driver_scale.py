@@ -101,7 +101,7 @@ def train(args: argparse.Namespace, directory: Path) -> list[Step]:
         seconds[phase] = seconds.get(phase, 0.0) + clocks() - started
 
     with Scorer(config.reward, args.tokens) as scorer, StopRequest(console.note) as stop:
-        cluster = launch(config, events.restart, lambda: stop.requested)
+        cluster = launch(config, events, lambda: stop.requested)
         run = Run(config, CheckpointStore(config.run_dir, 1), log, events, console, stop)
         trainer = Trainer(run, dataset, [], scorer, cluster)
         owners = {"collect": trainer.collector, "batch": trainer.estimator, "observe": trainer.estimator}
@@ -126,7 +126,7 @@ def train(args: argparse.Namespace, directory: Path) -> list[Step]:
         began = clocks()
         try:
             trainer.run()
-            worker = cluster.memory()["memory/rollout_rss_gib"]
+            worker = cluster.metrics()["memory/rollout_rss_gib"]
         finally:
             cluster.shutdown()
             log.close()

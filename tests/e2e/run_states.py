@@ -35,10 +35,10 @@ from mssr.trainer.train import train
 config, out, variants = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 write = MetricsLog.write
 if any("cluster.launcher=ray" in options for _, options in variants.values()):
-    from mssr.cluster.ray_cluster import _init_ray
+    from mssr.cluster.ray_start import init_ray
     from mssr.config import Config
 
-    _init_ray(Config(), processes=8)  # once for all, with room for those of the run before that still end
+    init_ray(Config(), processes=8)  # once for all, with room for those of the run before that still end
 
 def stopping(at):
     def stop(self, record):

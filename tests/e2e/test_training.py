@@ -53,9 +53,11 @@ def test_the_run_directory_holds_what_it_promises(straight_run: Path) -> None:
         advantage/degenerate_fraction shaping/mean shaping/entropy_branch_fraction
         shaping/sign_flip_fraction rollout/tokens rollout/response_length rollout/truncated_fraction
         rollout/mismatch_kl timing/step_s timing/rollout_s timing/reward_s timing/update_s timing/sync_s
-        perf/rollouts_per_s perf/tokens_per_s epoch memory/driver_rss_gib""".split()
+        perf/rollouts_per_s perf/tokens_per_s perf/update_tflops rollout/prompt_tokens epoch
+        memory/driver_rss_gib""".split()
     for record in records[1:]:
         assert not [key for key in promised if not isinstance(record.get(key), float)]
+        assert not record.keys() & {"perf/gpus", "perf/tokens_per_s_per_gpu", "perf/mfu"}  # there is no GPU
     assert [r["step"] for r in records if "val/accuracy" in r] == [0, 3, 6, 9, 10]
     assert (straight_run / "checkpoints" / "latest").read_text() == "step-000010"
     assert (straight_run / "config.yaml").is_file()

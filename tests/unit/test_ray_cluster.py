@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future
 from typing import Any
 from unittest.mock import Mock
 
@@ -10,7 +11,9 @@ import pytest
 import ray
 import torch.distributed as dist
 
-from mssr.cluster import ray_calls, ray_cluster
+from mssr.actor.checkpoint import ActorCheckpoint
+from mssr.cluster import ray_calls, ray_start
+from mssr.cluster.faults import is_lost
 from mssr.cluster.ray_calls import (
     Calls,
     Failure,
@@ -19,10 +22,12 @@ from mssr.cluster.ray_calls import (
     WorkerHungError,
     _cause_of_death,
 )
-from mssr.cluster.ray_cluster import PREPARING, RayCluster, _init_ray, _is_lost
+from mssr.cluster.ray_cluster import PREPARING, RayCluster
 from mssr.cluster.ray_generation import Generation
+from mssr.cluster.ray_start import init_ray
 from mssr.config import Config
 from mssr.errors import EngineError, TrainingError, UserError
+from mssr.rollout import heartbeat
 from mssr.types import RolloutRequest, SamplingParams
 
 pytestmark = pytest.mark.unit
@@ -45,7 +50,7 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: C
     ],
 )
 def test_only_what_a_restart_can_mend_is_tried_again(error: Exception, lost: bool) -> None:
-    assert _is_lost(Failure(Worker("actor rank 0", None), error)) is lost
+    assert is_lost(Failure(Worker("actor rank 0", None), error)) is lost
 
 
 def test_a_death_is_told_in_a_line() -> None:
@@ -115,7 +120,25 @@ def test_after_one_rank_has_died_the_others_are_given_up(monkeypatch: pytest.Mon
     calls.calls[2][1].cause = calls.calls[2][1]
     [first, given_up, third] = Calls(hang_timeout_s=40).gather(calls.refs, together=True)
     assert isinstance(first.error, WorkerDiedError) and given_up is None
-    assert _is_lost(third) and 4 <= calls.now < 20
+    assert is_lost(third) and 4 <= calls.now < 20
+
+
+def test_a_checkpoint_that_is_written_hides_no_call_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that waits for it shows signs of life of its own, and who waits for it asks for these."""
+    calls = ThreeCalls(monkeypatch, [(None, None, 41.0)])
+    for task in (heartbeat.CALL, heartbeat.SAVE):
+        Calls(hang_timeout_s=40).gather(calls.refs, task=task)
+        calls.refs[0][0].handle.silent_s.options.return_value.remote.assert_called_with(task)
+    monkeypatch.undo()
+    checkpoint = ActorCheckpoint.__new__(ActorCheckpoint)
+    checkpoint._saving = Future()
+    checkpoint._saving.set_exception(OSError("disk full"))
+    monkeypatch.setattr(heartbeat, "_last", {heartbeat.CALL: 1.0})
+    waits = iter([False, True])
+    monkeypatch.setattr(checkpoint._saving, "done", lambda: next(waits))
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.result()
+    assert heartbeat._last.keys() == {heartbeat.CALL, heartbeat.SAVE} and heartbeat._last["call"] == 1.0
 
 
 class Engine:
@@ -176,8 +199,8 @@ def test_a_local_ray_is_for_this_machine_alone(monkeypatch: pytest.MonkeyPatch) 
     """No dashboard, no client server, loopback; and Ray's token authentication is not turned off."""
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     started: dict[str, Any] = {}
-    monkeypatch.setattr(ray_cluster.ray, "init", lambda **options: started.update(options))
-    _init_ray(Config(), processes=3)
+    monkeypatch.setattr(ray_start.ray, "init", lambda **options: started.update(options))
+    init_ray(Config(), processes=3)
     assert started["address"] == "local" and started["include_dashboard"] is False
     assert started["_node_ip_address"] == "127.0.0.1"
     assert os.environ.get("RAY_AUTH_MODE") is None  # Ray's own default is a token
