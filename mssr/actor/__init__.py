@@ -2,5 +2,6 @@
 
 `worker` is a rank: it makes the model (`initial_weights`, `distributed`) and its optimizer (`optimizers`,
 `adamw`). `update` runs the step: who computes what (`planning`), encoded prompts (`prompts`), what is known
-and measured of their tokens (`step`), what is not finite (`guard`). `checkpoint` saves and loads.
+and measured of their tokens (`step`), what is not finite (`guard`). `sending` gives the weights away,
+`checkpoint` saves and loads.
 """
