@@ -12,7 +12,7 @@ import ray
 
 from mssr.cluster import preflight
 from mssr.cluster.base import Cluster, Events, OnFinished, SaveHandle, join_log_probs, rss_gib
-from mssr.cluster.faults import explained, is_lost
+from mssr.cluster.faults import explained, is_lost, is_replaceable
 from mssr.cluster.placement import Places, Seat, decide, find_nodes
 from mssr.cluster.ray_calls import HEALTH, Calls, Failure, Worker, WorkerDiedError, WorkerHungError, stacks
 from mssr.cluster.ray_generation import FEEDING, Generation
@@ -20,7 +20,7 @@ from mssr.cluster.ray_start import init_ray, worker_environment
 from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
 from mssr.cluster.shared_prompts import PromptShelf
 from mssr.config import Config
-from mssr.errors import EngineError, TrainingError, WorkersLostError
+from mssr.errors import TrainingError, WorkersLostError
 from mssr.models.cost import home
 from mssr.rollout.heartbeat import CALL, SAVE
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
@@ -157,7 +157,7 @@ class RayCluster(Cluster):
             "memory/rollout_rss_gib": max(rollouts),
             "memory/total_rss_gib": driver + sum(actors) + sum(rollouts),
             **({"perf/gpus": gpus} if gpus else {}),
-            **{k: sum(v) if k == "rollout/preemptions" else max(v) for k, v in of_engines.items()},
+            **{k: sum(v) if k == "perf/preemptions" else max(v) for k, v in of_engines.items()},
         }
 
     def shutdown(self) -> None:
@@ -200,7 +200,8 @@ class RayCluster(Cluster):
         made = [self._worker(RayRolloutWorker, f"engine {k}", k, self._places.engines[k]) for k in engines]
         kept = [engine for engine in self._engines if engine.number not in engines]
         self._engines = sorted([*kept, *made], key=lambda engine: engine.number)
-        starting += [(engine, engine.handle.start.remote(self._device)) for engine in made]
+        options = self._device, self._colocated
+        starting += [(engine, engine.handle.start.remote(*options)) for engine in made]
         if ranks:
             self._ranks = [
                 self._worker(RayPolicyWorker, f"actor rank {k}", k, seat)
@@ -209,7 +210,7 @@ class RayCluster(Cluster):
             first = self._ranks[0]
             [address] = self._started([(first, first.handle.rendezvous.remote())])
             for rank in self._ranks:
-                starting.append((rank, rank.handle.start.remote(rank.number, address, self._device)))
+                starting.append((rank, rank.handle.start.remote(rank.number, address, *options)))
         outcomes = self._started(starting)
         if engines:
             self._slots = outcomes[0]
@@ -252,7 +253,7 @@ class RayCluster(Cluster):
         if not failures:
             return
         for failure in failures:
-            if not (is_lost(failure) or isinstance(failure.error, EngineError)):
+            if not is_replaceable(failure):
                 raise explained(failure)
         hung = [f.worker for f in failures if isinstance(f.error, WorkerHungError)]
         where = self._write_stacks(hung) if hung else ""
@@ -261,31 +262,30 @@ class RayCluster(Cluster):
         told = "; ".join(map(str, failures))
         done = "it is replaced" if len(lost) == 1 else "they are replaced"
         self._report("engine_hung" if hung else "engine_died", f"{told}{where}; {done}")
-        self._engines = [engine for engine in self._engines if engine not in lost]
         numbers, timeout_s = [engine.number for engine in lost], self._config.cluster.replace_timeout_s
         seats = {self._places.engines[k]: k for k in numbers}
         missing = [seats[seat] for seat in self._places.wait(seats, timeout_s, self._stop)]
-        self._renew_engines([k for k in numbers if k not in missing])
         if missing:
-            self._given_up += missing
-            told = (
-                f"{_told(self._places.engines[k] for k in missing)} for engine {', '.join(map(str, missing))}"
-            )
-            told += f" did not become free within cluster.replace_timeout_s={timeout_s:g}"
-            if not self._engines:
-                raise TrainingError(
-                    f"{told}, and no engine is left; start the run again when machines are back"
-                )
-            self._record("engine_lost", f"{told}; the run goes on with {len(self._engines)} engines")
+            self._give_up(missing)
+        if new := [k for k in numbers if k not in missing]:
+            self._start(engines=new)
+            if self._version:
+                weights = self._weights or self._call_ranks("export_weights")[0]
+                made = [engine for engine in self._engines if engine.number in new]
+                self._call_engines("load_weights", weights, self._version, only=made)
 
-    def _renew_engines(self, numbers: Sequence[int]) -> None:
-        if not numbers:
-            return
-        self._start(engines=numbers)
-        if self._version:
-            weights = self._weights or self._call_ranks("export_weights")[0]
-            new = [engine for engine in self._engines if engine.number in numbers]
-            self._call_engines("load_weights", weights, self._version, only=new)
+    def _give_up(self, numbers: Sequence[int]) -> None:
+        """Go on without engines, if there are others."""
+        timeout_s, seats = self._config.cluster.replace_timeout_s, [self._places.engines[k] for k in numbers]
+        self._given_up += numbers
+        self._engines = [engine for engine in self._engines if engine.number not in numbers]
+        lost = (
+            f"{_told(seats)} for engine {', '.join(map(str, numbers))} did not become free within "
+            f"cluster.replace_timeout_s={timeout_s:g}"
+        )
+        if not self._engines:
+            raise TrainingError(f"{lost}, and no engine is left; start the run again when machines are back")
+        self._record("engine_lost", f"{lost}; the run goes on with {len(self._engines)} engines")
 
     def _take_back(self) -> None:
         """Engines that were given up, where there is a place for them again."""

@@ -88,7 +88,13 @@ class RayPolicyWorker(RayWorker):
             s.bind(("", 0))
             return f"tcp://{host}:{s.getsockname()[1]}"
 
-    def start(self, rank: int, init_method: str, device: str) -> None:
+    def start(self, rank: int, init_method: str, device: str, colocated: bool) -> None:
+        # Memory grows in place, so that what one pass freed serves the next of another size; not where an
+        # engine maps it, which takes long then and a system call (pidfd_getfd) that containers may forbid.
+        # torch reads this when CUDA is first used; what the user set stays.
+        allocator = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
+        if device == "cuda" and not colocated and not allocator & os.environ.keys():
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         from mssr.actor.worker import PolicyWorker
 
         self._worker = PolicyWorker(self._config, rank, init_method, device)
@@ -146,14 +152,14 @@ class RayRolloutWorker(RayWorker):
         self._lock = threading.Lock()
         self._queues: dict[int, RequestQueue] = {}
 
-    def start(self, device: str) -> int:
+    def start(self, device: str, colocated: bool) -> int:
         """Returns how many sequences the engine runs at a time."""
         import torch
 
         torch.set_num_threads(self._config.cluster.threads_per_rollout)
         from mssr.rollout.engine import make_engine
 
-        self._engine = make_engine(self._config, device)
+        self._engine = make_engine(self._config, device, colocated)
         return self._engine.slots
 
     def generate(

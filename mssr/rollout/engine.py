@@ -49,8 +49,8 @@ class RolloutEngine(Protocol):
     def metrics(self) -> dict[str, float]:
         """What the engine counted since the last call, not while it generates; empty where it counts nothing.
 
-        ``rollout/preemptions``: how often a sequence lost its keys and values and began anew;
-        ``rollout/kv_cache_usage``: the largest share in use after a step; ``memory/rollout_gpu_gib``: the
+        ``perf/preemptions``: how often a sequence lost its keys and values and began anew;
+        ``perf/kv_cache_usage``: the largest share in use after a step; ``memory/rollout_gpu_gib``: the
         most that torch held on a device of the engine, GiB, asleep or not.
         """
 

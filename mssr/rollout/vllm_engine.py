@@ -123,7 +123,7 @@ class VllmEngine:
                 self._engine.wake_up([part])
 
     def metrics(self) -> dict[str, float]:
-        found = {"rollout/preemptions": float(self._preemptions), "rollout/kv_cache_usage": self._usage}
+        found = {"perf/preemptions": float(self._preemptions), "perf/kv_cache_usage": self._usage}
         self._preemptions, self._usage = 0, 0.0
         if self._device == "cuda":
             with _broken_engine():

@@ -146,8 +146,11 @@ def _cluster(address: str, here: Machine, run: Run, config: Config | None) -> It
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError) as error:
-        advice = "ray start --head on the first node, ray start --address=... on the others"
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        # A head asks for a token as soon as there is one; who names its address has to say that he has it.
+        advice = (
+            "is a head running there? If it wants a token: RAY_AUTH_MODE=token and its ~/.ray/auth_token"
+        )
         yield ERROR, f"{address}: {' '.join(str(error).split())[:200]}", advice
         return
     try:

@@ -103,13 +103,13 @@ class FakeEngine:
 
 
 class FakeRolloutWorker(RayRolloutWorker):
-    def start(self, device: str) -> int:
+    def start(self, device: str, colocated: bool) -> int:
         self._engine = FakeEngine(self._config)
         return self._engine.slots
 
 
 class FakePolicyWorker(RayPolicyWorker):
-    def start(self, rank: int, init_method: str, device: str) -> None:
+    def start(self, rank: int, init_method: str, device: str, colocated: bool) -> None:
         self._rank, self._ranks = rank, self._config.actor.num_ranks
         self._seconds = float(self._config.rollout.engine_options[OPTIONS]["update_s"])
 

@@ -18,10 +18,14 @@ from mssr.cluster import machine as facts
 from mssr.cluster.machine import Gpu, Machine, describe
 from mssr.tools import doctor, gpu_checks
 from mssr.tools.cli import main
-from mssr.tools.machine_checks import ERROR, OK, WARNING, Row, Run, machine_rows
+from mssr.tools.machine_checks import ERROR, OK, WARNING, Row, Run, guarded, machine_rows
 
 H100 = Gpu(0, "GPU-aa", "NVIDIA H100 80GB HBM3", 80 * 2**30, 79 * 2**30, "9.0", False)
 RUN = Run(weights_bytes=16_582_000_000, by_object_store=False, gpus_here=True)
+
+
+def libraries_rows(machine: Machine) -> list[Row]:
+    return list(guarded("here", "libraries", lambda: doctor._libraries(machine)))
 
 
 def gpu_machine(**changes: Any) -> Machine:
@@ -173,24 +177,22 @@ def test_a_check_that_fails_is_a_row(
 def test_libraries_that_do_not_load_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    [(status, found, _)] = list(doctor._libraries(gpu_machine()))
-    assert status == ERROR and "ImportError: libcudart.so.13: cannot open" in found
+    [row] = libraries_rows(gpu_machine())
+    assert row.status == ERROR and "ImportError: libcudart.so.13: cannot open" in row.found
 
 
 def test_gpus_that_torch_does_not_see_and_slow_links(monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[str, Any] = {"device": "cuda", "gpus": 0, "nccl": "2.28.9", "no_peer": []}
     monkeypatch.setattr(gpu_checks, "libraries", lambda: found)
-    assert [row[0] for row in doctor._libraries(gpu_machine())] == [OK, ERROR]
+    assert [row.status for row in libraries_rows(gpu_machine())] == [OK, ERROR]
     found |= {"gpus": 2, "no_peer": [[0, 1], [1, 0]]}
     for speed, status in ((300.0, OK), (20.0, WARNING)):
         speeds = {"all_reduce": speed, "broadcast": speed}
         monkeypatch.setattr(gpu_checks, "bandwidth", lambda *args, speeds=speeds: speeds)
-        _, peers, bandwidth = doctor._libraries(gpu_machine())
-        assert "[0, 1]" in peers[1] and (bandwidth.check, bandwidth.status) == ("NCCL", status)
+        _, peers, bandwidth = libraries_rows(gpu_machine())
+        assert "[0, 1]" in peers.found and (bandwidth.check, bandwidth.status) == ("NCCL", status)
     busy = gpu_machine(gpus=(H100, dataclasses.replace(H100, free_bytes=2**30)))
-    assert [row.found for row in doctor._libraries(busy) if isinstance(row, Row)] == [
-        "not measured: the GPUs are in use"
-    ]
+    assert libraries_rows(busy)[-1].found == "not measured: the GPUs are in use"
 
 
 def test_bandwidth_is_measured_by_processes_that_meet() -> None:
@@ -262,5 +264,6 @@ def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None
         raise ConnectionError("Could not find any running Ray instance.")
 
     monkeypatch.setattr(ray, "init", init)
-    [(status, found, advice)] = list(doctor._cluster("10.0.0.1:6379", describe(), RUN, None))
-    assert status == ERROR and found.startswith("10.0.0.1:6379: Could not find") and "ray start" in advice
+    [row] = guarded("cluster", "x", lambda: doctor._cluster("10.0.0.1:6379", describe(), RUN, None))
+    assert row.status == ERROR and row.found.startswith("10.0.0.1:6379: Could not find")
+    assert "RAY_AUTH_MODE=token" in row.advice

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from mssr.cluster.ray_workers import RayRolloutWorker
 from mssr.config import Config
 from mssr.errors import EngineError, UserError
 from mssr.models.loading import check_model_path
@@ -245,6 +246,13 @@ def test_an_engine_sleeps_and_wakes_around_new_weights(workspace: Workspace, fak
     ]
 
 
+def test_a_worker_tells_its_engine_that_it_shares_its_device(workspace: Workspace, fake: FakeVllm) -> None:
+    worker = RayRolloutWorker.__new__(RayRolloutWorker)
+    worker._config = config_of(workspace)
+    assert worker.start("cuda", colocated=True) == 1024
+    assert fake.options["enable_sleep_mode"] is True
+
+
 @pytest.mark.parametrize(("device", "colocated"), [("cuda", False), ("cpu", True)])
 def test_an_engine_with_memory_of_its_own_never_sleeps(
     workspace: Workspace, fake: FakeVllm, device: str, colocated: bool
@@ -295,12 +303,12 @@ def test_preemptions_use_of_the_cache_and_memory_are_counted_since_the_last_call
         fake.scheduler._preempt_request("request", 0.0, drop_stale_output=True)
         list(engine.generate(asked(2), PARAMS))
     assert engine.metrics() == {
-        "rollout/preemptions": 2.0,
-        "rollout/kv_cache_usage": 0.75,
+        "perf/preemptions": 2.0,
+        "perf/kv_cache_usage": 0.75,
         "memory/rollout_gpu_gib": 3.0,
     }
     found = engine.metrics()
-    assert (found["rollout/preemptions"], found["rollout/kv_cache_usage"]) == (0.0, 0.0)
+    assert (found["perf/preemptions"], found["perf/kv_cache_usage"]) == (0.0, 0.0)
 
 
 def test_a_gpu_begins_before_all_prompts_are_encoded(
