@@ -214,14 +214,14 @@ class RayRolloutWorker(RayWorker):
         self._lock = threading.Lock()
         self._queues: dict[int, RequestQueue] = {}
 
-    def start(self, device: str) -> int:
+    def start(self, device: str, colocated: bool) -> int:
         """Returns how many sequences the engine runs at a time."""
         import torch
 
         torch.set_num_threads(self._config.cluster.threads_per_rollout)
         from mssr.rollout.engine import make_engine
 
-        self._engine = make_engine(self._config, device)
+        self._engine = make_engine(self._config, device, colocated)
         return self._engine.slots
 
     def generate(
