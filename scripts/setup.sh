@@ -13,6 +13,7 @@ set -euo pipefail
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${MSSR_VENV:-$REPO/.venv}
 TORCH_INDEX=${MSSR_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+MIN_DRIVER=580 # of CUDA 13, for which torch 2.13 and vLLM are built
 STAMP=$VENV/mssr-setup.stamp
 LOG=$VENV/mssr-setup.log
 
@@ -68,6 +69,25 @@ exit_if_up_to_date() {
 torch_index_answers() {
     local code='import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=4).read(1)'
     timeout 6 "$VENV/bin/python" -c "$code" "${TORCH_INDEX%/}/torch/" 2>/dev/null
+}
+
+# Some GB of wheels take minutes: what they do not work without is asked for first.
+check_gpu_machine() {
+    local driver python
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || driver=""
+    driver=${driver%%$'\n'*}
+    if [[ ! $driver =~ ^[0-9]+ ]]; then
+        say "nvidia-smi finds no driver here: right for an image; where it runs, the host needs driver $MIN_DRIVER or newer"
+    elif ((${driver%%.*} < MIN_DRIVER)); then
+        die "the NVIDIA driver is $driver, and torch's CUDA 13.0 needs $MIN_DRIVER or newer; install a newer one on the host"
+    fi
+    if [[ ! $(type -P "${CC:-gcc}" || [[ ${CC:-} ]] || type -P clang) ]]; then
+        die "there is no C compiler${CC:+ $CC}, and Triton compiles at run time; install gcc (on Debian: build-essential)"
+    fi
+    python=$VENV/bin/python
+    [[ -x $python ]] || python=$(find_python)
+    "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.isfile(sysconfig.get_path("include") + "/Python.h"))' ||
+        die "$python has no Python.h, and Triton compiles with it at run time; install Python's headers (on Debian: python3-dev, or python3.12-dev and the like for another Python)"
 }
 
 make_venv() {
@@ -147,6 +167,7 @@ if command -v flock >/dev/null; then
 fi
 
 say "device: $DEVICE"
+if [[ $DEVICE == gpu ]]; then check_gpu_machine; fi
 make_venv
 rm -f "$STAMP"
 : >"$LOG"

@@ -82,15 +82,15 @@ class LocalAdamW(torch.optim.Optimizer):
 class StochasticAdamW(LocalAdamW):
     """Parameters and moments are bfloat16, rounded stochastically.
 
-    The noise is a function of the run's seed, the rank, number of the parameter and its number of steps, so
-    that a run that is resumed goes on as it would have, and nothing has to be saved.
+    The noise is a function of the run's seed, number of the shard, of the parameter and its number of steps:
+    replicas stay equal, a run that is resumed goes on as it would have, and nothing has to be saved.
     """
 
     def __init__(
-        self, parameters: Iterable[torch.nn.Parameter], *, seed: int, rank: int, **options: Any
+        self, parameters: Iterable[torch.nn.Parameter], *, seed: int, shard: int, **options: Any
     ) -> None:
         super().__init__(parameters, **options)
-        self._seed, self._rank = seed, rank
+        self._seed, self._shard = seed, shard
         self._generator = torch.Generator()
 
     def new_state(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ class StochasticAdamW(LocalAdamW):
     def begin_parameter(self, number: int, step: int, device: torch.device) -> None:
         if self._generator.device != device:
             self._generator = torch.Generator(device)
-        digest = hashlib.sha256(f"{self._seed} {self._rank} {number} {step}".encode()).digest()
+        digest = hashlib.sha256(f"{self._seed} {self._shard} {number} {step}".encode()).digest()
         self._generator.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
     def step_rows(self, rows: Rows, step: torch.Tensor, group: dict[str, Any]) -> None:

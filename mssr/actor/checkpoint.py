@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from mssr.errors import first_line
 from mssr.models.files import sha256
 from mssr.models.lora import is_adapter
-from mssr.rollout.heartbeat import beat
+from mssr.rollout.heartbeat import SAVE, beat
 
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": set(
@@ -72,6 +72,7 @@ class ActorCheckpoint:
     def begin(self, directory: str) -> None:
         """Write the state as it is now."""
         self._directory = Path(directory)
+        beat(SAVE)
         save = dcp.async_save if self._background else _save
         with self._on_device():
             self._saving = save(self._state(), checkpoint_id=directory, process_group=self._group)
@@ -90,7 +91,7 @@ class ActorCheckpoint:
             OSError: it could not be written; the message says why.
         """
         while not self._saving.done():
-            beat()
+            beat(SAVE)
             time.sleep(0.05)
         error = self._saving.exception()
         if error is not None:

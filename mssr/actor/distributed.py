@@ -18,13 +18,22 @@ from mssr.models.policy import PolicyModel
 
 
 def init_process_group(
-    rank: int, ranks: int, init_method: str, device: torch.device, timeout_s: float
+    rank: int,
+    ranks: int,
+    init_method: str,
+    device: torch.device,
+    timeout_s: float,
+    replicas: int = 1,
 ) -> DeviceMesh:
     """Join the group. gloo for what is on CPU, nccl for what is on GPUs.
 
     Args:
         init_method: "tcp://host:port" of rank 0, or "file:///path" on one machine.
-        timeout_s: how long a collective waits for the other ranks.
+        timeout_s: how long a collective waits for the other ranks, until `limit_waits` says otherwise.
+        replicas: a divisor of ``ranks``; neighbouring ranks share one.
+
+    Returns:
+        (ranks,), or where there are several replicas (replicas, ranks of one).
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -35,7 +44,20 @@ def init_process_group(
         world_size=ranks,
         timeout=datetime.timedelta(seconds=timeout_s),
     )
-    return init_device_mesh(device.type, (ranks,))
+    if replicas == 1:
+        mesh = init_device_mesh(device.type, (ranks,))
+    else:
+        names = ("replicate", "shard")
+        mesh = init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=names)
+    limit_waits(mesh, timeout_s)
+    return mesh
+
+
+def limit_waits(mesh: DeviceMesh, timeout_s: float) -> None:
+    """From now on a collective of all ranks, or of a part of the mesh, waits for the others so long."""
+    for group in {dist.group.WORLD, *mesh.get_all_groups()}:
+        # The groups of a mesh do not take over the limit of the whole group.
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
 
 
 def shard(
@@ -90,12 +112,32 @@ def accumulate_locally(model: nn.Module, last: bool) -> None:
     model.set_reshard_after_backward(last)
 
 
+def reduce_between_replicas(model: PolicyModel, last: bool) -> None:
+    """Before a backward pass: replicas add up their gradients, from node to node, in the last of an update.
+
+    In the decoder layers, in which every pass has gradients of the same parameters. Elsewhere a pass without
+    images has fewer, and FSDP keeps what waits as one tensor, which would be another then.
+    """
+    for layer in model.model.model.language_model.layers:
+        layer.set_requires_all_reduce(last, recurse=False)
+
+
 def all_reduce(values: dict[str, torch.Tensor], op: Any = dist.ReduceOp.SUM) -> dict[str, Any]:
     """Reduce tensors of one shape over the ranks, which all must pass the same keys; numbers come back."""
     keys = sorted(values)
     tensor = torch.stack([values[k].double() for k in keys])
     dist.all_reduce(tensor, op)
     return dict(zip(keys, tensor.tolist(), strict=True))
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most GPU memory that tensors of any rank took since the last call; a collective. 0 on CPU."""
+    if device.type != "cuda":
+        return 0.0
+    peak = torch.tensor(torch.cuda.max_memory_allocated(device) / 2**30)
+    torch.cuda.reset_peak_memory_stats(device)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    return peak.item()
 
 
 def full_tensors(
@@ -121,8 +163,8 @@ def full_tensors(
 
 def _gather_rows(part: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
     sharded = [value for _, value in part if isinstance(value, DTensor)]
-    assert all(value.placements == (Shard(0),) for value in sharded)
-    ranks = dist.get_world_size()
+    assert all(value.placements[-1] == Shard(0) for value in sharded)
+    ranks = sharded[0].device_mesh.size(-1) if sharded else 1
     # The first ranks have as many rows as any, the last perhaps fewer or none; gathered are as many of each.
     sizes = [math.ceil(len(value) / ranks) * math.prod(value.shape[1:]) for value in sharded]
     found: Iterator[torch.Tensor] = iter(())
@@ -132,7 +174,7 @@ def _gather_rows(part: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, torch.T
         for into, rows in zip(mine.split(sizes), local, strict=True):
             into[: rows.numel()] = rows.flatten()
         everyones = mine.new_empty(ranks * len(mine))
-        dist.all_gather_single(everyones, mine)
+        dist.all_gather_single(everyones, mine, sharded[0].device_mesh.get_group(-1))
         found = iter(everyones.view(ranks, -1).split(sizes, dim=1))
     for name, value in part:
         if isinstance(value, DTensor):
@@ -146,15 +188,16 @@ def local_tensor(value: Any) -> torch.Tensor:
 
 
 def clip_grad_norm(
-    parameters: Sequence[torch.nn.Parameter], max_norm: float, flag: torch.Tensor
+    parameters: Sequence[torch.nn.Parameter], max_norm: float, flag: torch.Tensor, replicas: int = 1
 ) -> tuple[float, bool]:
     """Scale the gradients to at most ``max_norm`` in global L2 norm, unless something is not finite.
 
     In that case they are left as they are, so that what spoilt them can be found.
 
     Args:
-        parameters: each sharded over all ranks.
+        parameters: each sharded over all ranks, or over those of a replica.
         flag: () float32 on the device, 1 if this rank saw something that is not finite, else 0.
+        replicas: whose gradients are equal.
 
     Returns:
         The norm before, and whether any rank's flag is 1; the same on all ranks.
@@ -163,7 +206,7 @@ def clip_grad_norm(
     # In float32 at least.
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     norms = torch.stack([torch.linalg.vector_norm(g, dtype=dtype) for g in gradients])
-    sums = torch.stack([norms.square().sum().to(flag.device), flag])
+    sums = torch.stack([norms.square().sum().to(flag.device) / replicas, flag])
     dist.all_reduce(sums)
     # Together, so that the host waits for the device once.
     square, flags = sums.tolist()

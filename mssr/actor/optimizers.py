@@ -22,8 +22,12 @@ from mssr.actor.distributed import local_tensor
 from mssr.config import Config
 
 
-def make_optimizer(config: Config, parameters: list[torch.nn.Parameter], rank: int) -> torch.optim.Optimizer:
-    """What ``actor.optimizer``, ``actor.master_dtype`` and ``actor.rounding`` say, over local shards."""
+def make_optimizer(config: Config, parameters: list[torch.nn.Parameter], shard: int) -> torch.optim.Optimizer:
+    """What ``actor.optimizer``, ``actor.master_dtype`` and ``actor.rounding`` say, over local shards.
+
+    Args:
+        shard: number of the shards that this rank holds, the same in every replica.
+    """
     actor = config.actor
     options: dict[str, Any] = {
         "lr": actor.lr,
@@ -38,7 +42,7 @@ def make_optimizer(config: Config, parameters: list[torch.nn.Parameter], rank: i
         return torch.optim.AdamW(parameters, fused=True, **options)
     if actor.rounding == "kahan":
         return KahanAdamW(parameters, **options)
-    return StochasticAdamW(parameters, seed=config.seed, rank=rank, **options)
+    return StochasticAdamW(parameters, seed=config.seed, shard=shard, **options)
 
 
 def with_offload(

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from mssr.actor.distributed import all_reduce
 from mssr.algorithms.objective import TokenBatch
+from mssr.device import to_device
 from mssr.types import TrainBatch
 
 Sequences = tuple[int, ...]
@@ -49,7 +50,7 @@ class StepState:
             old_log_probs=self.old.get(sequences),
             engine_log_probs=self._of(self.batch.engine_log_probs, sequences),
             advantages=self._of(self._advantages, sequences),
-            lengths=torch.from_numpy(self._lengths[list(sequences)]).to(self._device),
+            lengths=torch.from_numpy(self._lengths[list(sequences)]),
             reference_log_probs=self.reference.get(sequences),
             anchor_log_probs=anchor,
             has_image=None if anchor is None else self._of(self._has_image, sequences),
@@ -58,7 +59,7 @@ class StepState:
     def _of(self, values: np.ndarray, sequences: Sequences) -> torch.Tensor:
         """The parts of an array over all response tokens that belong to some sequences."""
         parts = [values[self._offsets[s] : self._offsets[s + 1]] for s in sequences]
-        return torch.from_numpy(np.concatenate(parts)).to(self._device)
+        return to_device(torch.from_numpy(np.concatenate(parts)), self._device)
 
 
 class LogProbs:
@@ -77,7 +78,7 @@ class LogProbs:
         self._lengths = lengths
         self._known: dict[int, torch.Tensor] = {}
         if given is not None:
-            self.put(tuple(range(len(lengths))), torch.from_numpy(given).to(device))
+            self.put(tuple(range(len(lengths))), to_device(torch.from_numpy(given), device))
 
     def put(self, sequences: Sequences, values: torch.Tensor) -> None:
         """(N,) of some sequences, laid end to end."""

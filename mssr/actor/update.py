@@ -15,8 +15,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from mssr.actor.distributed import accumulate_locally, clip_grad_norm, reshard
+from mssr.actor.distributed import accumulate_locally, clip_grad_norm, reduce_between_replicas, reshard
 from mssr.actor.guard import NonFiniteGuard
+from mssr.actor.operations import work_metrics
 from mssr.actor.optimizers import OffloadedOptimizer, learning_rate
 from mssr.actor.planning import MicroBatch, Passes, Planner, StepPlan, UpdatePlan
 from mssr.actor.prompts import PromptCache
@@ -80,7 +81,8 @@ class PolicyUpdater:
             self.guard.begin()
             self.backward(state, update)
             max_norm = self.config.actor.max_grad_norm
-            norm, flagged = clip_grad_norm(self.parameters, max_norm, self.guard.flag())
+            flag, replicas = self.guard.flag(), self.config.replicas
+            norm, flagged = clip_grad_norm(self.parameters, max_norm, flag, replicas)
             # Norm and flag are global, so every rank decides alike.
             if math.isfinite(norm) and not flagged:
                 self.optimizer.step()
@@ -99,7 +101,7 @@ class PolicyUpdater:
         metrics["policy/grad_norm"] = float(np.mean(norms)) if norms else float("nan")
         metrics["policy/skipped_updates"] = float(len(plan.updates) - len(norms))
         metrics["policy/lr"] = lr
-        return metrics
+        return metrics | work_metrics(self.config, self.cost_model, batch, plan, self.device)
 
     def begin(self, batch: TrainBatch) -> StepState:
         """What is known of a batch before its step."""
@@ -124,10 +126,10 @@ class PolicyUpdater:
             sequences += micro.sequences if micro.weight else ()
             for model, parts in zip(models, found, strict=True):
                 assert model is not None
-                log_probs = model(packed, micro.any_rank_has_images)[0].cpu()
+                log_probs = model(packed, micro.any_rank_has_images)[0]
                 parts.append(log_probs if micro.weight else log_probs[:0])
         self._reshard()
-        policy, *others = (torch.cat(parts).numpy() for parts in found)
+        policy, *others = (torch.cat(parts).cpu().numpy() for parts in found)
         return RankLogProbs(policy, others[0] if reference else None, np.array(sequences, np.int64))
 
     def _before_updates(self, state: StepState, plan: StepPlan) -> None:
@@ -166,8 +168,12 @@ class PolicyUpdater:
         passes, kl_coef = plan.ranks[self.rank], state.batch.kl_coef
         denominator = self.objective.denominator(state.batch.response_lengths[list(plan.sequences)])
         for micro, packed in self._packed(state.batch, passes):
+            last = micro is passes[-1]
             if self.config.actor.keep_gathered:
-                accumulate_locally(self.policy, last=micro is passes[-1])
+                accumulate_locally(self.policy, last=last)
+            elif self.config.replicas > 1 and self.config.actor.offload != "all":
+                # With that gradients are to leave the device, where these wait.
+                reduce_between_replicas(self.policy, last)
             tokens = state.tokens(micro.sequences)
             loss_of = MicroBatchLoss(self.objective, tokens, denominator, kl_coef)
             if self.objective.token_wise(old_known=tokens.old_log_probs is not None):
@@ -219,8 +225,8 @@ class PolicyUpdater:
             yield micro, pack(items, self.policy.merge_size).to(self.device)
 
     def _metrics(self, state: StepState, updates: int) -> dict[str, float]:
-        encoded, self.prompts.encoded = torch.tensor(self.prompts.encoded, device=self.device), 0
-        state.measured.total("perf/prompts_encoded_by_ranks", encoded)
+        encoded, self.prompts.encoded = self.prompts.encoded, 0
+        state.measured.total("perf/prompts_encoded_by_ranks", torch.full((), encoded, device=self.device))
         metrics = state.measured.reduce()
         # The mean of what each update minimised, of those that were made.
         metrics["policy/loss"] = metrics["policy/loss"] / updates if updates else math.nan

@@ -6,6 +6,8 @@ A plain class: Ray wraps it, tests and the local launcher call it.
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +16,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mssr.actor.checkpoint import ActorCheckpoint
+<<<<<<< HEAD
 from mssr.actor.distributed import init_process_group, shard
+=======
+from mssr.actor.distributed import full_tensors, init_process_group, limit_waits, peak_gib, shard
+>>>>>>> main
 from mssr.actor.initial_weights import InitialWeights
 from mssr.actor.optimizers import make_optimizer, with_offload
 from mssr.actor.prompts import Prepared, PromptCache
@@ -35,7 +41,7 @@ class PolicyWorker:
     Args:
         device: "cpu" or "cuda".
         init_method: where the ranks meet, see `init_process_group`.
-        set_threads: give torch ``cluster.threads_per_actor`` threads.
+        set_threads: give torch as many threads as `host_threads` says.
     """
 
     def __init__(
@@ -44,11 +50,12 @@ class PolicyWorker:
         self.config = config
         self.rank = rank
         self.device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
-        if set_threads and device == "cpu":
-            torch.set_num_threads(config.cluster.threads_per_actor or 1)
         torch.manual_seed(config.seed)
-        limit_s = config.cluster.hang_timeout_s
-        mesh = init_process_group(rank, config.actor.num_ranks, init_method, self.device, limit_s)
+        # The others wait while rank 0 reads the model, and for the slowest one to open the data.
+        start_s, ranks = config.cluster.start_timeout_s, config.actor.num_ranks
+        mesh = init_process_group(rank, ranks, init_method, self.device, start_s, config.replicas)
+        if set_threads:
+            torch.set_num_threads(host_threads(config, device, _ranks_here(ranks)))
         self.compute_dtype = compute_dtype(config.model.dtype, device)
         # Policy and reference have the same frozen tower, in memory too.
         self._tower: torch.nn.Module | None = None
@@ -64,7 +71,7 @@ class PolicyWorker:
         elif config.needs_reference:
             self.reference = WithoutAdapters(self.policy)
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        optimizer = make_optimizer(config, parameters, rank)
+        optimizer = make_optimizer(config, parameters, shard=mesh.get_local_rank(-1))
         steps = with_offload(optimizer, config.actor.offload, self.device)
         on_device = getattr(steps, "on_device", contextlib.nullcontext)
         background = config.trainer.save_in_background
@@ -74,6 +81,8 @@ class PolicyWorker:
         self.updater = PolicyUpdater(
             config, self.policy, self.reference, steps, self._prompts, rank, self.device
         )
+        peak_gib(self.device)
+        limit_waits(mesh, config.cluster.hang_timeout_s)
 
     def _model(self, trainable: bool, empty: bool) -> Any:
         """The model of the config; the one in training has the adapters."""
@@ -106,7 +115,7 @@ class PolicyWorker:
             head_chunk=actor.head_chunk_tokens or (2048 if self.device.type == "cuda" else 256),
             features=self._features if frozen_tower else None,
         )
-        offload = actor.offload == "all"
+        offload = actor.offload == "all" or (not trainable and actor.offload_reference)
         return shard(model, mesh, self.compute_dtype, actor.keep_gathered, offload, fill)
 
     def update(self, batch: TrainBatch, step: int, prepared: Prepared | None = None) -> dict[str, float]:
@@ -117,7 +126,7 @@ class PolicyWorker:
         with self._profiled(step + 1), self._prompts.using(prepared):
             metrics = self.updater.step(batch, step)
         if self.device.type == "cuda":
-            metrics["memory/actor_gpu_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            metrics["memory/actor_gpu_gib"] = peak_gib(self.device)
         return metrics
 
     @contextlib.contextmanager
@@ -151,3 +160,17 @@ class PolicyWorker:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def host_threads(config: Config, device_type: str, ranks_here: int) -> int:
+    """CPU threads of one of so many ranks on a machine: several where its optimizer steps on the host."""
+    if config.cluster.threads_per_actor or device_type == "cpu" or config.actor.offload != "all":
+        return config.cluster.threads_per_actor or 1
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+
+
+def _ranks_here(ranks: int) -> int:
+    """How many ranks run on this machine; a collective."""
+    hosts = [""] * ranks
+    dist.all_gather_object(hosts, socket.gethostname())
+    return hosts.count(socket.gethostname())

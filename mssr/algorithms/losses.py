@@ -82,7 +82,9 @@ def aggregate(
     return per_token.sum() / denominator
 
 
-def aggregation_weights(lengths: torch.Tensor, mode: str) -> torch.Tensor | None:
+def aggregation_weights(
+    lengths: torch.Tensor, mode: str, device: torch.device | None = None
+) -> torch.Tensor | None:
     """The (N,) float64 weights of `aggregate` for one micro-batch, without gradient; None for 1.
 
     - ``token_mean``: w = 1; every token of the mini-batch counts the same.
@@ -94,6 +96,7 @@ def aggregation_weights(lengths: torch.Tensor, mode: str) -> torch.Tensor | None
     Args:
         lengths: (S,) int64, of whole sequences: one that is split over micro-batches has no 1/length.
         mode: One of `AGGREGATIONS`.
+        device: Of the weights; that of the lengths if None.
     """
     check_choice("aggregation", mode, AGGREGATIONS)
     if mode != "sequence_mean":
@@ -101,7 +104,7 @@ def aggregation_weights(lengths: torch.Tensor, mode: str) -> torch.Tensor | None
     tokens = int(lengths.sum())
     check_lengths(lengths, tokens)
     inverse = 1 / lengths.clamp(min=1).double()  # an empty sequence has no token to weigh
-    return to_tokens(inverse, lengths, like=inverse.new_empty(tokens))
+    return to_tokens(inverse, lengths, like=inverse.new_empty(tokens, device=device))
 
 
 def aggregation_denominator(lengths: ArrayLike, mode: str, constant_length: int | None = None) -> float:

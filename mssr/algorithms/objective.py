@@ -43,7 +43,8 @@ class TokenBatch:
     advantages: torch.Tensor
     """(N,) normalised, before shaping."""
     lengths: torch.Tensor
-    """(S,) int64 tokens of each sequence that are among these, adding up to N."""
+    """(S,) int64 tokens of each sequence that are among these, adding up to N. On the CPU wherever the others
+    are."""
     reference_log_probs: torch.Tensor | None = None
     """(N,) of the frozen base model, where it is held."""
     anchor_log_probs: torch.Tensor | None = None
@@ -169,7 +170,8 @@ class MicroBatchLoss:
 
     def __post_init__(self) -> None:
         tokens, objective = self.tokens, self.objective
-        self._weights = aggregation_weights(tokens.lengths, objective.aggregation)
+        device = tokens.advantages.device
+        self._weights = aggregation_weights(tokens.lengths, objective.aggregation, device)
         # With known old log-probs it is of whole sequences, whichever part of them is asked for.
         self._correction = None if tokens.old_log_probs is None else objective.correct(tokens)
         self._parts: list[dict[str, torch.Tensor]] = []

@@ -5,7 +5,8 @@
 log_probs: (N,) nats, of the sampled tokens under the policy in training. old_log_probs: (N,) nats,
 under the policy before the step; ``log_probs.detach()`` for a single on-policy update, where the
 gradient of every loss here is that of -A * log pi. advantages: (N,) A_t, shaped or not. lengths: (S,)
-int64 tokens of each of the S whole sequences, adding up to N; None where a loss only looks at tokens.
+int64 tokens of each of the S whole sequences, adding up to N, on the CPU while a run trains, where the others
+are on the device; None where a loss only looks at tokens.
 Gradient goes into log_probs only. With rho = exp(log_probs - old_log_probs), `info` holds (N,) tensors
 without gradient, whose token means are reported as ``policy/<key>``:
 

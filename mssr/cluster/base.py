@@ -97,8 +97,9 @@ class Cluster(Protocol):
         """What every worker did when, as a Chrome trace; nothing where there is one process only."""
         return
 
-    def memory(self) -> dict[str, float]:
-        """Resident memory by role, the largest process of each, and the total, GiB."""
+    def metrics(self) -> dict[str, float]:
+        """Resident memory by role, the largest process of each, and the total, GiB; ``perf/gpus`` that are in
+        use, if any; and what the engines counted since the last call."""
 
     def shutdown(self) -> None:
         """End all workers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 
-from mssr.actor.worker import PolicyWorker
+from mssr.actor.worker import PolicyWorker, host_threads
 from mssr.cluster.base import Cluster, OnFinished, SaveHandle, join_log_probs, rss_gib
 from mssr.config import Config
 from mssr.errors import StopRequestedError
@@ -28,10 +28,10 @@ class LocalCluster(Cluster):
         import torch
 
         self.config, self._stop = config, stop
-        device = resolve_device(config.cluster.device)
+        device = self._device = resolve_device(config.cluster.device)
         self._scratch = tempfile.TemporaryDirectory(prefix="mssr-")
         # vLLM replaces torch.set_num_threads; the count of the whole process is set before.
-        torch.set_num_threads(max(config.cluster.threads_per_actor or 1, config.cluster.threads_per_rollout))
+        torch.set_num_threads(max(host_threads(config, device, 1), config.cluster.threads_per_rollout))
         rendezvous = f"file://{self._scratch.name}/rendezvous"
         self._has_actor = config.actor.num_ranks > 0
         if self._has_actor:
@@ -92,8 +92,9 @@ class LocalCluster(Cluster):
     def restart(self) -> None:
         raise AssertionError("nothing of this process is lost without the process")
 
-    def memory(self) -> dict[str, float]:
-        return dict.fromkeys(("memory/driver_rss_gib", "memory/total_rss_gib"), rss_gib())
+    def metrics(self) -> dict[str, float]:
+        memory = dict.fromkeys(("memory/driver_rss_gib", "memory/total_rss_gib"), rss_gib())
+        return memory | ({"perf/gpus": 1.0} if self._device == "cuda" else {}) | self._engine.metrics()
 
     def shutdown(self) -> None:
         self._engine.close()

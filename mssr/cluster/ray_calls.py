@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from mssr.errors import StopRequestedError, first_line
+from mssr.rollout import heartbeat
 
 HEALTH = "health"
 """Concurrency group of the methods that answer while a worker is busy."""
@@ -72,6 +73,7 @@ class Calls:
         together: bool = False,
         stop: Callable[[], bool] | None = None,
         hang_timeout_s: float | None = None,
+        task: str = heartbeat.CALL,
     ) -> list[Any]:
         """The result of every call, or its `Failure`, in their order.
 
@@ -80,13 +82,14 @@ class Calls:
             together: the calls are a collective: after one failure the others are given up, with None.
             stop: asked now and then whether to give up everything.
             hang_timeout_s: in place of the usual one, for workers that cannot show signs of life yet.
+            task: whose signs of life count.
 
         Raises:
             StopRequestedError: ``stop`` said so.
         """
         outcomes: dict[Any, Any] = {}
         pending = {ref: worker for worker, ref in refs}
-        watch = _Watch(hang_timeout_s or self._limit)
+        watch = _Watch(hang_timeout_s or self._limit, task)
         given_up = float("inf")
         while pending:
             for ref in self._ready(pending, stop):
@@ -122,7 +125,7 @@ class Calls:
         """
         pending = {stream: worker for worker, stream in streams.items()}
         began = watched = time.monotonic()
-        watch = _Watch(self._limit)
+        watch = _Watch(self._limit, heartbeat.CALL)
         while pending:
             ready = self._ready(pending, stop)
             if len(pending) > 1 and ready:  # it returns one only, though others may have something too
@@ -161,8 +164,8 @@ def stacks(workers: Sequence[Worker], timeout_s: float = 5.0) -> str:
 class _Watch:
     """Asks workers for signs of life, without waiting for answers."""
 
-    def __init__(self, limit_s: float) -> None:
-        self._limit = limit_s
+    def __init__(self, limit_s: float, task: str) -> None:
+        self._limit, self._task = limit_s, task
         self._asked: dict[Worker, tuple[float, Any]] = {}
         """When each was asked last, and the reference to its answer."""
 
@@ -186,7 +189,8 @@ class _Watch:
         return Failure(worker, WorkerHungError(f"no sign of life for {silent:.0f} s"))
 
     def _ask(self, worker: Worker, now: float) -> None:
-        self._asked[worker] = now, worker.handle.silent_s.options(concurrency_group=HEALTH).remote()
+        sign = worker.handle.silent_s.options(concurrency_group=HEALTH).remote(self._task)
+        self._asked[worker] = now, sign
 
 
 def _outcomes(calls: Sequence[tuple[Worker, Any]]) -> list[Any]:

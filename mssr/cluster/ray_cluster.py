@@ -12,7 +12,7 @@ import ray
 
 from mssr.cluster import preflight
 from mssr.cluster.base import Cluster, Events, OnFinished, SaveHandle, join_log_probs, rss_gib
-from mssr.cluster.faults import explained, is_lost
+from mssr.cluster.faults import explained, is_lost, is_replaceable
 from mssr.cluster.placement import Places, Seat, decide, find_nodes
 from mssr.cluster.ray_calls import HEALTH, Calls, Failure, Worker, WorkerDiedError, WorkerHungError, stacks
 from mssr.cluster.ray_generation import FEEDING, Generation
@@ -21,8 +21,9 @@ from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
 from mssr.cluster.shared_prompts import PromptShelf
 from mssr.cluster.turns import Turns, Workers
 from mssr.config import Config
-from mssr.errors import EngineError, TrainingError, WorkersLostError
+from mssr.errors import TrainingError, WorkersLostError
 from mssr.models.cost import home
+from mssr.rollout.heartbeat import CALL, SAVE
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TokenLogProbs, TrainBatch
 
 PLACEMENT_TIMEOUT_S = 60.0
@@ -123,7 +124,7 @@ class RayCluster(Cluster):
         refs = [r.handle.finish_save.options(concurrency_group=SAVING).remote() for r in self._ranks]
         return SaveHandle(
             done=lambda: not ray.wait(refs, num_returns=len(refs), timeout=0)[1],
-            result=lambda: {k: v for checksums in self._of_ranks(refs) for k, v in checksums.items()},
+            result=lambda: {k: v for sums in self._of_ranks(refs, SAVE) for k, v in sums.items()},
         )
 
     def load(self, directory: str) -> None:
@@ -146,15 +147,20 @@ class RayCluster(Cluster):
     def write_timeline(self, path: str) -> None:
         ray.timeline(path)
 
-    def memory(self) -> dict[str, float]:
-        actors = self._call_ranks("rss_gib")
-        rollouts = [x for x in self._call_engines("rss_gib") if x]
-        driver = rss_gib()
+    def metrics(self) -> dict[str, float]:
+        actors, driver = self._call_ranks("rss_gib"), rss_gib()
+        engines = [found for found in self._call_engines("metrics") if found is not None]
+        keys = {key for found in engines for key in found}
+        of_engines = {key: [found[key] for found in engines if key in found] for key in sorted(keys)}
+        rollouts = of_engines.pop("memory/rollout_rss_gib", [0.0])
+        gpus = sum(unit.needs.get("GPU", 0.0) for unit in self._places.units)
         return {
             "memory/driver_rss_gib": driver,
             "memory/actor_rss_gib": max(actors),
-            "memory/rollout_rss_gib": max(rollouts, default=0.0),
+            "memory/rollout_rss_gib": max(rollouts),
             "memory/total_rss_gib": driver + sum(actors) + sum(rollouts),
+            **({"perf/gpus": gpus} if gpus else {}),
+            **{k: sum(v) if k == "perf/preemptions" else max(v) for k, v in of_engines.items()},
         }
 
     def shutdown(self) -> None:
@@ -207,8 +213,9 @@ class RayCluster(Cluster):
             ]
             first = self._ranks[0]
             [address] = self._started([(first, first.handle.rendezvous.remote())])
+            options = self._device, self._colocated
             for rank in self._ranks:
-                starting.append((rank, rank.handle.start.remote(rank.number, address, self._device)))
+                starting.append((rank, rank.handle.start.remote(rank.number, address, *options)))
         outcomes = self._started(starting)
         if engines:
             self._slots = outcomes[0]
@@ -250,7 +257,7 @@ class RayCluster(Cluster):
         if not failures:
             return
         for failure in failures:
-            if not (is_lost(failure) or isinstance(failure.error, EngineError)):
+            if not is_replaceable(failure):
                 raise explained(failure)
         hung = [f.worker for f in failures if isinstance(f.error, WorkerHungError)]
         where = self._write_stacks(hung) if hung else ""
@@ -259,28 +266,38 @@ class RayCluster(Cluster):
         told = "; ".join(map(str, failures))
         done = "it is replaced" if len(lost) == 1 else "they are replaced"
         self._report("engine_hung" if hung else "engine_died", f"{told}{where}; {done}")
-        self._engines = [engine for engine in self._engines if engine not in lost]
         numbers, timeout_s = [engine.number for engine in lost], self._config.cluster.replace_timeout_s
         seats = {self._places.engines[k]: k for k in numbers}
         missing = [seats[seat] for seat in self._places.wait(seats, timeout_s, self._stop)]
-        self._renew_engines([k for k in numbers if k not in missing])
         if missing:
-            self._given_up += missing
-            told = (
-                f"{_told(self._places.engines[k] for k in missing)} for engine {', '.join(map(str, missing))}"
-            )
-            told += f" did not become free within cluster.replace_timeout_s={timeout_s:g}"
-            if not self._engines:
-                raise TrainingError(
-                    f"{told}, and no engine is left; start the run again when machines are back"
-                )
-            self._record("engine_lost", f"{told}; the run goes on with {len(self._engines)} engines")
+            self._give_up(missing)
+        if new := [k for k in numbers if k not in missing]:
+            self._start(engines=new)
+            if self._version:
+                weights = self._weights or self._call_ranks("export_weights")[0]
+                made = [engine for engine in self._engines if engine.number in new]
+                self._call_engines("load_weights", weights, self._version, only=made)
 
+<<<<<<< HEAD
     def _renew_engines(self, numbers: Sequence[int]) -> None:
         if not numbers:
             return
         self._start(engines=numbers)
         self._turns.welcome([engine for engine in self._engines if engine.number in numbers])
+=======
+    def _give_up(self, numbers: Sequence[int]) -> None:
+        """Go on without engines, if there are others."""
+        timeout_s, seats = self._config.cluster.replace_timeout_s, [self._places.engines[k] for k in numbers]
+        self._given_up += numbers
+        self._engines = [engine for engine in self._engines if engine.number not in numbers]
+        lost = (
+            f"{_told(seats)} for engine {', '.join(map(str, numbers))} did not become free within "
+            f"cluster.replace_timeout_s={timeout_s:g}"
+        )
+        if not self._engines:
+            raise TrainingError(f"{lost}, and no engine is left; start the run again when machines are back")
+        self._record("engine_lost", f"{lost}; the run goes on with {len(self._engines)} engines")
+>>>>>>> main
 
     def _take_back(self) -> None:
         """Engines that were given up, where there is a place for them again."""
@@ -297,13 +314,13 @@ class RayCluster(Cluster):
     def _call_ranks(self, method: str, *args: Any) -> list[Any]:
         return self._of_ranks([getattr(r.handle, method).remote(*args) for r in self._ranks])
 
-    def _of_ranks(self, refs: list[Any]) -> list[Any]:
-        """The results of a call of all ranks.
+    def _of_ranks(self, refs: list[Any], task: str = CALL) -> list[Any]:
+        """The results of a call of all ranks, which work at a task of `mssr.rollout.heartbeat`.
 
         Raises:
             WorkersLostError: a rank died or hung, or they lost touch with one another.
         """
-        results = self._calls.gather(list(zip(self._ranks, refs, strict=True)), together=True)
+        results = self._calls.gather(list(zip(self._ranks, refs, strict=True)), together=True, task=task)
         failures = [x for x in results if isinstance(x, Failure)]
         if not failures:
             return results

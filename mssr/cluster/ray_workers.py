@@ -67,9 +67,9 @@ class RayWorker:
     def rss_gib(self) -> float:
         return rss_gib()
 
-    def silent_s(self) -> float:
+    def silent_s(self, task: str) -> float:
         """See `mssr.rollout.heartbeat`. Called in a thread of its own, as is `stacks`."""
-        return heartbeat.silent_s()
+        return heartbeat.silent_s(task)
 
     def stacks(self) -> str:
         return heartbeat.stacks()
@@ -104,7 +104,13 @@ class RayPolicyWorker(RayWorker):
             s.bind(("", 0))
             return f"tcp://{host}:{s.getsockname()[1]}"
 
-    def start(self, rank: int, init_method: str, device: str) -> None:
+    def start(self, rank: int, init_method: str, device: str, colocated: bool) -> None:
+        # Memory grows in place, so that what one pass freed serves the next of another size; not where an
+        # engine maps it, which takes long then and a system call (pidfd_getfd) that containers may forbid.
+        # torch reads this when CUDA is first used; what the user set stays.
+        allocator = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
+        if device == "cuda" and not colocated and not allocator & os.environ.keys():
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         from mssr.actor.worker import PolicyWorker
 
         self._worker = PolicyWorker(self._config, rank, init_method, device)
@@ -270,10 +276,17 @@ class RayRolloutWorker(RayWorker):
         except Exception:
             logger.warning("prompts could not be prepared", exc_info=True)
 
+<<<<<<< HEAD
     def load_weights(self, source: Any, version: int, check: bool) -> Sequence[Loaded]:
         """See `RolloutEngine.load_weights`."""
         heartbeat.beat()
         return self._engine.load_weights(source, version, check)
+=======
+    def metrics(self) -> dict[str, float]:
+        """See `RolloutEngine.metrics`; and the process's resident memory, GiB."""
+        heartbeat.beat()
+        return {"memory/rollout_rss_gib": rss_gib()} | self._engine.metrics()
+>>>>>>> main
 
     def sleep(self) -> None:
         heartbeat.beat()

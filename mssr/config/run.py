@@ -97,8 +97,8 @@ class ActorConfig:
     num_ranks: int = option(1, "> 0", resume=FREE)
     """Processes that share the policy, one GPU each where there are GPUs."""
     shard_size: int | None = option(None, "> 0", resume=FREE)
-    """Ranks that share one copy of the policy; as many copies as needed train on shares of a batch (HSDP).
-    null: all ranks share one."""
+    """Ranks that share one copy of the policy, a divisor of actor.num_ranks: with fewer than all, there are
+    several copies (HSDP), and only sums of gradients go from one to another. null: all share one."""
     updates_per_step: int = option(4, "> 0")
     """Optimizer steps a step; every method gets the same number."""
     lr: float = option(1e-6, "> 0")
@@ -148,8 +148,13 @@ class ActorConfig:
     offload: str = option("none", choices="none, optimizer, all", resume=FREE)
     """What waits in host memory, on a GPU: none, optimizer (its states, but while it steps), or all
     (parameters, gradients and states; the optimizer steps on the host)."""
-    offload_reference: bool = option(False, resume=FREE)
-    """The reference's parameters wait in host memory, on a GPU, but while they are used."""
+    offload_reference: bool = option(
+        False,
+        read_if="offload != all and lora.rank = 0 and algorithm.kl.coef != 0 or "
+        "algorithm.discount.kl_source = reference",
+        resume=FREE,
+    )
+    """The reference's parameters wait in host memory, on a GPU, but for the layer in use."""
     max_nonfinite_updates: int = option(3, "> 0", resume=FREE)
     """Stop after this many updates in a row that were skipped because loss, gradient or a log-prob (the
     engine's too) was not finite; what spoilt them is in <run_dir>/nonfinite."""
@@ -165,27 +170,28 @@ class ClusterConfig:
     """Address of a running Ray cluster, or auto; null starts one on this machine."""
     device: str = option("auto", choices="auto, cpu, cuda")
     """cpu, cuda, or auto: cuda where there is one."""
-    placement: str = option("auto", choices="auto, colocated, apart")
-    """colocated (an engine and as many ranks as it has devices share these, and take turns), apart (each has
-    devices of its own), or auto: colocated on GPUs where counts and memory allow, apart otherwise."""
+    placement: str = option("auto", choices="auto, colocated, apart", evaluation=UNREAD)
+    """colocated (an engine and as many ranks as it has devices take turns on these), apart (each has its
+    own), or auto: colocated on GPUs where counts and memory allow, apart otherwise."""
     weight_transfer: str = option("auto", choices="auto, object_store, ipc, broadcast")
     """How engines get weights: object_store (Ray's, through host memory), ipc (in buckets from a rank on
     the same device), broadcast (NCCL, on CPU gloo), or auto: ipc where colocated on GPUs, broadcast where
     apart on GPUs or an engine has several processes, else object_store."""
-    env: dict[str, Any] = option({})
+    env: dict[str, Any] = option({}, read_if="launcher = ray")
     """Environment variables of all workers, beside those of the driver that begin with NCCL_, GLOO_, VLLM_ or
-    HF_; null: as the driver has it."""
+    HF_, and before these; null: as the driver has it."""
     threads_per_actor: int | None = option(None, "> 0")
     """CPU threads of an actor rank; null: 1, or with actor.offload=all on a GPU its share of the cores."""
     threads_per_rollout: int = option(2, "> 0")
-    """CPU threads of an engine."""
+    """CPU threads of an engine, shared out over its processes; on a GPU so many prepare prompts meanwhile."""
     hang_timeout_s: float = option(900.0, "> 0")
     """A worker that shows no sign of life for so long (no engine step, no micro-batch, no answer) is
     taken for hung: its stacks are written to the run directory, and it is replaced."""
     start_timeout_s: float = option(1800.0, "> 0")
     """How long a worker may take to start and load its model."""
-    replace_timeout_s: float = option(300.0, "> 0")
-    """How long an engine whose machine is gone is waited for; then the run goes on without it."""
+    replace_timeout_s: float = option(300.0, "> 0", read_if="launcher = ray")
+    """How long a machine that is gone is waited for, or another; then the run goes on without its engines,
+    and ends if it had actor ranks."""
 
 
 @dataclass
@@ -324,6 +330,11 @@ class Config:
     def needs_reference(self) -> bool:
         """Whether the frozen base model is to be held."""
         return self.algorithm.kl.coef > 0 or self.kl_source == "reference"
+
+    @property
+    def replicas(self) -> int:
+        """Whole copies of the policy, each of which ``actor.shard_size`` ranks share."""
+        return self.actor.num_ranks // _own(self.actor.shard_size, self.actor.num_ranks or 1)
 
     @property
     def trains_vision(self) -> bool:

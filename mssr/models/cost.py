@@ -17,12 +17,14 @@ P patches costs
     + P/m^2 * 2 * ((m^2*c)^2 + m^2*c*d)           merger
 
 Backward costs twice as much as forward. A frozen tower has no backward. All letters are read from the
-model's config; norms, rope, softmax and the like are left out.
+model's config; norms, rope, softmax and the like are left out. So is what the backward pass computes again to
+save memory, as is usual for model FLOPs utilization (arXiv 2204.02311, appendix B).
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +52,47 @@ class SequenceWork:
     homes: npt.NDArray[np.int64]
     """(B,) a number that the prompt has in every step: the rank with it, modulo the ranks, is likely to have
     prepared its images before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Of a forward pass over some sequences."""
+
+    matrices: float
+    """Projections, MLP and head of the language model."""
+    attention: float
+    vision: float
+    """The tower, on every image once."""
+
+    @property
+    def forward(self) -> float:
+        return self.matrices + self.attention + self.vision
+
+    def training(self, frozen_weights: bool = False, frozen_tower: bool = False) -> float:
+        """Forward and backward. Frozen weights need no gradient of their own, a frozen tower none at all;
+        what is trained beside frozen weights (LoRA) is left out."""
+        matrices, vision = 2 if frozen_weights else 3, 1 if frozen_tower else 3
+        return matrices * self.matrices + 3 * self.attention + vision * self.vision
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOperations:
+    """Of a forward pass, by sequence: (B,) each."""
+
+    matrices: npt.NDArray[np.float64]
+    attention: npt.NDArray[np.float64]
+    vision: npt.NDArray[np.float64]
+    prompts: npt.NDArray[np.int64]
+    """Number of the prompt."""
+
+    def of(self, sequences: Iterable[int]) -> Operations:
+        """A pass over some of them, which has the images of a prompt once."""
+        picked = np.fromiter(sequences, np.int64)
+        _, first = np.unique(self.prompts[picked], return_index=True)
+        vision = self.vision[picked[first]]
+        return Operations(
+            float(self.matrices[picked].sum()), float(self.attention[picked].sum()), float(vision.sum())
+        )
 
 
 class CostModel:
@@ -90,21 +133,21 @@ class CostModel:
 
     def images(self, patches: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Cost in the vision tower of images of so many patches."""
+        return _units(self._vision_passes * self.images_forward(patches))
+
+    def images_forward(self, patches: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Operations of a forward pass of the tower over images of so many patches."""
         p = patches.astype(np.float64)
         seen = self._full_blocks * p + self._window_blocks * np.minimum(p, self._window)
-        forward = p * (self.per_patch + 4 * self._vision_width * seen)
-        return _units(self._vision_passes * forward)
+        return p * (self.per_patch + 4 * self._vision_width * seen)
 
     def work(self, batch: TrainBatch) -> SequenceWork:
-        """Of a batch's sequences. An image is a run of placeholder tokens, so no pixels are needed."""
-        is_image = np.concatenate([[False], batch.tokens == self._image_token, [False]])
-        starts, ends = np.flatnonzero(np.diff(is_image.astype(np.int8))).reshape(-1, 2).T
+        """Of a batch's sequences."""
+        sequence, patches = self._images_of(batch)
         image_cost = np.zeros(len(batch), dtype=np.int64)
-        sequence = np.searchsorted(batch.offsets, starts, side="right") - 1
-        np.add.at(image_cost, sequence, self.images((ends - starts) * self._merged))
-        numbers: dict[str, int] = {}
-        prompts = np.array([numbers.setdefault(i, len(numbers)) for i in batch.prompt_ids], dtype=np.int64)
-        homes = np.array([home(prompt_id) for prompt_id in numbers], dtype=np.int64)
+        np.add.at(image_cost, sequence, self.images(patches))
+        prompts = _numbered(batch.prompt_ids)
+        homes = np.array([home(prompt_id) for prompt_id in dict.fromkeys(batch.prompt_ids)], dtype=np.int64)
         return SequenceWork(
             lengths=batch.lengths,
             text_cost=self.text(batch.lengths, batch.response_lengths),
@@ -112,6 +155,36 @@ class CostModel:
             prompts=prompts,
             homes=homes[prompts],
         )
+
+    def operations(self, batch: TrainBatch, tower: bool = True, text_only: bool = False) -> BatchOperations:
+        """Of forward passes over a batch's sequences.
+
+        Args:
+            tower: whether the vision tower runs, or its features are known.
+            text_only: without the images.
+        """
+        sequence, patches = self._images_of(batch)
+        vision, of_images = self.images_forward(patches) * (tower and not text_only), patches / self._merged
+        lengths = batch.lengths - np.bincount(sequence, of_images * text_only, len(batch))
+        return BatchOperations(
+            matrices=self.per_token * lengths + self.per_response_token * batch.response_lengths,
+            attention=self.per_square * lengths**2,
+            vision=np.bincount(sequence, vision, len(batch)).astype(np.float64),
+            prompts=_numbered(batch.prompt_ids),
+        )
+
+    def _images_of(self, batch: TrainBatch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Sequence and patches of each image. It is a run of placeholder tokens, so no pixels are needed."""
+        is_image = np.concatenate([[False], batch.tokens == self._image_token, [False]])
+        starts, ends = np.flatnonzero(np.diff(is_image.astype(np.int8))).reshape(-1, 2).T
+        sequence = np.searchsorted(batch.offsets, starts, side="right") - 1
+        return sequence, (ends - starts) * self._merged
+
+
+def _numbered(prompt_ids: Sequence[str]) -> npt.NDArray[np.int64]:
+    """(B,) numbers of prompts, from 0, in the order in which they come first."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(i, len(numbers)) for i in prompt_ids], dtype=np.int64)
 
 
 def home(prompt_id: str) -> int:

@@ -7,6 +7,7 @@ times, in the caches of the workers, between processes, and on the way to the de
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mssr.device import to_device
 from mssr.errors import UserError
 from mssr.models.bounded_cache import BoundedCache
 
@@ -47,9 +49,15 @@ class PixelNormalizer:
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """(V, C * patch * patch) uint8 -> (V, C * frames * patch * patch) float32, on the same device."""
-        mean, std = (torch.tensor(v, device=pixels.device)[:, None] for v in (self.mean, self.std))
+        mean, std = _per_channel(self.mean, pixels.device), _per_channel(self.std, pixels.device)
         values = pixels.unflatten(1, (len(self.mean), -1)).float().sub_(mean).div_(std)
         return values[:, :, None].expand(-1, -1, self.frames, -1).flatten(1)
+
+
+@functools.lru_cache(maxsize=16)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """(C, 1) float32."""
+    return to_device(torch.tensor(values)[:, None], device)
 
 
 @dataclass(frozen=True, slots=True)

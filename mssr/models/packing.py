@@ -12,12 +12,17 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from mssr.device import to_device
 from mssr.models.encoded import EncodedPrompt, PixelNormalizer
+from mssr.models.vision import Grid
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """One forward pass. S tokens, N response tokens, V patches and I images over all sequences."""
+    """One forward pass. S tokens, N response tokens, V patches and I images over all sequences.
+
+    What the host has to know of it is no tensor: it would have to wait for a device to read one.
+    """
 
     input_ids: torch.Tensor
     """(1, S) int64."""
@@ -25,12 +30,14 @@ class PackedBatch:
     """(4, 1, S) int64: text positions, then the three mrope rows."""
     pixels: torch.Tensor | None
     """(V, channels * patch * patch) uint8, see `EncodedPrompt`; None when no image is in the batch."""
-    image_grid_thw: torch.Tensor | None
-    """(I, 3) int64."""
+    image_grids: tuple[Grid, ...]
+    """(I,)"""
     image_keys: tuple[bytes, ...]
     """(I,) see `EncodedPrompt.image_keys`; all different."""
+    image_index: torch.Tensor
+    """(placeholder tokens,) where in S they are."""
     feature_index: torch.Tensor
-    """(placeholder tokens,) which row of the image features each placeholder gets, in order."""
+    """(placeholder tokens,) which row of the image features each of them gets."""
     response_index: torch.Tensor
     """(N,) position in S whose hidden state predicts a response token."""
     targets: torch.Tensor
@@ -45,7 +52,7 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items()})
+        return replace(self, **{name: to_device(tensor, device) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +81,7 @@ def pack(sequences: Sequence[PackItem], merge_size: int) -> PackedBatch:
         merge_size: patches per side of a merged vision token.
     """
     ids, positions, response_index, targets, totals = [], [], [], [], []
-    pixels, grids, features = [], [], []
+    pixels, grids, features, placeholders = [], [], [], []
     first_feature: dict[bytes, int] = {}
     feature_count = 0
     start = 0
@@ -89,6 +96,7 @@ def pack(sequences: Sequence[PackItem], merge_size: int) -> PackedBatch:
         response_index.append(start + p - 1 + torch.arange(t))
         targets.append(s.response)
         totals.append(p + t)
+        placeholders.append(start + s.prompt.token_types.nonzero()[:, 0])
         start += p + t
         for k, (key, image) in enumerate(zip(s.prompt.image_keys, split_images(s.prompt), strict=True)):
             assert s.prompt.image_grid_thw is not None
@@ -97,14 +105,15 @@ def pack(sequences: Sequence[PackItem], merge_size: int) -> PackedBatch:
                 first_feature[key] = feature_count
                 feature_count += count
                 pixels.append(image)
-                grids.append(s.prompt.image_grid_thw[k])
+                grids.append(tuple(s.prompt.image_grid_thw[k].tolist()))
             features.append(first_feature[key] + torch.arange(count))
     return PackedBatch(
         input_ids=torch.cat(ids)[None],
         position_ids=torch.cat(positions, dim=1)[:, None],
         pixels=torch.cat(pixels) if pixels else None,
-        image_grid_thw=torch.stack(grids) if grids else None,
+        image_grids=tuple(grids),
         image_keys=tuple(first_feature),
+        image_index=torch.cat(placeholders),
         feature_index=torch.cat(features) if features else torch.empty(0, dtype=torch.int64),
         response_index=torch.cat(response_index),
         targets=torch.cat(targets),

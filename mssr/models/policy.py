@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from mssr.models.attention import NAME
 from mssr.models.bounded_cache import BoundedCache
 from mssr.models.encoded import EncodedPrompt
 from mssr.models.head import Head, PartLoss, token_log_probs_and_entropy, token_loss
 from mssr.models.packing import PackedBatch
-from mssr.models.vision import vision_positions
+from mssr.models.vision import Grid, vision_positions
 
 
 class PolicyModel(nn.Module):
@@ -71,20 +74,22 @@ class PolicyModel(nn.Module):
         core = self.model.model
         embeds = core.language_model.embed_tokens(batch.input_ids)
         if batch.pixels is not None:
-            assert batch.image_grid_thw is not None and batch.normalizer is not None
+            assert batch.normalizer is not None
             if self.features is None:
-                features = self._image_features(batch.normalizer(batch.pixels), batch.image_grid_thw)
+                features = self._image_features(batch.normalizer(batch.pixels), batch.image_grids)
             else:
                 features = self._known_features(batch, self.features)
-            placeholders = (batch.input_ids == self.model.config.image_token_id)[..., None]
             features = features.to(embeds.dtype)[batch.feature_index]
-            embeds = embeds.masked_scatter(placeholders.expand_as(embeds), features)
+            embeds = embeds.index_copy(1, batch.image_index, features[None])
         elif touch_vision and self.features is None:
             embeds = embeds + 0.0 * self._image_features(*self._blank_image()).sum().to(embeds.dtype)
+        text = self.model.config.text_config
+        # Where no layer wants a mask, transformers need not look, on the device, whether the batch is packed.
+        no_masks = dict.fromkeys(text.layer_types) if text._attn_implementation == NAME else None
         hidden = core.language_model(
             inputs_embeds=embeds,
             position_ids=batch.position_ids,
-            attention_mask=None,
+            attention_mask=no_masks,
             use_cache=False,
             # Where the sequences are, for attention that needs no mask.
             cu_seq_lens_q=batch.cu_seqlens,
@@ -96,20 +101,20 @@ class PolicyModel(nn.Module):
         head = Head(self.temperature, self.banned_ids, self.head_chunk)
         return token_log_probs_and_entropy(*tokens, head) if loss is None else token_loss(*tokens, loss, head)
 
-    def _image_features(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+    def _image_features(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """(merged patches, D)."""
         visual = self.model.model.visual
-        positions = vision_positions(visual, list(map(tuple, grid_thw.tolist())), pixel_values.device)
+        positions = vision_positions(visual, grids, pixel_values.device)
         pixel_values = pixel_values.to(visual.patch_embed.proj.weight.dtype)
-        return visual(pixel_values, grid_thw=grid_thw, **positions).pooler_output
+        return visual(pixel_values, grid_thw=torch.tensor(grids), **positions).pooler_output
 
     @torch.no_grad()
     def _known_features(self, batch: PackedBatch, cache: BoundedCache[bytes, torch.Tensor]) -> torch.Tensor:
         """(merged patches, D), the tower run on those images only whose features are not kept."""
-        assert batch.pixels is not None and batch.image_grid_thw is not None and batch.normalizer is not None
-        grids, keys = batch.image_grid_thw, batch.image_keys
+        assert batch.pixels is not None and batch.normalizer is not None
+        grids, keys = batch.image_grids, batch.image_keys
         found = {key: kept for key in keys if (kept := cache.get(key)) is not None}
-        pixels = torch.split(batch.pixels, grids.prod(-1).tolist())
+        pixels = torch.split(batch.pixels, [math.prod(grid) for grid in grids])
         for k, key in enumerate(keys):
             if key not in found:
                 # One by one: what is kept must not depend on what else was in the pass.
@@ -117,11 +122,11 @@ class PolicyModel(nn.Module):
                 cache.put(key, found[key], found[key].nbytes)
         return torch.cat([found[key] for key in keys])
 
-    def _blank_image(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _blank_image(self) -> tuple[torch.Tensor, list[Grid]]:
         vision, device = self.model.config.vision_config, self.model.lm_head.weight.device
         m = self.merge_size
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        return torch.zeros(m * m, values, device=device), torch.tensor([[1, m, m]], device=device)
+        return torch.zeros(m * m, values, device=device), [(1, m, m)]
 
 
 def vision_placeholder_ids(config: Any) -> list[int]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from mssr.device import to_device
+
 Grid = tuple[int, int, int]
 """Patches of an image in time, height and width."""
 
@@ -51,7 +53,7 @@ def vision_positions(visual: Any, grids: Sequence[Grid], device: torch.device) -
         "cu_seqlens": _cumulative(frames),
     }
     longest = {"max_seqlen": int(frames.max()), "max_window_seqlen": int(window_lengths.max())}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()} | longest
+    return {name: to_device(tensor, device) for name, tensor in tensors.items()} | longest
 
 
 @functools.lru_cache(maxsize=512)

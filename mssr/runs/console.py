@@ -122,9 +122,16 @@ class Console(ProgressLine):
             f"acc {metrics['reward/accuracy']:.3f}"
             + ("" if self._val is None else f"  val {self._val:.3f}")
             + f"  entropy {metrics['policy/entropy']:.3f}  kl {metrics['policy/kl_update']:.4f}"
-            + f"  {metrics['perf/rollouts_per_s']:.0f} rollouts/s  {_duration(left)} left"
+            + f"  {metrics['perf/rollouts_per_s']:.0f} rollouts/s"
+            + _if_known(metrics, "perf/tokens_per_s_per_gpu", "{:.0f} tokens/s/GPU")
+            + _if_known(metrics, "perf/mfu", "MFU {:.0%}")
+            + f"  {_duration(left)} left"
         )
         self.show(step, line)
+
+
+def _if_known(metrics: dict[str, Any], key: str, form: str) -> str:
+    return "  " + form.format(metrics[key]) if key in metrics else ""
 
 
 def _duration(seconds: float) -> str:

@@ -32,6 +32,18 @@ PANELS: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (
 PHASES = ("rollout", "reward", "score", "update", "sync", "val", "save")
 """What a step's time is made of, stacked in the last panel; ``save`` is of the checkpoint before it."""
 
+SPEEDS = (
+    ("perf/rollouts_per_s", "rollouts/s", "{:.1f}"),
+    ("perf/tokens_per_s_per_gpu", "tokens/s/GPU", "{:.0f}"),
+    ("perf/mfu", "MFU of the update", "{:.1%}"),
+)
+MEMORY = (
+    ("memory/total_rss_gib", "memory of driver and workers"),
+    ("memory/actor_gpu_gib", "peak GPU memory of a rank"),
+    ("memory/rollout_gpu_gib", "peak GPU memory of an engine"),
+)
+"""Rows of the summary, of keys that records have: of all steps the median, and the largest."""
+
 WATCHED: dict[str, tuple[str, str]] = {
     "watch/entropy_collapsed": ("entropy, nats per token", "entropy collapsed"),
     "watch/accuracy_dropped": ("accuracy", "train accuracy dropped"),
@@ -111,10 +123,12 @@ def summary(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
             rows.append((f"{name}, before -> after", f"{values[0]:.3f} -> {values[-1]:.3f}"))
             if key == "val/accuracy":
                 rows.append((f"{name}, best", f"{max(values):.3f}"))
-    if speeds := sorted(r["perf/rollouts_per_s"] for r in records if "perf/rollouts_per_s" in r):
-        rows.append(("rollouts/s, median", f"{speeds[len(speeds) // 2]:.1f}"))
-    if memory := [r["memory/total_rss_gib"] for r in records if "memory/total_rss_gib" in r]:
-        rows.append(("memory of driver and workers, GiB", f"{max(memory):.2f}"))
+    for key, name, form in SPEEDS:
+        if values := sorted(r[key] for r in records if key in r):
+            rows.append((f"{name}, median", form.format(values[len(values) // 2])))
+    for key, name in MEMORY:
+        if values := [r[key] for r in records if key in r]:
+            rows.append((f"{name}, GiB", f"{max(values):.2f}"))
     return rows
 
 

@@ -253,6 +253,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], scored: ScoredBatch) -> dict[st
         "reward/errors": float(scored.errors),
         "reward/timeouts": float(scored.timeouts),
         "rollout/tokens": float(lengths.sum()),
+        "rollout/prompt_tokens": float(sum(len(r.prompt_token_ids) for r in rollouts)),
         "rollout/response_length": float(lengths.mean()),
         "rollout/truncated_fraction": float(np.mean([r.finish_reason == "length" for r in rollouts])),
     }

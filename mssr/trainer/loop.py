@@ -27,7 +27,7 @@ from mssr.trainer.collect import RolloutCollector
 from mssr.trainer.estimate import Estimator
 from mssr.trainer.initial_values import initialize_values
 from mssr.trainer.pipeline import RolloutPipeline
-from mssr.trainer.timing import PhaseTimer
+from mssr.trainer.timing import PhaseTimer, speed
 from mssr.trainer.validation import Validation, ValidationPrompts
 from mssr.trainer.watch import CollapseWatch
 from mssr.types import Rollout
@@ -168,12 +168,8 @@ class Trainer:
     def _finish_step(self) -> None:
         """Validate where it is due, log, checkpoint where it is due."""
         assert self._unlogged is not None
-        validated, memory = self.validate(), self.cluster.memory()
-        metrics = self._unlogged | validated | self.timer.take()
-        seconds = metrics["timing/step_s"]  # without validation and checkpoint
-        metrics["perf/rollouts_per_s"] = self.config.rollout.rollouts_per_step / seconds
-        metrics["perf/tokens_per_s"] = metrics["rollout/tokens"] / seconds
-        metrics |= memory
+        metrics = self._unlogged | self.validate() | self.cluster.metrics() | self.timer.take()
+        metrics |= speed(metrics, self.config.rollout.rollouts_per_step, self.config.actor.num_ranks)
         warnings = self.watch.observe(self.step, metrics)
         metrics |= self.watch.metrics()
         # Logged first: a crash in between repeats the step, where the other way round its record

@@ -126,7 +126,7 @@ def train(args: argparse.Namespace, directory: Path) -> list[Step]:
         began = clocks()
         try:
             trainer.run()
-            worker = cluster.memory()["memory/rollout_rss_gib"]
+            worker = cluster.metrics()["memory/rollout_rss_gib"]
         finally:
             cluster.shutdown()
             log.close()

@@ -14,7 +14,8 @@ Full training holds 16 bytes a parameter and a float32 reference 4 more: the 7B 
 139 GiB only with ``algorithm.kl.coef=0``, that is 124 GiB before activations, if at all.
 
 MFU is model operations over seconds and peak operations per second of the device, for bfloat16 dense (known
-by its name, or ``--peak-tflops``). Model operations of a forward pass F are those of `mssr/models/cost.py`:
+by its name, `mssr/models/gpus.py`, or ``--peak-tflops``). Model operations of a forward pass F are those of
+`mssr/models/cost.py`:
 
     F = matrices + attention + vision
     matrices  = sum(L) * 2 * layers * (2*d*h*e + 2*d*g*e + 3*d*f) + sum(T) * 2*d*V    responses only
@@ -46,7 +47,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from phases import Operations, Phases
+from phases import Phases
 from report import arguments, publish, watch
 from report import table as markdown
 from workload import SHAPES, VOCABULARY, draw_lengths, write_model, write_rows
@@ -54,12 +55,10 @@ from workload import SHAPES, VOCABULARY, draw_lengths, write_model, write_rows
 from mssr.actor.worker import PolicyWorker
 from mssr.config import Config
 from mssr.data.prompt_source import PromptSource
-from mssr.models.cost import UNIT, CostModel
+from mssr.models import gpus
 from mssr.rollout.transports import StoreSender
 from mssr.types import TrainBatch
 
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-"""bfloat16 operations a second, dense, of the SXM boards, by what is in a device's name."""
 SYNCS = 5
 """Exports of the weights that are measured."""
 
@@ -161,7 +160,7 @@ def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> 
         seconds, phases.seconds = phases.seconds | {"prompts": of_prompts}, {}
         seconds["update"] = seconds["step"] - seconds["reference"] - seconds["KL probe"]
         seconds["the rest of it"] = seconds["update"] - seconds["forward and backward"] - seconds["optimizer"]
-        whole = Operations.of(batch, worker.policy.model.config)
+        whole = updater.cost_model.operations(batch).of(range(len(batch)))
         by_phase = {k: dataclasses.replace(whole, vision=encoded.pop(k, 0.0)) for k in COMPUTING}
         operations = {k: o.forward for k, o in by_phase.items()}
         operations["update"] = operations["forward and backward"] = by_phase["forward and backward"].training(
@@ -185,13 +184,13 @@ def vision_operations(worker: PolicyWorker, phases: Phases) -> dict[str, float]:
 
     The features of a frozen tower are kept from one pass to the next, so not every pass runs it.
     """
-    cost = CostModel(worker.policy.model.config, train_vision=False)
+    cost = worker.updater.cost_model
     found: dict[str, float] = {}
 
     def count(module: Any, args: Any, kwargs: Any) -> None:
         patches = kwargs["grid_thw"].prod(-1).cpu().numpy()
         for name in phases.running:
-            found[name] = found.get(name, 0.0) + float(cost.images(patches).sum()) * UNIT
+            found[name] = found.get(name, 0.0) + float(cost.images_forward(patches).sum())
 
     # One and the same where it is frozen.
     models = [model for model in (worker.policy, worker.reference) if model is not None]
@@ -236,8 +235,8 @@ def table(updates: list[Update], phases: Phases, peak: float | None) -> list[str
 
 def benchmark(args: argparse.Namespace) -> list[str]:
     loaded, device = set(sys.modules), torch.cuda.get_device_name() if args.device == "cuda" else ""
-    known = next((peak for key, peak in PEAKS.items() if key in device), None)
-    peak = args.peak_tflops * 1e12 if args.peak_tflops else known
+    kind = gpus.find(device)
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else kind and kind.bf16_flops
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="mssr-gpu-") as scratch:
         prompts, responses = draw_lengths(args.sequences, 1, args.scale)

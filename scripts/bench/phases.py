@@ -1,45 +1,13 @@
-"""What benchmarks of the update count: model operations of a batch, seconds and peak memory of phases."""
+"""What benchmarks of the update count: seconds and peak memory of phases."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator
-from typing import Any
 
-import numpy as np
 import torch
 from report import GIB, forget_peak, resident, synchronize
-
-from mssr.models.cost import UNIT, CostModel
-from mssr.types import TrainBatch
-
-
-@dataclasses.dataclass(frozen=True)
-class Operations:
-    """Model operations of a batch, by the formulas of `gpu_update`."""
-
-    matrices: float
-    attention: float
-    vision: float
-
-    @classmethod
-    def of(cls, batch: TrainBatch, model_config: Any) -> Operations:
-        cost = CostModel(model_config, train_vision=False)  # so that images cost their forward pass
-        work = cost.work(batch)
-        attention = cost.per_square * float((batch.lengths.astype(np.float64) ** 2).sum())
-        text = float(work.text_cost.sum()) * UNIT / 3
-        return cls(text - attention, attention, float(work.image_cost.sum()) * UNIT)
-
-    @property
-    def forward(self) -> float:
-        return self.matrices + self.attention + self.vision
-
-    def training(self, frozen_weights: bool = False, frozen_tower: bool = False) -> float:
-        """Forward and backward."""
-        matrices, vision = 2 if frozen_weights else 3, 1 if frozen_tower else 3
-        return matrices * self.matrices + 3 * self.attention + vision * self.vision
 
 
 class Phases:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import multiprocessing
@@ -32,7 +33,8 @@ def rank_processes(workspace: Workspace) -> Iterator[RunRanks]:
     rank 0 has after each: weights, or with ``gradient`` the gradients of the first update; and metrics.
 
     A job is a dictionary with ``overrides`` of the workspace's config, ``steps`` (1), ``load`` and ``save``
-    directories, ``gradient``, and a ``batch`` of its own in place of the common one.
+    directories, ``gradient``, and a ``batch`` of its own in place of the common one. Metrics have
+    ``distinct_states``: how many different ones the ranks hold of parameters and optimizer.
     """
     # A process for each rank: torch remembers, beyond the end of a process group, which rank it was.
     pools: list[Pool] = []
@@ -108,6 +110,7 @@ def _run_jobs(rank: int, config_file: str, directory: str) -> None:
             metrics: dict[str, float] = {}
             for step in range(job.get("steps", 1)):
                 metrics = worker.update(batch, step)
+            metrics["distinct_states"] = _distinct_states(worker)
             results.append((worker.export_weights(), metrics))
         if job.get("save"):
             worker.checkpoint.begin(job["save"])
@@ -142,17 +145,30 @@ def _first_gradient(worker: Any, batch: TrainBatch) -> tuple[Tensors, dict[str, 
     first_layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     updater._before_update(state, plan.ranks[worker.rank], needs_old=False)
     with contextlib.ExitStack() as stack:
-        gathers, scatters = (
+        gathers, scatters, all_reduces = (
             stack.enter_context(
                 mock.patch.object(torch.distributed, verb, wraps=getattr(torch.distributed, verb))
             )
-            for verb in ("all_gather_single", "reduce_scatter_single")
+            for verb in ("all_gather_single", "reduce_scatter_single", "all_reduce")
         )
         updater.backward(state, plan)
     named = worker.policy.named_parameters()
     tensors = dict(full_tensors((n, p.grad) for n, p in named if p.grad is not None))
-    counts = {"passes": len(plan.ranks[0]), "layer_runs": len(runs)}
+    counts = {"passes": len(plan.ranks[0]), "layer_runs": len(runs), "all_reduces": all_reduces.call_count}
     return tensors, counts | {"gathers": gathers.call_count, "scatters": scatters.call_count}
+
+
+def _distinct_states(worker: Any) -> int:
+    from mssr.actor.distributed import local_tensor
+
+    digest = hashlib.sha256()
+    parameters = [p for p in worker.policy.parameters() if p.requires_grad]
+    state = worker.updater.optimizer.state
+    for value in (v for p in parameters for v in (p, *state.get(p, {}).values())):
+        digest.update(local_tensor(value.detach()).flatten().view(torch.uint8).numpy().tobytes())
+    digests = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(digests, digest.hexdigest())
+    return len(set(digests))
 
 
 def make_batch(workspace: Workspace, prompt_ids: list[str], seed: int = 0) -> TrainBatch:

@@ -133,8 +133,7 @@ def test_the_kernel_gets_segments_flags_and_scale(
     assert_same(run(varlen, batch), expected)
     config = varlen.model.config
     vision, text = config.vision_config, config.text_config
-    assert batch.image_grid_thw is not None
-    images = len(batch.image_grid_thw)
+    images = len(batch.image_grids)
     assert text.num_attention_heads > text.num_key_value_heads  # grouped keys are in the test
     causal = [c for c in kernel.calls if c["window_size"] == (-1, 0)]
     both_ways = [c for c in kernel.calls if c["window_size"] == (-1, -1)]

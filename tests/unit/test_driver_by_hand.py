@@ -103,7 +103,7 @@ class ScriptedCluster:
 
     def sync_weights(self, version: int) -> None: ...
 
-    def memory(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {}
 
 

@@ -216,7 +216,7 @@ class FakeCluster:
 
     def sync_weights(self, version: int) -> None: ...
 
-    def memory(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {}
 
 

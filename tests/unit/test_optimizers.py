@@ -27,7 +27,7 @@ from tests.conftest import Workspace
 
 pytestmark = pytest.mark.unit
 
-STOCHASTIC = {"seed": 0, "rank": 0}
+STOCHASTIC = {"seed": 0, "shard": 0}
 
 
 def options(lr: float, weight_decay: float = 0.0) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def test_training_goes_like_that_of_float32(
     assert (other - solution).norm() < 0.05 * solution.norm()
 
 
-def test_the_noise_depends_on_seed_rank_and_step_and_on_nothing_else() -> None:
+def test_the_noise_depends_on_seed_shard_and_step_and_on_nothing_else() -> None:
     def run(steps: int, resume_at: int | None = None, **noise: int) -> torch.Tensor:
         parameter = nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
         kept = nn.Parameter(torch.ones(10, dtype=torch.bfloat16))
@@ -148,7 +148,7 @@ def test_the_noise_depends_on_seed_rank_and_step_and_on_nothing_else() -> None:
     plain = run(6)
     assert torch.equal(plain, run(6, resume_at=3))
     assert not torch.equal(plain, run(6, seed=1))
-    assert not torch.equal(plain, run(6, rank=1))
+    assert not torch.equal(plain, run(6, shard=1))
 
 
 def test_rows_are_stepped_in_parts_without_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future
 from typing import Any
 from unittest.mock import Mock
 
@@ -10,6 +11,7 @@ import pytest
 import ray
 import torch.distributed as dist
 
+from mssr.actor.checkpoint import ActorCheckpoint
 from mssr.cluster import ray_calls, ray_start
 from mssr.cluster.faults import is_lost
 from mssr.cluster.ray_calls import (
@@ -25,6 +27,7 @@ from mssr.cluster.ray_generation import Generation
 from mssr.cluster.ray_start import init_ray
 from mssr.config import Config
 from mssr.errors import EngineError, TrainingError, UserError
+from mssr.rollout import heartbeat
 from mssr.types import RolloutRequest, SamplingParams
 
 pytestmark = pytest.mark.unit
@@ -118,6 +121,24 @@ def test_after_one_rank_has_died_the_others_are_given_up(monkeypatch: pytest.Mon
     [first, given_up, third] = Calls(hang_timeout_s=40).gather(calls.refs, together=True)
     assert isinstance(first.error, WorkerDiedError) and given_up is None
     assert is_lost(third) and 4 <= calls.now < 20
+
+
+def test_a_checkpoint_that_is_written_hides_no_call_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that waits for it shows signs of life of its own, and who waits for it asks for these."""
+    calls = ThreeCalls(monkeypatch, [(None, None, 41.0)])
+    for task in (heartbeat.CALL, heartbeat.SAVE):
+        Calls(hang_timeout_s=40).gather(calls.refs, task=task)
+        calls.refs[0][0].handle.silent_s.options.return_value.remote.assert_called_with(task)
+    monkeypatch.undo()
+    checkpoint = ActorCheckpoint.__new__(ActorCheckpoint)
+    checkpoint._saving = Future()
+    checkpoint._saving.set_exception(OSError("disk full"))
+    monkeypatch.setattr(heartbeat, "_last", {heartbeat.CALL: 1.0})
+    waits = iter([False, True])
+    monkeypatch.setattr(checkpoint._saving, "done", lambda: next(waits))
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.result()
+    assert heartbeat._last.keys() == {heartbeat.CALL, heartbeat.SAVE} and heartbeat._last["call"] == 1.0
 
 
 class Engine:

@@ -129,7 +129,7 @@ class FakeCluster:
     def restart(self) -> None:
         self.weight, self.moment = 0.0, 0.0
 
-    def memory(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {}
 
     def shutdown(self) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mssr.actor.operations import model_operations
 from mssr.actor.update import PolicyUpdater
 from mssr.cluster.base import join_log_probs
 from mssr.types import TrainBatch
@@ -171,6 +172,8 @@ def test_the_step_is_that_of_a_naive_loop(lab: StepLab, tmp_path: Path, name: st
     naive = lab.naive(case.recipe)
     expected = naive.step(batch, parts, probed)
     expected |= {"policy/lr": 1e-3, "policy/skipped_updates": 0.0, "perf/prompts_encoded_by_ranks": 5.0}
+    work = model_operations(updater.config, updater.cost_model, batch, plan)
+    expected["perf/update_tera_operations"] = work / 1e12  # test_update_passes.py has it by value
     assert metrics.keys() == expected.keys()
     close = {k: pytest.approx(v, rel=1e-6, abs=1e-6) for k, v in expected.items()}
     assert {k: (v, close[k]) for k, v in metrics.items() if v != close[k]} == {}

@@ -16,6 +16,8 @@ import torch
 from mssr.actor import update
 from mssr.actor.update import PolicyUpdater
 from mssr.cluster.base import join_log_probs
+from mssr.models.cost import CostModel
+from mssr.models.packing import PackedBatch
 from mssr.types import TrainBatch
 from tests.conftest import Workspace
 from tests.e2e.ranks import make_batch
@@ -34,19 +36,31 @@ def lab(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 def passes_of_a_step(
     updater: PolicyUpdater, batch: TrainBatch, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Counter[str], dict[str, float]]:
-    """How often a model ran, "graph" where a gradient was wanted; and the metrics."""
+) -> tuple[Counter[str], dict[str, float], float]:
+    """How often a model ran, "graph" where a gradient was wanted; the metrics; operations of the passes."""
     found: Counter[str] = Counter()
+    operations: list[float] = []
     models = {"policy": updater.policy, "reference": updater.reference}
     for name, model in models.items():
         if model is not None:
 
             def spy(*args: Any, forward: Any = model.forward, name: str = name, **kwargs: Any) -> Any:
                 found[name + " graph" * torch.is_grad_enabled()] += 1
+                forward_pass = operations_of(args[0], updater.cost_model)
+                operations.append(forward_pass * (3 if torch.is_grad_enabled() else 1))
                 return forward(*args, **kwargs)
 
             monkeypatch.setattr(model, "forward", spy)
-    return found, updater.step(batch, 0)
+    return found, updater.step(batch, 0), sum(operations)
+
+
+def operations_of(packed: PackedBatch, cost: CostModel) -> float:
+    """Of a forward pass, from what the model is given."""
+    lengths = packed.cu_seqlens.diff().double()
+    text = cost.per_token * lengths.sum() + cost.per_square * lengths.square().sum()
+    head = cost.per_response_token * len(packed.targets)
+    patches = np.array([math.prod(grid) for grid in packed.image_grids])
+    return float(text) + head + float(cost.images_forward(patches).sum())
 
 
 KNOWN = {"old_log_probs": -3.0, "reference_log_probs": -3.1}
@@ -96,8 +110,12 @@ def test_a_step_makes_the_passes_that_it_needs(
     updater = lab.updater(tmp_path, WIDE, *options)
     tokens = len(lab.batch.engine_log_probs)
     arrays = {name: np.full(tokens, KNOWN[name], np.float32) for name in known}
-    found, metrics = passes_of_a_step(updater, dataclasses.replace(lab.batch, **arrays), monkeypatch)
+    batch = dataclasses.replace(lab.batch, **arrays)
+    found, metrics, operations = passes_of_a_step(updater, batch, monkeypatch)
     assert found == expected
+    # Without images the prompt has no marks around them, either.
+    rel = 0.02 if "algorithm.loss.text_anchor_coef=0.1" in options else 1e-9
+    assert metrics["perf/update_tera_operations"] * 1e12 == pytest.approx(operations, rel=rel)
     in_loss = "algorithm.kl.coef=0.1" in options and "algorithm.kl.placement=reward" not in options
     assert ("policy/kl_ref" in metrics) == in_loss
 

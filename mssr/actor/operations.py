@@ -1,0 +1,47 @@
+"""What an update computes, in floating point operations of the model: the numerator of its MFU."""
+
+from __future__ import annotations
+
+import torch
+
+from mssr.actor.planning import StepPlan
+from mssr.config import Config
+from mssr.models.cost import CostModel
+from mssr.models.gpus import find
+from mssr.types import TrainBatch
+
+
+def work_metrics(
+    config: Config, cost: CostModel, batch: TrainBatch, plan: StepPlan, device: torch.device
+) -> dict[str, float]:
+    """``perf/update_tera_operations``, of all ranks together; ``perf/gpu_peak_tflops``, of a device whose
+    kind is known."""
+    metrics = {"perf/update_tera_operations": model_operations(config, cost, batch, plan) / 1e12}
+    kind = find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if kind is not None and kind.bf16_flops is not None:
+        metrics["perf/gpu_peak_tflops"] = kind.bf16_flops / 1e12
+    return metrics
+
+
+def model_operations(config: Config, cost: CostModel, batch: TrainBatch, plan: StepPlan) -> float:
+    """Of the passes that `PolicyUpdater.step` makes: forward and backward of what is trained on; forward of
+    log-probs that the batch does not bring along, of the text-only anchor and of the KL probe.
+
+    It depends neither on ranks nor on micro-batches: a prompt's images count once for each pass over the
+    sequences of an update. Those of a frozen tower do not count, because its features are kept, nor do
+    recomputation, adapters, and passes in which a rank only runs along.
+    """
+    by_sequence = cost.operations(batch, tower=config.trains_vision)
+    anchor = cost.operations(batch, text_only=True) if config.algorithm.loss.text_anchor_coef else None
+    first_known = not config.actor.lora.dropout  # its own forward pass gives the old log-probs
+    needs_old = batch.old_log_probs is None
+    needs_reference = config.needs_reference and not config.kl_in_reward and batch.reference_log_probs is None
+    total = 0.0
+    for number, update in enumerate(plan.updates):
+        of_update = by_sequence.of(update.sequences)
+        scored = int(needs_old and not (number == 0 and first_known)) + int(needs_reference)
+        total += of_update.training(frozen_weights=config.actor.lora.rank > 0) + scored * of_update.forward
+        total += 0.0 if anchor is None else anchor.of(update.sequences).forward
+    probed = [s for passes in plan.probe for micro in passes if micro.weight for s in micro.sequences]
+    scored = 1 + int(config.holds_out and needs_old)
+    return total + scored * by_sequence.of(probed).forward
