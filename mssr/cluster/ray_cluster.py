@@ -157,7 +157,7 @@ class RayCluster(Cluster):
             "memory/rollout_rss_gib": max(rollouts),
             "memory/total_rss_gib": driver + sum(actors) + sum(rollouts),
             **({"perf/gpus": gpus} if gpus else {}),
-            **{k: sum(v) if k == "rollout/preemptions" else max(v) for k, v in of_engines.items()},
+            **{k: sum(v) if k == "perf/preemptions" else max(v) for k, v in of_engines.items()},
         }
 
     def shutdown(self) -> None:
@@ -208,8 +208,9 @@ class RayCluster(Cluster):
             ]
             first = self._ranks[0]
             [address] = self._started([(first, first.handle.rendezvous.remote())])
+            options = self._device, self._colocated
             for rank in self._ranks:
-                starting.append((rank, rank.handle.start.remote(rank.number, address, self._device)))
+                starting.append((rank, rank.handle.start.remote(rank.number, address, *options)))
         outcomes = self._started(starting)
         if engines:
             self._slots = outcomes[0]

@@ -88,7 +88,13 @@ class RayPolicyWorker(RayWorker):
             s.bind(("", 0))
             return f"tcp://{host}:{s.getsockname()[1]}"
 
-    def start(self, rank: int, init_method: str, device: str) -> None:
+    def start(self, rank: int, init_method: str, device: str, colocated: bool) -> None:
+        # Memory grows in place, so that what one pass freed serves the next of another size; not where an
+        # engine maps it, which takes long then and a system call (pidfd_getfd) that containers may forbid.
+        # torch reads this when CUDA is first used; what the user set stays.
+        allocator = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
+        if device == "cuda" and not colocated and not allocator & os.environ.keys():
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         from mssr.actor.worker import PolicyWorker
 
         self._worker = PolicyWorker(self._config, rank, init_method, device)

@@ -183,7 +183,7 @@ class ClusterConfig:
     threads_per_actor: int | None = option(None, "> 0")
     """CPU threads of an actor rank; null: 1, or with actor.offload=all on a GPU its share of the cores."""
     threads_per_rollout: int = option(2, "> 0")
-    """CPU threads of an engine."""
+    """CPU threads of an engine, shared out over its processes; on a GPU so many prepare prompts meanwhile."""
     hang_timeout_s: float = option(900.0, "> 0")
     """A worker that shows no sign of life for so long (no engine step, no micro-batch, no answer) is
     taken for hung: its stacks are written to the run directory, and it is replaced."""

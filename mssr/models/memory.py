@@ -115,6 +115,8 @@ class RankMemory:
         self.config, self.shape, self.device = config, shape, device
         actor = config.actor
         self.largest = largest or Pass.largest(config, shape, assumed_workload(config))
+        self.moves = device == "cuda"
+        """Whether ``actor.offload`` means something."""
         self.c = value_bytes(config, device)
         self.m = 4 if actor.master_dtype == "float32" else 2
         self.shards = actor.shard_size or actor.num_ranks
@@ -134,7 +136,6 @@ class RankMemory:
             states: whether the optimizer's are on the device although ``actor.offload=optimizer``.
         """
         config, actor, c = self.config, self.config.actor, self.c
-        moves = self.device == "cuda"
         frozen = c * self.sharded if self.adapters else 0
         tower = 0 if config.trains_vision else c * self.shape.vision
         parameters = (self.m * self.trained + frozen) / self.shards
@@ -144,11 +145,11 @@ class RankMemory:
             reference = c * self.sharded / (1 if actor.keep_gathered else self.shards)
             if actor.keep_gathered:
                 reference += c * self.sharded / self.shards
-        if moves and actor.offload == "all":
+        if self.moves and actor.offload == "all":
             parameters = moments = reference = 0.0
-        if moves and actor.offload == "optimizer" and not states:
+        if self.moves and actor.offload == "optimizer" and not states:
             moments = 0.0
-        if moves and actor.offload_reference:
+        if self.moves and actor.offload_reference:
             reference = 0.0
         parts = {"parameters": parameters + tower, "optimizer states": moments, "reference": reference}
         if not config.trains_vision:
@@ -158,16 +159,16 @@ class RankMemory:
     def update(self) -> Parts:
         """The moment of an update at which most is held."""
         base = self.resident(states=False)
-        moments = (self._end_of_forward(), self._backward(vision=False), self._ends_backward(), self._step())
+        moments = [self._end_of_forward(), self._backward(vision=False), self._ends_backward(), self._step()]
         if self.config.trains_vision:
-            moments += (self._backward(vision=True),)
+            moments.append(self._backward(vision=True))
         parts = max(moments, key=lambda parts: sum(parts.values()))
         return base | {"gradients": self._gradients()} | parts
 
     def _gradients(self) -> float:
         """Those that wait for the step."""
         actor = self.config.actor
-        if actor.offload == "all" and self.device == "cuda":
+        if self.moves and actor.offload == "all":
             return 0.0
         return 4.0 * self.trained if actor.keep_gathered else self.m * self.trained / self.shards
 
@@ -335,8 +336,9 @@ def rank_table(rank: RankMemory) -> Table:
 
 def engine_table(engine: EngineMemory, colocated: bool) -> Table:
     """What an engine holds in each phase on a GPU: asleep where a rank needs its memory."""
-    awake = ("generate", "sync") if colocated else PHASES
-    cached = ("generate",) if colocated else PHASES
+    # A checkpoint is begun after the weights are sent, when the engine is ready to generate.
+    awake = ("generate", "sync", "save") if colocated else PHASES
+    cached = ("generate", "save") if colocated else PHASES
     work = {phase: engine.work if phase in cached else ASLEEP for phase in PHASES}
     return {
         "engine: weights": dict.fromkeys(awake, engine.weights),

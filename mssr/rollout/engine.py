@@ -47,8 +47,12 @@ class RolloutEngine(Protocol):
         """Take memory again after `sleep`: "weights" before `load_weights`, "kv_cache" after it."""
 
     def metrics(self) -> dict[str, float]:
-        """What the engine counted since the last call: ``rollout/preemptions``, ``rollout/kv_cache_usage``
-        (largest share that was in use)."""
+        """What the engine counted since the last call, not while it generates; empty where it counts nothing.
+
+        ``perf/preemptions``: how often a sequence lost its keys and values and began anew;
+        ``perf/kv_cache_usage``: the largest share in use after a step; ``memory/rollout_gpu_gib``: the
+        most that torch held on a device of the engine, GiB, asleep or not.
+        """
 
     def close(self) -> None:
         """Give back what the engine holds in this process."""

@@ -80,6 +80,17 @@ def _parser() -> argparse.ArgumentParser:
     option("overrides", nargs="*", metavar="key=value", help="e.g. algorithm.name=grpo")
 
     option = add(
+        "plan", "mssr.tools.plan:plan", "memory and time of a training, on GPUs that need not be here"
+    )
+    option("config_file", metavar="config")
+    option("overrides", nargs="*", metavar="key=value")
+    option("--gpus", metavar="8xH100-80GB", help="of each node; default: this machine's, or H100s")
+    option("--nodes", type=int, default=1)
+    option("--image-tokens", type=int, metavar="N", help="of a prompt's images, on average")
+    option("--response-tokens", type=int, metavar="N", help="of a response, on average")
+    option("--json", action="store_true", dest="as_json")
+
+    option = add(
         "data",
         "mssr.tools.data_report:data_report",
         "show what a training will see, as a page with the images",

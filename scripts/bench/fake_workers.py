@@ -109,7 +109,7 @@ class FakeRolloutWorker(RayRolloutWorker):
 
 
 class FakePolicyWorker(RayPolicyWorker):
-    def start(self, rank: int, init_method: str, device: str) -> None:
+    def start(self, rank: int, init_method: str, device: str, colocated: bool) -> None:
         self._rank, self._ranks = rank, self._config.actor.num_ranks
         self._seconds = float(self._config.rollout.engine_options[OPTIONS]["update_s"])
 

@@ -30,12 +30,23 @@ VISION: dict[str, Any] = {
     "window": 112,
     "max_positions": 128000,
 }
+MIDDLING: dict[str, Any] = {
+    "vision_hidden": 256,
+    "vision_mlp": 768,
+    "vision_depth": 8,
+    "vision_heads": 4,
+    "full_attention_blocks": (3, 7),
+    "window": 112,
+}
 SHAPES = {
     "tiny": TinySize(vision_depth=4, full_attention_blocks=(3,), window=112),
+    "20m": TinySize(hidden=256, mlp=1024, text_layers=8, heads=8, **MIDDLING),
+    "60m": TinySize(hidden=512, mlp=1536, text_layers=10, heads=8, **MIDDLING),
+    "200m": TinySize(hidden=1024, mlp=2816, text_layers=12, heads=8, **MIDDLING),
     "3b": TinySize(hidden=2048, mlp=11008, text_layers=36, heads=16, kv_heads=2, **VISION),
     "7b": TinySize(hidden=3584, mlp=18944, text_layers=28, heads=28, kv_heads=4, **VISION),
 }
-VOCABULARY = {"tiny": 512, "3b": 151936, "7b": 152064}
+VOCABULARY = {"tiny": 512, "20m": 16384, "60m": 32768, "200m": 65536, "3b": 151936, "7b": 152064}
 CELL = 28  # pixels, the side of what becomes one token: 2 x 2 patches of 14
 
 

@@ -1,0 +1,115 @@
+"""How long a step is likely to take on GPUs of a kind: operations and bytes over what the GPU can do.
+
+All of it is arithmetic with the assumptions below; a run's own records (`timing/*`, `perf/*`) replace it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mssr.config import Config
+from mssr.errors import UserError
+from mssr.models.cost import UNIT, CostModel
+from mssr.models.gpus import GpuKind
+from mssr.models.memory import EngineMemory, Workload, value_bytes
+from mssr.models.shapes import ModelShape
+
+TRAINING = 0.30
+"""Share of peak operations that passes of the ranks reach, those that are computed again counted. EasyR1 has
+an MFU of 23% on 8 H100 at 7B with activation checkpointing, which makes 31%."""
+PREFILL = 0.40
+"""The same of an engine's prefill."""
+DECODING = 0.60
+"""Share of the memory's bandwidth that decoding reaches."""
+DECODE_STEP_S = 0.004
+"""What a step of the engine takes besides, on the host and to sample."""
+LONGEST = 3.0
+"""The longest response of a step, in mean lengths: as many steps an engine makes at least."""
+TRANSFER = {"object_store": 0.5e9, "broadcast": 2.8e9, "ipc": 4e9}
+"""Bytes a second from ranks to engines. broadcast: verl's 5.5 to 6.0 s for 7B over NCCL; ipc: with falling
+asleep and waking up."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of a step by phase."""
+
+    generate: float
+    score: float
+    """Log-probs before the step and of the reference, as far as they are not computed during generation."""
+    update: float
+    sync: float
+    mfu: float
+    """Model operations of forward and backward (nothing that is computed again) over seconds of the update
+    and peak."""
+
+    @property
+    def seconds(self) -> float:
+        return self.generate + self.score + self.update + self.sync
+
+
+def step_time(config: Config, shape: ModelShape, kind: GpuKind, colocated: bool, work: Workload) -> StepTime:
+    """Of a training step, without validation and checkpoints.
+
+    Raises:
+        UserError: the GPU has no bfloat16, for which the estimate is.
+    """
+    if kind.bf16_flops is None:
+        raise UserError(f"{kind.name} has no bfloat16; there is no estimate of its speed")
+    actor, rollouts = config.actor, config.rollout.rollouts_per_step
+    peak = kind.bf16_flops
+    text, vision = _forward(config, shape, work)
+    tower = vision if config.trains_vision else 0.0
+    # A frozen tower runs once, and frozen weights have no gradients of their own.
+    backward = text * (1 if actor.lora.rank else 2) + 2 * tower
+    again = text + tower if actor.activation_checkpointing else 0.0
+    speed = actor.num_ranks * peak * TRAINING / rollouts
+    probe = config.kl_probe_fraction * (text + tower)
+    update = (text + vision + backward + again + probe) / speed
+    passes = (1 - 1 / actor.updates_per_step) + (1 if config.needs_reference else 0)
+    score = passes * (text + tower) / speed
+    generate = _generation(config, shape, kind, colocated, work)
+    early = actor.score_early == "always" or (actor.score_early == "auto" and not colocated)
+    if early and not config.rollout.lag:
+        score = max(0.0, score - generate)
+    sync = value_bytes(config, "cuda") * shape.parameters / TRANSFER[transfer(config, colocated)]
+    if config.rollout.lag:
+        generate = max(0.0, generate - score - update)
+    trained = (text + vision + backward) * rollouts
+    return StepTime(generate, score, update, sync, trained / (update * actor.num_ranks * peak))
+
+
+def transfer(config: Config, colocated: bool) -> str:
+    """What ``cluster.weight_transfer`` means on GPUs."""
+    if config.cluster.weight_transfer != "auto":
+        return config.cluster.weight_transfer
+    return "ipc" if colocated else "broadcast"
+
+
+def _forward(config: Config, shape: ModelShape, work: Workload) -> tuple[float, float]:
+    """Operations of a forward pass over a sequence, of the language model and of the vision tower."""
+    cost = CostModel(shape, train_vision=False)
+    text = cost.text(np.array([work.tokens]), np.array([work.response_tokens]))[0] * UNIT / 3
+    vision = cost.images(np.array([work.image_tokens * shape.vision_config.merged]))[0] * UNIT
+    return float(text), float(vision)
+
+
+def _generation(config: Config, shape: ModelShape, kind: GpuKind, colocated: bool, work: Workload) -> float:
+    assert kind.bf16_flops is not None
+    rollout = config.rollout
+    engine = EngineMemory.of(config, shape, kind.memory_bytes, colocated)
+    responses = rollout.rollouts_per_step / rollout.workers
+    prompt = Workload(work.image_tokens, work.text_tokens, 0)
+    text, vision = _forward(config, shape, prompt)
+    compute = kind.bf16_flops * PREFILL * rollout.tensor_parallel
+    prefill = responses / config.responses_per_prompt * (text + vision) / compute
+    length = prompt.tokens + work.response_tokens / 2
+    room = max(1.0, min(engine.sequences(length), rollout.max_num_seqs or 1024))
+    longest = min(rollout.max_response_length, LONGEST * work.response_tokens)
+    steps = max(responses * work.response_tokens / room, longest)
+    together = responses * work.response_tokens / steps
+    moved = (engine.weights + together * length * engine.token) / (kind.bandwidth * DECODING)
+    computed = 2 * shape.text * together / compute
+    return prefill + steps * (max(moved, computed) + DECODE_STEP_S)

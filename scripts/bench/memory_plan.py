@@ -1,0 +1,148 @@
+"""What `mssr plan` says of a rank's memory, beside what is allocated in real updates on CPU.
+
+    python scripts/bench/memory_plan.py --out scripts/bench/results/memory_plan.md
+
+Every case is one or two ranks, each a process: a `PolicyWorker` with random weights makes two updates of
+several passes under torch's profiler, which sees every allocation, of tensors and of work space inside
+operators. Compared is the peak of rank 0, from its first line to its last, with the arithmetic for a pass of
+the size of its largest.
+
+With ``offload`` the class that moves the optimizer's states does so although there is no GPU, and the host's
+copy of them is added to what is planned. ``actor.offload=all`` and ``actor.offload_reference`` move nothing on
+CPU and are not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_update import make_batches, make_config
+from report import MIB, arguments, publish
+from report import table as markdown
+from workload import VOCABULARY
+
+from mssr.actor import worker as worker_module
+from mssr.actor.optimizers import OffloadedOptimizer
+from mssr.actor.worker import PolicyWorker
+from mssr.config import Config
+from mssr.models.memory import Parts, Pass, RankMemory, moment_bytes
+from mssr.models.shapes import read_shape
+
+PROMPT, RESPONSE, SEQUENCES = 160, 96, 24
+"""Tokens of each prompt, all but some of them an image's, and of each response; sequences of an update."""
+CHECKPOINTING = "actor.activation_checkpointing=true"
+BF16 = "model.dtype=bfloat16"
+CASES: dict[str, tuple[str, int, list[str]]] = {
+    "defaults": ("tiny", 1, []),
+    "checkpointing": ("20m", 1, [CHECKPOINTING]),
+    "2 ranks": ("60m", 2, []),
+    "2 ranks, checkpointing": ("200m", 2, [CHECKPOINTING]),
+    "bfloat16, checkpointing": ("200m", 1, [BF16, CHECKPOINTING]),
+    "2 ranks, everything gathered": ("60m", 2, ["actor.keep_gathered=true"]),
+    "LoRA": ("60m", 1, ["actor.lora.rank=16", "actor.vision_cache_gib=0"]),
+    "LoRA, bfloat16, 2 ranks": ("200m", 2, [BF16, "actor.lora.rank=32", "actor.vision_cache_gib=0"]),
+    "frozen tower": ("60m", 1, ["model.freeze_vision=true", "actor.vision_cache_gib=0"]),
+    "8-bit moments": ("200m", 1, [CHECKPOINTING, "actor.optimizer=adamw_8bit"]),
+    "bfloat16 masters": ("200m", 1, [BF16, CHECKPOINTING, "actor.master_dtype=bfloat16"]),
+    "the same, kahan": (
+        "200m",
+        1,
+        [BF16, CHECKPOINTING, "actor.master_dtype=bfloat16", "actor.rounding=kahan"],
+    ),
+    "no reference": ("60m", 1, [CHECKPOINTING, "algorithm.kl.coef=0.0"]),
+    "offload of the optimizer": ("200m", 1, [CHECKPOINTING, "actor.offload=optimizer"]),
+}
+"""Name -> size, ranks, options."""
+
+
+def planned(config: Config, largest: Pass) -> tuple[float, Parts]:
+    """Bytes of a rank at its peak, and the parts of it."""
+    rank = RankMemory(config, read_shape(config.model), "cpu", largest)
+    rank.moves = config.actor.offload == "optimizer"
+    parts = rank.update()
+    if rank.moves:
+        parts["optimizer states"] += moment_bytes(config) * rank.trained / rank.shards
+    return sum(parts.values()), parts
+
+
+def run_rank(size: str, ranks: int, rank: int, directory: Path, options: list[str]) -> dict[str, Any]:
+    """Make the updates of one rank; its peak, and the largest pass."""
+    args = argparse.Namespace(size=size, scale=1.0, lora=0, threads=1, device="cpu", options=options)
+    config = make_config(args, directory / str(rank), np.full(2 * SEQUENCES, PROMPT))
+    config.actor.num_ranks, config.actor.micro_batch_tokens = ranks, 2048
+    config.actor.activation_checkpointing = CHECKPOINTING in options
+    config.rollout.max_response_length, config.data.max_prompt_length = RESPONSE, 2 * PROMPT
+    if config.actor.offload == "optimizer":
+        worker_module.with_offload = lambda optimizer, *_: OffloadedOptimizer(optimizer)  # type: ignore[assignment]
+    batches = make_batches(config, SEQUENCES, VOCABULARY[size], np.full(2 * SEQUENCES, RESPONSE))
+    passes = []
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        worker = PolicyWorker(config, rank, f"file://{directory}/rendezvous")
+
+        def note(module: Any, inputs: Any) -> None:
+            [packed, *_] = inputs
+            patches = 0 if packed.pixels is None else len(packed.pixels)
+            passes.append((packed.input_ids.numel(), len(packed.targets), patches))
+
+        worker.policy.register_forward_pre_hook(note)
+        for number, batch in enumerate(batches):
+            assert not worker.update(batch, number)["policy/skipped_updates"]
+        worker.close()
+    events = profile.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    total, parts = planned(config, Pass(*max(passes)))
+    return {"peak": max(accumulate(n for _, n in changes)), "planned": total, "parts": parts}
+
+
+def measure(name: str) -> dict[str, Any]:
+    size, ranks, options = CASES[name]
+    with tempfile.TemporaryDirectory(prefix="mssr-memory-") as scratch:
+        command = [sys.executable, __file__, "--one", json.dumps([size, ranks, scratch, options])]
+        others = [
+            subprocess.Popen([*command, "--rank", str(k)], stdout=subprocess.PIPE, text=True)
+            for k in range(ranks)
+        ]
+        outputs = [process.communicate()[0] for process in others]
+        assert not any(process.returncode for process in others), name
+    return json.loads(outputs[0].splitlines()[-1])
+
+
+def benchmark(args: argparse.Namespace) -> list[str]:
+    rows = []
+    for name in args.cases or CASES:
+        found = measure(name)
+        off = found["planned"] / found["peak"] - 1
+        parts = sorted(found["parts"].items(), key=lambda part: -part[1])
+        text = ", ".join(
+            f"{key} {value / MIB:.0f}" for key, value in parts if value > 0.01 * found["planned"]
+        )
+        numbers = (f"{found['peak'] / MIB:.0f}", f"{found['planned'] / MIB:.0f}", f"{off:+.1%}")
+        rows.append((name, CASES[name][0], *numbers, text))
+        print(rows[-1], file=sys.stderr, flush=True)
+    return markdown(("case", "model", "peak, MiB", "planned", "off by", "planned for"), rows)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--cases", nargs="*", choices=tuple(CASES))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        size, ranks, directory, options = json.loads(args.one)
+        print(json.dumps(run_rank(size, ranks, args.rank, Path(directory), options)))
+    else:
+        publish(args, lambda: benchmark(args), "torch transformers")
+
+
+if __name__ == "__main__":
+    main()
