@@ -34,6 +34,8 @@ nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 first=${nodes%%$'\n'*}
 ip=${MSSR_HEAD_IP:-$(python -c 'import ray; print(ray.util.get_node_ip_address())')}
 address=$ip:$((20000 + SLURM_JOB_ID % 10000))
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 step=(srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --gpus-per-node="${SLURM_GPUS_PER_NODE:-0}")
 resources=(--num-cpus="$SLURM_CPUS_PER_TASK" --disable-usage-stats --block)
 

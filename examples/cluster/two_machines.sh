@@ -9,15 +9,19 @@
 #
 #   examples/cluster/two_machines.sh train 2 10.0.0.1:6379 /shared/my.yaml trainer.run_dir=/shared/runs/my
 #
-# The run directory, data and model are on storage that all machines see under the same absolute path. mssr is
+# Ray lets in who has its token: copy ~/.ray/auth_token, which the first command makes, from the first machine to the
+# others, unless they share the home directory. The run directory, data and model are on storage that all machines see under the same absolute path. mssr is
 # installed everywhere as here. RAY_OPTIONS are further arguments of `ray start`.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 read -ra options <<<"${RAY_OPTIONS:-}"
 
+export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token} # not asked for by itself where an address is given
+
 case ${1:-} in
     head)
+        if [[ $RAY_AUTH_MODE == token && -z ${RAY_AUTH_TOKEN:-} ]]; then ray get-auth-token --generate >/dev/null; fi
         exec ray start --head --block --disable-usage-stats --include-dashboard=false "${options[@]}"
         ;;
     worker)

@@ -13,6 +13,8 @@ def main(nodes: int, address: str, seconds: float = 600.0) -> None:
     while time.monotonic() < deadline:
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        except ray.exceptions.AuthenticationError as error:
+            sys.exit(f"{address}: {error}")
         except ConnectionError as error:  # the head is still starting
             found = str(error).strip().splitlines()[0]
         else:

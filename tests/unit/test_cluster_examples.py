@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,33 @@ def test_slurm_job_with_an_error_is_not_requeued(
     assert any(call.startswith("mssr train") for call in calls) == ("CODE" in variables)
 
 
+def test_two_machines_find_each_other_with_a_token(tmp_path: Path) -> None:
+    """Two raylets on this machine, started as a user starts them on two."""
+    few = "--num-cpus=1 --object-store-memory=100000000 --min-worker-port=0 --max-worker-port=0"
+    # Short, because the path of a socket may have a hundred characters.
+    with tempfile.TemporaryDirectory(prefix="mssr-") as home, contextlib.ExitStack() as stack:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": home}
+
+        def start(*role: str, options: str) -> subprocess.Popen[str]:
+            command = [str(EXAMPLES / "two_machines.sh"), *role]
+            started = subprocess.Popen(
+                command, env=env | {"RAY_OPTIONS": options}, stdout=subprocess.PIPE, text=True
+            )
+            stack.callback(started.communicate, timeout=120)
+            stack.callback(started.terminate)
+            return started
+
+        head = start("head", options=f"{few} --port=0 --temp-dir={home}")
+        assert head.stdout is not None
+        address = next(m[1] for line in head.stdout if (m := re.search(r"--address='([\d.:]+)'", line)))
+        start("worker", address, options=few)
+        wait = [sys.executable, str(EXAMPLES / "wait_for_nodes.py"), "2", address]
+        found = subprocess.run(
+            wait, env=env | {"RAY_AUTH_MODE": "token"}, capture_output=True, text=True, timeout=300
+        )
+        assert found.returncode == 0 and found.stdout.startswith("2 nodes: "), found.stderr
+
+
 def test_kuberay_manifest() -> None:
     """What the CRD's schema cannot tell: one image, GPUs, shared memory and the shared claim in all pods."""
     job = yaml.safe_load((EXAMPLES / "kuberay.yaml").read_text())
@@ -175,7 +204,17 @@ def test_kuberay_manifest() -> None:
 
 def test_skypilot_task() -> None:
     task = yaml.safe_load((EXAMPLES / "skypilot.yaml").read_text())
-    assert set(task) == {"name", "num_nodes", "workdir", "resources", "volumes", "envs", "setup", "run"}
+    assert set(task) == {
+        "name",
+        "num_nodes",
+        "workdir",
+        "resources",
+        "volumes",
+        "envs",
+        "secrets",
+        "setup",
+        "run",
+    }
     for part in ("setup", "run"):
         subprocess.run(["bash", "-n"], input=task[part], text=True, check=True)
     assert set(re.findall(r"\$\{?(SKYPILOT_\w+)", task["run"])) == {
