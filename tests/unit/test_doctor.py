@@ -238,7 +238,7 @@ def test_nodes_of_a_cluster(
     code, found = rows(f"trainer.run_dir={tmp_path}/run")
     assert code == 0
     assert found["connection"][0].found.endswith("2 nodes")
-    assert found["resources"][0].found == "2 GPUs, 2 of them free; the config takes 1 or more"
+    assert found["GPUs"][-1].found.startswith("2, 2 of them free; the run takes 2 (placement apart: ")
     assert [row.status for row in found["all checks"]] == [OK, OK]
     assert "among 2 GPUs on 2 nodes" in found["NCCL"][0].found
 
@@ -254,12 +254,11 @@ def test_nodes_of_a_cluster(
     monkeypatch.setattr(doctor, "_bandwidth_across", lambda nodes, backend: [(OK, "not again")])
     code, found = rows("actor.num_ranks=3", "rollout.workers=1")
     assert code == 2
-    assert [row.found for row in found["files"] if row.where != "config"] == [
-        "/data/train.parquet is not there"
-    ] * 2
+    missing = ["/data/train.parquet is not there"] * 2
+    assert [row.found for row in found["files"] if row.where != "config"] == missing
     assert [row.status for row in found["run directory"]] == [ERROR] * 2
     assert "ray is 2.59.0 on" in found["versions"][0].found
-    assert found["resources"][0].status == ERROR and "the config takes 3" in found["resources"][0].found
+    assert found["GPUs"][-1].status == ERROR and "the run takes 4" in found["GPUs"][-1].found
 
 
 def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
