@@ -182,7 +182,7 @@ class RayCluster(Cluster):
         leave.callback(places.release)
         places.reserve(nodes)
         if places.wait([*places.engines, *places.ranks], PLACEMENT_TIMEOUT_S, self._stop):
-            raise places.no_room(find_nodes(self._device), decision)
+            raise places.no_room(nodes, decision)
         places.sort()
         used = dict.fromkeys(unit.node for unit in places.units)
         preflight.check(config, self._device, [found[node] for node in used if node in found])
