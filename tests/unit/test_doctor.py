@@ -16,6 +16,9 @@ from ray.cluster_utils import Cluster
 
 from mssr.cluster import machine as facts
 from mssr.cluster.machine import Gpu, Machine, describe
+from mssr.cluster.ray_start import init_ray
+from mssr.config import Config
+from mssr.errors import UserError
 from mssr.models.host_memory import disk_bytes
 from mssr.models.shapes import read_shape
 from mssr.runs.config import load_config
@@ -262,10 +265,18 @@ def test_nodes_of_a_cluster(
 
 
 def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For `mssr doctor` and for a run: one line, with what a head may want."""
+
     def init(**options: Any) -> None:
-        raise ConnectionError("Could not find any running Ray instance.")
+        raise failure
 
     monkeypatch.setattr(ray, "init", init)
-    [row] = guarded("cluster", "x", lambda: doctor._cluster("10.0.0.1:6379", describe(), RUN, None))
-    assert row.status == ERROR and row.found.startswith("10.0.0.1:6379: Could not find")
-    assert "RAY_AUTH_MODE=token" in row.advice
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    config = Config()
+    config.cluster.address = "10.0.0.1:6379"
+    for failure in (ConnectionError("Failed to connect"), ray.exceptions.AuthenticationError("no token\nx")):
+        [row] = guarded("cluster", "x", lambda: doctor._cluster("10.0.0.1:6379", gpu_machine(), RUN, None))
+        assert row.status == ERROR and row.found.startswith(f"10.0.0.1:6379: {str(failure)[:8]}")
+        assert "RAY_AUTH_MODE=token" in row.advice
+        with pytest.raises(UserError, match=r"cluster.address=10.0.0.1:6379: .*set RAY_AUTH_MODE=token$"):
+            init_ray(config, processes=1)
