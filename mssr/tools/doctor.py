@@ -55,9 +55,8 @@ def examine(config_file: str | None, overrides: Sequence[str], address: str | No
         try:
             config = load_config(config_file, overrides)
             check_model_path(config.model)
-            yield Row(
-                "config", "files", OK, ", ".join(facts.shared_paths(config)) or "none; all is on the hub"
-            )
+            files = ", ".join(facts.shared_paths(config))
+            yield Row("config", "files", OK, files or "none; all is on the hub")
         except UserError as error:
             yield Row("config", config_file, ERROR, " ".join(str(error).split()))
     address = address or (config and config.cluster.address) or os.environ.get("RAY_ADDRESS")
@@ -70,14 +69,11 @@ def examine(config_file: str | None, overrides: Sequence[str], address: str | No
     yield from machine_rows(_HERE, here, run)
     yield from guarded(_HERE, "libraries", partial(_libraries, here))
     yield from guarded(_HERE, "environment", _environment)
-    if config is not None:
-        yield from guarded(_HERE, "disk", partial(_disk, config))
+    yield from guarded(_HERE, "disk", partial(_disk, config))
     if address:
         yield from guarded("cluster", "connection", partial(_cluster, address, here, run, config))
     elif _RAY_ADDRESS_FILE.exists():
-        yield Row(
-            "cluster", "connection", OK, "not asked for; --address auto checks all nodes of the one here"
-        )
+        yield Row("cluster", "connection", OK, "not asked for: --address auto checks all nodes of this one")
 
 
 def _weights_bytes(config: Config | None) -> int:
@@ -124,18 +120,16 @@ def _bandwidth_here(count: int, link: float, backend: str = "nccl") -> Iterator[
 def _environment() -> Iterator[Finding]:
     names = sorted(name for name in os.environ if name.startswith(_VARIABLES))
     shown = redact({name: os.environ[name] for name in names})
-    yield (
-        OK,
-        ", ".join(f"{name}={value}" for name, value in shown.items()) or "nothing of CUDA, NCCL, vLLM, Ray",
-    )
+    yield OK, ", ".join(f"{name}={value}" for name, value in shown.items()) or "nothing of NCCL, vLLM, Ray"
     for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "NCCL_SHM_DISABLE", "CUDA_LAUNCH_BLOCKING"):
         if os.environ.get(name, "0") != "0":
             yield WARNING, f"{name}={os.environ[name]} makes everything slower", f"unset {name}"
 
 
-def _disk(config: Config) -> Iterator[Finding]:
-    free, need = facts.free_disk(config.run_dir), disk_bytes(config, read_shape(config.model))
-    found = f"{gib(free)} free for {config.run_dir}, checkpoints take up to {gib(need)}"
+def _disk(config: Config | None) -> Iterator[Finding]:
+    where = config.run_dir if config else Path.cwd()
+    free, need = facts.free_disk(where), disk_bytes(config, read_shape(config.model)) if config else 0.0
+    found = f"{gib(free)} free in {where}" + (f"; checkpoints take up to {gib(need)}" if config else "")
     if free < need:
         yield WARNING, found, "set trainer.run_dir to a larger disk, or trainer.keep_checkpoints lower"
     else:
