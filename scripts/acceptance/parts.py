@@ -64,7 +64,9 @@ def mssr(*arguments: str | Path) -> str:
     print("+ mssr", *arguments, flush=True)
     ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(ran.stdout, flush=True)
-    assert ran.returncode == 0, f"mssr {arguments[0]} ended with {ran.returncode}: {ran.stdout.strip()[-300:]}"
+    assert ran.returncode == 0, (
+        f"mssr {arguments[0]} ended with {ran.returncode}: {ran.stdout.strip()[-300:]}"
+    )
     return ran.stdout
 
 
