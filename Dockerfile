@@ -2,8 +2,8 @@
 # docker build -t mssr-cpu --build-arg DEVICE=cpu .
 # docker run --rm -it --gpus all --ipc=host --ulimit memlock=-1 mssr doctor
 #
-# --ipc=host: weights travel through /dev/shm (16.6 GB of a 7B model), of which docker gives 64 MB otherwise,
-# and processes share GPU memory by handles. memlock, --network=host and --device /dev/infiniband: for NCCL
+# --ipc=host: weights may travel through /dev/shm (16.6 GB of a 7B model), of which docker gives 64 MB otherwise.
+# --ulimit memlock=-1, --network=host and --device /dev/infiniband are for NCCL between machines., --network=host and --device /dev/infiniband: for NCCL
 # between machines.
 FROM python:3.12-slim
 
@@ -13,7 +13,7 @@ ARG DEVICE=gpu
 # with its drivers, without which NCCL goes through TCP between machines. Python's headers are in the image.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
-        build-essential git ibverbs-providers libgomp1 libibverbs1 libnuma1 librdmacm1 \
+        build-essential git ibverbs-providers libgomp1 libibverbs1 libnuma1 \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /mssr

@@ -225,8 +225,8 @@ class PolicyUpdater:
             yield micro, pack(items, self.policy.merge_size).to(self.device)
 
     def _metrics(self, state: StepState, updates: int) -> dict[str, float]:
-        encoded, self.prompts.encoded = torch.tensor(self.prompts.encoded, device=self.device), 0
-        state.measured.total("perf/prompts_encoded_by_ranks", encoded)
+        encoded, self.prompts.encoded = self.prompts.encoded, 0
+        state.measured.total("perf/prompts_encoded_by_ranks", torch.full((), encoded, device=self.device))
         metrics = state.measured.reduce()
         # The mean of what each update minimised, of those that were made.
         metrics["policy/loss"] = metrics["policy/loss"] / updates if updates else math.nan

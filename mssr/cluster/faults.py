@@ -22,6 +22,12 @@ def is_lost(failure: Failure) -> bool:
     )
 
 
+def is_replaceable(failure: Failure) -> bool:
+    """Whether an engine that failed is to be replaced by a new one."""
+    broken = isinstance(failure.error, EngineError) and not _is_out_of_memory(failure.error)
+    return broken or is_lost(failure)
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
 

@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mssr.config import Config
 from mssr.errors import StopRequestedError, UserError
+from mssr.models.memory import colocated_fits
 
 POLL_S = 1.0
 
@@ -55,8 +56,6 @@ def decide(config: Config, device: str, gpu_bytes: int) -> Decision:
             return Decision(False, f"{key}={value} has engines and ranks work at the same time")
     if shared != ranks:
         return Decision(False, f"engines take {shared} GPUs, and actor.num_ranks={ranks}")
-    from mssr.models.memory import colocated_fits
-
     return Decision(*colocated_fits(config, gpu_bytes))
 
 
@@ -148,6 +147,8 @@ class Places:
     def reserve(self, nodes: Sequence[Node]) -> None:
         """Ask Ray for all places, on as few nodes as possible."""
         wanted = fit(self.units, [(node.id, node.free) for node in nodes])
+        if len(wanted) < len(self.units):  # others are to end first
+            wanted = fit(self.units, [(node.id, node.total) for node in nodes])
         for unit in self.units:
             # Without a wish Ray would spread the groups.
             unit.group = placement_group(
@@ -210,18 +211,16 @@ class Places:
         needed = ", ".join(f"{sum(unit.needs[kind] for unit in units):.0f} {kind}" for kind in kinds)
         there = "; ".join(f"{has(node)} on {node.address}" for node in nodes)
         each = config.rollout.tensor_parallel
-        advice = f"there is room for {len(free)} of {len(units)} parts that each need one machine; "
+        parts = f"{len(units)} parts that each need one machine"
         if len(total) == len(units):
-            advice += "others hold the rest: wait for them, or ask for less"
-        elif decision.colocated or not config.actor.num_ranks:
-            advice += "ask for less, or add machines"
+            advice = f"room for {len(free)} of {parts}; others hold the rest: wait for them, or ask for less"
         else:
-            advice += (
-                "ask for less, add machines, or let engines and ranks share (cluster.placement=colocated)"
-            )
+            advice = f"room for {len(total)} of {parts}, if all were free; ask for less, or add machines"
+            if config.actor.num_ranks and not decision.colocated:
+                advice += ", or let engines and ranks share theirs (cluster.placement=colocated)"
         return UserError(
             f"the Ray cluster has no room for actor.num_ranks={config.actor.num_ranks} and "
-            f"rollout.workers={config.rollout.workers}{f' of {each} devices' if each > 1 else ''} "
+            f"rollout.workers={config.rollout.workers}{f' of {each} devices each' if each > 1 else ''} "
             f"({decision}): they need {needed}, and free are {there or 'none'}; {advice}"
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ def survey(config: Config, nodes: Sequence[Node]) -> dict[str, Found]:
     if [node.id for node in nodes] == [here]:
         return {here: Found(nodes[0].address, machine.describe())}
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    paths = [os.getcwd(), *map(os.path.abspath, _paths(config))]
+    paths = [os.getcwd(), *machine.shared_paths(config)]
     look = ray.remote(num_cpus=0)(_look)
     with machine.marker(config.run_dir) as marked:
         refs = {
@@ -99,21 +99,3 @@ def _answer(address: str, ref: Any) -> Found:
     except ray.exceptions.RayError as error:
         return Found(address, None, failure=type(error).__name__)
     return found
-
-
-def _paths(config: Config) -> Iterator[str]:
-    """What of the model and the data is a file or a directory on this machine."""
-    names = [config.model.path, config.data.image_dir, *_texts(config.data.train), *_texts(config.data.val)]
-    for name in filter(None, names):
-        name = name.removeprefix("file://")
-        for path in (name, name.rpartition("@")[0]):
-            if path and os.path.exists(path):
-                yield path
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts(item)

@@ -13,9 +13,16 @@ from collections.abc import Iterator
 from mssr import algorithms
 from mssr.algorithms.plugins import is_spec
 from mssr.config.data import PAPER_INSTRUCTION
-from mssr.config.options import check_read, check_values, describe
+from mssr.config.options import check_read, check_values, describe, in_yaml
 from mssr.config.run import Config, RolloutConfig
 from mssr.errors import UserError
+
+TOO_LATE = ("LD_", "PYTHON", "RAY_")
+"""How the names of variables begin that a process reads as it starts."""
+OURS = {"CUDA_VISIBLE_DEVICES": "the placement"} | dict.fromkeys(
+    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"),
+    "cluster.threads_per_actor or cluster.threads_per_rollout",
+)
 
 
 def validate(config: Config) -> None:
@@ -26,7 +33,9 @@ def validate(config: Config) -> None:
     _check_engine_options(config)
     _check_memory(config)
     _check_budget(config)
+    _check_placement(config)
     _check_overlap(config)
+    _check_environment(config)
 
 
 def advice(config: Config) -> Iterator[str]:
@@ -269,3 +278,43 @@ def _check_overlap(config: Config) -> None:
     }
     if local and (several := [f"{key}=1" for key, count in counts.items() if count != 1]):
         raise UserError(f"cluster.launcher=local runs in one process; set {' '.join(several)}")
+
+
+def _check_placement(config: Config) -> None:
+    """Engines and ranks that take turns on the same devices."""
+    if config.cluster.placement != "auto" and config.cluster.launcher == "local":
+        raise UserError(
+            f"cluster.placement={config.cluster.placement} places processes, and cluster.launcher=local runs "
+            "in one; remove it"
+        )
+    if config.cluster.placement != "colocated":
+        return
+    chosen = "cluster.placement=colocated has engines and ranks take turns on the same devices"
+    for key, at_the_same_time in (
+        ("rollout.lag=1", config.rollout.lag == 1),
+        ("actor.score_early=always", config.actor.score_early == "always"),
+    ):
+        if at_the_same_time:
+            raise UserError(f"{chosen}, and {key} works at the same time; set cluster.placement=apart")
+    each, ranks = config.rollout.tensor_parallel, config.actor.num_ranks
+    if (shared := config.rollout.workers * each) != ranks:
+        raise UserError(
+            f"{chosen}: rollout.workers={config.rollout.workers} times rollout.tensor_parallel={each} is "
+            f"{shared}, which must be actor.num_ranks={ranks}"
+        )
+
+
+def _check_environment(config: Config) -> None:
+    """What workers get in their environment."""
+    for name, value in config.cluster.env.items():
+        key = f"cluster.env.{name}"
+        if not isinstance(value, str | int | float | None) or isinstance(value, bool):
+            raise UserError(
+                f"{key}={in_yaml(value)} must be text, a number or null; write what it is to hold"
+            )
+        if name.startswith(TOO_LATE):
+            raise UserError(
+                f"{key} is read before a worker could set it; set it where Ray is started on a node"
+            )
+        if name in OURS:
+            raise UserError(f"{key} is overwritten; {OURS[name]} decides")

@@ -170,27 +170,28 @@ class ClusterConfig:
     """Address of a running Ray cluster, or auto; null starts one on this machine."""
     device: str = option("auto", choices="auto, cpu, cuda")
     """cpu, cuda, or auto: cuda where there is one."""
-    placement: str = option("auto", choices="auto, colocated, apart")
-    """colocated (an engine and as many ranks as it has devices share these, and take turns), apart (each has
-    devices of its own), or auto: colocated on GPUs where counts and memory allow, apart otherwise."""
+    placement: str = option("auto", choices="auto, colocated, apart", evaluation=UNREAD)
+    """colocated (an engine and as many ranks as it has devices take turns on these), apart (each has its
+    own), or auto: colocated on GPUs where counts and memory allow, apart otherwise."""
     weight_transfer: str = option("auto", choices="auto, object_store, ipc, broadcast")
     """How engines get weights: object_store (Ray's, through host memory), ipc (in buckets from a rank on
     the same device), broadcast (NCCL, on CPU gloo), or auto: ipc where colocated on GPUs, broadcast where
     apart on GPUs or an engine has several processes, else object_store."""
-    env: dict[str, Any] = option({})
+    env: dict[str, Any] = option({}, read_if="launcher = ray")
     """Environment variables of all workers, beside those of the driver that begin with NCCL_, GLOO_, VLLM_ or
-    HF_; null: as the driver has it."""
+    HF_, and before these; null: as the driver has it."""
     threads_per_actor: int | None = option(None, "> 0")
     """CPU threads of an actor rank; null: 1, or with actor.offload=all on a GPU its share of the cores."""
     threads_per_rollout: int = option(2, "> 0")
-    """CPU threads of an engine."""
+    """CPU threads of an engine, shared out over its processes; on a GPU so many prepare prompts meanwhile."""
     hang_timeout_s: float = option(900.0, "> 0")
     """A worker that shows no sign of life for so long (no engine step, no micro-batch, no answer) is
     taken for hung: its stacks are written to the run directory, and it is replaced."""
     start_timeout_s: float = option(1800.0, "> 0")
     """How long a worker may take to start and load its model."""
-    replace_timeout_s: float = option(300.0, "> 0")
-    """How long an engine whose machine is gone is waited for; then the run goes on without it."""
+    replace_timeout_s: float = option(300.0, "> 0", read_if="launcher = ray")
+    """How long a machine that is gone is waited for, or another; then the run goes on without its engines,
+    and ends if it had actor ranks."""
 
 
 @dataclass

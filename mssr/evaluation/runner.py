@@ -90,7 +90,7 @@ def evaluate(request: EvaluationRequest) -> int:
         print(f"mssr: {line}", flush=True)
 
     model = open_model(request.model, request.config, request.overrides, request.reward, note)
-    check_model_path(model.config.model)
+    check_model_path(model.config.model, model.config.rollout.tensor_parallel)
     benchmarks = _benchmarks(request, model.config)
     out = request.out or Path("evaluations") / model.label
     with hold_directory(out, "--out") as notes:

@@ -12,8 +12,9 @@ from mssr.errors import UserError, first_line
 MODEL_TYPE = "qwen2_5_vl"
 
 
-def check_model_path(config: ModelConfig) -> None:
-    """Refuse a directory that holds no Qwen2.5-VL, without importing torch.
+def check_model_path(config: ModelConfig, tensor_parallel: int = 1) -> None:
+    """Refuse a directory that holds no Qwen2.5-VL, or one that engines cannot share out over so many devices,
+    without importing torch.
 
     A path that is no directory is left to transformers, as a hub name.
 
@@ -37,6 +38,16 @@ def check_model_path(config: ModelConfig) -> None:
         )
     if not any(path.glob("*.safetensors")):
         raise UserError(f"model.path: {config.path} holds no *.safetensors weights")
+    text = model_config | model_config.get("text_config", {})
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        # A head of keys and values may also be on several devices.
+        count = text.get(name, tensor_parallel)
+        several = name == "num_key_value_heads" and tensor_parallel % count == 0
+        if count % tensor_parallel and not several:
+            raise UserError(
+                f"rollout.tensor_parallel={tensor_parallel} does not divide {name}={count} of "
+                f"{config.path}; powers of 2 mostly do"
+            )
 
 
 def load_processor(config: ModelConfig) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Generic, TypeVar
 
 from mssr.rollout.queue import Numbered
@@ -36,11 +35,8 @@ class EncodingAhead(Generic[T]):
     def __bool__(self) -> bool:
         return bool(self._pieces or self._waiting)
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """What is not taken by now never will be."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from mssr.config import Config
@@ -11,6 +11,7 @@ from mssr.types import SamplingParams
 
 if TYPE_CHECKING:
     from mssr.data.prompt_source import PromptSource
+    from mssr.rollout.checksums import Loaded
     from mssr.rollout.weights import WeightSource
 
 
@@ -32,12 +33,20 @@ class RolloutEngine(Protocol):
             EngineError: the engine is broken.
         """
 
-    def load_weights(self, source: WeightSource, version: int) -> None:
+    def load_weights(self, source: WeightSource, version: int, check: bool = False) -> Sequence[Loaded]:
         """Take over all weights, by their Hugging Face names, tied heads included, and forget everything
         cached.
 
         Args:
             version: becomes the ``policy_version`` of later rollouts.
+            check: take checksums.
+
+        Returns:
+            What each process of the engine got, and has.
+
+        Raises:
+            TransferInterruptedError: not all came; the engine is sound, and its weights are of no use.
+            EngineError: the engine is broken.
         """
 
     def sleep(self) -> None:
@@ -47,8 +56,12 @@ class RolloutEngine(Protocol):
         """Take memory again after `sleep`: "weights" before `load_weights`, "kv_cache" after it."""
 
     def metrics(self) -> dict[str, float]:
-        """What the engine counted since the last call: ``rollout/preemptions``, ``rollout/kv_cache_usage``
-        (largest share that was in use)."""
+        """What the engine counted since the last call, not while it generates; empty where it counts nothing.
+
+        ``perf/preemptions``: how often a sequence lost its keys and values and began anew;
+        ``perf/kv_cache_usage``: the largest share in use after a step; ``memory/rollout_gpu_gib``: the
+        most that torch held on a device of the engine, GiB, asleep or not.
+        """
 
     def close(self) -> None:
         """Give back what the engine holds in this process."""

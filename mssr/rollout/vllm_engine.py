@@ -21,6 +21,7 @@ from mssr.errors import EngineError, UserError
 from mssr.models.encoded import EncodedPrompt
 from mssr.models.loading import compute_dtype, import_transformers
 from mssr.models.policy import vision_placeholder_ids
+from mssr.rollout.checksums import Loaded, all_loaded
 from mssr.rollout.encoding import EncodingAhead
 from mssr.rollout.heartbeat import beat
 from mssr.rollout.queue import Finished, Numbered, RequestQueue
@@ -77,12 +78,13 @@ class VllmEngine:
         self._ids = itertools.count()
         # On CPU threads would take from the engine what they give it, and runs are to be bitwise the same.
         self._threads = 0 if device == "cpu" else config.cluster.threads_per_rollout
-        self._watch_scheduler()
+        self._preemptions, self._usage = 0, 0.0
+        self._scheduler = self._engine.engine_core.engine_core.scheduler
+        self._count_preemptions()
 
     def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
         running: dict[str, Numbered] = {}
-        coming = EncodingAhead(self._inputs, self._threads)
-        with coming:
+        with contextlib.closing(EncodingAhead(self._inputs, self._threads)) as coming:
             while True:
                 coming.put(requests.take(wait=not running and not coming))
                 if not running and not coming:
@@ -99,15 +101,17 @@ class VllmEngine:
                 numbered = [(running.pop(output.request_id), output) for output in ended]
                 yield [(number, self._rollout(request, output)) for (number, request), output in numbered]
 
-    def load_weights(self, source: WeightSource, version: int) -> None:
+    def load_weights(self, source: WeightSource, version: int, check: bool = False) -> Sequence[Loaded]:
         with _broken_engine():
-            # Plain model.load_weights is wrong on CPU, where the weights were prepacked at start.
-            self._engine.collective_rpc("load_from", args=(source,))
+            processes = self._engine.collective_rpc("load_from", args=(source, check))
+        loaded = all_loaded(processes)
+        with _broken_engine():
             # Either left stale, the same image keeps its old embedding.
             if not self._engine.reset_prefix_cache():
                 raise RuntimeError("keys and values of the weights before are still in use")
             self._engine.reset_encoder_cache()
         self._version = version
+        return loaded
 
     def sleep(self) -> None:
         if self._sleeps:
@@ -122,7 +126,7 @@ class VllmEngine:
                 self._engine.wake_up([part])
 
     def metrics(self) -> dict[str, float]:
-        found = {"rollout/preemptions": float(self._preemptions), "rollout/kv_cache_usage": self._usage}
+        found = {"perf/preemptions": float(self._preemptions), "perf/kv_cache_usage": self._usage}
         self._preemptions, self._usage = 0, 0.0
         if self._device == "cuda":
             with _broken_engine():
@@ -134,10 +138,8 @@ class VllmEngine:
         # Now and not at exit, when the actor of a local run has taken the process group down.
         self._engine.engine_core.shutdown()
 
-    def _watch_scheduler(self) -> None:
-        """Count preemptions, of which vLLM tells nobody unless it keeps statistics of every token."""
-        self._scheduler = self._engine.engine_core.engine_core.scheduler
-        self._preemptions, self._usage = 0, 0.0
+    def _count_preemptions(self) -> None:
+        """vLLM tells nobody of them unless it keeps statistics of every token."""
         preempt = self._scheduler._preempt_request
 
         def counted(*args: Any, **options: Any) -> None:
@@ -270,8 +272,9 @@ def _broken_engine() -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """The line of an error that says most, and what to do if memory is short."""
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # pydantic ends with an address.
-    line = next((x for x in reversed(said) if not x.startswith("For further information")), "")
+    # CUDA's errors go on with advice, pydantic's with an address; of others the last line says most.
+    telling = [x for x in said if "CUDA" in x] + [x for x in said[::-1] if "For further information" not in x]
+    line = telling[0] if telling else ""
     if line == "cancelled":
         line = "one of the engine's processes has died; the engine's log says why"
     out = isinstance(error, torch.OutOfMemoryError) or "out of memory" in line

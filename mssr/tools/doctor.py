@@ -21,14 +21,16 @@ from mssr.config import Config
 from mssr.config.secrets import redact
 from mssr.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from mssr.models import gpus as gpu_kinds
+from mssr.models.host_memory import disk_bytes
 from mssr.models.loading import check_model_path
+from mssr.models.shapes import read_shape
 from mssr.runs.config import load_config
 from mssr.tools import gpu_checks
 from mssr.tools.machine_checks import ERROR, GIB, OK, WARNING, Finding, Row, Run, gib, guarded, machine_rows
 
 _HERE = "this machine"
 _7B_BYTES = 16_582_000_000
-"""Weights of Qwen2.5-VL-7B in bfloat16: by them machines are measured where no model is named."""
+"""Weights of Qwen2.5-VL-7B."""
 _ANSWER_TIMEOUT_S = 150
 """Longest that a node may take to answer."""
 _VARIABLES = ("CUDA_", "NCCL_", "GLOO_", "VLLM_", "HF_", "RAY_", "PYTORCH_")
@@ -55,10 +57,9 @@ def examine(config_file: str | None, overrides: Sequence[str], address: str | No
         except UserError as error:
             yield Row("config", config_file, ERROR, " ".join(str(error).split()))
     address = address or (config and config.cluster.address) or os.environ.get("RAY_ADDRESS")
-    weights = _weights_bytes(config)
     here = facts.describe()
     run = Run(
-        weights_bytes=weights or (_7B_BYTES if here.gpus else 0),
+        weights_bytes=_weights_bytes(config) if here.gpus else 0,
         by_object_store=config is not None and config.cluster.weight_transfer == "object_store",
         gpus_here=not address and (config is None or config.cluster.device != "cpu"),
     )
@@ -66,7 +67,7 @@ def examine(config_file: str | None, overrides: Sequence[str], address: str | No
     yield from guarded(_HERE, "libraries", partial(_libraries, here))
     yield from guarded(_HERE, "environment", _environment)
     if config is not None:
-        yield from guarded(_HERE, "disk", partial(_disk, config, weights))
+        yield from guarded(_HERE, "disk", partial(_disk, config))
     if address:
         yield from guarded("cluster", "connection", partial(_cluster, address, here, run, config))
     elif _RAY_ADDRESS_FILE.exists():
@@ -76,8 +77,11 @@ def examine(config_file: str | None, overrides: Sequence[str], address: str | No
 
 
 def _weights_bytes(config: Config | None) -> int:
-    """Of the model's files; 0 where it is no directory."""
-    return sum(f.stat().st_size for f in Path(config.model.path).glob("*.safetensors")) if config else 0
+    """In bfloat16; those of a 7B model where none is named, or what is named cannot be read."""
+    try:
+        return 2 * read_shape(config.model).parameters if config else _7B_BYTES
+    except UserError:
+        return _7B_BYTES
 
 
 def _libraries(here: Machine) -> Iterator[Finding | Row]:
@@ -125,15 +129,11 @@ def _environment() -> Iterator[Finding]:
             yield WARNING, f"{name}={os.environ[name]} makes everything slower", f"unset {name}"
 
 
-def _disk(config: Config, weights: int) -> Iterator[Finding]:
-    free, trainer = facts.free_disk(config.run_dir), config.trainer
-    # float32 parameters and two moments, beside bfloat16 weights; the best, and one that is being written.
-    kept = trainer.keep_checkpoints + 2 if trainer.save_every and not config.actor.lora.rank else 1
-    need = 6 * weights * kept
-    found = f"{gib(free)} free for {config.run_dir}"
-    if free < max(need, GIB):
-        advice = "set trainer.run_dir to a larger disk, or trainer.keep_checkpoints lower"
-        yield WARNING, f"{found}, and checkpoints may take {gib(max(need, GIB))}", advice
+def _disk(config: Config) -> Iterator[Finding]:
+    free, need = facts.free_disk(config.run_dir), disk_bytes(config, read_shape(config.model))
+    found = f"{gib(free)} free for {config.run_dir}, checkpoints take up to {gib(need)}"
+    if free < need:
+        yield WARNING, found, "set trainer.run_dir to a larger disk, or trainer.keep_checkpoints lower"
     else:
         yield OK, found
 
@@ -146,8 +146,9 @@ def _cluster(address: str, here: Machine, run: Run, config: Config | None) -> It
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError) as error:
-        advice = "ray start --head on the first node, ray start --address=... on the others"
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        # A head asks for a token as soon as there is one; who names its address has to say that he has it.
+        advice = "is a head running there? If it wants a token: RAY_AUTH_MODE=token and its ~/.ray/auth_token"
         yield ERROR, f"{address}: {' '.join(str(error).split())[:200]}", advice
         return
     try:

@@ -18,7 +18,7 @@ def train(config_file: str | Path, overrides: Sequence[str] = ()) -> int:
         UserError: the input is wrong; before any worker starts wherever that can be known.
     """
     config = load_config(config_file, overrides, note=lambda line: print(f"mssr: {line}", flush=True))
-    check_model_path(config.model)
+    check_model_path(config.model, config.rollout.tensor_parallel)
     with prepare_run_directory(config) as notes:
         for line in (f"run directory {config.run_dir}", *notes):
             print(f"mssr: {line}", flush=True)

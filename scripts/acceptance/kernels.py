@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from mssr.actor.distributed import full_tensors
 from mssr.actor.optimizers import make_optimizer
 from mssr.actor.worker import PolicyWorker
-from mssr.config import Config, ModelConfig
-from mssr.data.prompt_source import PromptSource
-from mssr.models import attention
+from mssr.config import Config
+from mssr.models.attention import _kernel_takes, varlen_attention
 from mssr.models.head import Head, token_log_probs_and_entropy, token_loss
-from mssr.models.loading import load_model
-from mssr.models.packing import PackItem, pack
-from mssr.models.policy import PolicyModel
+from mssr.models.lora import full_weights
 from scripts.acceptance.parts import Place, Told
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
@@ -42,7 +40,7 @@ def bounded(errors: dict[str, float], bound: float = BF16) -> Told:
     return {f"error of {name}": f"{value:.1e}" for name, value in errors.items()}
 
 
-def attention_part(place: Place) -> Told:
+def attention(place: Place) -> Told:
     """Attention of sequences laid end to end in bfloat16, against float32 with a dense mask: in the shapes of
     the language model of 3B (grouped keys, causal) and of the vision tower (windows)."""
     errors = {}
@@ -57,8 +55,8 @@ def attention_part(place: Place) -> Told:
         narrow = [x.bfloat16().requires_grad_() for x in exact]
         exact = [x.requires_grad_() for x in exact]
         bounds = torch.tensor([0, *lengths], dtype=torch.int32, device=place.device).cumsum(0).int()
-        assert attention._kernel_takes(narrow[0]) == bool(place.gpus)
-        out, _ = attention.varlen_attention(
+        assert _kernel_takes(narrow[0]) == bool(place.gpus)
+        out, _ = varlen_attention(
             SimpleNamespace(is_causal=causal), *narrow, None, cu_seq_lens_q=bounds, max_length_q=max(lengths)
         )
         owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(place.device)
@@ -75,7 +73,7 @@ def attention_part(place: Place) -> Told:
     return bounded(errors)
 
 
-def head_part(place: Place) -> Told:
+def head(place: Place) -> Told:
     """The fused head in bfloat16, over several chunks, against all logits in float32."""
     n, d, v = (5000, 2048, 151936) if place.gpus else (300, 64, 2048)
     generator = torch.Generator().manual_seed(0)
@@ -112,26 +110,6 @@ def head_part(place: Place) -> Told:
     return bounded(errors)
 
 
-def model_part(place: Place) -> Told:
-    """Log-probs of a whole small model, images included: bfloat16 without a mask, against float32 with one."""
-    config, batch = small(place)
-    source = PromptSource(config)
-    found = {}
-    for implementation, dtype in (("varlen", torch.bfloat16), ("sdpa", torch.float32)):
-        section = ModelConfig(path=config.model.path, attn_implementation=implementation)
-        policy = PolicyModel(load_model(section, dtype).to(place.device))
-        items = []
-        for s, prompt_id in enumerate(batch.prompt_ids):
-            prompt = source.encoder.encode(source.row(prompt_id))
-            response = batch.tokens[batch.offsets[s] + batch.prompt_lengths[s] : batch.offsets[s + 1]]
-            items.append(PackItem(prompt, policy.rope_positions(prompt), torch.from_numpy(response).long()))
-        with torch.no_grad():
-            found[implementation] = policy(pack(items, policy.merge_size).to(torch.device(place.device)))[0]
-    difference = (found["varlen"] - found["sdpa"]).abs()
-    assert difference.mean() < 0.05, f"log-probs differ by {difference.mean():.3f} on average"
-    return {"difference of log-probs": f"mean {difference.mean():.1e}, largest {difference.max():.1e}"}
-
-
 OPTIMIZERS = {
     "float32": ([], 1e-4),
     "bfloat16, Kahan": (["actor.master_dtype=bfloat16", "actor.rounding=kahan"], 0.02),
@@ -141,7 +119,7 @@ OPTIMIZERS = {
 """Overrides, and how far from the exact way a parameter may end, as a share of that way."""
 
 
-def optimizers_part(place: Place) -> Told:
+def optimizers(place: Place) -> Told:
     """A hundred steps of each, on the device, against torch's plain AdamW in float64 on the host."""
     told = {}
     generator = torch.Generator().manual_seed(0)
@@ -155,7 +133,7 @@ def optimizers_part(place: Place) -> Told:
         dtype = getattr(torch, config.actor.master_dtype)
         ours = torch.nn.Parameter(start.clone().to(place.device, dtype))
         exact = torch.nn.Parameter(start.double())
-        mine = make_optimizer(config, [ours], rank=0)
+        mine = make_optimizer(config, [ours], 0)
         theirs = torch.optim.AdamW([exact], lr=1e-2, weight_decay=0.01, foreach=False)
         for step in range(100):
             gradient = (noise[step % 10] + 0.5).to(dtype)
@@ -170,30 +148,29 @@ def optimizers_part(place: Place) -> Told:
 OFFLOADS = ("actor.offload=optimizer", "actor.offload=all", "actor.offload_reference=true")
 
 
-def offload_part(place: Place) -> Told:
+def offload(place: Place) -> Told:
     """Two steps of a small model in float32, with each kind of offload and without: the same parameters."""
     config, batch = small(place)
     config.model.dtype = "float32"
-    ways: dict[str, dict[str, torch.Tensor]] = {}
+    ways: dict[str, torch.Tensor] = {}
     for number, option in enumerate(("actor.offload=none", *OFFLOADS)):
         config.actor.offload, config.actor.offload_reference = "none", False
         gpu_update.set_option(config, option)
         worker = PolicyWorker(config, 0, f"file://{place.scratch}/offload-{number}", place.device)
-        before = worker.export_weights()
+        before = parameters(worker)
         for step in range(2):
-            metrics = worker.update(batch, step)
-            assert not metrics["policy/skipped_updates"]
-        after = worker.export_weights()
+            assert not worker.update(batch, step)["policy/skipped_updates"]
+        ways[option] = parameters(worker) - before
         worker.close()
-        assert before is not None and after is not None
-        ways[option] = {name: after[name].double() - before[name].double() for name in after}
-
-    def flat(way: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.cat([x.flatten() for x in way.values()])
-
-    plain = flat(ways.pop("actor.offload=none"))
+    plain = ways.pop("actor.offload=none")
     # Adam divides by the size of a gradient: rounding of one near 0 may turn its step around.
-    return bounded({option: error(flat(way), plain) for option, way in ways.items()}, 0.05)
+    return bounded({option: error(way, plain) for option, way in ways.items()}, 0.05)
+
+
+def parameters(worker: PolicyWorker) -> torch.Tensor:
+    """All of them, end to end."""
+    named = full_weights(worker.policy.model, full_tensors)
+    return torch.cat([tensor.detach().double().cpu().flatten() for _, tensor in named])
 
 
 def small(place: Place) -> tuple[Config, Any]:

@@ -141,25 +141,44 @@ def test_a_reward_that_fails_or_exceeds_its_range_ends_the_run_in_one_line(
     assert "no score today" in (tmp_path / "run/logs/driver.log").read_text()  # with the traceback
 
 
+@pytest.fixture(scope="module")
+def digits(
+    run_mssr: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    data = tmp_path_factory.mktemp("digits") / "digits"
+    prepared = run_mssr("prepare", "digits", "--out", data, "--quiet")
+    assert prepared.returncode == 0, prepared.stderr
+    return data
+
+
+def short(digits: Path, run_dir: Path) -> list[str | Path]:
+    """Arguments of a run of 5 steps."""
+    data = [f"data.{split}={digits / split}.parquet" for split in ("train", "val")]
+    where = [f"model.path={digits / 'model'}", f"trainer.run_dir={run_dir}"]
+    return ["train", DIGITS_CONFIG, *data, *where, "trainer.steps=5"]
+
+
+def test_mssr_learns_digits_in_bfloat16(
+    run_mssr: Callable[..., subprocess.CompletedProcess[str]], digits: Path, tmp_path: Path
+) -> None:
+    """What a GPU does by default: engine and passes of two ranks in bfloat16, on float32 parameters."""
+    bfloat16 = ["model.dtype=bfloat16", "rollout.rollouts_per_step=128", "rollout.workers=1"]
+    done = run_mssr(*short(digits, tmp_path), *bfloat16, "trainer.val_every=0", "trainer.save_every=0")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()][1:]
+    assert records[-1]["reward/accuracy"] >= records[0]["reward/accuracy"] + 0.2
+    # In float32 it is less than 1e-9. Rounding of either side changes a log-prob by a percent or so.
+    assert all(1e-7 < r["rollout/mismatch_kl"] < 1e-3 for r in records)
+    assert all(r["policy/skipped_updates"] == 0 for r in records)
+
+
 def test_mssr_learns_digits(
-    run_mssr: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    run_mssr: Callable[..., subprocess.CompletedProcess[str]], digits: Path, tmp_path: Path
 ) -> None:
     """The embedded task with the shipped config, only shorter: at least 20 points in 5 steps; and its
     checkpoint, evaluated by the whole command, answers as in its last validation."""
-    data = tmp_path / "digits"
-    prepared = run_mssr("prepare", "digits", "--out", data, "--quiet")
-    assert prepared.returncode == 0, prepared.stderr
     run_dir = tmp_path / "run"
-    done = run_mssr(
-        "train",
-        DIGITS_CONFIG,
-        f"model.path={data / 'model'}",
-        f"data.train={data / 'train.parquet'}",
-        f"data.val={data / 'val.parquet'}",
-        f"trainer.run_dir={run_dir}",
-        "trainer.steps=5",
-        "trainer.progress=plain",
-    )
+    done = run_mssr(*short(digits, run_dir), "trainer.progress=plain")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [x.split()[1] for x in lines if x.startswith("step ")] == ["0:", "1/5", "2/5", "3/5", "4/5", "5/5"]
@@ -174,7 +193,7 @@ def test_mssr_learns_digits(
     report = (run_dir / "report.html").read_text()
     assert f"{before:.3f} -&gt; {after:.3f}" in report and "data:image/png;base64," in report
     out = tmp_path / "evaluation"
-    val = data / "val.parquet"
+    val = digits / "val.parquet"
     done = run_mssr("eval", "--model", run_dir, "--benchmarks", val, "--reward", "--out", out)
     assert (done.returncode, done.stderr) == (0, "")
     items = {x["id"]: x for x in map(json.loads, (out / "items.jsonl").read_text().splitlines())}

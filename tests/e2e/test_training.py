@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from mssr.runs.checkpoint import read_state
 from mssr.tools.cli import main
 from tests.chaos.course import injure, undisturbed
-from tests.chaos.run import STEPS, Run, comparable
+from tests.chaos.run import PATIENCE_S, STEPS, Run, comparable
 from tests.conftest import Workspace
 from tests.e2e.run_states import tensors_of
 
@@ -152,6 +153,33 @@ def test_chaos_changes_nothing(workspace: Workspace, reference: Run, tmp_path: P
     )
     assert repr(read_state(ours)) == repr(read_state(theirs))
     assert tensors_of(ours) == tensors_of(theirs)
+
+
+def test_an_engine_of_two_processes_samples_the_same_and_is_replaced_when_one_dies(
+    workspace: Workspace, reference: Run, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "parallel", workspace.config)
+    run.extra = ["rollout.tensor_parallel=2", "trainer.steps=3"]
+    run.start()
+    try:
+        run.reach(1)
+        [worker] = [p for p in run.processes() if "VLLM::Worker_TP1" in p.name() + " ".join(p.cmdline())]
+        worker.kill()
+        assert run.wait() == 0, run.screen.read_text()
+        assert [e["event"] for e in run.events()] == ["engine_died"]
+        assert "engine's processes has died" in run.events()[0]["detail"]
+        for ours, theirs in zip(comparable(run.metrics()), comparable(reference.metrics()), strict=False):
+            different = {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
+            # Sums over two processes are rounded another way; all that was sampled is the same.
+            assert different <= {k for k in ours if k.startswith("rollout/mismatch")}, different
+            assert ours.get("rollout/mismatch_max", 0) < 1e-5
+        assert {name: reference.samples()[name] for name in run.samples()} == run.samples()
+        deadline = time.monotonic() + PATIENCE_S
+        while left := run.processes():
+            assert time.monotonic() < deadline, f"processes are left: {left}"
+            time.sleep(0.2)
+    finally:
+        run.close()
 
 
 def test_one_rank_goes_on_from_two_and_two_from_one(

@@ -39,6 +39,16 @@ DIGITS = Path(__file__).parents[2] / "configs/digits/mssr.yaml"
         ("rollout.engine_options.mm_processor_cache_gb=8", "data.image_cache_gib"),
         ("rollout.engine_options.mm_processor_kwargs={size: 1}", "data.min_pixels"),
         ("rollout.engine_options.mm_device_do_normalize=true", "ready from our encoder"),
+        ("rollout.engine_options.tensor_parallel_size=2", "set rollout.tensor_parallel"),
+        ("rollout.engine_options.distributed_executor_backend=ray", "set rollout.tensor_parallel"),
+        ("rollout.engine_options.pipeline_parallel_size=2", "set rollout.tensor_parallel"),
+        ("rollout.engine_options.data_parallel_size=2", "set rollout.workers"),
+        ("rollout.engine_options.enable_sleep_mode=true", "set cluster.placement=colocated"),
+        ("rollout.engine_options.weight_transfer_config={}", "set cluster.weight_transfer"),
+        ("rollout.engine_options.worker_extension_cls=x", "a worker of ours"),
+        ("rollout.engine_options.max_num_seqs=8", "set rollout.max_num_seqs"),
+        ("rollout.engine_options.gpu_memory_utilization=0.5", "set rollout.gpu_memory_utilization"),
+        ("rollout.engine_options.max_model_len=8", "data.max_prompt_length + rollout.max_response_length"),
         ("rollout.rollouts_per_step=255", "actor.updates_per_step=4 does not divide"),
         ("data.min_pixels=99999", "data.max_pixels"),
         ("cluster.launcher=local", "actor.num_ranks=1"),
@@ -69,6 +79,18 @@ def test_a_bad_override_is_one_line_that_names_the_key(
         ("actor.optimizer=adamw_8bit actor.master_dtype=bfloat16", "set actor.master_dtype=float32"),
         ("actor.optimizer=adamw_8bit actor.offload=all", "actor.offload=all runs the optimizer on the host"),
         ("actor.offload=all actor.keep_gathered=true", "actor.keep_gathered=true holds whole parameters"),
+        ("actor.num_ranks=8 actor.shard_size=3", "actor.shard_size=3 does not divide actor.num_ranks=8"),
+        ("actor.num_ranks=2 actor.shard_size=4", "actor.shard_size=4 does not divide actor.num_ranks=2"),
+        ("actor.keep_gathered=true actor.offload_reference=true algorithm.kl.coef=0.1", "set one of the two"),
+        ("actor.offload_reference=true algorithm.kl.coef=0", "read by nothing with algorithm.kl.coef=0"),
+        (
+            "actor.offload_reference=true algorithm.kl.coef=0.1 actor.lora.rank=4",
+            "read by nothing with actor.lora.rank=4",
+        ),
+        (
+            "actor.offload_reference=true algorithm.kl.coef=0.1 actor.offload=all",
+            "read by nothing with actor.offload=all",
+        ),
         ("actor.lora.rank=4 actor.lora.dropout=1", "actor.lora.dropout=1.0 must be below 1"),
     ],
 )
@@ -76,6 +98,13 @@ def test_memory_options_that_contradict_each_other_are_refused(overrides: str, w
     with pytest.raises(UserError) as error:
         load_config(DIGITS, ["actor.keep_gathered=false", *overrides.split()])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_ranks_make_as_many_copies_as_their_shards_are_enough_for() -> None:
+    eight = [f"actor.num_ranks=8 {x}".split() for x in ("", "actor.shard_size=8", "actor.shard_size=2")]
+    assert [load_config(DIGITS, options).replicas for options in eight] == [1, 1, 4]
+    following = ["algorithm.name=reinforce_pp", "algorithm.kl.coef=0.1", "actor.keep_gathered=false"]
+    assert load_config(DIGITS, [*following, "actor.offload_reference=true"]).actor.offload_reference
 
 
 @pytest.mark.parametrize(

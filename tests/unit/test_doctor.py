@@ -16,12 +16,19 @@ from ray.cluster_utils import Cluster
 
 from mssr.cluster import machine as facts
 from mssr.cluster.machine import Gpu, Machine, describe
+from mssr.models.host_memory import disk_bytes
+from mssr.models.shapes import read_shape
+from mssr.runs.config import load_config
 from mssr.tools import doctor, gpu_checks
 from mssr.tools.cli import main
-from mssr.tools.machine_checks import ERROR, OK, WARNING, Row, Run, machine_rows
+from mssr.tools.machine_checks import ERROR, OK, WARNING, Row, Run, guarded, machine_rows
 
 H100 = Gpu(0, "GPU-aa", "NVIDIA H100 80GB HBM3", 80 * 2**30, 79 * 2**30, "9.0", False)
 RUN = Run(weights_bytes=16_582_000_000, by_object_store=False, gpus_here=True)
+
+
+def libraries_rows(machine: Machine) -> list[Row]:
+    return list(guarded("here", "libraries", lambda: doctor._libraries(machine)))
 
 
 def gpu_machine(**changes: Any) -> Machine:
@@ -142,12 +149,12 @@ def test_a_config_is_checked_too(
 def test_disk_for_the_checkpoints(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "model.safetensors").write_bytes(bytes(2**20))
-    (tmp_path / "m" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
-    (tmp_path / "c.yaml").write_text(f"model: {{path: {tmp_path}/m}}\ndata: {{train: a/b, val: a/b}}\n")
-    # 12 bytes for each of 2 in the file; the newest two, the best, and one that is being written.
-    for free, status in ((2**30, OK), (2**30 - 1, WARNING)):
+    model = "Qwen/Qwen2.5-VL-7B-Instruct"
+    (tmp_path / "c.yaml").write_text(f"model: {{path: {model}}}\ndata: {{train: a/b, val: a/b}}\n")
+    config = load_config(tmp_path / "c.yaml")
+    need = int(disk_bytes(config, read_shape(config.model)))
+    assert need > 300e9  # four of 99 GB: the newest two, the best, and one that is being written
+    for free, status in ((need + 1, OK), (need - 1, WARNING)):
         monkeypatch.setattr(facts, "free_disk", lambda path, free=free: free)
         main(["doctor", str(tmp_path / "c.yaml"), "--json"])
         [row] = [row for row in json.loads(capsys.readouterr().out) if row["check"] == "disk"]
@@ -173,24 +180,22 @@ def test_a_check_that_fails_is_a_row(
 def test_libraries_that_do_not_load_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    [(status, found, _)] = list(doctor._libraries(gpu_machine()))
-    assert status == ERROR and "ImportError: libcudart.so.13: cannot open" in found
+    [row] = libraries_rows(gpu_machine())
+    assert row.status == ERROR and "ImportError: libcudart.so.13: cannot open" in row.found
 
 
 def test_gpus_that_torch_does_not_see_and_slow_links(monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[str, Any] = {"device": "cuda", "gpus": 0, "nccl": "2.28.9", "no_peer": []}
     monkeypatch.setattr(gpu_checks, "libraries", lambda: found)
-    assert [row[0] for row in doctor._libraries(gpu_machine())] == [OK, ERROR]
+    assert [row.status for row in libraries_rows(gpu_machine())] == [OK, ERROR]
     found |= {"gpus": 2, "no_peer": [[0, 1], [1, 0]]}
     for speed, status in ((300.0, OK), (20.0, WARNING)):
         speeds = {"all_reduce": speed, "broadcast": speed}
         monkeypatch.setattr(gpu_checks, "bandwidth", lambda *args, speeds=speeds: speeds)
-        _, peers, bandwidth = doctor._libraries(gpu_machine())
-        assert "[0, 1]" in peers[1] and (bandwidth.check, bandwidth.status) == ("NCCL", status)
+        _, peers, bandwidth = libraries_rows(gpu_machine())
+        assert "[0, 1]" in peers.found and (bandwidth.check, bandwidth.status) == ("NCCL", status)
     busy = gpu_machine(gpus=(H100, dataclasses.replace(H100, free_bytes=2**30)))
-    assert [row.found for row in doctor._libraries(busy) if isinstance(row, Row)] == [
-        "not measured: the GPUs are in use"
-    ]
+    assert libraries_rows(busy)[-1].found == "not measured: the GPUs are in use"
 
 
 def test_bandwidth_is_measured_by_processes_that_meet() -> None:
@@ -262,5 +267,6 @@ def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None
         raise ConnectionError("Could not find any running Ray instance.")
 
     monkeypatch.setattr(ray, "init", init)
-    [(status, found, advice)] = list(doctor._cluster("10.0.0.1:6379", describe(), RUN, None))
-    assert status == ERROR and found.startswith("10.0.0.1:6379: Could not find") and "ray start" in advice
+    [row] = guarded("cluster", "x", lambda: doctor._cluster("10.0.0.1:6379", describe(), RUN, None))
+    assert row.status == ERROR and row.found.startswith("10.0.0.1:6379: Could not find")
+    assert "RAY_AUTH_MODE=token" in row.advice

@@ -58,7 +58,7 @@ def test_ranks_score_a_batch_between_them(config: Config) -> None:
     for rank in range(2):
         worker = FakePolicyWorker.__new__(FakePolicyWorker)
         worker._config = config
-        worker.start(rank, "", "cpu")
+        worker.start(rank, "", "cpu", colocated=False)
         shares.append(worker.log_probs((batch, PromptFetcher({})), reference=True))
     joined = join_log_probs(shares, batch)
     assert joined.policy.shape == joined.reference.shape == (9,)

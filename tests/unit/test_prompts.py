@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -292,6 +294,46 @@ def test_an_image_of_several_prompts_is_cut_and_kept_once(
     config.data.image_cache_gib = 0.0
     ask(PromptSource(config), "a", "b", "abcd")
     assert len(cut) > len(images)
+
+
+def test_threads_encode_at_the_same_time_and_nothing_twice(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt that one is at work on the others wait for, and get its error."""
+    from mssr.data.prompt_source import PromptSource
+
+    source = PromptSource(load_config(workspace.config))
+    alone = {f"t{k}": source.encoder.encode(source.row(f"t{k}")) for k in range(4)}
+    both, encode_all = threading.Barrier(2, timeout=60), source.encoder.encode_all
+    encoded: list[int] = []
+
+    def together(rows: list[Row], kept: Any) -> list[EncodedPrompt]:
+        encoded.append(len(rows))
+        both.wait()  # never both here unless they encode at the same time
+        return encode_all(rows, kept)
+
+    monkeypatch.setattr(source.encoder, "encode_all", together)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [["t0", "t1", "t0"], ["t1", "t2", "t3"]]
+        for ids, prompts in zip(asked, pool.map(source.get, asked), strict=True):
+            for i, prompt in zip(ids, prompts, strict=True):
+                assert_equal(prompt, alone[i])
+    assert sum(encoded) == 4
+
+    def broken(rows: list[Row], kept: Any) -> list[EncodedPrompt]:
+        if rows:
+            both.wait()
+            raise UserError("broken")
+        both.wait()
+        return []
+
+    monkeypatch.setattr(source.encoder, "encode_all", broken)
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(source.get, ["t4"]) for _ in range(2)]:
+            with pytest.raises(UserError, match="broken"):
+                future.result()
+    monkeypatch.setattr(source.encoder, "encode_all", encode_all)
+    assert len(source.get(["t4", "t5"])) == 2
 
 
 def test_a_prompt_survives_the_way_to_another_process(workspace: Workspace) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from mssr.actor import distributed, worker
 from mssr.actor.distributed import limit_waits, peak_gib
 from mssr.actor.worker import PolicyWorker, host_threads
+from mssr.cluster.ray_workers import RayPolicyWorker
 from mssr.runs.config import load_config
 from tests.conftest import Workspace
 
@@ -92,3 +93,27 @@ def test_the_peak_of_gpu_memory_is_that_of_the_fullest_rank_and_begins_anew(
     monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
     assert peak_gib(device) == 5.0 and reset == [device]
     assert peak_gib(torch.device("cpu")) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("device", "colocated", "own", "expected"),
+    [
+        ("cuda", False, {}, "expandable_segments:True"),
+        ("cuda", True, {}, None),
+        ("cpu", False, {}, None),
+        ("cuda", False, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ("cuda", False, {"PYTORCH_ALLOC_CONF": "backend:native"}, None),
+    ],
+)
+def test_memory_grows_in_place_where_no_engine_maps_it(
+    monkeypatch: pytest.MonkeyPatch, device: str, colocated: bool, own: dict[str, str], expected: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(own))
+    found: list[str | None] = []
+    monkeypatch.setattr(
+        worker, "PolicyWorker", lambda *_: found.append(os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+    )
+    rank = RayPolicyWorker.__new__(RayPolicyWorker)
+    rank._config = None  # type: ignore[assignment]
+    rank.start(0, "", device, colocated)
+    assert found == [expected]

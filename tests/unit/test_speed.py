@@ -67,9 +67,9 @@ def test_what_engines_say_is_put_together(monkeypatch: pytest.MonkeyPatch) -> No
     found: dict[str, list[Any]] = {
         "rss_gib": [1.0, 2.0],
         "metrics": [
-            {"memory/rollout_rss_gib": 4.0, "rollout/preemptions": 3.0, "rollout/kv_cache_usage": 0.5},
+            {"memory/rollout_rss_gib": 4.0, "perf/preemptions": 3.0, "perf/kv_cache_usage": 0.5},
             None,  # it was replaced
-            {"memory/rollout_rss_gib": 3.0, "rollout/preemptions": 2.0, "rollout/kv_cache_usage": 0.75},
+            {"memory/rollout_rss_gib": 3.0, "perf/preemptions": 2.0, "perf/kv_cache_usage": 0.75},
         ],
     }
     monkeypatch.setattr(cluster, "_call_ranks", found.__getitem__)
@@ -83,12 +83,12 @@ def test_what_engines_say_is_put_together(monkeypatch: pytest.MonkeyPatch) -> No
         "memory/actor_rss_gib": 2.0,
         "memory/rollout_rss_gib": 4.0,
         "perf/gpus": 3.0,
-        "rollout/preemptions": 5.0,
-        "rollout/kv_cache_usage": 0.75,
+        "perf/preemptions": 5.0,
+        "perf/kv_cache_usage": 0.75,
     }
     vars(cluster)["_places"] = SimpleNamespace(units=[SimpleNamespace(needs={"CPU": 1.0})])
     found["metrics"] = [{"memory/rollout_rss_gib": 4.0}]
-    assert not cluster.metrics().keys() & {"perf/gpus", "rollout/preemptions"}
+    assert not cluster.metrics().keys() & {"perf/gpus", "perf/preemptions"}
 
 
 def test_the_line_and_the_summary_say_it_where_it_is_known() -> None:

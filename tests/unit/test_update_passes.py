@@ -59,9 +59,8 @@ def operations_of(packed: PackedBatch, cost: CostModel) -> float:
     lengths = packed.cu_seqlens.diff().double()
     text = cost.per_token * lengths.sum() + cost.per_square * lengths.square().sum()
     head = cost.per_response_token * len(packed.targets)
-    grids = packed.image_grid_thw
-    images = [] if grids is None else grids.prod(-1).numpy()
-    return float(text) + head + float(cost.images_forward(np.array(images)).sum())
+    patches = np.array([math.prod(grid) for grid in packed.image_grids])
+    return float(text) + head + float(cost.images_forward(patches).sum())
 
 
 KNOWN = {"old_log_probs": -3.0, "reference_log_probs": -3.1}
