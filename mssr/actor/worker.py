@@ -16,11 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mssr.actor.checkpoint import ActorCheckpoint
-<<<<<<< HEAD
-from mssr.actor.distributed import init_process_group, shard
-=======
-from mssr.actor.distributed import full_tensors, init_process_group, limit_waits, peak_gib, shard
->>>>>>> main
+from mssr.actor.distributed import init_process_group, limit_waits, peak_gib, shard
 from mssr.actor.initial_weights import InitialWeights
 from mssr.actor.optimizers import make_optimizer, with_offload
 from mssr.actor.prompts import Prepared, PromptCache

@@ -273,18 +273,8 @@ class RayCluster(Cluster):
             self._give_up(missing)
         if new := [k for k in numbers if k not in missing]:
             self._start(engines=new)
-            if self._version:
-                weights = self._weights or self._call_ranks("export_weights")[0]
-                made = [engine for engine in self._engines if engine.number in new]
-                self._call_engines("load_weights", weights, self._version, only=made)
+            self._turns.welcome([engine for engine in self._engines if engine.number in new])
 
-<<<<<<< HEAD
-    def _renew_engines(self, numbers: Sequence[int]) -> None:
-        if not numbers:
-            return
-        self._start(engines=numbers)
-        self._turns.welcome([engine for engine in self._engines if engine.number in numbers])
-=======
     def _give_up(self, numbers: Sequence[int]) -> None:
         """Go on without engines, if there are others."""
         timeout_s, seats = self._config.cluster.replace_timeout_s, [self._places.engines[k] for k in numbers]
@@ -297,7 +287,6 @@ class RayCluster(Cluster):
         if not self._engines:
             raise TrainingError(f"{lost}, and no engine is left; start the run again when machines are back")
         self._record("engine_lost", f"{lost}; the run goes on with {len(self._engines)} engines")
->>>>>>> main
 
     def _take_back(self) -> None:
         """Engines that were given up, where there is a place for them again."""

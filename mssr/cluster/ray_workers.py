@@ -276,17 +276,15 @@ class RayRolloutWorker(RayWorker):
         except Exception:
             logger.warning("prompts could not be prepared", exc_info=True)
 
-<<<<<<< HEAD
     def load_weights(self, source: Any, version: int, check: bool) -> Sequence[Loaded]:
         """See `RolloutEngine.load_weights`."""
         heartbeat.beat()
         return self._engine.load_weights(source, version, check)
-=======
+
     def metrics(self) -> dict[str, float]:
         """See `RolloutEngine.metrics`; and the process's resident memory, GiB."""
         heartbeat.beat()
         return {"memory/rollout_rss_gib": rss_gib()} | self._engine.metrics()
->>>>>>> main
 
     def sleep(self) -> None:
         heartbeat.beat()
