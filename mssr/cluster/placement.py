@@ -147,6 +147,8 @@ class Places:
     def reserve(self, nodes: Sequence[Node]) -> None:
         """Ask Ray for all places, on as few nodes as possible."""
         wanted = fit(self.units, [(node.id, node.free) for node in nodes])
+        if len(wanted) < len(self.units):  # others are to end first
+            wanted = fit(self.units, [(node.id, node.total) for node in nodes])
         for unit in self.units:
             # Without a wish Ray would spread the groups.
             unit.group = placement_group(

@@ -182,7 +182,7 @@ class RayCluster(Cluster):
         leave.callback(places.release)
         places.reserve(nodes)
         if places.wait([*places.engines, *places.ranks], PLACEMENT_TIMEOUT_S, self._stop):
-            raise places.no_room(find_nodes(self._device), decision)
+            raise places.no_room(nodes, decision)
         places.sort()
         used = dict.fromkeys(unit.node for unit in places.units)
         preflight.check(config, self._device, [found[node] for node in used if node in found])
@@ -205,7 +205,8 @@ class RayCluster(Cluster):
         made = [self._worker(RayRolloutWorker, f"engine {k}", k, self._places.engines[k]) for k in engines]
         kept = [engine for engine in self._engines if engine.number not in engines]
         self._engines = sorted([*kept, *made], key=lambda engine: engine.number)
-        starting += [(engine, engine.handle.start.remote(self._device)) for engine in made]
+        options = self._device, self._colocated
+        starting += [(engine, engine.handle.start.remote(*options)) for engine in made]
         if ranks:
             self._ranks = [
                 self._worker(RayPolicyWorker, f"actor rank {k}", k, seat)
@@ -213,7 +214,6 @@ class RayCluster(Cluster):
             ]
             first = self._ranks[0]
             [address] = self._started([(first, first.handle.rendezvous.remote())])
-            options = self._device, self._colocated
             for rank in self._ranks:
                 starting.append((rank, rank.handle.start.remote(rank.number, address, *options)))
         outcomes = self._started(starting)

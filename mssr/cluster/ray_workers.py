@@ -214,14 +214,14 @@ class RayRolloutWorker(RayWorker):
         self._lock = threading.Lock()
         self._queues: dict[int, RequestQueue] = {}
 
-    def start(self, device: str) -> int:
+    def start(self, device: str, colocated: bool) -> int:
         """Returns how many sequences the engine runs at a time."""
         import torch
 
         torch.set_num_threads(self._config.cluster.threads_per_rollout)
         from mssr.rollout.engine import make_engine
 
-        self._engine = make_engine(self._config, device)
+        self._engine = make_engine(self._config, device, colocated)
         return self._engine.slots
 
     def generate(
@@ -276,15 +276,15 @@ class RayRolloutWorker(RayWorker):
         except Exception:
             logger.warning("prompts could not be prepared", exc_info=True)
 
-    def load_weights(self, source: Any, version: int, check: bool) -> Sequence[Loaded]:
-        """See `RolloutEngine.load_weights`."""
-        heartbeat.beat()
-        return self._engine.load_weights(source, version, check)
-
     def metrics(self) -> dict[str, float]:
         """See `RolloutEngine.metrics`; and the process's resident memory, GiB."""
         heartbeat.beat()
         return {"memory/rollout_rss_gib": rss_gib()} | self._engine.metrics()
+
+    def load_weights(self, source: Any, version: int, check: bool) -> Sequence[Loaded]:
+        """See `RolloutEngine.load_weights`."""
+        heartbeat.beat()
+        return self._engine.load_weights(source, version, check)
 
     def sleep(self) -> None:
         heartbeat.beat()

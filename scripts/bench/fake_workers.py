@@ -107,7 +107,7 @@ class FakeEngine:
 
 
 class FakeRolloutWorker(RayRolloutWorker):
-    def start(self, device: str) -> int:
+    def start(self, device: str, colocated: bool) -> int:
         self._engine = FakeEngine(self._config)
         return self._engine.slots
 
