@@ -28,6 +28,11 @@ class EngineError(TrainingError):
     """An engine failed and may be replaced; its requests can be generated again."""
 
 
+class TransferInterruptedError(EngineError):
+    """Weights did not arrive in full because somebody else failed: who waited for them is sound, and may be
+    sent them again."""
+
+
 class WorkersLostError(TrainingError):
     """Actor ranks are gone, and the policy with them: the run goes on from its last checkpoint."""
 

@@ -16,18 +16,18 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mssr.actor.checkpoint import ActorCheckpoint
-from mssr.actor.distributed import full_tensors, init_process_group, limit_waits, peak_gib, shard
+from mssr.actor.distributed import init_process_group, limit_waits, peak_gib, shard
 from mssr.actor.initial_weights import InitialWeights
 from mssr.actor.optimizers import make_optimizer, with_offload
 from mssr.actor.prompts import Prepared, PromptCache
+from mssr.actor.sending import WeightSender
 from mssr.actor.update import PolicyUpdater
 from mssr.config import Config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.bounded_cache import BoundedCache
 from mssr.models.loading import compute_dtype, load_model
-from mssr.models.lora import WithoutAdapters, add_adapters, full_weights
+from mssr.models.lora import WithoutAdapters, add_adapters
 from mssr.models.policy import PolicyModel
-from mssr.rollout.heartbeat import beat
 from mssr.types import RankLogProbs, TrainBatch
 
 
@@ -72,6 +72,7 @@ class PolicyWorker:
         on_device = getattr(steps, "on_device", contextlib.nullcontext)
         background = config.trainer.save_in_background
         self.checkpoint = ActorCheckpoint(self.policy.model, optimizer, rank, background, on_device)
+        self.sender = WeightSender(self.policy.model, self.compute_dtype, self.device)
         self._prompts = PromptCache(PromptSource(config), self.policy, config.data.image_cache_bytes)
         self.updater = PolicyUpdater(
             config, self.policy, self.reference, steps, self._prompts, rank, self.device
@@ -145,11 +146,10 @@ class PolicyWorker:
         """All weights by Hugging Face name, on CPU in the dtype of the forward pass, the tied head
         included and adapters merged in; None on ranks other than 0."""
         weights = {}
-        for name, tensor in full_weights(self.policy.model, full_tensors):
-            beat()
+        for name, tensor in self.sender.weights():
             if self.rank == 0:
                 # A copy: what is sent must not change under the receiver during the next update.
-                weights[name] = tensor.detach().to("cpu", self.compute_dtype, copy=True)
+                weights[name] = tensor.to("cpu", copy=True)
         return weights if self.rank == 0 else None
 
     def close(self) -> None:

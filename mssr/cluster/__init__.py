@@ -2,4 +2,4 @@
 `ray_cluster` with its actors, `ray_workers`. `ray_start` joins Ray, `placement` finds places, `preflight`
 looks at the nodes, of which `machine` says what they have. `ray_generation` shares requests out among
 engines, `ray_calls` watches all calls, `faults` tells what a failure means; `shared_prompts` travel from
-engines to ranks."""
+engines to ranks, and weights back, in `turns`."""

@@ -12,6 +12,7 @@ from mssr.errors import StopRequestedError
 from mssr.models.bounded_cache import BoundedCache
 from mssr.models.encoded import EncodedPrompt
 from mssr.models.loading import resolve_device
+from mssr.rollout.checksums import WeightCheck, checksums
 from mssr.rollout.engine import make_engine
 from mssr.rollout.queue import RequestQueue
 from mssr.rollout.weights import InMemory
@@ -36,6 +37,7 @@ class LocalCluster(Cluster):
         if self._has_actor:
             self._actor = PolicyWorker(config, 0, rendezvous, device, set_threads=False)
         self._engine = make_engine(config, device)
+        self._check = WeightCheck(config.rollout.check_weights)
         self._prompts: BoundedCache[str, EncodedPrompt] = BoundedCache(config.data.image_cache_bytes)
         """Those that the engine has encoded and the rank may need."""
 
@@ -74,7 +76,10 @@ class LocalCluster(Cluster):
     def sync_weights(self, version: int) -> None:
         weights = self._actor.export_weights()
         assert weights is not None
-        self._engine.load_weights(InMemory(weights), version)
+        check = self._check.due(self)
+        loaded = self._engine.load_weights(InMemory(weights), version, check)
+        if check:
+            self._check(self, "the engine", checksums(weights), loaded)
 
     def begin_save(self, directory: str) -> SaveHandle:
         saving = self._actor.checkpoint

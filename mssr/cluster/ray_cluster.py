@@ -1,4 +1,4 @@
-"""The workers of a run on a Ray cluster: placement, calls, weight transfer, recovery, shutdown."""
+"""The workers of a run on a Ray cluster: placement, calls, recovery, shutdown."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mssr.cluster.ray_generation import FEEDING, Generation
 from mssr.cluster.ray_start import init_ray, worker_environment
 from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
 from mssr.cluster.shared_prompts import PromptShelf
+from mssr.cluster.turns import Turns, Workers
 from mssr.config import Config
 from mssr.errors import TrainingError, WorkersLostError
 from mssr.models.cost import home
@@ -36,8 +37,8 @@ SAVING = "saving"
 class RayCluster(Cluster):
     """Actor ranks and engines, each a Ray actor, in the places that `mssr.cluster.placement` finds.
 
-    Prompts travel as ids and responses as tokens. Weights go from the actor's object store to the
-    engines without passing through the driver.
+    Prompts travel as ids and responses as tokens. Weights go from ranks to engines as
+    `mssr.cluster.turns` says, without passing through the driver.
 
     Args:
         note: shows a line about how workers are placed.
@@ -52,11 +53,8 @@ class RayCluster(Cluster):
         self._config, self._stop = config, stop
         self._report, self._record = events.restart, events.record
         self._calls = Calls(config.cluster.hang_timeout_s)
-        self._version = 0
         # As much of an engine's prompts as it keeps itself.
         self._shelf = PromptShelf(config.data.image_cache_bytes * config.rollout.workers)
-        self._weights: list[Any] | None = None
-        """Those of the last transfer, where they are kept."""
         self._ranks: list[Worker] = []
         self._engines: list[Worker] = []
         """In the order of their numbers, without those that were given up."""
@@ -68,6 +66,10 @@ class RayCluster(Cluster):
                 init_ray(config, processes=config.actor.num_ranks + config.rollout.workers * each)
                 leave.callback(ray.shutdown)
             self._find_places(note, leave)
+            workers = Workers(
+                lambda: self._ranks, lambda: self._engines, self._of_ranks, self._replace_engines
+            )
+            self._turns = Turns(config, workers, self._calls, self._device, self._colocated)
             leave.callback(lambda: _kill(self._ranks + self._engines))
             self._launch()
             self._leave = leave.pop_all()
@@ -79,6 +81,7 @@ class RayCluster(Cluster):
         on_finished: OnFinished | None = None,
         stoppable: bool = True,
     ) -> list[Rollout]:
+        self._turns.of_engines()
         slots = self._slots
         stop = self._stop if stoppable else None
         generation = Generation(self._calls, requests, params, slots, on_finished, stop, self._shelf.add)
@@ -98,11 +101,13 @@ class RayCluster(Cluster):
         return self._device == "cuda" and not self._colocated
 
     def update(self, batch: TrainBatch, step: int) -> dict[str, float]:
+        self._turns.of_ranks()
         metrics: dict[str, float] = self._call_ranks("update", self._work(batch), step)[0]
         self._shelf.drop(batch.prompt_ids)
         return metrics
 
     def log_probs(self, batch: TrainBatch, reference: bool = False) -> TokenLogProbs:
+        self._turns.of_ranks()
         return join_log_probs(self._call_ranks("log_probs", self._work(batch), reference), batch)
 
     def _work(self, batch: TrainBatch) -> Any:
@@ -110,13 +115,9 @@ class RayCluster(Cluster):
         return ray.put((batch, self._shelf.fetcher(batch.prompt_ids)))
 
     def sync_weights(self, version: int) -> None:
+        self._turns.of_ranks()
         self._take_back()
-        weights = self._call_ranks("export_weights")[0]
-        self._version = version
-        # Where engines generate while the ranks train, one that is replaced needs what the others have.
-        self._weights = weights if self._config.rollout.lag else None
-        # An engine that fails here is replaced by one that has the weights.
-        self._call_engines("load_weights", weights, version)
+        self._turns.sync(version)
 
     def begin_save(self, directory: str) -> SaveHandle:
         self._call_ranks("begin_save", directory)
@@ -127,6 +128,7 @@ class RayCluster(Cluster):
         )
 
     def load(self, directory: str) -> None:
+        self._turns.of_ranks()
         self._call_ranks("load", directory)
 
     def restart(self) -> None:
@@ -139,6 +141,7 @@ class RayCluster(Cluster):
                 f"{_told(missing)} did not become free within cluster.replace_timeout_s={timeout_s:g}; start "
                 "the run again, and it goes on from its last checkpoint"
             )
+        self._turns.of_ranks()
         self._start(ranks=True)
 
     def write_timeline(self, path: str) -> None:
@@ -189,18 +192,21 @@ class RayCluster(Cluster):
         if self._colocated:
             # vLLM gives up if memory becomes free while it measures how much there is: ranks come later.
             self._start(engines=engines)
-            self._call_engines("sleep")
+            self._turns.of_ranks()
             self._start(ranks=True)
         else:
             self._start(engines=engines, ranks=bool(self._places.ranks))
 
     def _start(self, engines: Sequence[int] = (), ranks: bool = False) -> None:
         """Make workers, and wait until they have loaded the base model."""
+        if engines:
+            self._turns.make_room()
         starting = []
         made = [self._worker(RayRolloutWorker, f"engine {k}", k, self._places.engines[k]) for k in engines]
         kept = [engine for engine in self._engines if engine.number not in engines]
         self._engines = sorted([*kept, *made], key=lambda engine: engine.number)
-        starting += [(engine, engine.handle.start.remote(self._device)) for engine in made]
+        options = self._device, self._colocated
+        starting += [(engine, engine.handle.start.remote(*options)) for engine in made]
         if ranks:
             self._ranks = [
                 self._worker(RayPolicyWorker, f"actor rank {k}", k, seat)
@@ -208,7 +214,6 @@ class RayCluster(Cluster):
             ]
             first = self._ranks[0]
             [address] = self._started([(first, first.handle.rendezvous.remote())])
-            options = self._device, self._colocated
             for rank in self._ranks:
                 starting.append((rank, rank.handle.start.remote(rank.number, address, *options)))
         outcomes = self._started(starting)
@@ -237,10 +242,9 @@ class RayCluster(Cluster):
         log_file = os.path.abspath(self._config.run_dir / "logs" / log)
         return Worker(name, actor.remote(self._config, log_file, env, os.getcwd()), number)
 
-    def _call_engines(self, method: str, *args: Any, only: Sequence[Worker] | None = None) -> list[Any]:
-        """The results of a call of all engines, or of some. Those that fail are replaced, and have None."""
-        engines = self._engines if only is None else only
-        results = self._calls.gather([(e, getattr(e.handle, method).remote(*args)) for e in engines])
+    def _call_engines(self, method: str, *args: Any) -> list[Any]:
+        """The results of a call of all engines. Those that fail are replaced, and have None."""
+        results = self._calls.gather([(e, getattr(e.handle, method).remote(*args)) for e in self._engines])
         self._replace_engines([x for x in results if isinstance(x, Failure)])
         return [None if isinstance(x, Failure) else x for x in results]
 
@@ -269,10 +273,7 @@ class RayCluster(Cluster):
             self._give_up(missing)
         if new := [k for k in numbers if k not in missing]:
             self._start(engines=new)
-            if self._version:
-                weights = self._weights or self._call_ranks("export_weights")[0]
-                made = [engine for engine in self._engines if engine.number in new]
-                self._call_engines("load_weights", weights, self._version, only=made)
+            self._turns.welcome([engine for engine in self._engines if engine.number in new])
 
     def _give_up(self, numbers: Sequence[int]) -> None:
         """Go on without engines, if there are others."""
@@ -296,6 +297,8 @@ class RayCluster(Cluster):
             self._given_up = [k for k in self._given_up if k not in back]
             self._record("engine_back", f"there is a place for engine {', '.join(map(str, back))} again")
             self._start(engines=back)
+            if self._colocated:
+                self._turns.welcome([engine for engine in self._engines if engine.number in back])
 
     def _call_ranks(self, method: str, *args: Any) -> list[Any]:
         return self._of_ranks([getattr(r.handle, method).remote(*args) for r in self._ranks])

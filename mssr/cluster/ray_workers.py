@@ -6,6 +6,7 @@ read when they are imported, and builds the real worker after that.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mssr.cluster.base import rss_gib
@@ -25,6 +26,7 @@ from mssr.types import PackedRollouts, RankLogProbs, SamplingParams, TrainBatch
 
 if TYPE_CHECKING:
     from mssr.actor.worker import PolicyWorker
+    from mssr.rollout.checksums import Loaded
     from mssr.rollout.engine import RolloutEngine
 
 logger = logging.getLogger(__name__)
@@ -73,11 +75,25 @@ class RayWorker:
         return heartbeat.stacks()
 
 
+@dataclass(frozen=True)
+class Sent:
+    """What a rank has to say after it sent weights."""
+
+    source: Any = None
+    """Where engines find them, if they are not on their way already."""
+    checksums: dict[str, int] = field(default_factory=dict)
+
+
 class RayPolicyWorker(RayWorker):
     """An actor rank. `rendezvous` on rank 0, then `start` on all, then the methods of `PolicyWorker`."""
 
     threads_option = "threads_per_actor"
     _worker: PolicyWorker
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._kept: dict[str, Any] = {}
+        """By the transfers of weights, from one to the next."""
 
     def rendezvous(self) -> str:
         """Where the ranks meet: an address of this machine with a free port."""
@@ -108,15 +124,61 @@ class RayPolicyWorker(RayWorker):
         heartbeat.beat()
         return self._worker.log_probs(work[0], reference, work[1])
 
-    def export_weights(self) -> list[Any]:
-        """On rank 0 a reference to the packed weights, in a list, so that the driver does not fetch them."""
+    def make_room(self) -> None:
+        """Give back device memory that is not in use."""
+        import torch
+
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.ipc_collect()
+            torch.cuda.empty_cache()
+
+    def open_door(self, transport: str) -> tuple[str, Any]:
+        """Where engines may come for the next `send_weights`: what this rank's device is called, and the
+        address of its door."""
         import ray
 
-        from mssr.rollout.weights import pack_weights
+        from mssr.rollout.transports import Door, device_name
+
+        host = "127.0.0.1" if transport == "ipc" else ray.util.get_node_ip_address()
+        # Who waits for an engine that hangs is to outlive it.
+        self._door = Door(host, self._config.cluster.hang_timeout_s / 2)
+        number = self._worker.rank % self._config.rollout.tensor_parallel
+        return device_name(self._worker.device, number), self._door.address
+
+    def send_weights(self, transport: str, loads: list[Any], check: bool) -> Sent:
+        """Gather the weights with the other ranks, and send them.
+
+        Args:
+            loads: references to the calls in which this rank's engines wait for them.
+            check: take checksums.
+        """
+        import ray
+
+        from mssr.rollout.transports import BroadcastSender, IpcSender, Sender, StoreSender
+        from mssr.rollout.weights import Stored
 
         heartbeat.beat()
-        weights = self._worker.export_weights()
-        return [] if weights is None else [ray.put(pack_weights(weights))]
+        sender: Sender | None = None
+        source = None
+        if transport == "object_store" and self._worker.rank == 0:
+            sender = StoreSender(ray.put, self._kept)
+            source = Stored(sender.buckets, ray.get)
+        elif transport != "object_store":
+
+            def ended() -> bool:
+                return bool(ray.wait(loads, timeout=0, fetch_local=False)[0])
+
+            receivers = len(loads) * self._config.rollout.tensor_parallel
+            if not loads:
+                self._door.close()
+            elif transport == "broadcast":
+                sender = BroadcastSender(self._door, receivers, ended, self._kept)
+            else:
+                sender = IpcSender(self._door, 1, ended)
+        checksums = self._worker.sender.send(sender, check)
+        self.make_room()
+        return Sent(source, checksums)
 
     def begin_save(self, directory: str) -> None:
         heartbeat.beat()
@@ -152,14 +214,14 @@ class RayRolloutWorker(RayWorker):
         self._lock = threading.Lock()
         self._queues: dict[int, RequestQueue] = {}
 
-    def start(self, device: str) -> int:
+    def start(self, device: str, colocated: bool) -> int:
         """Returns how many sequences the engine runs at a time."""
         import torch
 
         torch.set_num_threads(self._config.cluster.threads_per_rollout)
         from mssr.rollout.engine import make_engine
 
-        self._engine = make_engine(self._config, device)
+        self._engine = make_engine(self._config, device, colocated)
         return self._engine.slots
 
     def generate(
@@ -219,15 +281,15 @@ class RayRolloutWorker(RayWorker):
         heartbeat.beat()
         return {"memory/rollout_rss_gib": rss_gib()} | self._engine.metrics()
 
+    def load_weights(self, source: Any, version: int, check: bool) -> Sequence[Loaded]:
+        """See `RolloutEngine.load_weights`."""
+        heartbeat.beat()
+        return self._engine.load_weights(source, version, check)
+
     def sleep(self) -> None:
         heartbeat.beat()
         self._engine.sleep()
 
-    def load_weights(self, weights: list[Any], version: int) -> None:
-        """``weights``: what `RayPolicyWorker.export_weights` gave on rank 0."""
-        import ray
-
-        from mssr.rollout.weights import Packed
-
+    def wake(self, part: str) -> None:
         heartbeat.beat()
-        self._engine.load_weights(Packed(ray.get(weights[0])), version)
+        self._engine.wake(part)

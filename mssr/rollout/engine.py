@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from mssr.config import Config
@@ -11,6 +11,7 @@ from mssr.types import SamplingParams
 
 if TYPE_CHECKING:
     from mssr.data.prompt_source import PromptSource
+    from mssr.rollout.checksums import Loaded
     from mssr.rollout.weights import WeightSource
 
 
@@ -32,12 +33,20 @@ class RolloutEngine(Protocol):
             EngineError: the engine is broken.
         """
 
-    def load_weights(self, source: WeightSource, version: int) -> None:
+    def load_weights(self, source: WeightSource, version: int, check: bool = False) -> Sequence[Loaded]:
         """Take over all weights, by their Hugging Face names, tied heads included, and forget everything
         cached.
 
         Args:
             version: becomes the ``policy_version`` of later rollouts.
+            check: take checksums.
+
+        Returns:
+            What each process of the engine got, and has.
+
+        Raises:
+            TransferInterruptedError: not all came; the engine is sound, and its weights are of no use.
+            EngineError: the engine is broken.
         """
 
     def sleep(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import signal
 from typing import Any
 
 import torch
 
+from mssr.rollout.checksums import Arriving, Loaded
 from mssr.rollout.weights import WeightSource
 
 
@@ -16,11 +18,18 @@ class EngineProcess:
 
     device: Any
     rank: int
+    model_config: Any
+    get_model: Any
     reload_weights: Any
 
-    def load_from(self, source: WeightSource) -> None:
-        """Take over weights."""
-        self.reload_weights(weights_iterator=source.tensors(self.device, self.rank))
+    def load_from(self, source: WeightSource, check: bool = False) -> Loaded:
+        """Take over weights. vLLM packs them anew and drops its caches of what the old ones computed; the
+        model's own ``load_weights`` does neither."""
+        kept = self.__dict__.setdefault("_kept_for_transfers", {})
+        arriving = Arriving(source.tensors(self.device, self.rank, kept), check)
+        with contextlib.closing(arriving):
+            self.reload_weights(weights_iterator=arriving)
+        return arriving.loaded(self.get_model(), self.model_config.quantization is not None)
 
     def end_with_parent(self) -> None:
         """Have the system kill this process with the one that started it, also where it waits for a device

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from mssr.data.prompt_source import PromptSource
 from mssr.models.encoded import EncodedPrompt
 from mssr.models.loading import compute_dtype, load_model
 from mssr.models.policy import vision_placeholder_ids
+from mssr.rollout.checksums import Arriving, Loaded, all_loaded
 from mssr.rollout.heartbeat import beat
 from mssr.rollout.queue import Finished, RequestQueue
 from mssr.rollout.weights import WeightSource
@@ -29,6 +32,7 @@ class HfEngine:
         self.prompts = PromptSource(config)
         self.slots = config.rollout.max_num_seqs or 256
         self._version = 0
+        self._kept: dict[str, Any] = {}
         self._banned = vision_placeholder_ids(self._model.config)
         tokenizer = self._tokenizer = self.prompts.encoder.processor.tokenizer
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -41,10 +45,15 @@ class HfEngine:
             numbers, batch = zip(*taken, strict=True)
             yield list(zip(numbers, self._generate_batch(batch, params), strict=True))
 
-    def load_weights(self, source: WeightSource, version: int) -> None:
-        weights = {name: tensor.clone() for name, tensor in source.tensors(self._model.device, 0)}
-        self._model.load_state_dict(weights, strict=True)
+    def load_weights(self, source: WeightSource, version: int, check: bool = False) -> Sequence[Loaded]:
+        arriving = Arriving(source.tensors(self._model.device, 0, self._kept), check)
+        with contextlib.closing(arriving):
+            weights = dict(arriving)
+        if not arriving.interrupted:
+            self._model.load_state_dict(weights, strict=True)
+        loaded = all_loaded([arriving.loaded(self._model)])
         self._version = version
+        return loaded
 
     def sleep(self) -> None:
         """It keeps what it has."""

@@ -21,6 +21,7 @@ from mssr.errors import EngineError, UserError
 from mssr.models.encoded import EncodedPrompt
 from mssr.models.loading import compute_dtype, import_transformers
 from mssr.models.policy import vision_placeholder_ids
+from mssr.rollout.checksums import Loaded, all_loaded
 from mssr.rollout.encoding import EncodingAhead
 from mssr.rollout.heartbeat import beat
 from mssr.rollout.queue import Finished, Numbered, RequestQueue
@@ -100,15 +101,17 @@ class VllmEngine:
                 numbered = [(running.pop(output.request_id), output) for output in ended]
                 yield [(number, self._rollout(request, output)) for (number, request), output in numbered]
 
-    def load_weights(self, source: WeightSource, version: int) -> None:
+    def load_weights(self, source: WeightSource, version: int, check: bool = False) -> Sequence[Loaded]:
         with _broken_engine():
-            # Plain model.load_weights is wrong on CPU, where the weights were prepacked at start.
-            self._engine.collective_rpc("load_from", args=(source,))
+            processes = self._engine.collective_rpc("load_from", args=(source, check))
+        loaded = all_loaded(processes)
+        with _broken_engine():
             # Either left stale, the same image keeps its old embedding.
             if not self._engine.reset_prefix_cache():
                 raise RuntimeError("keys and values of the weights before are still in use")
             self._engine.reset_encoder_cache()
         self._version = version
+        return loaded
 
     def sleep(self) -> None:
         if self._sleeps:

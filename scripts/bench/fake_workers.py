@@ -4,17 +4,20 @@ that sleep. What they return has the size of the real thing."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mssr.cluster import ray_cluster
-from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker
+from mssr.cluster.ray_workers import RayPolicyWorker, RayRolloutWorker, Sent
 from mssr.cluster.shared_prompts import PromptFetcher
 from mssr.config import Config
 from mssr.rollout.queue import Finished, RequestQueue
 from mssr.types import RankLogProbs, Rollout, RolloutRequest, SamplingParams, TrainBatch
+
+if TYPE_CHECKING:
+    from mssr.rollout.checksums import Loaded
 
 PROMPT_TOKENS = 500
 WORD = "3 + "
@@ -76,8 +79,9 @@ class FakeEngine:
             yield [(index, self._rollout(request)) for end, index, request in running if end <= now]
             running = [item for item in running if item[0] > now]
 
-    def load_weights(self, weights: Any, version: int) -> None:
+    def load_weights(self, source: Any, version: int, check: bool = False) -> Sequence[Loaded]:
         self._version = version
+        return []
 
     def sleep(self) -> None: ...
 
@@ -103,7 +107,7 @@ class FakeEngine:
 
 
 class FakeRolloutWorker(RayRolloutWorker):
-    def start(self, device: str) -> int:
+    def start(self, device: str, colocated: bool) -> int:
         self._engine = FakeEngine(self._config)
         return self._engine.slots
 
@@ -125,7 +129,7 @@ class FakePolicyWorker(RayPolicyWorker):
         values = np.full(lengths[own].sum(), -1.0, np.float32)
         return RankLogProbs(sequences=own, policy=values, reference=values if reference else None)
 
-    def export_weights(self) -> list[Any]:
+    def send_weights(self, transport: str, loads: list[Any], check: bool) -> Sent:
         import ray
 
-        return [] if self._rank else [ray.put(np.zeros(WEIGHTS_BYTES, np.uint8))]
+        return Sent(None if self._rank else ray.put(np.zeros(WEIGHTS_BYTES, np.uint8)))

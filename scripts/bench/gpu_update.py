@@ -56,7 +56,7 @@ from mssr.actor.worker import PolicyWorker
 from mssr.config import Config
 from mssr.data.prompt_source import PromptSource
 from mssr.models import gpus
-from mssr.rollout.weights import pack_weights
+from mssr.rollout.transports import StoreSender
 from mssr.types import TrainBatch
 
 SYNCS = 5
@@ -156,10 +156,7 @@ def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> 
         assert not metrics["policy/skipped_updates"]
         if number <= SYNCS:
             with phases("sync"):
-                weights = worker.export_weights()
-                assert weights is not None
-                pack_weights(weights)
-            del weights
+                worker.sender.send(StoreSender(np.copy, {}), check=False)
         seconds, phases.seconds = phases.seconds | {"prompts": of_prompts}, {}
         seconds["update"] = seconds["step"] - seconds["reference"] - seconds["KL probe"]
         seconds["the rest of it"] = seconds["update"] - seconds["forward and backward"] - seconds["optimizer"]

@@ -40,7 +40,12 @@ class Seated:
 
 
 class Engine(Seated, FakeRolloutWorker):
-    pass
+    def start(self, device: str, colocated: bool) -> int:
+        self._started = device, colocated
+        return super().start(device, colocated)
+
+    def started(self) -> tuple[str, bool]:
+        return self._started
 
 
 class Rank(Seated, FakePolicyWorker):
@@ -135,6 +140,8 @@ def test_a_pair_of_engine_and_rank_shares_one_gpu(nodes: Nodes, start: Start, to
     engines, ranks = seats(cluster._engines), seats(cluster._ranks)
     assert engines == ranks and {len(gpus) for _, gpus in engines} == {1}
     assert engines[0][0] == engines[1][0] and engines[0][1] != engines[1][1]
+    # Or they would not sleep.
+    assert ray.get([engine.handle.started.remote() for engine in cluster._engines]) == [("cuda", True)] * 2
     assert not cluster.ranks_idle_in_rollout
     assert told.notes == ["placement colocated: as cluster.placement says"] and told.events == []
 

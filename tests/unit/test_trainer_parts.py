@@ -10,11 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from mssr.data.sampler import EpochSampler
 from mssr.rollout.seeds import request_seed
-from mssr.rollout.weights import Packed, pack_weights
 from mssr.runs.checkpoint import read_state, write_state
 from mssr.runs.jsonl import append_record, read_records, write_samples
 from mssr.runs.loggers import discard_after
@@ -107,16 +105,6 @@ def test_state_round_trip_is_exact(tmp_path: Path) -> None:
     assert back["a"]["names"] == ["ü", "b"]
     assert np.array_equal(back["a"]["x"], state["a"]["x"]) and back["a"]["x"].dtype == np.float64
     assert np.array_equal(back["a"]["deep"]["n"], np.arange(3))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_travel_unchanged(dtype: torch.dtype) -> None:
-    weights = {"a": torch.randn(3, 5).to(dtype), "b": torch.randn(4).to(dtype), "t": torch.randn(2, 3).T}
-    packed = pack_weights(weights)
-    for data, _, _ in packed.values():
-        data.flags.writeable = False  # as Ray hands them out
-    back = dict(Packed(packed).tensors(torch.device("cpu"), 0))
-    assert all(torch.equal(back[k], weights[k]) and back[k].dtype == weights[k].dtype for k in weights)
 
 
 def test_help_needs_no_heavy_library() -> None:

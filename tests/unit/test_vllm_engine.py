@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from mssr.cluster.ray_workers import RayRolloutWorker
 from mssr.config import Config
 from mssr.errors import EngineError, UserError
 from mssr.models.loading import check_model_path
@@ -243,6 +244,13 @@ def test_an_engine_sleeps_and_wakes_around_new_weights(workspace: Workspace, fak
         ("step", 1),
         ("step", 1),
     ]
+
+
+def test_a_worker_tells_its_engine_that_it_shares_its_device(workspace: Workspace, fake: FakeVllm) -> None:
+    worker = RayRolloutWorker.__new__(RayRolloutWorker)
+    worker._config = config_of(workspace)
+    assert worker.start("cuda", colocated=True) == 1024
+    assert fake.options["enable_sleep_mode"] is True
 
 
 @pytest.mark.parametrize(("device", "colocated"), [("cuda", False), ("cpu", True)])
