@@ -279,6 +279,7 @@ class Group(NamedTuple):
     name: str
     members: dist.ProcessGroup
     store: dist.Store
+    uses_nccl: bool
 
 
 class BroadcastSender(_Connected):
@@ -390,11 +391,11 @@ def _join(
     members._set_default_backend(kind)
     backend._set_sequence_number_for_group()
     members._register_backend(torch.device(device.type), kind, backend)
-    return Group(name, members, store)
+    return Group(name, members, store, device.type == "cuda")
 
 
 def leave(kept: dict[str, Any]) -> None:
-    """Drop the group that is kept, if there is one. With NCCL what still runs in it ends."""
+    """Drop the group that is kept, if there is one, and with NCCL end what still runs in it."""
     group: Group | None = kept.pop("group", None)
-    if group is not None and torch.cuda.is_available():
+    if group is not None and group.uses_nccl:
         group.members.abort()
