@@ -52,5 +52,7 @@ def init_ray(config: Config, processes: int) -> None:
         options["address"] = config.cluster.address
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError) as error:  # the latter where it is of another version
-        raise UserError(f"cluster.address={config.cluster.address}: {first_line(error)}") from error
+    # A RuntimeError if it is of another version. An address that is given Ray offers its token only if told.
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        hint = "" if "RAY_AUTH_MODE" in os.environ else "; if its head wants a token, set RAY_AUTH_MODE=token"
+        raise UserError(f"cluster.address={config.cluster.address}: {first_line(error)}{hint}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +16,18 @@ from mssr.cluster.faults import explained, is_lost
 from mssr.cluster.placement import Decision, Node, Places, Unit, decide, fit
 from mssr.cluster.preflight import Found
 from mssr.cluster.ray_calls import Failure, Worker
+from mssr.cluster.ray_cluster import RayCluster
 from mssr.cluster.ray_generation import SPARE, Generation
 from mssr.cluster.ray_start import worker_environment
 from mssr.config import Config
 from mssr.config.checks import validate
+from mssr.config.loading import config_yaml
 from mssr.errors import EngineError, TrainingError, UserError
+from mssr.runs.config import load_config
 from mssr.types import RolloutRequest, SamplingParams
 
 pytestmark = pytest.mark.unit
+DIGITS = Path(__file__).parents[2] / "configs/digits/mssr.yaml"
 
 
 def make_config(**options: Any) -> Config:
@@ -177,6 +182,29 @@ def test_the_drivers_variables_and_the_configs_reach_all_workers(monkeypatch: py
     monkeypatch.delenv("X")
     with pytest.raises(UserError, match=r"env\.X=null takes the value from here"):
         worker_environment(config)
+
+
+def test_a_secret_among_the_variables_is_taken_from_the_environment_and_not_written() -> None:
+    with pytest.raises(UserError, match=r"cluster\.env\.HF_TOKEN looks like a secret"):
+        load_config(DIGITS, ["cluster.env.HF_TOKEN=abc"])
+    loaded = load_config(DIGITS, ["cluster.env.HF_TOKEN=null"])
+    assert loaded.cluster.env == {"HF_TOKEN": None}
+    assert "abc" not in config_yaml(make_config(cluster__env={"HF_TOKEN": "abc"}))
+
+
+def test_a_worker_may_take_start_timeout_s_to_start() -> None:
+    limits: list[float] = []
+
+    class Patient:
+        def gather(self, refs: list[Any], hang_timeout_s: float, **_: Any) -> list[Any]:
+            limits.append(hang_timeout_s)
+            return [None for _ in refs]
+
+    cluster = RayCluster.__new__(RayCluster)
+    cluster._config, cluster._calls = make_config(cluster__start_timeout_s=7.0), Patient()  # type: ignore
+    cluster._stop = lambda: False
+    cluster._started([(Worker("engine 0", None), "ref")])
+    assert limits == [7.0]
 
 
 CUDA_ERROR = "CUDA error: uncorrectable ECC error encountered"
