@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from mssr.config import Config
-from mssr.errors import UserError, first_line
+from mssr.errors import UserError
 
 FORWARDED = ("NCCL_", "GLOO_", "VLLM_", "HF_")
 """How the names of variables begin that all workers get from the driver."""
@@ -52,5 +52,9 @@ def init_ray(config: Config, processes: int) -> None:
         options["address"] = config.cluster.address
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError) as error:  # the latter where it is of another version
-        raise UserError(f"cluster.address={config.cluster.address}: {first_line(error)}") from error
+    except (ConnectionError, RuntimeError) as error:  # the latter where the cluster is of another version
+        if config.cluster.address is None:
+            raise
+        raise UserError(
+            f"cluster.address={config.cluster.address}: {' '.join(str(error).split())}"
+        ) from error

@@ -63,6 +63,7 @@ def test_which_placement_is_chosen(
     said = (fits, "it fits" if fits else "it does not")
     monkeypatch.setattr(placement, "colocated_fits", lambda config, gpu_bytes: said)
     decision = decide(make_config(**options), device, 80 * 2**30)
+    assert not decide(make_config(), "cuda", 0).colocated
     assert decision.colocated is colocated and words in str(decision)
     assert str(decision).startswith(f"placement {'colocated' if colocated else 'apart'}: ")
 
