@@ -14,6 +14,7 @@ from mssr.errors import UserError
 FORWARDED = ("NCCL_", "GLOO_", "VLLM_", "HF_")
 """How the names of variables begin that all workers get from the driver."""
 OF_ONE_MACHINE = ("VLLM_HOST_IP", "VLLM_PORT")
+"""Some of these that would be wrong elsewhere."""
 
 
 def worker_environment(config: Config) -> dict[str, str]:
