@@ -15,9 +15,11 @@ import torch
 from mssr.actor import step
 from mssr.actor.update import PolicyUpdater
 from mssr.algorithms.sequences import check_lengths, sequence_sums, to_tokens
+from mssr.config.run import LoraConfig
 from mssr.device import to_device
 from mssr.models import attention, encoded, packing, policy, vision
 from mssr.models.bounded_cache import BoundedCache
+from mssr.models.lora import add_adapters
 from mssr.models.policy import PolicyModel
 from mssr.types import TrainBatch
 from tests.conftest import Workspace
@@ -45,8 +47,13 @@ def nothing(model: PolicyModel) -> None:
     pass
 
 
-def freeze_tower(model: PolicyModel) -> None:
-    model.model.model.visual.requires_grad_(False)
+def adapt(model: PolicyModel) -> None:
+    """Adapters, and so a frozen tower, whose features are kept."""
+    add_adapters(model.model, LoraConfig(rank=4), seed=0)
+    for name, p in model.named_parameters():
+        p.data = p.data.double()
+        if ".lora_B." in name:
+            p.data += 0.01
     model.features = BoundedCache(2**24)
 
 
@@ -104,7 +111,7 @@ CASES: dict[str, tuple[Prepare, list[str]]] = {
         nothing,
         ["algorithm.loss.text_anchor_coef=0.1", "algorithm.loss.name=gspo", TWO],
     ),
-    "frozen tower": (freeze_tower, []),
+    "adapters": (adapt, []),
     "bfloat16, recomputed activations": (recompute_in_half, []),
 }
 
