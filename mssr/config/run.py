@@ -159,6 +159,10 @@ class ActorConfig:
     """Stop after this many updates in a row that were skipped because loss, gradient or a log-prob (the
     engine's too) was not finite; what spoilt them is in <run_dir>/nonfinite."""
 
+    def head_chunk(self, device: str) -> int:
+        """``head_chunk_tokens`` on "cpu" or "cuda"; `mssr.models.head` says why they differ."""
+        return self.head_chunk_tokens or (2048 if device == "cuda" else 256)
+
 
 @dataclass
 class ClusterConfig:

@@ -162,7 +162,7 @@ def _changes(
             changed = make_plan(load_config(config_file, [*settings, *candidate]), *machines)
         except UserError:
             continue  # it contradicts another, or needs a package that is not here
-        if changed.missing > made.missing - 0.01 * GIB:
+        if changed.colocated != made.colocated or changed.missing > made.missing - 0.01 * GIB:
             continue
         saved = max(a - b for a, b in zip(made.totals(), changed.totals(), strict=True))
         saved = max(saved, changed.engine.cache - made.engine.cache)
