@@ -85,6 +85,15 @@ def test_an_engine_that_has_them_passes(processes: int) -> None:
     assert differences(checksums(actor), loaded(actor, processes)) == []
 
 
+def test_an_engine_of_transformers_fuses_nothing() -> None:
+    actor = actor_weights()
+    sent = checksums(actor)
+    assert differences(sent, [Loaded("", sent, sent)]) == []
+    q, k = (f"{LAYER}.self_attn.{x}_proj.weight" for x in "qk")
+    exchanged = sent | {q: sent[k], k: sent[q]}
+    assert differences(sent, [Loaded("", sent, exchanged)]) == [k, q]
+
+
 def flip_a_bit(name: str) -> Callable[[Tensors], None]:
     def flip(held: Tensors) -> None:
         held[name].flatten().view(torch.int16)[3] ^= 1
