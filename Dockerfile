@@ -3,8 +3,7 @@
 # docker run --rm -it --gpus all --ipc=host --ulimit memlock=-1 mssr doctor
 #
 # --ipc=host: weights may travel through /dev/shm (16.6 GB of a 7B model), of which docker gives 64 MB otherwise.
-# --ulimit memlock=-1, --network=host and --device /dev/infiniband are for NCCL between machines., --network=host and --device /dev/infiniband: for NCCL
-# between machines.
+# --ulimit memlock=-1, --network=host and --device=/dev/infiniband are for NCCL between machines.
 FROM python:3.12-slim
 
 ARG DEVICE=gpu
@@ -21,6 +20,8 @@ ENV MSSR_DEVICE=$DEVICE PIP_NO_CACHE_DIR=1
 
 COPY . .
 RUN ./scripts/setup.sh
+# Kubernetes asks Ray's dashboard whether a node is well.
+RUN .venv/bin/pip install -c constraints.txt "ray[default]"
 
 ENV PATH=/mssr/.venv/bin:$PATH
 ENTRYPOINT ["mssr"]

@@ -36,7 +36,8 @@ class LocalCluster(Cluster):
         self._has_actor = config.actor.num_ranks > 0
         if self._has_actor:
             self._actor = PolicyWorker(config, 0, rendezvous, device, set_threads=False)
-        self._engine = make_engine(config, device)
+        # Both have the device at all times: the engine leaves the rank its part.
+        self._engine = make_engine(config, device, colocated=self._has_actor)
         self._check = WeightCheck(config.rollout.check_weights)
         self._prompts: BoundedCache[str, EncodedPrompt] = BoundedCache(config.data.image_cache_bytes)
         """Those that the engine has encoded and the rank may need."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,15 +34,16 @@ class Found:
     """Why it gave no answer."""
 
 
-def survey(config: Config, nodes: Sequence[Node]) -> dict[str, Found]:
-    """Look around on every node; by its id."""
+def survey(config: Config | None, nodes: Sequence[Node]) -> dict[str, Found]:
+    """Look around on every node, and for what a config names; by the node's id."""
     here = ray.get_runtime_context().get_node_id()
     if [node.id for node in nodes] == [here]:
         return {here: Found(nodes[0].address, machine.describe())}
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    paths = [os.getcwd(), *machine.shared_paths(config)]
+    paths = [os.getcwd(), *machine.shared_paths(config)] if config else []
+    if config:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
     look = ray.remote(num_cpus=0)(_look)
-    with machine.marker(config.run_dir) as marked:
+    with machine.marker(config.run_dir) if config else contextlib.nullcontext() as marked:
         refs = {
             look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
                 node.address, paths, marked
@@ -89,8 +91,9 @@ def check(config: Config, device: str, used: Sequence[Found]) -> None:
         raise UserError(f"the machines of this run have different versions: {'. '.join(lines)}; install one")
 
 
-def _look(address: str, paths: list[str], marked: tuple[str, str]) -> Found:
-    return Found(address, machine.describe(), machine.missing(paths), machine.sees(marked))
+def _look(address: str, paths: list[str], marked: tuple[str, str] | None) -> Found:
+    sees = marked is None or machine.sees(marked)
+    return Found(address, machine.describe(), machine.missing(paths), sees)
 
 
 def _answer(address: str, ref: Any) -> Found:

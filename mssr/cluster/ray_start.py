@@ -53,9 +53,10 @@ def init_ray(config: Config, processes: int) -> None:
         options["address"] = config.cluster.address
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError) as error:  # the latter where the cluster is of another version
+    # A RuntimeError if it is of another version. An address that is given Ray offers its token only if told.
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         if config.cluster.address is None:
             raise
-        raise UserError(
-            f"cluster.address={config.cluster.address}: {' '.join(str(error).split())}"
-        ) from error
+        hint = "" if "RAY_AUTH_MODE" in os.environ else "; if its head wants a token, set RAY_AUTH_MODE=token"
+        told = " ".join(str(error).split())
+        raise UserError(f"cluster.address={config.cluster.address}: {told}{hint}") from error

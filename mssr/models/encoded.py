@@ -47,10 +47,11 @@ class PixelNormalizer:
         mean, std = (torch.tensor(v) * unit for v in (image_processor.image_mean, image_processor.image_std))
         return cls(tuple(mean.tolist()), tuple(std.tolist()), image_processor.temporal_patch_size)
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(V, C * patch * patch) uint8 -> (V, C * frames * patch * patch) float32, on the same device."""
+    def __call__(self, pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """(V, C * patch * patch) uint8 -> (V, C * frames * patch * patch), on the same device; computed in
+        float32 and rounded to ``dtype``."""
         mean, std = _per_channel(self.mean, pixels.device), _per_channel(self.std, pixels.device)
-        values = pixels.unflatten(1, (len(self.mean), -1)).float().sub_(mean).div_(std)
+        values = pixels.unflatten(1, (len(self.mean), -1)).float().sub_(mean).div_(std).to(dtype)
         return values[:, :, None].expand(-1, -1, self.frames, -1).flatten(1)
 
 

@@ -12,7 +12,7 @@ copy (`actor.shard_size`):
   two norms, queries, keys, values and output of attention, and four values of the MLP's inner width; its
   backward pass holds two more of these. With activation checkpointing layers keep their inputs, and all
   that only of the layer whose turn it is. The vision tower does the same with patches.
-- The head holds two chunks of logits, and its gradient in float32.
+- The head holds two chunks of float32 logits and a bit, and its gradient in float32.
 
 scripts/bench/memory_plan.py compares this with what was allocated. What CUDA, NCCL and libraries take, and
 how much is lost to fragmentation, are assumptions, and constants below.
@@ -41,6 +41,8 @@ FRAGMENTATION = 0.1
 """Of what comes and goes in an update; shards, which stay, leave no holes."""
 BUCKET = int(1.2 * 1e9)
 """Weights on their way from a rank to an engine on the same GPU."""
+_MULTIPLIED = 256
+"""Tokens whose logits are multiplied, out of place, for the entropy, see `mssr.models.head`."""
 _STEPPED = 2**24
 """Elements that the optimizers of `mssr.actor.adamw` step at the same time, in some ten float32 copies."""
 
@@ -181,8 +183,8 @@ class RankMemory:
     def _head(self) -> tuple[float, float]:
         """Bytes of the head's work, and of the gradient of its weight."""
         actor, vocabulary = self.config.actor, self.shape.text_config.vocab_size
-        chunk = actor.head_chunk_tokens or (2048 if self.device == "cuda" else 256)
-        logits = 8.0 * min(chunk, self.largest.responses) * vocabulary
+        rows = min(actor.head_chunk(self.device), self.largest.responses)
+        logits = (8.0 * rows + 4.0 * min(rows, _MULTIPLIED)) * vocabulary
         hidden = 2 * self.c * self.largest.responses * self.shape.text_config.hidden_size
         gradient = 0 if self.adapters else self.c * self.shape.embedding
         in_float32 = 0 if self.adapters else 4 * self.shape.embedding
@@ -294,9 +296,8 @@ class EngineMemory:
         # The text is split; the tower is whole on every device, and so is the work on it.
         weights = c * (shape.text / parallel + shape.vision)
         batched = rollout.max_num_batched_tokens or (16384 if gpu_bytes > 70 * GIB else 8192)
-        sequences = rollout.max_num_seqs or (1024 if gpu_bytes > 70 * GIB else 256)
         prefill = c * batched * (3 * t.intermediate_size / parallel + 6 * t.hidden_size)
-        logits = 3 * 4 * min(sequences, 1024) * t.vocab_size / parallel
+        logits = 3 * 4 * slots(config, gpu_bytes) * t.vocab_size / parallel
         v = shape.vision_config
         patches = max(config.data.max_pixels // v.patch_size**2, v.merged * batched // 4)
         vision = c * patches * (3 * v.intermediate_size + 10 * v.hidden_size)
@@ -308,6 +309,11 @@ class EngineMemory:
     def sequences(self, length: float) -> float:
         """How many of so many tokens fit at a time."""
         return max(0.0, self.cache) / (self.token * length)
+
+
+def slots(config: Config, gpu_bytes: int) -> int:
+    """Sequences that an engine decodes at a time, memory permitting; by default as vLLM has it."""
+    return config.rollout.max_num_seqs or (1024 if gpu_bytes > 70 * GIB else 256)
 
 
 def utilization(config: Config, colocated: bool) -> float:

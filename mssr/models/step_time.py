@@ -13,7 +13,7 @@ from mssr.config import Config
 from mssr.errors import UserError
 from mssr.models.cost import UNIT, CostModel
 from mssr.models.gpus import GpuKind
-from mssr.models.memory import EngineMemory, Workload, value_bytes
+from mssr.models.memory import EngineMemory, Workload, slots, value_bytes
 from mssr.models.shapes import ModelShape
 
 TRAINING = 0.30
@@ -106,7 +106,7 @@ def _generation(config: Config, shape: ModelShape, kind: GpuKind, colocated: boo
     compute = kind.bf16_flops * PREFILL * rollout.tensor_parallel
     prefill = responses / config.responses_per_prompt * (text + vision) / compute
     length = prompt.tokens + work.response_tokens / 2
-    room = max(1.0, min(engine.sequences(length), rollout.max_num_seqs or 1024))
+    room = max(1.0, min(engine.sequences(length), slots(config, kind.memory_bytes)))
     longest = min(rollout.max_response_length, LONGEST * work.response_tokens)
     steps = max(responses * work.response_tokens / room, longest)
     together = responses * work.response_tokens / steps

@@ -190,15 +190,16 @@ def _engine_input(prompt: EncodedPrompt, merge_size: int, dtype: torch.dtype) ->
     from vllm.inputs import mm_input, tokens_input
     from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
 
-    token_ids, pixel_values = prompt.token_ids.tolist(), prompt.pixel_values
-    if prompt.image_grid_thw is None or pixel_values is None:
+    token_ids = prompt.token_ids.tolist()
+    if prompt.image_grid_thw is None or prompt.pixels is None or prompt.normalizer is None:
         return tokens_input(token_ids)
     patches = prompt.image_grid_thw.prod(-1)
     fields = {
         "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", patches),
         "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
     }
-    pixels = {"pixel_values": pixel_values.to(dtype), "image_grid_thw": prompt.image_grid_thw}
+    pixel_values = prompt.normalizer(prompt.pixels, dtype)
+    pixels = {"pixel_values": pixel_values, "image_grid_thw": prompt.image_grid_thw}
     lengths = patches // merge_size**2
     starts = prompt.token_types.nonzero()[lengths.cumsum(0) - lengths, 0]
     return mm_input(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mssr.cluster import machine as facts
 from mssr.cluster.machine import Machine
@@ -27,6 +27,10 @@ from mssr.models.shapes import read_shape
 from mssr.runs.config import load_config
 from mssr.tools import gpu_checks
 from mssr.tools.machine_checks import ERROR, GIB, OK, WARNING, Finding, Row, Run, gib, guarded, machine_rows
+
+if TYPE_CHECKING:
+    from mssr.cluster.placement import Node
+    from mssr.cluster.preflight import Found
 
 _HERE = "this machine"
 _7B_BYTES = 16_582_000_000
@@ -51,9 +55,8 @@ def examine(config_file: str | None, overrides: Sequence[str], address: str | No
         try:
             config = load_config(config_file, overrides)
             check_model_path(config.model)
-            yield Row(
-                "config", "files", OK, ", ".join(facts.shared_paths(config)) or "none; all is on the hub"
-            )
+            files = ", ".join(facts.shared_paths(config))
+            yield Row("config", "files", OK, files or "none; all is on the hub")
         except UserError as error:
             yield Row("config", config_file, ERROR, " ".join(str(error).split()))
     address = address or (config and config.cluster.address) or os.environ.get("RAY_ADDRESS")
@@ -66,14 +69,11 @@ def examine(config_file: str | None, overrides: Sequence[str], address: str | No
     yield from machine_rows(_HERE, here, run)
     yield from guarded(_HERE, "libraries", partial(_libraries, here))
     yield from guarded(_HERE, "environment", _environment)
-    if config is not None:
-        yield from guarded(_HERE, "disk", partial(_disk, config))
+    yield from guarded(_HERE, "disk", partial(_disk, config))
     if address:
         yield from guarded("cluster", "connection", partial(_cluster, address, here, run, config))
     elif _RAY_ADDRESS_FILE.exists():
-        yield Row(
-            "cluster", "connection", OK, "not asked for; --address auto checks all nodes of the one here"
-        )
+        yield Row("cluster", "connection", OK, "not asked for: --address auto checks all nodes of this one")
 
 
 def _weights_bytes(config: Config | None) -> int:
@@ -120,18 +120,16 @@ def _bandwidth_here(count: int, link: float, backend: str = "nccl") -> Iterator[
 def _environment() -> Iterator[Finding]:
     names = sorted(name for name in os.environ if name.startswith(_VARIABLES))
     shown = redact({name: os.environ[name] for name in names})
-    yield (
-        OK,
-        ", ".join(f"{name}={value}" for name, value in shown.items()) or "nothing of CUDA, NCCL, vLLM, Ray",
-    )
+    yield OK, ", ".join(f"{name}={value}" for name, value in shown.items()) or "nothing of NCCL, vLLM, Ray"
     for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "NCCL_SHM_DISABLE", "CUDA_LAUNCH_BLOCKING"):
         if os.environ.get(name, "0") != "0":
             yield WARNING, f"{name}={os.environ[name]} makes everything slower", f"unset {name}"
 
 
-def _disk(config: Config) -> Iterator[Finding]:
-    free, need = facts.free_disk(config.run_dir), disk_bytes(config, read_shape(config.model))
-    found = f"{gib(free)} free for {config.run_dir}, checkpoints take up to {gib(need)}"
+def _disk(config: Config | None) -> Iterator[Finding]:
+    where = config.run_dir if config else Path.cwd()
+    free, need = facts.free_disk(where), disk_bytes(config, read_shape(config.model)) if config else 0.0
+    found = f"{gib(free)} free in {where}" + (f"; checkpoints take up to {gib(need)}" if config else "")
     if free < need:
         yield WARNING, found, "set trainer.run_dir to a larger disk, or trainer.keep_checkpoints lower"
     else:
@@ -144,6 +142,9 @@ def _disk(config: Config) -> Iterator[Finding]:
 def _cluster(address: str, here: Machine, run: Run, config: Config | None) -> Iterator[Finding | Row]:
     import ray
 
+    from mssr.cluster.placement import find_nodes
+    from mssr.cluster.preflight import survey
+
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
@@ -152,87 +153,76 @@ def _cluster(address: str, here: Machine, run: Run, config: Config | None) -> It
         yield ERROR, f"{address}: {' '.join(str(error).split())[:200]}", advice
         return
     try:
-        nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"])
-        dead = [node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]]
-        yield OK, f"{address}: {len(nodes)} nodes" + (f"; lost before: {', '.join(dead)}" if dead else "")
-        yield from guarded("cluster", "resources", partial(_resources, config))
-        yield from _nodes(nodes, here, run, config)
+        nodes = find_nodes("cpu")
+        yield OK, f"{address}: {len(nodes)} nodes"
+        found = survey(config, nodes)
+        for node in nodes:
+            yield from _node(found[node.id], run, config)
+        machines = [one.machine for one in found.values() if one.machine]
+        for line in facts.differences([here, *machines]):
+            yield Row("cluster", "versions", ERROR, line, "make them equal: scripts/setup.sh, on one commit")
+        yield from guarded("cluster", "GPUs", partial(_gpus, nodes, machines, config))
+        with_gpus = [node for node in nodes if node.total.get("GPU")]
+        if len(with_gpus) > 1:
+            backend = "nccl" if here.cuda else "gloo"
+            yield from guarded("cluster", "NCCL", partial(_bandwidth_across, with_gpus, backend))
     finally:
         ray.shutdown()
 
 
-def _resources(config: Config | None) -> Iterator[Finding]:
-    import ray
-
-    total, free = (int(of().get("GPU", 0)) for of in (ray.cluster_resources, ray.available_resources))
-    if config is None or config.cluster.device == "cpu" or not total:
-        yield OK, f"{total} GPUs, {free} of them free"
+def _node(found: Found, run: Run, config: Config | None) -> Iterator[Row]:
+    """What is wrong with a node; if nothing is, one row says so."""
+    where = f"node {found.address}"
+    if found.machine is None:
+        yield Row(where, "answer", ERROR, found.failure, "install mssr there as it is here")
         return
+    rows = [row for row in machine_rows(where, found.machine, run) if row.status != OK]
+    for path in found.missing:
+        rows.append(Row(where, "files", ERROR, f"{path} is not there", "put it where all nodes see it"))
+    if config and not found.sees_run_dir:
+        advice = "set trainer.run_dir to a directory on storage that all nodes share"
+        rows.append(Row(where, "run directory", ERROR, f"{config.run_dir} is not the same there", advice))
+    count = len(found.machine.gpus)
+    yield from rows or [Row(where, "all checks", OK, f"{found.machine.host}: {count} GPUs")]
+
+
+def _gpus(nodes: Sequence[Node], machines: Sequence[Machine], config: Config | None) -> Iterator[Finding]:
+    from mssr.cluster.placement import decide
+
+    total = int(sum(node.total.get("GPU", 0) for node in nodes))
+    free = int(sum(node.free.get("GPU", 0) for node in nodes))
+    found = f"{total}, {free} of them free"
+    if config is None or config.cluster.device == "cpu" or not total:
+        yield OK, found
+        return
+    sizes = [gpu.total_bytes for machine in machines for gpu in machine.gpus]
+    decision = decide(config, "cuda", min(sizes, default=0))
     ranks, engines = config.actor.num_ranks, config.rollout.workers * config.rollout.tensor_parallel
-    apart = config.cluster.placement == "apart" or config.rollout.lag == 1
-    need = ranks + engines if apart else max(ranks, engines)
-    found = f"{total} GPUs, {free} of them free; the config takes {need}" + ("" if apart else " or more")
+    need = max(ranks, engines) if decision.colocated else ranks + engines
+    found = f"{found}; the run takes {need} ({decision})"
     if total < need:
         yield ERROR, found, "lower actor.num_ranks and rollout.workers, or add nodes"
     elif free < need:
-        yield WARNING, found, "another run holds them: ray status shows which resources are in use"
+        yield WARNING, found, "another run holds them: ray status shows what is in use"
     else:
         yield OK, found
 
 
-def on_node(paths: Sequence[str], marked: tuple[str, str] | None) -> tuple[Machine, list[str], bool, int]:
-    """The facts about a node, paths that it lacks, whether it sees the marker, and a free port of it."""
-    return facts.describe(), facts.missing(paths), marked is None or facts.sees(marked), _free_port()
-
-
-def _nodes(nodes: list[Any], here: Machine, run: Run, config: Config | None) -> Iterator[Row]:
-    directory = config.run_dir.absolute() if config else Path.cwd()
-    while not directory.exists():
-        directory = directory.parent
-    paths = facts.shared_paths(config) if config else []
-    with facts.marker(directory) as marked:
-        answers = _ask(nodes, [partial(on_node, paths, marked if config else None)] * len(nodes))
-    machines, reached = [], []
-    for node, answer in zip(nodes, answers, strict=True):
-        where = f"node {node['NodeManagerAddress']}"
-        if isinstance(answer, str):
-            yield Row(where, "answer", ERROR, answer, "mssr must be installed there as it is here")
-            continue
-        machine, lacks, sees, port = answer
-        machines.append(machine)
-        reached.append((node, port))
-        rows = [row for row in machine_rows(where, machine, run) if row.status != OK]
-        for path in lacks:
-            rows.append(Row(where, "files", ERROR, f"{path} is not there", "put it where all nodes see it"))
-        if not sees:
-            advice = "set trainer.run_dir to a directory on storage that all nodes share"
-            rows.append(Row(where, "run directory", ERROR, f"{directory} is another one there", advice))
-        yield from rows or [Row(where, "all checks", OK, f"{machine.host}: {len(machine.gpus)} GPUs")]
-    for line in facts.differences([here, *machines]):
-        yield Row("cluster", "versions", ERROR, line, "make them equal: scripts/setup.sh on the same commit")
-    with_gpus = [(node, port) for node, port in reached if node["Resources"].get("GPU", 0)]
-    if len(with_gpus) > 1:
-        backend = "nccl" if here.cuda else "gloo"
-        yield from guarded("cluster", "NCCL", partial(_bandwidth_across, with_gpus, backend))
-
-
-def _bandwidth_across(nodes: list[tuple[Any, int]], backend: str) -> Iterator[Finding]:
-    import ray
-
-    counts = [int(node["Resources"]["GPU"]) for node, _ in nodes]
-    world, address = sum(counts), f"{nodes[0][0]['NodeManagerAddress']}:{nodes[0][1]}"
-    if ray.available_resources().get("GPU", 0) < world:
+def _bandwidth_across(nodes: Sequence[Node], backend: str) -> Iterator[Finding]:
+    if any(node.free.get("GPU", 0) < node.total["GPU"] for node in nodes):
         yield WARNING, "not measured: some GPUs are in use", "run it again on an idle cluster"
         return
-    firsts = [sum(counts[:k]) for k in range(len(counts))]
+    counts = [int(node.total["GPU"]) for node in nodes]
+    world, [port] = sum(counts), _ask(nodes[:1], [partial(_free_port)], [0])
+    starts = [sum(counts[:k]) for k in range(len(counts))]
     calls = [
-        partial(gpu_checks.bandwidth, range(first, first + count), world, address, backend)
-        for first, count in zip(firsts, counts, strict=True)
+        partial(gpu_checks.bandwidth, range(k, k + count), world, f"{nodes[0].address}:{port}", backend)
+        for k, count in zip(starts, counts, strict=True)
     ]
-    answers = _ask([node for node, _ in nodes], calls, counts)
+    answers = _ask(nodes, calls, counts)
     if failed := [answer for answer in answers if isinstance(answer, str)]:
         advice = (
-            "NCCL_DEBUG=INFO shows more; NCCL_SOCKET_IFNAME names the interface; open all ports between nodes"
+            "open all ports between nodes; NCCL_SOCKET_IFNAME names the network, NCCL_DEBUG=INFO tells more"
         )
         yield ERROR, failed[0], advice
         return
@@ -245,26 +235,22 @@ def _bandwidth_across(nodes: list[tuple[Any, int]], backend: str) -> Iterator[Fi
         yield OK, found
 
 
-def _ask(nodes: Sequence[Any], calls: Sequence[partial[Any]], gpus: Sequence[int] | None = None) -> list[Any]:
-    """The result of a call on each node, or why there is none. ``gpus`` are reserved there meanwhile."""
+def _ask(nodes: Sequence[Node], calls: Sequence[partial[Any]], gpus: Sequence[int]) -> list[Any]:
+    """The result of a call on each node, which has so many GPUs there, or why there is none."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     refs = [
         ray.remote(num_cpus=0, num_gpus=count, max_retries=0)(_call)
-        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False))
         .remote(call)
-        for node, call, count in zip(nodes, calls, gpus or [0] * len(nodes), strict=True)
+        for node, call, count in zip(nodes, calls, gpus, strict=True)
     ]
     ready, _ = ray.wait(refs, num_returns=len(refs), timeout=_ANSWER_TIMEOUT_S)
     answers: list[Any] = []
     for ref in refs:
-        if ref not in ready:
-            ray.cancel(ref, force=True)
-            answers.append(f"no answer within {_ANSWER_TIMEOUT_S} s")
-            continue
         try:
-            answers.append(ray.get(ref))
+            answers.append(ray.get(ref) if ref in ready else f"no answer within {_ANSWER_TIMEOUT_S} s")
         except ray.exceptions.RayError as error:
             answers.append(str(error).strip().splitlines()[-1].strip())
     return answers

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mssr.cluster.placement import Decision, decide
 from mssr.config import Config
 from mssr.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from mssr.models import gpus
@@ -19,7 +20,6 @@ from mssr.models.memory import (
     Table,
     Workload,
     assumed_workload,
-    colocated_fits,
     gpu_tables,
     problems,
     totals,
@@ -98,7 +98,8 @@ def plan(
         raise UserError(f"--nodes {nodes} must be at least 1")
     lengths = image_tokens, response_tokens
     made = make_plan(load_config(config_file, overrides), gpus, nodes, *lengths)
-    changes, enough = [], True
+    changes: list[dict[str, Any]] = []
+    enough = True
     if made.problems:
         changes, enough = _changes(made, config_file, overrides, gpus, nodes, *lengths)
     if as_json:
@@ -114,12 +115,15 @@ def make_plan(
     """The plan of a config for machines, see `plan`."""
     shape, work = read_shape(config.model), assumed_workload(config, image, response)
     count, kind = gpus.parse(gpus_text) if gpus_text else _here()
-    colocated, reason = _placement(config, kind.memory_bytes)
-    machines = Machines(nodes, count or -(-_needed(config, colocated) // nodes), kind)
+    decision = decide(config, "cuda", kind.memory_bytes)
+    there = nodes * count if count else _needed(config, decision.colocated)
+    if config.cluster.placement == "auto" and _needed(config, True) <= there < _needed(config, False):
+        decision = Decision(True, "there are too few GPUs to be apart")
+    colocated, reason = decision.colocated, decision.reason
+    machines = Machines(nodes, -(-there // nodes), kind)
     tables, engine = gpu_tables(config, shape, kind.memory_bytes, colocated, work)
     found = problems(config, tables, engine, kind.memory_bytes)
-    needed, there = _needed(config, colocated), nodes * machines.per_node
-    if needed > there:
+    if (needed := _needed(config, colocated)) > there:
         found.insert(
             0, f"{needed} GPUs are needed and {there} are there: lower actor.num_ranks, rollout.workers"
         )
@@ -135,17 +139,6 @@ def _here() -> tuple[int, gpus.GpuKind]:
     there = describe().gpus
     kind = gpus.find(there[0].name) if there else None
     return (len(there), kind) if kind else (0, gpus.KINDS[DEFAULT_KIND])
-
-
-def _placement(config: Config, gpu_bytes: int) -> tuple[bool, str]:
-    if config.cluster.placement != "auto":
-        return config.cluster.placement == "colocated", "as cluster.placement says"
-    engines = config.rollout.workers * config.rollout.tensor_parallel
-    if config.rollout.lag:
-        return False, "rollout.lag=1"
-    if engines != config.actor.num_ranks:
-        return False, f"engines take {engines} GPUs and actor.num_ranks={config.actor.num_ranks}"
-    return colocated_fits(config, gpu_bytes)
 
 
 def _needed(config: Config, colocated: bool) -> int:
@@ -169,7 +162,7 @@ def _changes(
             changed = make_plan(load_config(config_file, [*settings, *candidate]), *machines)
         except UserError:
             continue  # it contradicts another, or needs a package that is not here
-        if changed.missing > made.missing - 0.01 * GIB:
+        if changed.colocated != made.colocated or changed.missing > made.missing - 0.01 * GIB:
             continue
         saved = max(a - b for a, b in zip(made.totals(), changed.totals(), strict=True))
         saved = max(saved, changed.engine.cache - made.engine.cache)
@@ -233,7 +226,7 @@ def _lines(made: Plan, changes: list[dict[str, Any]], enough: bool) -> Iterator[
     yield f"host memory of a node, GiB: {_gib(sum(host.values()))}"
     yield from (f"  {part:<34}{_gib(value):>8}" for part, value in host.items() if value)
     each, all_of_them = checkpoint_bytes(config, shape), disk_bytes(config, shape)
-    yield f"disk: {_gib(each)} GiB a checkpoint, {_gib(all_of_them)} for those kept and one that is being written"
+    yield f"disk: {_gib(each)} GiB a checkpoint, {_gib(all_of_them)} with those kept and one being written"
     yield ""
     yield from _time_lines(made)
     yield ""
@@ -256,11 +249,10 @@ def _time_lines(made: Plan) -> Iterator[str]:
         yield str(error)
         return
     tokens = config.rollout.rollouts_per_step * work.tokens
-    yield (
-        f"a step, s: generate {time.generate:.0f} + score {time.score:.0f} + update {time.update:.0f} + sync "
-        f"{time.sync:.0f} = {time.seconds:.0f}; MFU of the update {time.mfu:.0%}, "
-        f"{tokens / time.seconds / made.needed:.0f} tokens/s/GPU"
-    )
+    parts = f"generate {time.generate:.0f} + score {time.score:.0f} + update {time.update:.0f}"
+    yield f"a step: {parts} + sync {time.sync:.0f} = {time.seconds:.0f} s"
+    rate = tokens / time.seconds / made.needed
+    yield f"{rate:.0f} tokens/s/GPU, MFU of the update {time.mfu:.0%}"
     if steps := config.trainer.steps:
         hours = steps * time.seconds / 3600
         beside = "validation, checkpoints and start not counted"

@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from mssr.cluster import machine
 from mssr.cluster.base import Cluster
 from mssr.cluster.launch import launch
 from mssr.config import Config
 from mssr.errors import EXIT_OK, StopRequestedError, WorkersLostError
+from mssr.models.loading import resolve_device
 from mssr.rewards import Scorer
 from mssr.runs.checkpoint import CheckpointStore, read_state
 from mssr.runs.config import advice
@@ -22,6 +24,7 @@ from mssr.runs.plot import plot, write_report
 from mssr.runs.run_directory import check_checkpoint
 from mssr.runs.signals import StopRequest
 from mssr.trainer.data import RunData, load_data
+from mssr.trainer.fit import shortages
 from mssr.trainer.loop import Run, Trainer
 from mssr.trainer.validation import describe
 
@@ -60,6 +63,8 @@ def run_session(config: Config, terminal: TextIO) -> int:
         log = MetricsLog(config, step_of(checkpoint))
         stack.callback(log.close)
         stop = stack.enter_context(StopRequest(console.note))
+        for line in shortages(config, resolve_device(config.cluster.device), machine.describe()):
+            console.announce(f"note: likely not to fit: {line} (mssr plan has the arithmetic)")
         run = Run(config, store, log, events, console, stop)
         console.note(f"starting {config.actor.num_ranks} actor ranks, {config.rollout.workers} engines")
         run_with_recovery(

@@ -16,11 +16,11 @@ from mssr.actor.optimizers import make_optimizer
 from mssr.actor.worker import PolicyWorker
 from mssr.config import Config
 from mssr.models.attention import _kernel_takes, varlen_attention
-from mssr.models.head import Head, token_log_probs_and_entropy, token_loss
 from mssr.models.lora import full_weights
 from scripts.acceptance.parts import Place, Told
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import fused_head
 import gpu_update
 from workload import draw_lengths
 
@@ -28,7 +28,7 @@ BF16 = 0.02
 """Largest relative error of what is computed in bfloat16, which has 8 bits: 2**-8 = 0.004 an operation."""
 
 
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def error(actual: Any, expected: Any) -> float:
     """Of a tensor as a whole, relative."""
     assert torch.isfinite(actual).all()
     actual, expected = actual.detach().double(), expected.detach().double()
@@ -74,39 +74,17 @@ def attention(place: Place) -> Told:
 
 
 def head(place: Place) -> Told:
-    """The fused head in bfloat16, over several chunks, against all logits in float32."""
-    n, d, v = (5000, 2048, 151936) if place.gpus else (300, 64, 2048)
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(s, generator=generator).bfloat16() for s in ((n, d), (v, d)))
-    hidden, weight = hidden.to(place.device), (weight * d**-0.5).to(place.device)
-    targets = torch.randint(0, v, (n,), generator=generator).to(place.device)
-    slope = torch.randn(n, generator=generator).to(place.device)
-    h, w = (x.float().requires_grad_() for x in (hidden, weight))
-    sums, expected = [], []
-    for part in torch.arange(n).split(500):  # the plain way, in parts that fit
-        p = F.log_softmax(h[part] @ w.T, -1)
-        log_probs = p.gather(1, targets[part, None])[:, 0]
-        entropy = -(p.exp() * p).sum(-1)
-        ((log_probs + 0.1 * entropy) * slope[part]).sum().backward()
-        sums.append(log_probs.detach()), expected.append(entropy.detach())
-    plain, entropies = torch.cat(sums), torch.cat(expected)
+    """Gradients of both ways through the fused head in bfloat16, against all logits in float32."""
+    tokens, width, vocabulary = (3000, 2048, 151936) if place.gpus else (300, 64, 2048)
+    args = argparse.Namespace(device=place.device, dtype="bfloat16", hidden=width, entropy_coef=0.1)
+    inputs = fused_head.make_inputs(args, tokens, vocabulary)
+    hidden, weight = (x.detach().float().requires_grad_() for x in inputs[:2])
+    fused_head.run("straightforward", (hidden, weight, *inputs[2:]))
     errors = {}
-    head = Head(chunk=2048 if place.gpus else 64)
-
-    def loss_of(log_probs: torch.Tensor, entropy: torch.Tensor, part: slice) -> torch.Tensor:
-        return ((log_probs + 0.1 * entropy) * slope[part]).sum()
-
-    for name in ("two passes", "loss"):
-        a, b = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        if name == "loss":
-            loss, log_probs, entropy = token_loss(a, b, targets, loss_of, head)
-        else:
-            log_probs, entropy = token_log_probs_and_entropy(a, b, targets, head)
-            loss = loss_of(log_probs, entropy, slice(None))
-        loss.backward()
-        assert a.grad is not None and b.grad is not None and h.grad is not None and w.grad is not None
-        errors[f"{name}: values"] = max(error(log_probs, plain), error(entropy, entropies))
-        errors[f"{name}: gradients"] = max(error(a.grad, h.grad), error(b.grad, w.grad))
+    for name in ("mssr, two passes", "mssr, gradient in forward"):
+        fused_head.run(name, inputs)
+        pairs = (inputs[0].grad, hidden.grad), (inputs[1].grad, weight.grad)
+        errors[name] = max(error(ours, exact) for ours, exact in pairs)
     return bounded(errors)
 
 

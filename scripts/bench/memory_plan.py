@@ -8,15 +8,15 @@ operators. Compared is the peak of rank 0, from its first line to its last, with
 the size of its largest.
 
 With ``offload`` the class that moves the optimizer's states does so although there is no GPU, and the host's
-copy of them is added to what is planned. ``actor.offload=all`` and ``actor.offload_reference`` move nothing on
-CPU and are not measured.
+copy of them is added to what is planned. ``actor.offload=all`` and ``actor.offload_reference`` move nothing
+on CPU and are not measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
+import gc
+import multiprocessing
 import sys
 import tempfile
 from itertools import accumulate
@@ -37,8 +37,10 @@ from mssr.config import Config
 from mssr.models.memory import Parts, Pass, RankMemory, moment_bytes
 from mssr.models.shapes import read_shape
 
-PROMPT, RESPONSE, SEQUENCES = 160, 96, 24
-"""Tokens of each prompt, all but some of them an image's, and of each response; sequences of an update."""
+PROMPT, RESPONSE = 160, 96
+"""Tokens of each prompt, all but some of them an image's, and of each response."""
+PASSES, TOKENS = 2, 1024
+"""Passes of a rank in each update, and tokens of a pass."""
 CHECKPOINTING = "actor.activation_checkpointing=true"
 BF16 = "model.dtype=bfloat16"
 CASES: dict[str, tuple[str, int, list[str]]] = {
@@ -77,16 +79,18 @@ def planned(config: Config, largest: Pass) -> tuple[float, Parts]:
 def run_rank(size: str, ranks: int, rank: int, directory: Path, options: list[str]) -> dict[str, Any]:
     """Make the updates of one rank; its peak, and the largest pass."""
     args = argparse.Namespace(size=size, scale=1.0, lora=0, threads=1, device="cpu", options=options)
-    config = make_config(args, directory / str(rank), np.full(2 * SEQUENCES, PROMPT))
-    config.actor.num_ranks, config.actor.micro_batch_tokens = ranks, 2048
+    sequences = ranks * PASSES * (TOKENS // (PROMPT + RESPONSE))
+    config = make_config(args, directory / str(rank), np.full(2 * sequences, PROMPT))
+    config.actor.num_ranks, config.actor.micro_batch_tokens = ranks, TOKENS
     config.actor.activation_checkpointing = CHECKPOINTING in options
     config.rollout.max_response_length, config.data.max_prompt_length = RESPONSE, 2 * PROMPT
     if config.actor.offload == "optimizer":
         worker_module.with_offload = lambda optimizer, *_: OffloadedOptimizer(optimizer)  # type: ignore[assignment]
-    batches = make_batches(config, SEQUENCES, VOCABULARY[size], np.full(2 * SEQUENCES, RESPONSE))
+    batches = make_batches(config, sequences, VOCABULARY[size], np.full(2 * sequences, RESPONSE))
     passes = []
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         worker = PolicyWorker(config, rank, f"file://{directory}/rendezvous")
+        gc.collect()  # the file of weights stays mapped, though not in memory, until Python looks for cycles
 
         def note(module: Any, inputs: Any) -> None:
             [packed, *_] = inputs
@@ -104,16 +108,27 @@ def run_rank(size: str, ranks: int, rank: int, directory: Path, options: list[st
 
 
 def measure(name: str) -> dict[str, Any]:
+    """Rank 0's answer; the processes have everything imported already."""
     size, ranks, options = CASES[name]
+    start = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="mssr-memory-") as scratch:
-        command = [sys.executable, __file__, "--one", json.dumps([size, ranks, scratch, options])]
-        others = [
-            subprocess.Popen([*command, "--rank", str(k)], stdout=subprocess.PIPE, text=True)
-            for k in range(ranks)
+        answers = start.SimpleQueue()
+        processes = [
+            start.Process(target=_run, args=(size, ranks, rank, Path(scratch), options, answers))
+            for rank in range(ranks)
         ]
-        outputs = [process.communicate()[0] for process in others]
-        assert not any(process.returncode for process in others), name
-    return json.loads(outputs[0].splitlines()[-1])
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert not any(process.exitcode for process in processes), name
+        return answers.get()
+
+
+def _run(size: str, ranks: int, rank: int, directory: Path, options: list[str], answers: Any) -> None:
+    found = run_rank(size, ranks, rank, directory, options)
+    if rank == 0:
+        answers.put(found)
 
 
 def benchmark(args: argparse.Namespace) -> list[str]:
@@ -134,14 +149,8 @@ def benchmark(args: argparse.Namespace) -> list[str]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--cases", nargs="*", choices=tuple(CASES))
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        size, ranks, directory, options = json.loads(args.one)
-        print(json.dumps(run_rank(size, ranks, args.rank, Path(directory), options)))
-    else:
-        publish(args, lambda: benchmark(args), "torch transformers")
+    publish(args, lambda: benchmark(args), "torch transformers")
 
 
 if __name__ == "__main__":

@@ -167,8 +167,8 @@ def test_mssr_learns_digits_in_bfloat16(
     assert done.returncode == 0, done.stderr
     records = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()][1:]
     assert records[-1]["reward/accuracy"] >= records[0]["reward/accuracy"] + 0.2
-    # In float32 it is less than 1e-9. Rounding of either side changes a log-prob by a percent or so.
-    assert all(1e-7 < r["rollout/mismatch_kl"] < 1e-3 for r in records)
+    # Engine and ranks round differently, which changes a log-prob by a percent or so; in float32 by 1e-6.
+    assert 1e-7 < max(r["rollout/mismatch_kl"] for r in records) < 1e-3
     assert all(r["policy/skipped_updates"] == 0 for r in records)
 
 

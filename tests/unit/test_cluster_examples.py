@@ -199,7 +199,8 @@ def test_kuberay_manifest() -> None:
     assert "nvidia.com/gpu" not in head["resources"]["limits"]
     version = re.search(r'"ray>=([\d.]+),', (ROOT / "pyproject.toml").read_text())
     assert version and spec["rayVersion"].startswith(version[1])
-    assert "cluster.address=auto" in job["spec"]["entrypoint"]
+    entrypoint = job["spec"]["entrypoint"]
+    assert "cluster.address=auto" in entrypoint and not set(entrypoint) & set("&|;\n'\"$")
 
 
 def test_skypilot_task() -> None:

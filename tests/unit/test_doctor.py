@@ -16,6 +16,9 @@ from ray.cluster_utils import Cluster
 
 from mssr.cluster import machine as facts
 from mssr.cluster.machine import Gpu, Machine, describe
+from mssr.cluster.ray_start import init_ray
+from mssr.config import Config
+from mssr.errors import UserError
 from mssr.models.host_memory import disk_bytes
 from mssr.models.shapes import read_shape
 from mssr.runs.config import load_config
@@ -238,7 +241,7 @@ def test_nodes_of_a_cluster(
     code, found = rows(f"trainer.run_dir={tmp_path}/run")
     assert code == 0
     assert found["connection"][0].found.endswith("2 nodes")
-    assert found["resources"][0].found == "2 GPUs, 2 of them free; the config takes 1 or more"
+    assert found["GPUs"][-1].found.startswith("2, 2 of them free; the run takes 2 (placement apart: ")
     assert [row.status for row in found["all checks"]] == [OK, OK]
     assert "among 2 GPUs on 2 nodes" in found["NCCL"][0].found
 
@@ -254,19 +257,26 @@ def test_nodes_of_a_cluster(
     monkeypatch.setattr(doctor, "_bandwidth_across", lambda nodes, backend: [(OK, "not again")])
     code, found = rows("actor.num_ranks=3", "rollout.workers=1")
     assert code == 2
-    assert [row.found for row in found["files"] if row.where != "config"] == [
-        "/data/train.parquet is not there"
-    ] * 2
+    missing = ["/data/train.parquet is not there"] * 2
+    assert [row.found for row in found["files"] if row.where != "config"] == missing
     assert [row.status for row in found["run directory"]] == [ERROR] * 2
     assert "ray is 2.59.0 on" in found["versions"][0].found
-    assert found["resources"][0].status == ERROR and "the config takes 3" in found["resources"][0].found
+    assert found["GPUs"][-1].status == ERROR and "the run takes 4" in found["GPUs"][-1].found
 
 
 def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For `mssr doctor` and for a run: one line, with what a head may want."""
+
     def init(**options: Any) -> None:
-        raise ConnectionError("Could not find any running Ray instance.")
+        raise failure
 
     monkeypatch.setattr(ray, "init", init)
-    [row] = guarded("cluster", "x", lambda: doctor._cluster("10.0.0.1:6379", describe(), RUN, None))
-    assert row.status == ERROR and row.found.startswith("10.0.0.1:6379: Could not find")
-    assert "RAY_AUTH_MODE=token" in row.advice
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    config = Config()
+    config.cluster.address = "10.0.0.1:6379"
+    for failure in (ConnectionError("Failed to connect"), ray.exceptions.AuthenticationError("no token\nx")):
+        [row] = guarded("cluster", "x", lambda: doctor._cluster("10.0.0.1:6379", gpu_machine(), RUN, None))
+        assert row.status == ERROR and row.found.startswith(f"10.0.0.1:6379: {str(failure)[:8]}")
+        assert "RAY_AUTH_MODE=token" in row.advice
+        with pytest.raises(UserError, match=r"cluster.address=10.0.0.1:6379: .*set RAY_AUTH_MODE=token$"):
+            init_ray(config, processes=1)

@@ -102,11 +102,13 @@ def test_versions_that_differ_are_named_with_their_hosts() -> None:
 
 
 def test_code_that_differs_under_one_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    ours = describe().versions["mssr"]
-    assert describe().versions["mssr"] == ours
-    (tmp_path / "__init__.py").write_text("")
-    monkeypatch.setattr(machine.mssr, "__file__", str(tmp_path / "__init__.py"))
-    assert describe().versions["mssr"] != ours
+    code = tmp_path / "__init__.py"
+    monkeypatch.setattr(machine.mssr, "__file__", str(code))
+    code.write_text("a = 1")
+    old = describe().versions["mssr"]
+    assert describe().versions["mssr"] == old
+    code.write_text("a = 2")
+    assert describe().versions["mssr"] != old
 
 
 def test_a_marker_is_seen_only_where_the_directory_is_the_same(tmp_path: Path) -> None:

@@ -216,6 +216,9 @@ def test_encoded_prompts_are_what_the_processor_makes_of_them(workspace: Workspa
         if ours.pixel_values is not None and ours.image_grid_thw is not None:
             assert torch.equal(ours.pixel_values, expected["pixel_values"])
             assert torch.equal(ours.image_grid_thw, expected["image_grid_thw"])
+            assert ours.normalizer is not None and ours.pixels is not None
+            for_engine = ours.normalizer(ours.pixels, torch.bfloat16)
+            assert torch.equal(for_engine, expected["pixel_values"].bfloat16())
         for image, key in zip(images, ours.image_keys, strict=True):
             assert keys.setdefault(key, image.tobytes()) == image.tobytes()
         assert encoder.encode(item).image_keys == ours.image_keys

@@ -91,7 +91,8 @@ def never() -> bool:
 
 
 def test_through_a_store(threads: Callable[..., Future[Any]]) -> None:
-    weights, store = some_weights(0), {}
+    weights = some_weights(0)
+    store: dict[int, Any] = {}
 
     def put(array: Any) -> int:
         store[len(store)] = array.copy()

@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 
+from mssr.cluster import local
 from mssr.cluster.ray_workers import RayRolloutWorker
 from mssr.config import Config
 from mssr.errors import EngineError, UserError
 from mssr.models.loading import check_model_path
 from mssr.rollout import vllm_engine
+from mssr.rollout.checksums import Loaded
 from mssr.rollout.encoding import AHEAD, PIECE, EncodingAhead
 from mssr.rollout.engine_process import EngineProcess
 from mssr.rollout.queue import RequestQueue
@@ -89,7 +91,7 @@ class FakeVllm:
 
     def collective_rpc(self, method: str, args: Any = ()) -> list[Any]:
         self._called(method, *args)
-        return [2**30, 3 * 2**30]
+        return [Loaded("")] if method == "load_from" else [2**30, 3 * 2**30]
 
     def reset_prefix_cache(self) -> bool:
         self._called("reset_prefix_cache")
@@ -237,7 +239,7 @@ def test_an_engine_sleeps_and_wakes_around_new_weights(workspace: Workspace, fak
         ("LLM",),
         ("sleep", {"level": 2, "mode": "abort"}),
         ("wake_up", ["weights"]),
-        ("load_from", source),
+        ("load_from", source, False),
         ("reset_prefix_cache",),
         ("reset_encoder_cache",),
         ("wake_up", ["kv_cache"]),
@@ -251,6 +253,15 @@ def test_a_worker_tells_its_engine_that_it_shares_its_device(workspace: Workspac
     worker._config = config_of(workspace)
     assert worker.start("cuda", colocated=True) == 1024
     assert fake.options["enable_sleep_mode"] is True
+
+
+def test_in_one_process_the_engine_leaves_memory_to_the_rank(
+    workspace: Workspace, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "PolicyWorker", lambda *args, **options: None)
+    monkeypatch.setattr(local, "resolve_device", lambda name: "cuda")
+    local.LocalCluster(config_of(workspace, "cluster.launcher=local", "actor.num_ranks=1"), lambda: False)
+    assert fake.options["gpu_memory_utilization"] == 0.65
 
 
 @pytest.mark.parametrize(("device", "colocated"), [("cuda", False), ("cpu", True)])
