@@ -96,12 +96,14 @@ class Arriving:
         """How it ended, with the checksums of what arrived and of what ``model`` has now."""
         if self._sums is None or self.interrupted:
             return Loaded(self.interrupted)
+        if quantized:
+            return Loaded("", self._sums.result())
         held, hidden = Checksums(), []
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            if quantized or not parameter.numel():
-                hidden.append(name)
-            else:
+            if parameter.numel():
                 held.add(name, parameter)
+            else:
+                hidden.append(name)
         # Where there are more devices than heads of keys and values, several devices have the same head.
         copies = [getattr(module, "num_kv_head_replicas", 1) for module in model.modules()]
         return Loaded("", self._sums.result(), held.result(), hidden, max(copies))
@@ -116,7 +118,7 @@ class Loaded:
     arrived: Mapping[str, int] | None = None
     """Checksums by Hugging Face names; None if they were not asked for."""
     held: Mapping[str, int] | None = None
-    """Those of the engine's own parameters, by its names."""
+    """Those of the engine's own parameters, by its names; None of quantized ones, which are other numbers."""
     hidden: Sequence[str] = ()
     """Parameters that have no elements to see."""
     kv_copies: int = 1
@@ -132,6 +134,8 @@ def differences(sent: Mapping[str, int], processes: Sequence[Loaded]) -> list[st
     """
     found = {name for p in processes for name in sent if (p.arrived or {}).get(name) != sent[name]}
     found.update(name for p in processes for name in (p.arrived or {}) if name not in sent)
+    if any(p.held is None for p in processes):
+        return sorted(found)
     expected: dict[str, dict[str, int]] = {}
     for name, value in sent.items():
         expected.setdefault(_common_name(name), {})[name] = value

@@ -139,6 +139,9 @@ def test_what_cannot_be_seen_is_compared_by_what_arrived() -> None:
     changed = dict(engine.arrived) | {f"{LAYER}.self_attn.o_proj.weight": 1}
     wrong = differences(checksums(actor), [Loaded("", changed, visible, hidden=[name])])
     assert wrong == [f"{LAYER}.self_attn.o_proj.weight"]
+    # As is all of an engine that quantizes.
+    assert differences(checksums(actor), [Loaded("", engine.arrived)]) == []
+    assert differences(checksums(actor), [Loaded("", changed)]) == wrong
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
