@@ -120,8 +120,9 @@ def test_slurm_starts_ray_on_all_nodes(slurm: Callable[..., subprocess.Popen[str
     head, workers = sorted(
         (call for call in calls if call.startswith("srun")), key=lambda c: "--head" not in c
     )
-    assert "--nodes=1 --nodelist=node-a ray start --head --node-ip-address=10.0.0.1 --port=23456" in head
-    assert "--nodes=2 --exclude=node-a ray start --address=10.0.0.1:23456" in workers
+    ray_head = "ray start --head --node-ip-address=10.0.0.1 --port=23456"
+    assert f"--nodes=1 --ntasks=1 --nodelist=node-a {ray_head}" in head
+    assert "--nodes=2 --ntasks=2 --exclude=node-a ray start --address=10.0.0.1:23456" in workers
     assert all("--gpus-per-node=8" in c and "--num-cpus=64" in c and "--block" in c for c in (head, workers))
     rest = [call for call in calls if not call.startswith("srun")]
     assert rest[-3:] == [
