@@ -219,6 +219,7 @@ NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB"
     ("error", "lost"),
     [
         (torch.AcceleratorError(CUDA_ERROR), True),
+        (torch.AcceleratorError("the GPU has fallen off the bus"), True),
         (RuntimeError("NCCL error: unhandled system error"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling"), True),
         (torch.OutOfMemoryError(NO_MEMORY), False),
