@@ -108,7 +108,7 @@ class PolicyWorker:
         model = PolicyModel(
             hf_model,
             temperature=self.config.rollout.temperature,
-            head_chunk=actor.head_chunk_tokens or (2048 if self.device.type == "cuda" else 256),
+            head_chunk=actor.head_chunk(self.device.type),
             features=self._features if frozen_tower else None,
         )
         offload = actor.offload == "all" or (not trainable and actor.offload_reference)

@@ -41,7 +41,7 @@ def decide(config: Config, device: str, gpu_bytes: int) -> Decision:
 
     Args:
         device: "cpu" or "cuda".
-        gpu_bytes: memory of the smallest GPU.
+        gpu_bytes: memory of the smallest GPU; 0: not known.
     """
     wanted, ranks = config.cluster.placement, config.actor.num_ranks
     shared = config.rollout.workers * config.rollout.tensor_parallel
@@ -56,6 +56,8 @@ def decide(config: Config, device: str, gpu_bytes: int) -> Decision:
             return Decision(False, f"{key}={value} has engines and ranks work at the same time")
     if shared != ranks:
         return Decision(False, f"engines take {shared} GPUs, and actor.num_ranks={ranks}")
+    if not gpu_bytes:
+        return Decision(False, "how much memory the GPUs have is not known")
     return Decision(*colocated_fits(config, gpu_bytes))
 
 

@@ -81,9 +81,11 @@ def check(config: Config, device: str, used: Sequence[Found]) -> None:
                 f"trainer.run_dir={config.run_dir}: node {one.address} does not see what is written to it "
                 "here; name a directory that all nodes share"
             )
-        problem = device == "cuda" and (machine.driver_problem(one.machine) or one.machine.gpu_problem)
-        if problem:
-            raise UserError(f"node {one.address}: {problem}")
+        if device == "cuda":
+            if problem := one.machine.gpu_problem:
+                problem = f"its GPUs cannot be used ({problem}): nvidia-smi has to work there"
+            if problem := problem or machine.driver_problem(one.machine):
+                raise UserError(f"node {one.address}: {problem}")
         machines.append(one.machine)
     if lines := machine.differences(machines):
         raise UserError(f"the machines of this run have different versions: {'. '.join(lines)}; install one")

@@ -9,11 +9,12 @@ from typing import Any
 import ray
 
 from mssr.config import Config
-from mssr.errors import UserError, first_line
+from mssr.errors import UserError
 
 FORWARDED = ("NCCL_", "GLOO_", "VLLM_", "HF_")
 """How the names of variables begin that all workers get from the driver."""
 OF_ONE_MACHINE = ("VLLM_HOST_IP", "VLLM_PORT")
+"""Some of these that would be wrong elsewhere."""
 
 
 def worker_environment(config: Config) -> dict[str, str]:
@@ -54,5 +55,8 @@ def init_ray(config: Config, processes: int) -> None:
         ray.init(**options)
     # A RuntimeError if it is of another version. An address that is given Ray offers its token only if told.
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        if config.cluster.address is None:
+            raise
         hint = "" if "RAY_AUTH_MODE" in os.environ else "; if its head wants a token, set RAY_AUTH_MODE=token"
-        raise UserError(f"cluster.address={config.cluster.address}: {first_line(error)}{hint}") from error
+        told = " ".join(str(error).split())
+        raise UserError(f"cluster.address={config.cluster.address}: {told}{hint}") from error

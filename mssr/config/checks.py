@@ -281,11 +281,22 @@ def _check_overlap(config: Config) -> None:
 
 
 def _check_placement(config: Config) -> None:
-    """Engines and ranks that take turns on the same devices."""
+    """Engines and ranks that take turns on the same devices, and how weights get from one to the other."""
     if config.cluster.placement != "auto" and config.cluster.launcher == "local":
         raise UserError(
             f"cluster.placement={config.cluster.placement} places processes, and cluster.launcher=local runs "
             "in one; remove it"
+        )
+    if config.cluster.weight_transfer == "object_store" and config.rollout.tensor_parallel > 1:
+        raise UserError(
+            "cluster.weight_transfer=object_store reaches an engine's first process only, and "
+            f"rollout.tensor_parallel={config.rollout.tensor_parallel} gives it several; set broadcast, or "
+            "ipc where engines and ranks share devices"
+        )
+    if config.cluster.weight_transfer == "ipc" and config.cluster.placement == "apart":
+        raise UserError(
+            "cluster.weight_transfer=ipc is between processes on one device, and cluster.placement=apart "
+            "gives each its own; set broadcast"
         )
     if config.cluster.placement != "colocated":
         return

@@ -69,7 +69,7 @@ class RolloutConfig:
     """Share of GPU memory an engine may take; null: 0.9, or 0.65 where an actor rank is on the same GPU."""
     enforce_eager: bool = option(False, resume=FREE)
     """Do not capture CUDA graphs (always so on CPU)."""
-    check_weights: str = option("first", choices="first, always, never", resume=FREE)
+    check_weights: str = option("first", choices="first, always, never", resume=FREE, evaluation=UNREAD)
     """Compare the engines' weights with the actor's, by checksum, after a transfer: first (the first of a run
     and of an engine that was replaced), always, never."""
     engine_options: dict[str, Any] = option({}, resume=FREE, first_values=True)
@@ -159,6 +159,10 @@ class ActorConfig:
     """Stop after this many updates in a row that were skipped because loss, gradient or a log-prob (the
     engine's too) was not finite; what spoilt them is in <run_dir>/nonfinite."""
 
+    def head_chunk(self, device: str) -> int:
+        """``head_chunk_tokens`` on "cpu" or "cuda"; `mssr.models.head` says why they differ."""
+        return self.head_chunk_tokens or (2048 if device == "cuda" else 256)
+
 
 @dataclass
 class ClusterConfig:
@@ -173,7 +177,9 @@ class ClusterConfig:
     placement: str = option("auto", choices="auto, colocated, apart", evaluation=UNREAD)
     """colocated (an engine and as many ranks as it has devices take turns on these), apart (each has its
     own), or auto: colocated on GPUs where counts and memory allow, apart otherwise."""
-    weight_transfer: str = option("auto", choices="auto, object_store, ipc, broadcast")
+    weight_transfer: str = option(
+        "auto", choices="auto, object_store, ipc, broadcast", read_if="launcher = ray", evaluation=UNREAD
+    )
     """How engines get weights: object_store (Ray's, through host memory), ipc (in buckets from a rank on
     the same device), broadcast (NCCL, on CPU gloo), or auto: ipc where colocated on GPUs, broadcast where
     apart on GPUs or an engine has several processes, else object_store."""

@@ -179,8 +179,7 @@ class RankMemory:
     def _head(self) -> tuple[float, float]:
         """Bytes of the head's work, and of the gradient of its weight."""
         actor, vocabulary = self.config.actor, self.shape.text_config.vocab_size
-        chunk = actor.head_chunk_tokens or (2048 if self.device == "cuda" else 256)
-        rows = min(chunk, self.largest.responses)
+        rows = min(actor.head_chunk(self.device), self.largest.responses)
         logits = (8.0 * rows + 4.0 * min(rows, _MULTIPLIED)) * vocabulary
         hidden = 2 * self.c * self.largest.responses * self.shape.text_config.hidden_size
         gradient = 0 if self.adapters else self.c * self.shape.embedding

@@ -96,12 +96,14 @@ class Arriving:
         """How it ended, with the checksums of what arrived and of what ``model`` has now."""
         if self._sums is None or self.interrupted:
             return Loaded(self.interrupted)
+        if quantized:
+            return Loaded("", self._sums.result())
         held, hidden = Checksums(), []
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            if quantized or not parameter.numel():
-                hidden.append(name)
-            else:
+            if parameter.numel():
                 held.add(name, parameter)
+            else:
+                hidden.append(name)
         # Where there are more devices than heads of keys and values, several devices have the same head.
         copies = [getattr(module, "num_kv_head_replicas", 1) for module in model.modules()]
         return Loaded("", self._sums.result(), held.result(), hidden, max(copies))
@@ -116,7 +118,7 @@ class Loaded:
     arrived: Mapping[str, int] | None = None
     """Checksums by Hugging Face names; None if they were not asked for."""
     held: Mapping[str, int] | None = None
-    """Those of the engine's own parameters, by its names."""
+    """Those of the engine's own parameters, by its names; None of quantized ones, which are other numbers."""
     hidden: Sequence[str] = ()
     """Parameters that have no elements to see."""
     kv_copies: int = 1
@@ -132,10 +134,14 @@ def differences(sent: Mapping[str, int], processes: Sequence[Loaded]) -> list[st
     """
     found = {name for p in processes for name in sent if (p.arrived or {}).get(name) != sent[name]}
     found.update(name for p in processes for name in (p.arrived or {}) if name not in sent)
+    if any(p.held is None for p in processes):
+        return sorted(found)
+    names = {name for p in processes for name in (*(p.held or {}), *p.hidden)}
+    layers = {part for name in names for part in name.split(".")}
     expected: dict[str, dict[str, int]] = {}
     for name, value in sent.items():
-        expected.setdefault(_common_name(name), {})[name] = value
-    own = {_common_name(name): name for p in processes for name in (*(p.held or {}), *p.hidden)}
+        expected.setdefault(_common_name(name, layers), {})[name] = value
+    own = {_common_name(name, layers): name for name in names}
     found.update(own[name] for name in own.keys() - expected.keys())
     found.update(name for common in expected.keys() - own.keys() for name in expected[common])
     for common in expected.keys() & own.keys():
@@ -160,9 +166,9 @@ def _agree(parts: Mapping[str, int], held: Sequence[int], kv_copies: int) -> boo
     )
 
 
-def _common_name(name: str) -> str:
-    """What a tensor's name in transformers and in vLLM have in common."""
-    parts = [_FUSED.get(part, part) for part in name.split(".")]
+def _common_name(name: str, layers: set[str]) -> str:
+    """What a tensor's name in transformers and in an engine that has such layers have in common."""
+    parts = [fused if (fused := _FUSED.get(part)) in layers else part for part in name.split(".")]
     return ".".join(part for part in parts if part not in ("model", "language_model"))
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge, wait
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,10 @@ class Address(NamedTuple):
     host: str
     port: int
     key: bytes
+
+    def enter(self) -> Any:
+        """A connection to who is behind it."""
+        return Client((self.host, self.port), "AF_INET", authkey=self.key)
 
 
 class Door:
@@ -107,7 +111,7 @@ def _interrupted_by(*errors: type[Exception]) -> Iterator[None]:
 _GONE = EOFError, OSError, AuthenticationError
 
 
-class Sender(Protocol):
+class Sender:
     """The sending end of a transport."""
 
     def send(self, bucket: torch.Tensor, used: int, layout: Layout) -> None:
@@ -116,6 +120,7 @@ class Sender(Protocol):
         Raises:
             TransferInterruptedError: a receiver is lost; no more can be sent.
         """
+        raise NotImplementedError
 
     def finish(self) -> None:
         """There is no more. When this returns nobody uses the bucket any longer. Raises as `send`."""
@@ -124,7 +129,7 @@ class Sender(Protocol):
         """Who still waits for more is told that it will not come."""
 
 
-class StoreSender:
+class StoreSender(Sender):
     """Puts buckets where `mssr.rollout.weights.Stored` finds them.
 
     Args:
@@ -143,14 +148,8 @@ class StoreSender:
             bucket = self._kept["pinned"][:used].copy_(bucket[:used])
         self.buckets.append((self._put(bucket[:used].numpy()), layout))
 
-    def finish(self) -> None:
-        """They are stored."""
 
-    def close(self) -> None:
-        """Nobody waits."""
-
-
-class _Connected:
+class _Connected(Sender):
     """Sends to receivers that come to a door.
 
     Args:
@@ -200,7 +199,7 @@ class _Connected:
             for receiver in wait(waiting, timeout=1.0):
                 receiver.recv()  # type: ignore[union-attr, call-arg]
                 waiting.remove(receiver)
-            if time.monotonic() > deadline:
+            if waiting and time.monotonic() > deadline:
                 raise TimeoutError("an engine takes too long")
 
 
@@ -237,7 +236,7 @@ class Ipc:
         if name not in self.doors:
             raise RuntimeError(f"no rank is on {name}, the device of an engine that is to share it")
         memory: torch.Tensor | None = None
-        with _interrupted_by(*_GONE), _connection(self.doors[name]) as sender:
+        with _interrupted_by(*_GONE), self.doors[name].enter() as sender:
             while (message := sender.recv()) is not None:
                 layout, used, handed_out = message
                 if device.type == "cuda":
@@ -267,18 +266,13 @@ def _mapped(handed_out: tuple[Any, ...], device: torch.device) -> torch.Tensor:
     return rebuild_cuda_tensor(*arguments)
 
 
-@contextlib.contextmanager
-def _connection(address: Address) -> Iterator[Any]:
-    with Client((address.host, address.port), "AF_INET", authkey=address.key) as connection:
-        yield connection
-
-
 class Group(NamedTuple):
     """A process group of a sender, rank 0, and its receivers, beside any that torch knows of."""
 
     name: str
     members: dist.ProcessGroup
     store: dist.Store
+    uses_nccl: bool
 
 
 class BroadcastSender(_Connected):
@@ -338,7 +332,7 @@ class Broadcast:
     ) -> Generator[tuple[str, torch.Tensor]]:
         finished = False
         try:
-            with _interrupted_by(*_GONE), _connection(self.door) as sender:
+            with _interrupted_by(*_GONE), self.door.enter() as sender:
                 self._meet(sender, device, kept)
                 while (message := sender.recv()) is not None:
                     layout, used = message
@@ -390,11 +384,11 @@ def _join(
     members._set_default_backend(kind)
     backend._set_sequence_number_for_group()
     members._register_backend(torch.device(device.type), kind, backend)
-    return Group(name, members, store)
+    return Group(name, members, store, device.type == "cuda")
 
 
 def leave(kept: dict[str, Any]) -> None:
-    """Drop the group that is kept, if there is one. With NCCL what still runs in it ends."""
+    """Drop the group that is kept, if there is one, and with NCCL end what still runs in it."""
     group: Group | None = kept.pop("group", None)
-    if group is not None and torch.cuda.is_available():
+    if group is not None and group.uses_nccl:
         group.members.abort()

@@ -24,7 +24,8 @@ from tests.chaos.run import Run
 from tests.conftest import make_workspace
 
 MISMATCH = 0.002
-"""Largest `rollout/mismatch_kl`, nats per token, between engine and actor in bfloat16."""
+"""Largest `rollout/mismatch_kl`, nats a token, of engine and actor in bfloat16. On a CPU it is 1e-4 in the run
+of `transport`, whose updates move the policy by 0.1 to 0.5: old weights would show."""
 EXACT = 1e-5
 """Largest difference of log-probs in float32, which the CPU computes in."""
 

@@ -12,7 +12,7 @@ shape, with those in float64.
 
 - straightforward: all logits, log_softmax, entropy, autograd
 - two passes: `token_log_probs_and_entropy`, logits computed again in the backward pass
-- gradient in forward: `token_loss`
+- gradient in forward: `token_loss`, in chunks as a run has them; chunks of 256: the same in a CPU's, on a GPU
 - verl: the torch version of its fused head, a file that is read from ``--verl``, a directory with the package
   (``pip install --no-deps --target DIR verl``)
 - verl, kernel: its Triton kernel, on a GPU where all of verl is installed
@@ -35,7 +35,8 @@ import numpy as np
 import torch
 from report import GIB, arguments, forget_peak, in_new_process, in_turn, publish, resident, table, timed
 
-from mssr.models.head import token_log_probs_and_entropy, token_loss
+from mssr.config import Config
+from mssr.models.head import Head, token_log_probs_and_entropy, token_loss
 
 T = torch.Tensor
 Inputs = tuple[T, T, T, T, float]
@@ -57,14 +58,16 @@ def straightforward(hidden: T, weight: T, targets: T, advantages: T, coef: float
 
 
 def two_pass(hidden: T, weight: T, targets: T, advantages: T, coef: float) -> T:
-    return loss_of(*token_log_probs_and_entropy(hidden, weight, targets), advantages, coef)
+    head = Head(chunk=Config().actor.head_chunk(hidden.device.type))
+    return loss_of(*token_log_probs_and_entropy(hidden, weight, targets, head), advantages, coef)
 
 
-def in_forward(hidden: T, weight: T, targets: T, advantages: T, coef: float) -> T:
+def in_forward(hidden: T, weight: T, targets: T, advantages: T, coef: float, chunk: int = 0) -> T:
     def objective(log_probs: T, entropy: T, part: slice) -> T:
         return loss_of(log_probs, entropy, advantages[part], coef)
 
-    return token_loss(hidden, weight, targets, objective)[0]
+    head = Head(chunk=chunk or Config().actor.head_chunk(hidden.device.type))
+    return token_loss(hidden, weight, targets, objective, head)[0]
 
 
 def verl(hidden: T, weight: T, targets: T, advantages: T, coef: float) -> T:
@@ -100,6 +103,7 @@ VERSIONS: dict[str, Callable[..., T]] = {
     "straightforward": straightforward,
     "mssr, two passes": two_pass,
     "mssr, gradient in forward": in_forward,
+    "mssr, chunks of 256": functools.partial(in_forward, chunk=256),
     "verl": verl,
     "verl, kernel": verl_kernel,
     "Liger": liger,
@@ -166,6 +170,8 @@ def available(name: str, device: str, entropy_coef: float) -> str:
         return "Liger: takes no entropy loss"
     if name == "verl, kernel" and device != "cuda":
         return "verl's kernel needs a GPU"
+    if name == "mssr, chunks of 256" and device != "cuda":
+        return "Chunks are of 256 tokens"
     try:
         if name == "verl":
             verl_head()

@@ -34,6 +34,7 @@ qwen-vl-utils, safetensors and torchvision; ``--lora`` peft; neither ray, vllm n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import operator
@@ -41,6 +42,8 @@ import os
 import statistics
 import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +131,24 @@ class Update:
     operations: dict[str, float]
     """Model operations by phase."""
     seconds: dict[str, float]
+    waits: int
+    """How often the host waited for the GPU in forward and backward, as far as torch says so."""
+
+
+@contextlib.contextmanager
+def noting_waits(found: list[str]) -> Iterator[None]:
+    """Waits inside are added to a list; nothing on a CPU."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found += [str(w.message) for w in caught if "synchronizing" in str(w.message)]
 
 
 def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> tuple[list[Update], Phases]:
@@ -137,6 +158,8 @@ def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> 
     worker = PolicyWorker(config, 0, f"file://{rendezvous}", args.device)
     updater, phases = worker.updater, Phases(worker.device)
     watch(updater, "_before_update", lambda: phases("reference"))
+    waits: list[str] = []
+    watch(updater, "backward", lambda: noting_waits(waits))
     watch(updater, "backward", lambda: phases("forward and backward"))
     watch(updater, "_probe_kl", lambda: phases("KL probe"))
     watch(updater.optimizer, "step", lambda: phases("optimizer"))
@@ -147,6 +170,7 @@ def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> 
     batches = make_batches(config, args.per_update, VOCABULARY[args.size], responses)
     updates: list[Update] = []
     for number, batch in enumerate([batches[-1], *batches]):
+        waits.clear()
         with phases("step"):
             metrics = worker.update(batch, number)
         of_prompts = phases.seconds.pop("prompts")
@@ -167,7 +191,7 @@ def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> 
             bool(args.lora), frozen_tower
         )
         if number:
-            updates.append(Update(int(batch.lengths.sum()), operations, seconds))
+            updates.append(Update(int(batch.lengths.sum()), operations, seconds, len(waits)))
         else:
             phases.peaks.clear()
         print(f"{number}: {json.dumps({k: round(v, 3) for k, v in seconds.items()})}", file=sys.stderr)
@@ -241,7 +265,8 @@ def benchmark(args: argparse.Namespace) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="mssr-gpu-") as scratch:
         prompts, responses = draw_lengths(args.sequences, 1, args.scale)
         config = make_config(args, Path(scratch), prompts)
-        lines = table(*measure(args, config, responses), peak)
+        updates, phases = measure(args, config, responses)
+        lines = table(updates, phases, peak)
     assert not {"ray", "vllm"} & (set(sys.modules) - loaded)
     formula = "2 matrices + 3 attention + vision" if args.lora else "3 F"
     actor = config.actor
@@ -255,6 +280,9 @@ def benchmark(args: argparse.Namespace) -> list[str]:
         + (f"{peak / 1e12:g}e12 operations a second." if peak else "a peak that is not known here."),
         "",
         *lines,
+        "",
+        f"Head: chunks of {actor.head_chunk(args.device)} tokens. How often the host waited for the GPU in "
+        f"forward and backward: {statistics.median(u.waits for u in updates) if device else 'no GPU'}.",
         "",
     ]
 

@@ -290,6 +290,8 @@ def test_two_copies_on_four_ranks_train_like_one(
     in_passes = gradient | {"overrides": [*SIZES, "actor.micro_batch_tokens=40", *TWO]}
     one_copy, two_copies = str(tmp_path / "one"), str(tmp_path / "two")
     [(expected, _)] = run_ranks(batch, 1, [gradient])
+    whole = [*SIZES, "actor.micro_batch_tokens=40", "actor.shard_size=1"]  # on every rank
+    [(of_whole, _)] = run_ranks(batch, 2, [gradient | {"overrides": whole}])
     (found, counts), *runs = run_ranks(
         batch,
         4,
@@ -302,7 +304,7 @@ def test_two_copies_on_four_ranks_train_like_one(
             {"load": one_copy},
         ],
     )
-    assert relative_difference(expected, found) < 1e-5
+    assert relative_difference(expected, of_whole) < 1e-5 and relative_difference(expected, found) < 1e-5
     # The 4 layers once an update, the root in every pass, the 3 vision blocks in those with images.
     assert (counts["passes"], counts["all_reduces"]) == (4, 4 + 4 + 3 * 2)
     (one, metrics), (two, metrics_two), (two_in_one, _), (next_two, of_two), (next_one, of_one) = runs

@@ -85,6 +85,15 @@ def test_an_engine_that_has_them_passes(processes: int) -> None:
     assert differences(checksums(actor), loaded(actor, processes)) == []
 
 
+def test_an_engine_of_transformers_fuses_nothing() -> None:
+    actor = actor_weights()
+    sent = checksums(actor)
+    assert differences(sent, [Loaded("", sent, sent)]) == []
+    q, k = (f"{LAYER}.self_attn.{x}_proj.weight" for x in "qk")
+    exchanged = sent | {q: sent[k], k: sent[q]}
+    assert differences(sent, [Loaded("", sent, exchanged)]) == [k, q]
+
+
 def flip_a_bit(name: str) -> Callable[[Tensors], None]:
     def flip(held: Tensors) -> None:
         held[name].flatten().view(torch.int16)[3] ^= 1
@@ -139,6 +148,9 @@ def test_what_cannot_be_seen_is_compared_by_what_arrived() -> None:
     changed = dict(engine.arrived) | {f"{LAYER}.self_attn.o_proj.weight": 1}
     wrong = differences(checksums(actor), [Loaded("", changed, visible, hidden=[name])])
     assert wrong == [f"{LAYER}.self_attn.o_proj.weight"]
+    # As is all of an engine that quantizes.
+    assert differences(checksums(actor), [Loaded("", engine.arrived)]) == []
+    assert differences(checksums(actor), [Loaded("", changed)]) == wrong
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

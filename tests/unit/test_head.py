@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mssr.models import head
 from mssr.models.head import Head, token_log_probs_and_entropy, token_loss
+from tests.unit.stand_in_device import OnDevice, StandIn
 
 pytestmark = pytest.mark.unit
 
@@ -65,8 +69,8 @@ def straightforward(case: Case) -> Result:
     return log_probs, entropy, loss, *torch.autograd.grad(loss, [hidden, weight])
 
 
-def two_pass(case: Case) -> Result:
-    hidden, weight, targets, advantages = case.inputs()
+def two_pass(case: Case, put: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Result:
+    hidden, weight, targets, advantages = map(put, case.inputs())
     hidden.requires_grad_(), weight.requires_grad_()
     asked = Head(case.temperature, case.banned, case.chunk)
     log_probs, entropy = token_log_probs_and_entropy(hidden, weight, targets, asked)
@@ -74,8 +78,8 @@ def two_pass(case: Case) -> Result:
     return log_probs, entropy, loss, *torch.autograd.grad(loss, [hidden, weight])
 
 
-def in_forward(case: Case) -> Result:
-    hidden, weight, targets, advantages = case.inputs()
+def in_forward(case: Case, put: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Result:
+    hidden, weight, targets, advantages = map(put, case.inputs())
     hidden.requires_grad_(), weight.requires_grad_()
     asked = Head(case.temperature, case.banned, case.chunk)
     loss, log_probs, entropy = token_loss(hidden, weight, targets, objective(case, advantages), asked)
@@ -216,3 +220,68 @@ def test_a_banned_logit_is_a_constant_even_where_it_is_the_target(way: str) -> N
         loss = token_log_probs_and_entropy(*inputs, targets, asked)[0].sum()
     loss.backward()
     assert not weight.grad[[3, 150]].any() and weight.grad.any()
+
+
+class Spy(TorchDispatchMode):
+    """What computes a tensor, and the tensor's shape and dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor) and func not in (aten.slice.Tensor, aten.detach.default):
+            self.calls.append((str(func), tuple(out.shape), out.dtype))
+        return out
+
+    def of_shape(self, *shape: int) -> Counter[tuple[str, torch.dtype]]:
+        return Counter((name, dtype) for name, found, dtype in self.calls if found == shape)
+
+
+V, D, N, CHUNK = 152_064, 3584, 5000, 2048
+aten = torch.ops.aten
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+def test_on_a_gpu_no_product_of_the_size_of_the_weight_is_written() -> None:
+    """At the size of the 7B model: the gradient is filled with zeros, added to by chunks, and converted."""
+    hidden = torch.empty(N, D, dtype=HALF, device="meta", requires_grad=True)
+    weight = torch.empty(V, D, dtype=HALF, device="meta", requires_grad=True)
+    targets = torch.empty(N, dtype=torch.int64, device="meta")
+    with Spy() as spy:
+        loss, *_ = token_loss(
+            hidden,
+            weight,
+            targets,
+            lambda log_prob, entropy, _: (log_prob + entropy).sum(),
+            Head(0.7, [5], CHUNK),
+        )
+        loss.backward()
+    found = spy.of_shape(V, D)
+    assert found.pop(("aten.addmm.dtype_out", SINGLE)) == 3
+    assert found == {
+        ("aten.zeros_like.default", SINGLE): 1,
+        ("aten._to_copy.default", HALF): 1,
+        ("aten.mul_.Tensor", HALF): 1,
+    }
+    wide = spy.of_shape(CHUNK, V)
+    assert wide["aten.mm.dtype", SINGLE] == wide["aten._to_copy.default", HALF] == 2
+    assert ("aten.cat.default", SINGLE) not in wide
+    assert hidden.grad is not None and weight.grad is not None
+    assert hidden.grad.dtype == weight.grad.dtype == HALF
+
+
+@pytest.mark.parametrize("way", [two_pass, in_forward])
+@pytest.mark.parametrize("name", ["bfloat16", "float64"])
+def test_on_a_gpu_it_is_the_same_but_for_the_gradient_by_logits_that_is_rounded(
+    way: Callable[[Case], Result], name: str
+) -> None:
+    case = CASES[name]
+    expected = straightforward(case)
+    with StandIn() as mode:
+        actual = way(case, OnDevice)
+    assert not mode.waits
+    for k, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        rounding = (1e-5 if k < 3 else 2**-8) if name == "bfloat16" else 1e-12
+        assert (a.value.double() - e).norm() <= rounding * e.norm()

@@ -15,9 +15,11 @@ import torch
 from mssr.actor import step
 from mssr.actor.update import PolicyUpdater
 from mssr.algorithms.sequences import check_lengths, sequence_sums, to_tokens
+from mssr.config.run import LoraConfig
 from mssr.device import to_device
 from mssr.models import attention, encoded, packing, policy, vision
 from mssr.models.bounded_cache import BoundedCache
+from mssr.models.lora import add_adapters
 from mssr.models.policy import PolicyModel
 from mssr.types import TrainBatch
 from tests.conftest import Workspace
@@ -45,8 +47,13 @@ def nothing(model: PolicyModel) -> None:
     pass
 
 
-def freeze_tower(model: PolicyModel) -> None:
-    model.model.model.visual.requires_grad_(False)
+def adapt(model: PolicyModel) -> None:
+    """Adapters, and so a frozen tower, whose features are kept."""
+    add_adapters(model.model, LoraConfig(rank=4), seed=0)
+    for name, p in model.named_parameters():
+        p.data = p.data.double()
+        if ".lora_B." in name:
+            p.data += 0.01
     model.features = BoundedCache(2**24)
 
 
@@ -58,17 +65,19 @@ def recompute_in_half(model: PolicyModel) -> None:
 Prepare = Callable[[PolicyModel], None]
 
 
-def copied(updater: PolicyUpdater, prepare: Prepare, mode: StandIn | None = None) -> PolicyUpdater:
-    """The same with models of its own, on the device if there is one."""
+def copied(
+    updater: PolicyUpdater, prepare: Prepare, mode: StandIn | None = None, device: str = "cpu"
+) -> PolicyUpdater:
+    """The same with models of its own, on a device, or on the one that stands in if that is there."""
     models = [copy.deepcopy(model) for model in (updater.policy, updater.reference)]
     for model in models:
         if model is not None:
-            prepare(model)
+            prepare(model.to(device))
         if model is not None and mode is not None:
             mode.put(model)
     optimizer = torch.optim.SGD(models[0].parameters(), lr=0.1, foreach=False)  # type: ignore[union-attr]
     parts: Any = updater.config, *models, optimizer, updater.prompts, 0
-    return PolicyUpdater(*parts, DEVICE if mode else torch.device("cpu"))
+    return PolicyUpdater(*parts, DEVICE if mode else torch.device(device))
 
 
 def micro_batches(updater: PolicyUpdater, batch: TrainBatch) -> dict[str, Any]:
@@ -102,7 +111,7 @@ CASES: dict[str, tuple[Prepare, list[str]]] = {
         nothing,
         ["algorithm.loss.text_anchor_coef=0.1", "algorithm.loss.name=gspo", TWO],
     ),
-    "frozen tower": (freeze_tower, []),
+    "adapters": (adapt, []),
     "bfloat16, recomputed activations": (recompute_in_half, []),
 }
 
@@ -120,6 +129,30 @@ def test_no_micro_batch_waits(lab: StepLab, tmp_path: Path, device: None, case: 
     tolerance = 0.02 if prepare is recompute_in_half else 1e-9
     for name, gradient in gradients.items():
         assert (gradient.value - expected[name]).norm() < tolerance * norm, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES)
+def test_torch_finds_no_wait_on_a_gpu(lab: StepLab, tmp_path: Path, case: str) -> None:
+    """It raises where the host waits. The first time kernels are loaded and memory is pinned."""
+    prepare, options = CASES[case]
+    updater = lab.updater(tmp_path, *SEVERAL, *options)
+    beside = copied(updater, lambda model: prepare(model.bfloat16()), device="cuda:0")
+    for mode in ("default", "error"):
+        beside.policy.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            gradients = micro_batches(beside, lab.batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    expected = micro_batches(copied(updater, prepare), lab.batch)
+    norm, off = (
+        torch.stack([x.double().norm() for x in xs]).norm()
+        for xs in (expected.values(), (g.cpu().double() - expected[n] for n, g in gradients.items()))
+    )
+    assert off < 0.1 * norm
 
 
 def test_a_step_waits_once_an_update_and_for_its_metrics(lab: StepLab, tmp_path: Path, device: None) -> None:

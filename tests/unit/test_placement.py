@@ -63,6 +63,7 @@ def test_which_placement_is_chosen(
     said = (fits, "it fits" if fits else "it does not")
     monkeypatch.setattr(placement, "colocated_fits", lambda config, gpu_bytes: said)
     decision = decide(make_config(**options), device, 80 * 2**30)
+    assert not decide(make_config(), "cuda", 0).colocated
     assert decision.colocated is colocated and words in str(decision)
     assert str(decision).startswith(f"placement {'colocated' if colocated else 'apart'}: ")
 
@@ -156,7 +157,10 @@ HERE = machine.describe()
         ({"missing": ["/data/x"]}, "node 10.0.0.2 does not see /data/x"),
         ({"sees_run_dir": False}, "trainer.run_dir=runs/mssr: node 10.0.0.2 does not see"),
         ({"machine": None, "failure": "No module named 'mssr'"}, "cannot run mssr: No module named 'mssr'"),
-        ({"machine": replace(HERE, gpus=(), gpu_problem="nvidia-smi failed")}, "10.0.0.2: nvidia-smi failed"),
+        (
+            {"machine": replace(HERE, gpus=(), gpu_problem="nvidia-smi failed")},
+            "10.0.0.2: its GPUs cannot be used (nvidia-smi failed)",
+        ),
         ({"machine": replace(HERE, driver="470.1", cuda="13.0", gpu_problem="")}, "580 or newer"),
         (
             {"machine": replace(HERE, host="b", gpu_problem="", versions=HERE.versions | {"ray": "2.1"})},
@@ -215,6 +219,7 @@ NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB"
     ("error", "lost"),
     [
         (torch.AcceleratorError(CUDA_ERROR), True),
+        (torch.AcceleratorError("the GPU has fallen off the bus"), True),
         (RuntimeError("NCCL error: unhandled system error"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling"), True),
         (torch.OutOfMemoryError(NO_MEMORY), False),

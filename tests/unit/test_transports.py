@@ -91,7 +91,8 @@ def never() -> bool:
 
 
 def test_through_a_store(threads: Callable[..., Future[Any]]) -> None:
-    weights, store = some_weights(0), {}
+    weights = some_weights(0)
+    store: dict[int, Any] = {}
 
     def put(array: Any) -> int:
         store[len(store)] = array.copy()
@@ -150,15 +151,17 @@ def test_to_all_at_once_in_a_group_that_is_kept(threads: Callable[..., Future[An
         groups.append([engines.group(k) for k in range(3)])
     assert groups[0] == groups[1]
     assert sorted(rank for _, rank in groups[0]) == [1, 2, 3]
-    # An engine that takes another's place has no group.
-    engines.kept[1] = {}
-    weights = some_weights(2)
-    _, found = engines.broadcast(weights, [1])
-    assert_equal(found, weights)
-    _, *received = engines.broadcast(weights, [0, 1, 2])
-    for found in received:
-        assert_equal(found, weights)
-    assert len({engines.group(k)[0] for k in range(3)}) == 1
+    # An engine that takes another's place has no group, whether it is sent the weights alone or with others.
+    for first in ([1], []):
+        engines.kept[1] = {}
+        weights = some_weights(2)
+        if first:
+            _, found = engines.broadcast(weights, first)
+            assert_equal(found, weights)
+        _, *received = engines.broadcast(weights, [0, 1, 2])
+        for found in received:
+            assert_equal(found, weights)
+        assert len({engines.group(k)[0] for k in range(3)}) == 1
 
 
 def test_when_one_engine_is_gone_nobody_waits(threads: Callable[..., Future[Any]]) -> None:

@@ -18,6 +18,7 @@ from mssr.cluster.turns import Turns, Workers, transport
 from mssr.config import Config
 from mssr.errors import TrainingError, TransferInterruptedError, UserError, WorkersLostError
 from mssr.rollout.checksums import Loaded
+from mssr.runs.config import load_config
 from mssr.types import PackedRollouts, Rollout, RolloutRequest, SamplingParams
 
 pytestmark = pytest.mark.unit
@@ -361,3 +362,16 @@ def test_a_transport_that_cannot_work_is_refused(wanted: str, colocated: bool) -
         UserError, match=rf"cluster.weight_transfer={wanted} is between .*; set cluster.placement"
     ):
         transport(config(weight_transfer=wanted), "cuda", colocated)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("cluster.weight_transfer=object_store rollout.tensor_parallel=2", "first process only"),
+        ("cluster.weight_transfer=ipc cluster.placement=apart", "set broadcast"),
+        ("cluster.weight_transfer=broadcast cluster.launcher=local actor.num_ranks=1", "read by nothing"),
+    ],
+)
+def test_a_transport_that_contradicts_the_rest_is_refused(overrides: str, words: str) -> None:
+    with pytest.raises(UserError, match=rf"^cluster.weight_transfer=.*{words}"):
+        load_config("configs/digits/mssr.yaml", overrides.split())
