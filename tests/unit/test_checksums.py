@@ -106,6 +106,16 @@ def test_one_bit_is_seen_and_its_tensor_named(name: str, told: str, processes: i
     assert told in differences(checksums(actor), loaded(actor, processes, flip_a_bit(name)))
 
 
+def test_an_engine_that_fuses_nothing_passes() -> None:
+    """transformers, that is."""
+    weights = actor_weights()
+    sums = checksums(weights)
+    assert differences(sums, [Loaded("", sums, sums)]) == []
+    name = f"{LAYER}.self_attn.q_proj.weight"
+    other = checksums(weights | {name: weights[name] + 1})
+    assert name in differences(sums, [Loaded("", sums, other)])
+
+
 def test_weights_of_another_time_are_seen() -> None:
     old, new = actor_weights(0), actor_weights(1)
     assert differences(checksums(new), loaded(old)) == sorted(new)
