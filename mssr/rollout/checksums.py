@@ -136,18 +136,18 @@ def differences(sent: Mapping[str, int], processes: Sequence[Loaded]) -> list[st
     found.update(name for p in processes for name in (p.arrived or {}) if name not in sent)
     if any(p.held is None for p in processes):
         return sorted(found)
+    names = {name for p in processes for name in (*(p.held or {}), *p.hidden)}
+    layers = {part for name in names for part in name.split(".")}
     expected: dict[str, dict[str, int]] = {}
     for name, value in sent.items():
-        expected.setdefault(_common_name(name), {})[name] = value
-    own: dict[str, set[str]] = {}  # several names where an engine fuses less than vLLM
-    for name in (name for p in processes for name in (*(p.held or {}), *p.hidden)):
-        own.setdefault(_common_name(name), set()).add(name)
-    found.update(name for common in own.keys() - expected.keys() for name in own[common])
+        expected.setdefault(_common_name(name, layers), {})[name] = value
+    own = {_common_name(name, layers): name for name in names}
+    found.update(own[name] for name in own.keys() - expected.keys())
     found.update(name for common in expected.keys() - own.keys() for name in expected[common])
     for common in expected.keys() & own.keys():
-        if any(own[common] & set(p.hidden) for p in processes):
+        if any(own[common] in p.hidden for p in processes):
             continue
-        held = [sum((p.held or {})[name] for name in own[common]) for p in processes]
+        held = [(p.held or {})[own[common]] for p in processes]
         if not _agree(expected[common], held, processes[0].kv_copies):
             found.update(expected[common])
     return sorted(found)
@@ -166,9 +166,9 @@ def _agree(parts: Mapping[str, int], held: Sequence[int], kv_copies: int) -> boo
     )
 
 
-def _common_name(name: str) -> str:
-    """What a tensor's name in transformers and in vLLM have in common."""
-    parts = [_FUSED.get(part, part) for part in name.split(".")]
+def _common_name(name: str, layers: set[str]) -> str:
+    """What a tensor's name in transformers and in an engine that has such layers have in common."""
+    parts = [fused if (fused := _FUSED.get(part)) in layers else part for part in name.split(".")]
     return ".".join(part for part in parts if part not in ("model", "language_model"))
 
 

@@ -9,6 +9,9 @@ from mssr.models.host_memory import CACHES, disk_bytes, host_memory
 from mssr.models.memory import GIB, gpu_tables, problems
 from mssr.models.shapes import ModelShape, read_shape
 
+ROUGHLY = 1.2
+"""What libraries and an unknown mixture of images take is assumed: only more than this tells something."""
+
 
 def shortages(config: Config, device: str, machine: Machine) -> list[str]:
     """What is likely to run out, a line each; none where it fits, or where that cannot be told from here.
@@ -25,7 +28,7 @@ def shortages(config: Config, device: str, machine: Machine) -> list[str]:
     if config.cluster.address is None:
         of_host = host_memory(config, shape, device, colocated=config.cluster.placement == "colocated")
         needed = sum(size for part, size in of_host.items() if part != CACHES)
-        if needed > machine.memory_bytes:
+        if needed > ROUGHLY * machine.memory_bytes:
             there = f"{machine.memory_bytes / GIB:.0f} GiB"
             found.append(f"the processes of {machine.host} take {needed / GIB:.0f} GiB of memory of {there}")
     needed, free = disk_bytes(config, shape), free_disk(config.run_dir)
