@@ -106,8 +106,8 @@ def _libraries(here: Machine) -> Iterator[Finding | Row]:
     yield from guarded(_HERE, "NCCL", partial(_bandwidth_here, count, kind.link / 1e9 if kind else 0.0))
 
 
-def _bandwidth_here(count: int, link: float, backend: str = "nccl") -> Iterator[Finding]:
-    speed = gpu_checks.bandwidth(range(count), count, f"127.0.0.1:{_free_port()}", backend)
+def _bandwidth_here(count: int, link: float) -> Iterator[Finding]:
+    speed = gpu_checks.bandwidth(range(count), count, f"127.0.0.1:{_free_port()}")
     found = f"{_speeds(speed)} among {count} GPUs"
     # NCCL reaches most of NVLink's speed and a third of PCIe's.
     if speed["all_reduce"] < 0.2 * link:
