@@ -39,8 +39,6 @@ ASLEEP = 2 * GIB
 """What an engine that sleeps keeps: its context and the memory of its CUDA graphs."""
 FRAGMENTATION = 0.1
 """Of what comes and goes in an update; shards, which stay, leave no holes."""
-BUCKET = int(1.2 * 1e9)
-"""Weights on their way from a rank to an engine on the same GPU."""
 _MULTIPLIED = 256
 """Tokens whose logits are multiplied, out of place, for the entropy, see `mssr.models.head`."""
 _STEPPED = 2**24
@@ -144,9 +142,7 @@ class RankMemory:
         moments = moment_bytes(config) * self.trained / self.shards
         reference = 0.0
         if config.needs_reference and not self.adapters:
-            reference = c * self.sharded / (1 if actor.keep_gathered else self.shards)
-            if actor.keep_gathered:
-                reference += c * self.sharded / self.shards
+            reference = c * self.sharded * (1 / self.shards + (1 if actor.keep_gathered else 0))
         if self.moves and actor.offload == "all":
             parameters = moments = reference = 0.0
         if self.moves and actor.offload == "optimizer" and not states:
@@ -204,11 +200,10 @@ class RankMemory:
         kept = self._vision_kept() + (0 if vision else self._text_kept())
         one, backward = self._vision_block() if vision else self._text_layer()
         activations = kept + backward + (one if self.config.actor.activation_checkpointing else 0)
-        _, of_head = self._head()
         # Of this layer in the dtype of the pass, and of the one before, being reduced.
         reduced = self.c * trained + (0 if self.config.actor.keep_gathered else 4 * trained)
         parts = {"gathered": self._gathered(layer, 1), "activations": activations}
-        return parts | {"head": of_head, "gradients on their way": reduced}
+        return parts | {"head": self._head()[1], "gradients on their way": reduced}
 
     def _ends_backward(self) -> Parts:
         """Embedding and head: gradients in the dtype of the pass, then in float32, whole and sharded."""
@@ -239,10 +234,9 @@ class RankMemory:
         of_layer = self.c * t.hidden_size * tokens if self.config.actor.activation_checkpointing else one
         ends = (_norm(self.c, True) + self.c) * t.hidden_size * tokens
         mask = 0.0
-        if self.config.model.attn_implementation in ("sdpa", "eager"):
+        if (how := self.config.model.attn_implementation) in ("sdpa", "eager"):
             mask = float(self.c * tokens**2)
-        if self.config.model.attn_implementation == "eager":
-            of_layer += (4 + self.c) * t.num_attention_heads * tokens**2
+            of_layer += (4 + self.c) * t.num_attention_heads * tokens**2 if how == "eager" else 0
         return t.num_hidden_layers * of_layer + ends + mask
 
     def _vision_block(self) -> tuple[float, float]:
@@ -299,7 +293,8 @@ class EngineMemory:
         prefill = c * batched * (3 * t.intermediate_size / parallel + 6 * t.hidden_size)
         logits = 3 * 4 * slots(config, gpu_bytes) * t.vocab_size / parallel
         v = shape.vision_config
-        patches = max(config.data.max_pixels // v.patch_size**2, v.merged * batched // 4)
+        # As many tokens of images at a time as of text, and an image of any size.
+        patches = max(config.data.max_pixels // v.patch_size**2, v.merged * batched)
         vision = c * patches * (3 * v.intermediate_size + 10 * v.hidden_size)
         graphs = 0 if rollout.enforce_eager else CUDA_GRAPHS
         work = max(prefill, vision) + logits + graphs + ENGINE_CONTEXT
@@ -328,13 +323,14 @@ def rank_table(rank: RankMemory) -> Table:
     """What a rank holds in each phase on its GPU."""
     resident, update = rank.resident(states=False), rank.update()
     passing = sum(update.values()) - sum(resident.values()) - update["gradients"]
-    largest = rank.shape.embedding * (rank.c + rank.m)
+    # The largest tensor: gathered, converted, and in the bucket by which it travels.
+    sent = float(rank.shape.embedding * (rank.m + 2 * rank.c))
     table: Table = {}
     for name in dict.fromkeys([*resident, *update]):
         everywhere = dict.fromkeys(PHASES, resident.get(name, 0.0))
         table[name] = everywhere | {"update": update.get(name, 0.0)}
     table["optimizer states"] = {**table["optimizer states"], "save": rank.resident()["optimizer states"]}
-    table["weights to engines"] = {"sync": largest + BUCKET}
+    table["weights to engines"] = {"sync": sent}
     table["fragmentation"] = {"update": FRAGMENTATION * passing}
     table["CUDA, NCCL"] = dict.fromkeys(PHASES, float(RANK_CONTEXT))
     return {name: row for name, row in table.items() if any(row.values())}

@@ -20,12 +20,12 @@ from mssr.models.memory import GIB, colocated_fits
 from mssr.runs.config import load_config
 from scripts.acceptance.parts import NotPossible, Place, Told, layout, mssr, records, train
 from scripts.bench.workload import draw_lengths, write_model, write_rows
-from tests.chaos.run import Run
+from tests.chaos.run import STEPS, Run
 from tests.conftest import make_workspace
 
 MISMATCH = 0.002
-"""Largest `rollout/mismatch_kl`, nats a token, of engine and actor in bfloat16. On a CPU it is 1e-4 in the run
-of `transport`, whose updates move the policy by 0.1 to 0.5: old weights would show."""
+"""Largest `rollout/mismatch_kl`, nats a token, of engine and actor in bfloat16. On a CPU it is 1e-4 in the
+run of `transport`, whose updates move the policy by 0.1 to 0.5: old weights would show."""
 EXACT = 1e-5
 """Largest difference of log-probs in float32, which the CPU computes in."""
 
@@ -205,6 +205,7 @@ def kill(place: Place) -> Told:
         run.start()
         for step, log in ((2, "rollout-0.log"), (4, "actor-0.log")):
             run.reach(step)
+            assert run.process.poll() is None, run.screen.read_text()[-300:]
             told[f"after step {step}"] = run.kill(log)
         run.reach(6)
         run.process.kill()
@@ -213,9 +214,9 @@ def kill(place: Place) -> Told:
         run.start()
         assert run.wait() == 0, run.screen.read_text()[-300:]
         found = run.metrics()
-        assert [r["step"] for r in found] == list(range(len(found))), "steps are missing or twice there"
+        assert [r["step"] for r in found] == list(range(STEPS + 1)), "steps are missing or twice there"
         events = {e["event"] for e in run.events()}
         assert events >= {"engine_died", "actor_rank_died"}, f"events are {sorted(events)}"
-        return told | {"steps": str(len(found) - 1)} | check_agreement(place, found[1:])
+        return told | {"steps": str(STEPS)} | check_agreement(place, found[1:])
     finally:
         run.close()

@@ -45,23 +45,22 @@ CHECKPOINTING = "actor.activation_checkpointing=true"
 BF16 = "model.dtype=bfloat16"
 CASES: dict[str, tuple[str, int, list[str]]] = {
     "defaults": ("tiny", 1, []),
-    "checkpointing": ("20m", 1, [CHECKPOINTING]),
-    "2 ranks": ("60m", 2, []),
-    "2 ranks, checkpointing": ("200m", 2, [CHECKPOINTING]),
-    "bfloat16, checkpointing": ("200m", 1, [BF16, CHECKPOINTING]),
-    "2 ranks, everything gathered": ("60m", 2, ["actor.keep_gathered=true"]),
-    "LoRA": ("60m", 1, ["actor.lora.rank=16", "actor.vision_cache_gib=0"]),
-    "LoRA, bfloat16, 2 ranks": ("200m", 2, [BF16, "actor.lora.rank=32", "actor.vision_cache_gib=0"]),
-    "frozen tower": ("60m", 1, ["model.freeze_vision=true", "actor.vision_cache_gib=0"]),
-    "8-bit moments": ("200m", 1, [CHECKPOINTING, "actor.optimizer=adamw_8bit"]),
-    "bfloat16 masters": ("200m", 1, [BF16, CHECKPOINTING, "actor.master_dtype=bfloat16"]),
-    "the same, kahan": (
-        "200m",
+    "LoRA": ("20m", 1, [CHECKPOINTING, "actor.lora.rank=16", "actor.vision_cache_gib=0"]),
+    "offload of the optimizer": ("20m", 1, [CHECKPOINTING, "actor.offload=optimizer"]),
+    "8-bit moments": ("20m", 1, [CHECKPOINTING, "actor.optimizer=adamw_8bit"]),
+    "bfloat16, stochastic": ("20m", 1, [BF16, CHECKPOINTING, "actor.master_dtype=bfloat16"]),
+    "bfloat16, kahan": (
+        "20m",
         1,
         [BF16, CHECKPOINTING, "actor.master_dtype=bfloat16", "actor.rounding=kahan"],
     ),
-    "no reference": ("60m", 1, [CHECKPOINTING, "algorithm.kl.coef=0.0"]),
-    "offload of the optimizer": ("200m", 1, [CHECKPOINTING, "actor.offload=optimizer"]),
+    "bfloat16, float32 masters": ("20m", 1, [BF16, CHECKPOINTING]),
+    "frozen tower": ("20m", 1, ["model.freeze_vision=true", "actor.vision_cache_gib=0"]),
+    "everything gathered": ("20m", 2, ["actor.keep_gathered=true"]),
+    "checkpointing": ("20m", 1, [CHECKPOINTING]),
+    "2 ranks": ("60m", 2, []),
+    "checkpointing, large": ("200m", 1, [CHECKPOINTING]),
+    "LoRA, bfloat16, large": ("200m", 1, [BF16, "actor.lora.rank=32", "actor.vision_cache_gib=0"]),
 }
 """Name -> size, ranks, options."""
 

@@ -29,7 +29,7 @@ from mssr.types import RolloutRequest, SamplingParams
 pytestmark = pytest.mark.e2e
 NODE = {"num_cpus": 40, "num_gpus": 8}
 PARAMS = SamplingParams(1.0, 4)
-REQUESTS = [RolloutRequest(f"p{k}", 0, 37 * k) for k in range(60)]
+REQUESTS = [RolloutRequest(f"p{k}", 0, 37 * k) for k in range(24)]
 
 
 class Seated:
@@ -105,7 +105,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: Told) -> Iterat
         config.actor.num_ranks, config.rollout.workers = ranks, engines
         config.rollout.tensor_parallel, config.rollout.max_num_seqs = each, 4
         config.rollout.max_response_length = 4
-        config.rollout.engine_options = {OPTIONS: {"generate_s": 1.0, "update_s": 0.0}}
+        config.rollout.engine_options = {OPTIONS: {"generate_s": 0.1, "update_s": 0.0}}
         config.cluster = replace(config.cluster, device="cuda", weight_transfer="object_store", **cluster)
         started.append(RayCluster(config, told, lambda: False, told.notes.append))
         return started[-1]

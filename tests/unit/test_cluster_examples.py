@@ -150,14 +150,31 @@ def test_slurm_job_with_an_error_is_not_requeued(
     assert any(call.startswith("mssr train") for call in calls) == ("CODE" in variables)
 
 
-def test_two_machines_find_each_other_with_a_token(tmp_path: Path) -> None:
-    """Two raylets on this machine, started as a user starts them on two."""
-    few = "--num-cpus=1 --object-store-memory=100000000 --min-worker-port=0 --max-worker-port=0"
+# `mssr doctor` as it is, but for the libraries that tests/e2e/test_acceptance.py has it load.
+MSSR = f"""#!/bin/sh
+if [ "$1" = train ]; then echo "mssr $*"; exit; fi
+exec {sys.executable} -c '
+import sys
+from mssr.tools import cli, gpu_checks
+gpu_checks.libraries = lambda: dict(device="cpu", gpus=0, nccl="")
+sys.exit(cli.main())' "$@"
+"""
+
+
+def test_two_machines_with_a_token_pass_the_doctor(tmp_path: Path) -> None:
+    """Two raylets on this machine that claim a GPU each, started as a user starts them on two."""
+    (tmp_path / "mssr").write_text(MSSR)
+    (tmp_path / "mssr").chmod(0o755)
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    (tmp_path / "c.yaml").write_text(f"model: {{path: {tmp_path}}}\ndata: {{train: a/b, val: a/b}}\n")
+    few = "--num-cpus=1 --num-gpus=1 --object-store-memory=100000000 --min-worker-port=0 --max-worker-port=0"
     # Short, because the path of a socket may have a hundred characters.
     with tempfile.TemporaryDirectory(prefix="mssr-") as home, contextlib.ExitStack() as stack:
         env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": home}
+        env["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{env['PATH']}"
 
-        def start(*role: str, options: str) -> subprocess.Popen[str]:
+        def start(*role: str, options: str = "") -> subprocess.Popen[str]:
             command = [str(EXAMPLES / "two_machines.sh"), *role]
             started = subprocess.Popen(
                 command, env=env | {"RAY_OPTIONS": options}, stdout=subprocess.PIPE, text=True
@@ -170,11 +187,11 @@ def test_two_machines_find_each_other_with_a_token(tmp_path: Path) -> None:
         assert head.stdout is not None
         address = next(m[1] for line in head.stdout if (m := re.search(r"--address='([\d.:]+)'", line)))
         start("worker", address, options=few)
-        wait = [sys.executable, str(EXAMPLES / "wait_for_nodes.py"), "2", address]
-        found = subprocess.run(
-            wait, env=env | {"RAY_AUTH_MODE": "token"}, capture_output=True, text=True, timeout=300
-        )
-        assert found.returncode == 0 and found.stdout.startswith("2 nodes: "), found.stderr
+        arguments = [str(tmp_path / "c.yaml"), f"trainer.run_dir={tmp_path}/run"]
+        said, _ = start("train", "2", address, *arguments).communicate(timeout=300)
+    assert said.startswith("2 nodes: "), said
+    assert "2, all of them free" in said and "the run has room" in said and "among 2 GPUs on 2 nodes" in said
+    assert said.splitlines()[-1] == f"mssr train {' '.join(arguments)} cluster.address={address}", said
 
 
 def test_kuberay_manifest() -> None:

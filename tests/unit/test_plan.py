@@ -48,6 +48,23 @@ def test_a_shipped_config_fits_colocated_on_the_gpus_that_it_is_for(path: str, g
     assert plan.colocated and plan.needed == plan.machines.per_node
 
 
+def test_the_table_of_the_readme_is_what_the_command_says() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if "](configs/geo" in line]
+    assert len(rows) == len(list(GEOMETRY.glob("*.yaml")))
+    for _, _, _, link, sizes, *methods in rows:
+        path = link.partition("](")[2].removesuffix(")")
+        number = {"4gpu": 4, "1gpu": 1, "24gb": 1}.get(Path(path).stem.rpartition("_")[2], 8)
+        kind = "RTX-4090-24GB" if "24gb" in path else H100.name
+        for method, text in zip(("mssr", "grpo"), methods, strict=True):
+            config = load_config(ROOT / path, [f"algorithm.name={method}"])
+            plan = make_plan(config, f"{number}x{kind}", nodes=1)
+            taken, seconds = totals(next(iter(plan.tables.values()))), plan.time().seconds
+            assert sizes == f"{taken['generate'] / GIB:.0f}, {taken['update'] / GIB:.0f}"
+            hours = seconds * config.trainer.steps * number / 3600
+            assert text.removesuffix(" |") == f"{seconds:.0f} s, {hours:.0f} h"
+
+
 def test_the_command_prints_a_table_that_a_terminal_can_hold(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(SEVEN), "--gpus", "8xH100-80GB"]) == 0
     lines = capsys.readouterr().out.splitlines()
