@@ -56,9 +56,8 @@ def _offloaded(rank: RankMemory) -> float:
         waiting = 2 * pinned(rank.tensors, moment_bytes(rank.config) / 2)
     if actor.offload == "all":  # parameters and gradients; states are not pinned
         waiting = rank.moments + 2 * pinned(rank.tensors, rank.m)
-    of_reference = rank.config.needs_reference and not rank.adapters and actor.offload_reference
-    under_adapters = rank.adapters and actor.offload == "all"
-    if under_adapters or of_reference or (rank.config.needs_reference and actor.offload == "all"):
+    reference = rank.config.needs_reference and (actor.offload == "all" or actor.offload_reference)
+    if (actor.offload == "all") if rank.adapters else reference:  # what is beneath adapters is the reference
         waiting += pinned(rank.shape.matrices(rank.config.trains_vision), rank.c)
     return waiting
 

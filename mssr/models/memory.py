@@ -211,7 +211,7 @@ class RankMemory:
 
     def _step(self) -> Parts:
         """What the optimizers that are ours work with, and states that come for it."""
-        largest, parts = self.shape.embedding / self.shards, {}
+        largest, parts = max(self.tensors) / self.shards, {}
         if self.offload == "optimizer":
             parts["optimizer states"] = min(self.moments, max(GIB, moment_bytes(self.config) * largest))
         eight_bits = self.config.actor.optimizer == "adamw_8bit"

@@ -97,16 +97,12 @@ class ModelShape:
         return 4 * c * c + 4 * c + 3 * c * k + 2 * k + c + 2 * c
 
     @property
-    def vision_ends(self) -> int:
-        """Of patch embedding and merger, which are in no block."""
+    def vision(self) -> int:
+        """Of the tower: patch embedding, blocks and merger."""
         v = self.vision_config
         wide = v.merged * v.hidden_size
         merger = v.hidden_size + wide * wide + wide + wide * v.out_hidden_size + v.out_hidden_size
-        return v.patch_values * v.hidden_size + merger
-
-    @property
-    def vision(self) -> int:
-        return self.vision_config.depth * self.vision_block + self.vision_ends
+        return v.patch_values * v.hidden_size + v.depth * self.vision_block + merger
 
     @property
     def text(self) -> int:
