@@ -120,8 +120,9 @@ def test_slurm_starts_ray_on_all_nodes(slurm: Callable[..., subprocess.Popen[str
     head, workers = sorted(
         (call for call in calls if call.startswith("srun")), key=lambda c: "--head" not in c
     )
-    assert "--nodes=1 --nodelist=node-a ray start --head --node-ip-address=10.0.0.1 --port=23456" in head
-    assert "--nodes=2 --exclude=node-a ray start --address=10.0.0.1:23456" in workers
+    ray_head = "ray start --head --node-ip-address=10.0.0.1 --port=23456"
+    assert f"--nodes=1 --ntasks=1 --nodelist=node-a {ray_head}" in head
+    assert "--nodes=2 --ntasks=2 --exclude=node-a ray start --address=10.0.0.1:23456" in workers
     assert all("--gpus-per-node=8" in c and "--num-cpus=64" in c and "--block" in c for c in (head, workers))
     rest = [call for call in calls if not call.startswith("srun")]
     assert rest[-3:] == [
@@ -174,21 +175,22 @@ def test_two_machines_with_a_token_pass_the_doctor(tmp_path: Path) -> None:
         env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": home}
         env["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{env['PATH']}"
 
-        def start(*role: str, options: str = "") -> subprocess.Popen[str]:
+        def start(*role: str, **variables: str) -> subprocess.Popen[str]:
             command = [str(EXAMPLES / "two_machines.sh"), *role]
-            started = subprocess.Popen(
-                command, env=env | {"RAY_OPTIONS": options}, stdout=subprocess.PIPE, text=True
-            )
+            started = subprocess.Popen(command, env=env | variables, stdout=subprocess.PIPE, text=True)
             stack.callback(started.communicate, timeout=120)
             stack.callback(started.terminate)
             return started
 
-        head = start("head", options=f"{few} --port=0 --temp-dir={home}")
+        # A network that only the driver's environment, which workers get, tells right.
+        env["GLOO_SOCKET_IFNAME"] = "none"
+        head = start("head", RAY_OPTIONS=f"{few} --port=0 --temp-dir={home}")
         assert head.stdout is not None
         address = next(m[1] for line in head.stdout if (m := re.search(r"--address='([\d.:]+)'", line)))
-        start("worker", address, options=few)
+        start("worker", address, RAY_OPTIONS=few)
         arguments = [str(tmp_path / "c.yaml"), f"trainer.run_dir={tmp_path}/run"]
-        said, _ = start("train", "2", address, *arguments).communicate(timeout=300)
+        training = start("train", "2", address, *arguments, GLOO_SOCKET_IFNAME="lo")
+        said, _ = training.communicate(timeout=300)
     assert said.startswith("2 nodes: "), said
     assert "2, all of them free" in said and "the run has room" in said and "among 2 GPUs on 2 nodes" in said
     assert said.splitlines()[-1] == f"mssr train {' '.join(arguments)} cluster.address={address}", said
