@@ -104,9 +104,9 @@ def differences(machines: Sequence[Machine]) -> list[str]:
     """In what machines of one run may not differ and do: one line each, with the hosts."""
     lines = []
     for name in machines[0].versions if machines else ():
-        hosts: dict[str, list[str]] = defaultdict(list)
+        hosts: dict[str, set[str]] = defaultdict(set)
         for machine in machines:
-            hosts[machine.versions[name] or "missing"].append(machine.host)
+            hosts[machine.versions[name] or "missing"].add(machine.host)
         if len(hosts) > 1:
             where = "; ".join(f"{version} on {', '.join(sorted(h))}" for version, h in sorted(hosts.items()))
             lines.append(f"{name} is {where}")
