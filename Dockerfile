@@ -12,7 +12,7 @@ ARG DEVICE=gpu
 # with its drivers, without which NCCL goes through TCP between machines. Python's headers are in the image.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
-        build-essential git ibverbs-providers libgomp1 libibverbs1 libnuma1 \
+        build-essential git ibverbs-providers libgomp1 libibverbs1 libnuma1 wget \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /mssr
@@ -20,7 +20,7 @@ ENV MSSR_DEVICE=$DEVICE PIP_NO_CACHE_DIR=1
 
 COPY . .
 RUN ./scripts/setup.sh
-# Kubernetes asks Ray's dashboard whether a node is well.
+# Kubernetes asks Ray's dashboard, by wget, whether a node is well.
 RUN .venv/bin/pip install -c constraints.txt "ray[default]"
 
 ENV PATH=/mssr/.venv/bin:$PATH

@@ -36,13 +36,14 @@ ip=${MSSR_HEAD_IP:-$(python -c 'import ray; print(ray.util.get_node_ip_address()
 address=$ip:$((20000 + SLURM_JOB_ID % 10000))
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
+# srun would take the number of tasks of the whole job from its environment.
 step=(srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --gpus-per-node="${SLURM_GPUS_PER_NODE:-0}")
 resources=(--num-cpus="$SLURM_CPUS_PER_TASK" --disable-usage-stats --block)
 
-"${step[@]}" --nodes=1 --nodelist="$first" \
+"${step[@]}" --nodes=1 --ntasks=1 --nodelist="$first" \
     ray start --head --node-ip-address="$ip" --port="${address##*:}" --include-dashboard=false "${resources[@]}" &
-if ((SLURM_JOB_NUM_NODES > 1)); then
-    "${step[@]}" --nodes=$((SLURM_JOB_NUM_NODES - 1)) --exclude="$first" \
+if ((others = SLURM_JOB_NUM_NODES - 1)); then
+    "${step[@]}" --nodes=$others --ntasks=$others --exclude="$first" \
         ray start --address="$address" "${resources[@]}" &
 fi
 python examples/cluster/wait_for_nodes.py "$SLURM_JOB_NUM_NODES" "$address"

@@ -10,8 +10,9 @@
 #   examples/cluster/two_machines.sh train 2 10.0.0.1:6379 /shared/my.yaml trainer.run_dir=/shared/runs/my
 #
 # Ray lets in who has its token: copy ~/.ray/auth_token, which the first command makes, from the first machine to the
-# others, unless they share the home directory. The run directory, data and model are on storage that all machines see under the same absolute path. mssr is
-# installed everywhere as here. RAY_OPTIONS are further arguments of `ray start`.
+# others, unless they share the home directory. The run directory, data and model are on storage that all machines
+# see under the same absolute path. mssr is installed everywhere as here. RAY_OPTIONS are further arguments of
+# `ray start`.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

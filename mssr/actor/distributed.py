@@ -18,12 +18,7 @@ from mssr.models.policy import PolicyModel
 
 
 def init_process_group(
-    rank: int,
-    ranks: int,
-    init_method: str,
-    device: torch.device,
-    timeout_s: float,
-    replicas: int = 1,
+    rank: int, ranks: int, init_method: str, device: torch.device, timeout_s: float, replicas: int = 1
 ) -> DeviceMesh:
     """Join the group. gloo for what is on CPU, nccl for what is on GPUs.
 
@@ -45,18 +40,14 @@ def init_process_group(
         timeout=datetime.timedelta(seconds=timeout_s),
     )
     if replicas == 1:
-        mesh = init_device_mesh(device.type, (ranks,))
-    else:
-        names = ("replicate", "shard")
-        mesh = init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=names)
-    limit_waits(mesh, timeout_s)
-    return mesh
+        return init_device_mesh(device.type, (ranks,))
+    names = ("replicate", "shard")
+    return init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=names)
 
 
 def limit_waits(mesh: DeviceMesh, timeout_s: float) -> None:
     """From now on a collective of all ranks, or of a part of the mesh, waits for the others so long."""
-    for group in {dist.group.WORLD, *mesh.get_all_groups()}:
-        # The groups of a mesh do not take over the limit of the whole group.
+    for group in {dist.group.WORLD, *mesh.get_all_groups()}:  # parts take over no limit from the whole
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
 
 

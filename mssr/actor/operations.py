@@ -31,17 +31,16 @@ def model_operations(config: Config, cost: CostModel, batch: TrainBatch, plan: S
     sequences of an update. Those of a frozen tower do not count, because its features are kept, nor do
     recomputation, adapters, and passes in which a rank only runs along.
     """
-    by_sequence = cost.operations(batch, tower=config.trains_vision)
-    anchor = cost.operations(batch, text_only=True) if config.algorithm.loss.text_anchor_coef else None
-    first_known = not config.actor.lora.dropout  # its own forward pass gives the old log-probs
-    needs_old = batch.old_log_probs is None
+    lora, needs_old = config.actor.lora, batch.old_log_probs is None
     needs_reference = config.needs_reference and not config.kl_in_reward and batch.reference_log_probs is None
     total = 0.0
     for number, update in enumerate(plan.updates):
-        of_update = by_sequence.of(update.sequences)
-        scored = int(needs_old and not (number == 0 and first_known)) + int(needs_reference)
-        total += of_update.training(frozen_weights=config.actor.lora.rank > 0) + scored * of_update.forward
-        total += 0.0 if anchor is None else anchor.of(update.sequences).forward
+        work = cost.operations(batch, update.sequences, config.trains_vision)
+        # The first one's own forward pass gives the old log-probs, see `mssr.actor.update`.
+        scored = int(needs_old and (number > 0 or lora.dropout > 0)) + int(needs_reference)
+        total += work.training(frozen_weights=lora.rank > 0) + scored * work.forward
+        if config.algorithm.loss.text_anchor_coef:
+            total += cost.operations(batch, update.sequences, text_only=True).forward
     probed = [s for passes in plan.probe for micro in passes if micro.weight for s in micro.sequences]
-    scored = 1 + int(config.holds_out and needs_old)
-    return total + scored * by_sequence.of(probed).forward
+    probe = cost.operations(batch, probed, config.trains_vision)
+    return total + (1 + int(config.holds_out and needs_old)) * probe.forward

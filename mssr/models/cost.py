@@ -24,7 +24,7 @@ save memory, as is usual for model FLOPs utilization (arXiv 2204.02311, appendix
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,26 +73,6 @@ class Operations:
         what is trained beside frozen weights (LoRA) is left out."""
         matrices, vision = 2 if frozen_weights else 3, 1 if frozen_tower else 3
         return matrices * self.matrices + 3 * self.attention + vision * self.vision
-
-
-@dataclass(frozen=True, slots=True)
-class BatchOperations:
-    """Of a forward pass, by sequence: (B,) each."""
-
-    matrices: npt.NDArray[np.float64]
-    attention: npt.NDArray[np.float64]
-    vision: npt.NDArray[np.float64]
-    prompts: npt.NDArray[np.int64]
-    """Number of the prompt."""
-
-    def of(self, sequences: Iterable[int]) -> Operations:
-        """A pass over some of them, which has the images of a prompt once."""
-        picked = np.fromiter(sequences, np.int64)
-        _, first = np.unique(self.prompts[picked], return_index=True)
-        vision = self.vision[picked[first]]
-        return Operations(
-            float(self.matrices[picked].sum()), float(self.attention[picked].sum()), float(vision.sum())
-        )
 
 
 class CostModel:
@@ -146,8 +126,9 @@ class CostModel:
         sequence, patches = self._images_of(batch)
         image_cost = np.zeros(len(batch), dtype=np.int64)
         np.add.at(image_cost, sequence, self.images(patches))
-        prompts = _numbered(batch.prompt_ids)
-        homes = np.array([home(prompt_id) for prompt_id in dict.fromkeys(batch.prompt_ids)], dtype=np.int64)
+        numbers: dict[str, int] = {}
+        prompts = np.array([numbers.setdefault(i, len(numbers)) for i in batch.prompt_ids], dtype=np.int64)
+        homes = np.array([home(prompt_id) for prompt_id in numbers], dtype=np.int64)
         return SequenceWork(
             lengths=batch.lengths,
             text_cost=self.text(batch.lengths, batch.response_lengths),
@@ -156,21 +137,24 @@ class CostModel:
             homes=homes[prompts],
         )
 
-    def operations(self, batch: TrainBatch, tower: bool = True, text_only: bool = False) -> BatchOperations:
-        """Of forward passes over a batch's sequences.
+    def operations(
+        self, batch: TrainBatch, sequences: Sequence[int], tower: bool = True, text_only: bool = False
+    ) -> Operations:
+        """Of a forward pass over some of a batch's sequences, which has the images of a prompt once.
 
         Args:
             tower: whether the vision tower runs, or its features are known.
             text_only: without the images.
         """
-        sequence, patches = self._images_of(batch)
-        vision, of_images = self.images_forward(patches) * (tower and not text_only), patches / self._merged
-        lengths = batch.lengths - np.bincount(sequence, of_images * text_only, len(batch))
-        return BatchOperations(
-            matrices=self.per_token * lengths + self.per_response_token * batch.response_lengths,
-            attention=self.per_square * lengths**2,
-            vision=np.bincount(sequence, vision, len(batch)).astype(np.float64),
-            prompts=_numbered(batch.prompt_ids),
+        image_of, patches = self._images_of(batch)
+        lengths = batch.lengths - text_only * np.bincount(image_of, patches / self._merged, len(batch))
+        matrices = self.per_token * lengths + self.per_response_token * batch.response_lengths
+        vision = np.bincount(image_of, self.images_forward(patches), len(batch))
+        chosen, of_prompts = list(sequences), list({batch.prompt_ids[s]: s for s in sequences}.values())
+        return Operations(
+            matrices=float(matrices[chosen].sum()),
+            attention=float((self.per_square * lengths[chosen] ** 2).sum()),
+            vision=float(vision[of_prompts].sum()) if tower and not text_only else 0.0,
         )
 
     def _images_of(self, batch: TrainBatch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -179,12 +163,6 @@ class CostModel:
         starts, ends = np.flatnonzero(np.diff(is_image.astype(np.int8))).reshape(-1, 2).T
         sequence = np.searchsorted(batch.offsets, starts, side="right") - 1
         return sequence, (ends - starts) * self._merged
-
-
-def _numbered(prompt_ids: Sequence[str]) -> npt.NDArray[np.int64]:
-    """(B,) numbers of prompts, from 0, in the order in which they come first."""
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(i, len(numbers)) for i in prompt_ids], dtype=np.int64)
 
 
 def home(prompt_id: str) -> int:

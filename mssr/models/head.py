@@ -16,9 +16,8 @@ Two ways to get there, both with float32 sums (float64 for a float64 model) from
 Either holds ``chunk`` x V logits, twice, and the gradient of the weight in the precision of the sums.
 
 A GPU multiplies bfloat16 factors into float32 without converting them, and adds to what is there already, so
-that the gradient of a chunk reaches that of the weight with no V x D product written out. Each such addition
-still reads and writes the whole gradient, so chunks are larger there: with 2,048 tokens and D = 3584 it takes
-a seventh of the time of the three products, with 256 as long as they do (by arithmetic, of an H100).
+that no V x D product is written out. Each such addition still reads and writes the whole gradient, so chunks
+are larger there (docs/throughput.md has the arithmetic).
 """
 
 from __future__ import annotations

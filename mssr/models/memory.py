@@ -42,7 +42,7 @@ FRAGMENTATION = 0.1
 _MULTIPLIED = 256
 """Tokens whose logits are multiplied, out of place, for the entropy, see `mssr.models.head`."""
 _STEPPED = 2**24
-"""Elements that the optimizers of `mssr.actor.adamw` step at the same time, in some ten float32 copies."""
+"""Elements that the optimizers of `mssr.actor.adamw` step at a time; copies take 24 or 52 bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +216,7 @@ class RankMemory:
         if self.config.actor.optimizer == "adamw" and self.m == 4:
             return {}
         largest = min(_STEPPED, self.shape.embedding / self.shards)
-        return {"optimizer's work": 40.0 * largest}
+        return {"optimizer's work": (52.0 if self.config.actor.optimizer == "adamw_8bit" else 24.0) * largest}
 
     def _text_layer(self) -> tuple[float, float]:
         """What a decoder layer keeps for its backward pass, and what that needs besides."""

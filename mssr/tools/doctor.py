@@ -6,19 +6,15 @@ What is checked of a machine is in `machine_checks`; this is what is asked of wh
 from __future__ import annotations
 
 import json
-import logging
 import os
-import socket
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mssr.cluster import machine as facts
 from mssr.cluster.machine import Machine
 from mssr.config import Config
-from mssr.config.secrets import redact
 from mssr.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from mssr.models import gpus as gpu_kinds
 from mssr.models.host_memory import disk_bytes
@@ -26,7 +22,7 @@ from mssr.models.loading import check_model_path
 from mssr.models.shapes import read_shape
 from mssr.runs.config import load_config
 from mssr.tools import gpu_checks
-from mssr.tools.machine_checks import ERROR, GIB, OK, WARNING, Finding, Row, Run, gib, guarded, machine_rows
+from mssr.tools.machine_checks import ERROR, GIB, OK, WARNING, Finding, Row, gib, guarded, machine_rows
 
 if TYPE_CHECKING:
     from mssr.cluster.placement import Node
@@ -35,148 +31,114 @@ if TYPE_CHECKING:
 _HERE = "this machine"
 _7B_BYTES = 16_582_000_000
 """Weights of Qwen2.5-VL-7B."""
-_ANSWER_TIMEOUT_S = 150
-"""Longest that a node may take to answer."""
-_VARIABLES = ("CUDA_", "NCCL_", "GLOO_", "VLLM_", "HF_", "RAY_", "PYTORCH_")
-_RAY_ADDRESS_FILE = Path("/tmp/ray/ray_current_cluster")
 
 
 def doctor(config_file: str | None, overrides: Sequence[str], address: str | None, as_json: bool) -> int:
     """Check, print the table, and return the exit code: 2 where a row is an error."""
-    rows = list(guarded("mssr doctor", "itself", partial(examine, config_file, overrides, address)))
+    rows = list(guarded("mssr doctor", "itself", examine(config_file, overrides, address)))
     print(json.dumps([asdict(row) for row in rows], indent=1) if as_json else _table(rows))
     return EXIT_USER_ERROR if any(row.status == ERROR for row in rows) else EXIT_OK
 
 
 def examine(config_file: str | None, overrides: Sequence[str], address: str | None) -> Iterator[Row]:
     """All rows. What goes wrong in a check is a row itself."""
-    config = None
+    config, weights, disk = None, float(_7B_BYTES), 0.0
     if config_file:
         try:
             config = load_config(config_file, overrides)
-            check_model_path(config.model)
-            files = ", ".join(facts.shared_paths(config))
-            yield Row("config", "files", OK, files or "none; all is on the hub")
+            check_model_path(config.model, config.rollout.tensor_parallel)
+            shape = read_shape(config.model)
+            weights, disk = 2.0 * shape.parameters, disk_bytes(config, shape)
+            for path in facts.missing_files(config):
+                yield Row("config", "files", ERROR, f"{path} is not there", "see data.train and data.val")
+            found = ", ".join(facts.shared_paths(config))
+            yield Row("config", "files", OK, found or "none here; all is on the hub")
         except UserError as error:
             yield Row("config", config_file, ERROR, " ".join(str(error).split()))
     address = address or (config and config.cluster.address) or os.environ.get("RAY_ADDRESS")
     here = facts.describe()
-    run = Run(
-        weights_bytes=_weights_bytes(config) if here.gpus else 0,
-        by_object_store=config is not None and config.cluster.weight_transfer == "object_store",
-        gpus_here=not address and (config is None or config.cluster.device != "cpu"),
-    )
-    yield from machine_rows(_HERE, here, run)
-    yield from guarded(_HERE, "libraries", partial(_libraries, here))
-    yield from guarded(_HERE, "environment", _environment)
-    yield from guarded(_HERE, "disk", partial(_disk, config))
+    needs_gpus = not address and (config is None or config.cluster.device != "cpu")
+    yield from machine_rows(_HERE, here, weights, needs_gpus)
+    yield from guarded(_HERE, "libraries", _libraries(here), "scripts/setup.sh makes an environment")
+    yield from guarded(_HERE, "disk", _disk(config.run_dir if config else Path.cwd(), disk))
     if address:
-        yield from guarded("cluster", "connection", partial(_cluster, address, here, run, config))
-    elif _RAY_ADDRESS_FILE.exists():
-        yield Row("cluster", "connection", OK, "not asked for: --address auto checks all nodes of this one")
-
-
-def _weights_bytes(config: Config | None) -> int:
-    """In bfloat16; those of a 7B model where none is named, or what is named cannot be read."""
-    try:
-        return 2 * read_shape(config.model).parameters if config else _7B_BYTES
-    except UserError:
-        return _7B_BYTES
+        rows = _cluster(address, here, weights, config)
+        yield from guarded("cluster", "connection", rows, "ray start --head has to run there")
 
 
 def _libraries(here: Machine) -> Iterator[Finding | Row]:
     """torch, vLLM and NCCL by use."""
-    try:
-        found = gpu_checks.libraries()
-    except RuntimeError as error:
-        yield ERROR, f"torch, vLLM or Triton does not load: {error}", "scripts/setup.sh makes an environment"
-        return
-    device, count = found["device"], found["gpus"]
-    yield OK, f"torch and vLLM load, for {device}" + (f", with NCCL {found['nccl']}" if found["nccl"] else "")
+    found = gpu_checks.libraries()
+    count, nccl = found["gpus"], found["nccl"]
+    yield OK, f"torch and vLLM load, for {found['device']}" + (f", with NCCL {nccl}" if nccl else "")
     if here.gpus and here.cuda and not count:
         yield ERROR, "torch sees none of the GPUs", "look at CUDA_VISIBLE_DEVICES; nvidia-smi must work"
-    if count < 2:
-        return
-    if found["no_peer"]:
-        yield OK, f"GPUs {found['no_peer'][0]} cannot read each other's memory: NCCL goes through the host"
-    if min(gpu.free_bytes for gpu in here.gpus) < 4 * GIB:
-        yield Row(_HERE, "NCCL", WARNING, "not measured: the GPUs are in use", "run it again on idle GPUs")
-        return
-    kind = gpu_kinds.find(here.gpus[0].name)
-    yield from guarded(_HERE, "NCCL", partial(_bandwidth_here, count, kind.link / 1e9 if kind else 0.0))
-
-
-def _bandwidth_here(count: int, link: float) -> Iterator[Finding]:
-    speed = gpu_checks.bandwidth(range(count), count, f"127.0.0.1:{_free_port()}")
-    found = f"{_speeds(speed)} among {count} GPUs"
-    # NCCL reaches most of NVLink's speed and a third of PCIe's.
-    if speed["all_reduce"] < 0.2 * link:
+    if count > 1:
         advice = "nvidia-smi topo -m shows how GPUs are connected, NCCL_DEBUG=INFO what NCCL makes of it"
-        yield WARNING, f"{found}, whose links have {link:.0f} GB/s", advice
-    else:
-        yield OK, found
+        yield from guarded(_HERE, "NCCL", _among_gpus(here, count, advice), advice)
 
 
-def _environment() -> Iterator[Finding]:
-    names = sorted(name for name in os.environ if name.startswith(_VARIABLES))
-    shown = redact({name: os.environ[name] for name in names})
-    yield OK, ", ".join(f"{name}={value}" for name, value in shown.items()) or "nothing of NCCL, vLLM, Ray"
-    for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "NCCL_SHM_DISABLE", "CUDA_LAUNCH_BLOCKING"):
-        if os.environ.get(name, "0") != "0":
-            yield WARNING, f"{name}={os.environ[name]} makes everything slower", f"unset {name}"
+def _among_gpus(here: Machine, count: int, advice: str) -> Iterator[Finding]:
+    if any(gpu.free_bytes < 4 * GIB for gpu in here.gpus if gpu.total_bytes):
+        yield WARNING, "not measured: the GPUs are in use", "run it again on idle GPUs"
+        return
+    speed = gpu_checks.bandwidth(0, count, count, f"127.0.0.1:{gpu_checks.free_port()}")
+    kind = gpu_kinds.find(here.gpus[0].name)
+    # NCCL reaches most of NVLink's speed and a third of PCIe's.
+    yield _judge(speed, f"{count} GPUs", 0.2 * kind.link / 1e9 if kind else 0.0, advice)
 
 
-def _disk(config: Config | None) -> Iterator[Finding]:
-    where = config.run_dir if config else Path.cwd()
-    free, need = facts.free_disk(where), disk_bytes(config, read_shape(config.model)) if config else 0.0
-    found = f"{gib(free)} free in {where}" + (f"; checkpoints take up to {gib(need)}" if config else "")
-    if free < need:
-        yield WARNING, found, "set trainer.run_dir to a larger disk, or trainer.keep_checkpoints lower"
-    else:
-        yield OK, found
+def _judge(speed: dict[str, float], among: str, least: float, advice: str) -> Finding:
+    all_reduce, broadcast = speed["all_reduce"], speed["broadcast"]
+    found = f"bus bandwidth of all-reduce {all_reduce:.1f}, of broadcast {broadcast:.1f} GB/s among {among}"
+    return (WARNING, f"{found}: slow", advice) if all_reduce < least else (OK, found)
+
+
+def _disk(where: Path, need: float) -> Iterator[Finding]:
+    free = facts.free_disk(where)
+    found = f"{gib(free)} free in {where}" + (f"; checkpoints take up to {gib(need)}" if need else "")
+    advice = "set trainer.run_dir to a larger disk, or trainer.keep_checkpoints lower"
+    yield (WARNING, found, advice) if free < need else (OK, found)
 
 
 # The nodes of a Ray cluster.
 
 
-def _cluster(address: str, here: Machine, run: Run, config: Config | None) -> Iterator[Finding | Row]:
+def _cluster(address: str, here: Machine, weights: float, config: Config | None) -> Iterator[Finding | Row]:
     import ray
 
     from mssr.cluster.placement import find_nodes
     from mssr.cluster.preflight import survey
+    from mssr.cluster.ray_start import init_ray
 
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        # A head asks for a token as soon as there is one; who names its address has to say that he has it.
-        advice = "is a head running there? If it wants a token: RAY_AUTH_MODE=token and its ~/.ray/auth_token"
-        yield ERROR, f"{address}: {' '.join(str(error).split())[:200]}", advice
-        return
+    run = config or Config()
+    run = replace(run, cluster=replace(run.cluster, address=address))
+    init_ray(run, processes=0)
     try:
         nodes = find_nodes("cpu")
         yield OK, f"{address}: {len(nodes)} nodes"
         found = survey(config, nodes)
         for node in nodes:
-            yield from _node(found[node.id], run, config)
-        machines = [one.machine for one in found.values() if one.machine]
-        for line in facts.differences([here, *machines]):
+            yield from _node(found[node.id], weights, config)
+        machines = [here, *(one.machine for one in found.values() if one.machine)]
+        for line in facts.differences(machines):
             yield Row("cluster", "versions", ERROR, line, "make them equal: scripts/setup.sh, on one commit")
-        yield from guarded("cluster", "GPUs", partial(_gpus, nodes, machines, config))
-        with_gpus = [node for node in nodes if node.total.get("GPU")]
-        if len(with_gpus) > 1:
-            backend = "nccl" if here.cuda else "gloo"
-            yield from guarded("cluster", "NCCL", partial(_bandwidth_across, with_gpus, backend))
+        yield from guarded("cluster", "GPUs", _gpus(nodes, list(found.values()), config))
+        nodes = [node for node in nodes if node.total.get("GPU")]
+        if len(nodes) > 1 and all(node.free.get("GPU") == node.total["GPU"] for node in nodes):
+            advice = "open all ports between nodes; NCCL_SOCKET_IFNAME names the network, NCCL_DEBUG=INFO "
+            yield from guarded("cluster", "NCCL", _among_nodes(nodes, run, here), advice + "tells more")
     finally:
         ray.shutdown()
 
 
-def _node(found: Found, run: Run, config: Config | None) -> Iterator[Row]:
+def _node(found: Found, weights: float, config: Config | None) -> Iterator[Row]:
     """What is wrong with a node; if nothing is, one row says so."""
     where = f"node {found.address}"
     if found.machine is None:
         yield Row(where, "answer", ERROR, found.failure, "install mssr there as it is here")
         return
-    rows = [row for row in machine_rows(where, found.machine, run) if row.status != OK]
+    rows = [row for row in machine_rows(where, found.machine, weights, False) if row.status != OK]
     for path in found.missing:
         rows.append(Row(where, "files", ERROR, f"{path} is not there", "put it where all nodes see it"))
     if config and not found.sees_run_dir:
@@ -186,90 +148,51 @@ def _node(found: Found, run: Run, config: Config | None) -> Iterator[Row]:
     yield from rows or [Row(where, "all checks", OK, f"{found.machine.host}: {count} GPUs")]
 
 
-def _gpus(nodes: Sequence[Node], machines: Sequence[Machine], config: Config | None) -> Iterator[Finding]:
-    from mssr.cluster.placement import decide
+def _gpus(nodes: Sequence[Node], found: Sequence[Found], config: Config | None) -> Iterator[Finding]:
+    from mssr.cluster.placement import Places, decide, find_nodes
+    from mssr.cluster.preflight import gpu_bytes
 
     total = int(sum(node.total.get("GPU", 0) for node in nodes))
     free = int(sum(node.free.get("GPU", 0) for node in nodes))
-    found = f"{total}, {free} of them free"
-    if config is None or config.cluster.device == "cpu" or not total:
-        yield OK, found
-        return
-    sizes = [gpu.total_bytes for machine in machines for gpu in machine.gpus]
-    decision = decide(config, "cuda", min(sizes, default=0))
-    ranks, engines = config.actor.num_ranks, config.rollout.workers * config.rollout.tensor_parallel
-    need = max(ranks, engines) if decision.colocated else ranks + engines
-    found = f"{found}; the run takes {need} ({decision})"
-    if total < need:
-        yield ERROR, found, "lower actor.num_ranks and rollout.workers, or add nodes"
-    elif free < need:
-        yield WARNING, found, "another run holds them: ray status shows what is in use"
+    if free < total:
+        advice = "ray status shows what is in use; NCCL is measured on an idle cluster"
+        yield WARNING, f"{total}, {free} of them free", advice
     else:
-        yield OK, found
+        yield OK, f"{total}, all of them free"
+    if config and config.cluster.device != "cpu" and total:
+        decision = decide(config, "cuda", gpu_bytes(found))
+        Places(config, "cuda", decision.colocated).check_total(find_nodes("cuda"), decision)
+        yield OK, f"the run has room ({decision})"
 
 
-def _bandwidth_across(nodes: Sequence[Node], backend: str) -> Iterator[Finding]:
-    if any(node.free.get("GPU", 0) < node.total["GPU"] for node in nodes):
-        yield WARNING, "not measured: some GPUs are in use", "run it again on an idle cluster"
-        return
-    counts = [int(node.total["GPU"]) for node in nodes]
-    world, [port] = sum(counts), _ask(nodes[:1], [partial(_free_port)], [0])
-    starts = [sum(counts[:k]) for k in range(len(counts))]
-    calls = [
-        partial(gpu_checks.bandwidth, range(k, k + count), world, f"{nodes[0].address}:{port}", backend)
-        for k, count in zip(starts, counts, strict=True)
-    ]
-    answers = _ask(nodes, calls, counts)
-    if failed := [answer for answer in answers if isinstance(answer, str)]:
-        advice = (
-            "open all ports between nodes; NCCL_SOCKET_IFNAME names the network, NCCL_DEBUG=INFO tells more"
-        )
-        yield ERROR, failed[0], advice
-        return
-    speed = {key: min(answer[key] for answer in answers) for key in answers[0]}
-    found = f"{_speeds(speed)} among {world} GPUs on {len(nodes)} nodes"
-    if speed["all_reduce"] < 5:
-        advice = "that is TCP: NCCL needs libibverbs, ulimit -l unlimited, and /dev/infiniband in containers"
-        yield WARNING, found, advice
-    else:
-        yield OK, found
-
-
-def _ask(nodes: Sequence[Node], calls: Sequence[partial[Any]], gpus: Sequence[int]) -> list[Any]:
-    """The result of a call on each node, which has so many GPUs there, or why there is none."""
+def _among_nodes(nodes: Sequence[Node], config: Config, here: Machine) -> Iterator[Finding]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    refs = [
-        ray.remote(num_cpus=0, num_gpus=count, max_retries=0)(_call)
-        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False))
-        .remote(call)
-        for node, call, count in zip(nodes, calls, gpus, strict=True)
-    ]
-    ready, _ = ray.wait(refs, num_returns=len(refs), timeout=_ANSWER_TIMEOUT_S)
-    answers: list[Any] = []
-    for ref in refs:
-        try:
-            answers.append(ray.get(ref) if ref in ready else f"no answer within {_ANSWER_TIMEOUT_S} s")
-        except ray.exceptions.RayError as error:
-            answers.append(str(error).strip().splitlines()[-1].strip())
-    return answers
+    from mssr.cluster.ray_start import worker_environment
 
+    env = {"env_vars": worker_environment(config)}
 
-def _call(function: partial[Any]) -> Any:
-    return function()
+    def ask(node: Node, gpus: int, function: Any, *arguments: Any) -> Any:
+        there = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0, runtime_env=env)(function)
+        return task.options(scheduling_strategy=there).remote(*arguments)
 
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
-
-
-def _speeds(speed: dict[str, float]) -> str:
-    return (
-        f"bus bandwidth of all-reduce {speed['all_reduce']:.1f}, of broadcast {speed['broadcast']:.1f} GB/s"
-    )
+    counts = [int(node.total["GPU"]) for node in nodes]
+    world, backend, limit = sum(counts), "nccl" if here.cuda else "gloo", gpu_checks.TIMEOUT_S + 60
+    try:
+        meet = f"{nodes[0].address}:{ray.get(ask(nodes[0], 0, gpu_checks.free_port), timeout=limit)}"
+        answers = [
+            ask(node, count, gpu_checks.bandwidth, sum(counts[:k]), count, world, meet, backend)
+            for k, (node, count) in enumerate(zip(nodes, counts, strict=True))
+        ]
+        speed = ray.get(answers, timeout=limit)[0]
+    except ray.exceptions.RayTaskError as error:
+        raise UserError(str(error.cause)) from error
+    except ray.exceptions.GetTimeoutError as error:
+        raise UserError(f"no answer within {limit:.0f} s") from error
+    advice = "that is TCP: NCCL needs libibverbs, ulimit -l unlimited, and /dev/infiniband in containers"
+    yield _judge(speed, f"{world} GPUs on {len(nodes)} nodes", 5.0, advice)
 
 
 def _table(rows: Iterable[Row]) -> str:

@@ -1,23 +1,26 @@
 """What only a process can tell that loads torch and vLLM, or talks NCCL; for `mssr doctor`.
 
-Each check runs in processes of its own: one that crashes, or hangs, is an answer as well.
+Each check is a command of this module: one that crashes, or hangs, is an answer as well.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib import import_module
 from typing import Any
 
-_LIBRARIES_TIMEOUT_S = 180.0
-_COLLECTIVES_TIMEOUT_S = 120.0
+from mssr.errors import UserError
+
+TIMEOUT_S = 150.0
+"""Longest that a check may take; importing torch and vLLM from shared storage takes most of it."""
 _BYTES = {"nccl": 2**28, "gloo": 2**22}
 """Of the tensor that is sent; NCCL reaches its full bandwidth at about that."""
 _REPEATS = 10
@@ -27,19 +30,19 @@ def libraries() -> dict[str, Any]:
     """Load torch, vLLM's kernels and, with CUDA, Triton's driver, which compiles C.
 
     Returns:
-        device (vLLM's: cpu, cuda), gpus (number that torch sees), nccl ("2.28.9", "" without), no_peer (pairs
-        of GPUs that cannot read each other's memory).
+        device (vLLM's: cpu, cuda), gpus (number that torch sees), nccl ("2.28.9", "" without).
 
     Raises:
-        RuntimeError: one of them does not load, in its own words.
+        UserError: one of them does not load, in its own words.
     """
-    return _outcomes([["libraries"]], _LIBRARIES_TIMEOUT_S)[0]
+    return _outcome("libraries")
 
 
-def bandwidth(ranks: Sequence[int], world: int, address: str, backend: str = "nccl") -> dict[str, float]:
-    """All-reduce and broadcast among ``world`` processes, of which this machine has ``ranks``, one a GPU.
+def bandwidth(first: int, count: int, world: int, address: str, backend: str = "nccl") -> dict[str, float]:
+    """All-reduce and broadcast among ``world`` processes, of which this machine has ``count``, one a GPU.
 
     Args:
+        first: rank of the first one here.
         address: host:port on the machine of rank 0, where the ranks meet.
         backend: nccl, or gloo without GPUs.
 
@@ -48,50 +51,39 @@ def bandwidth(ranks: Sequence[int], world: int, address: str, backend: str = "nc
         Of a broadcast that is bytes / seconds, of an all-reduce 2 (world - 1) / world times that.
 
     Raises:
-        RuntimeError: the ranks do not meet, or their sum is wrong.
+        UserError: the ranks do not meet, or their sum is wrong.
     """
-    size = _BYTES[backend]
-    commands = [
-        ["collectives", str(rank), str(world), str(k), address, backend, str(size)]
-        for k, rank in enumerate(ranks)
-    ]
-    outcomes = _outcomes(commands, _COLLECTIVES_TIMEOUT_S)
-    all_reduce_s, broadcast_s = (max(o[key] for o in outcomes) for key in ("all_reduce", "broadcast"))
-    return {
-        "all_reduce": 2 * (world - 1) / world * size / all_reduce_s / 1e9,
-        "broadcast": size / broadcast_s / 1e9,
-    }
+    return _outcome("collectives", str(first), str(count), str(world), address, backend)
 
 
-def _outcomes(commands: Sequence[Sequence[str]], timeout_s: float) -> list[dict[str, Any]]:
-    """What processes of this module find, all of which are gone when this returns."""
-    program = [sys.executable, "-m", "mssr.tools.gpu_checks"]
-    with contextlib.ExitStack() as stack:
-        # Files, because a process that fills a pipe (NCCL_DEBUG=INFO) waits, and with it all others.
-        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in commands]
-        children = [
-            subprocess.Popen([*program, *command], stdout=file, stderr=subprocess.STDOUT)
-            for command, file in zip(commands, files, strict=True)
-        ]
-        deadline = time.monotonic() + timeout_s
-        try:
-            while None in (codes := [child.poll() for child in children]) and not any(codes):
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"no answer within {timeout_s:.0f} s")
-                time.sleep(0.05)
-        finally:
-            for child in children:
-                child.kill()
-                child.wait()
-        outcomes = []
-        # The first that failed is the cause of what the others say.
-        for code, file in sorted(zip(codes, files, strict=True), key=lambda x: not x[0]):
-            file.seek(0)
-            lines = [line.strip() for line in file if line.strip()]
-            if code:
-                raise RuntimeError(lines[-1] if lines else f"exit code {code}")
-            outcomes.append(json.loads(next(line for line in reversed(lines) if line.startswith("{"))))
-        return outcomes
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+def _outcome(*command: str) -> dict[str, Any]:
+    """What a command of this module finds, all of whose processes are gone when this returns."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "mssr.tools.gpu_checks", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = child.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"no answer within {TIMEOUT_S:.0f} s") from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    if child.returncode:
+        raise UserError((err or out).strip().rpartition("\n")[2].strip() or f"exit code {child.returncode}")
+    # NCCL_DEBUG=INFO and vLLM write to stdout, too.
+    found: dict[str, Any] = json.loads(next(x for x in reversed(out.splitlines()) if x.startswith("{")))
+    return found
 
 
 def _libraries() -> dict[str, Any]:
@@ -101,60 +93,53 @@ def _libraries() -> dict[str, Any]:
     cuda = current_platform.device_type == "cuda"
     # vLLM itself only warns where its kernels cannot be loaded, as with those built for another torch.
     import_module("vllm._C_stable_libtorch" if cuda else "vllm._C")
-    count = torch.cuda.device_count()
     if cuda:
         torch.zeros(1, device="cuda")
         assert import_module("triton.runtime").driver.active.utils
-    return {
-        "device": current_platform.device_type,
-        "gpus": count,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else "",
-        "no_peer": [
-            [i, j]
-            for i in range(count)
-            for j in range(count)
-            if i != j and not torch.cuda.can_device_access_peer(i, j)
-        ],
-    }
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda else ""
+    return {"device": current_platform.device_type, "gpus": torch.cuda.device_count(), "nccl": nccl}
 
 
-def _collectives(rank: int, world: int, gpu: int, address: str, backend: str, size: int) -> dict[str, float]:
-    """Seconds of one all-reduce and one broadcast."""
+def _collectives(gpu: int, first: int, world: int, address: str, backend: str) -> None:
+    """One rank; the first one here prints what `bandwidth` returns."""
     import torch
     import torch.distributed as dist
 
     device = torch.device("cuda", gpu) if backend == "nccl" else torch.device("cpu")
     if backend == "nccl":
         torch.cuda.set_device(device)
-    limit = timedelta(seconds=_COLLECTIVES_TIMEOUT_S / 2)
-    dist.init_process_group(backend, f"tcp://{address}", timeout=limit, world_size=world, rank=rank)
-    data = torch.full((size // 4,), rank + 1.0, device=device)
+    limit, size = timedelta(seconds=TIMEOUT_S / 2), _BYTES[backend]
+    dist.init_process_group(backend, f"tcp://{address}", timeout=limit, world_size=world, rank=first + gpu)
+    data = torch.full((size // 4,), first + gpu + 1.0, device=device)
     dist.all_reduce(data)
     if not bool((data == world * (world + 1) / 2).all()):
         raise RuntimeError(f"the sum over {world} ranks is wrong")
     data.zero_()
-
-    def seconds(call: Callable[[], Any]) -> float:
+    seconds = torch.zeros(2, dtype=torch.float64, device=device)
+    for k, call in enumerate((dist.all_reduce, lambda tensor: dist.broadcast(tensor, src=0))):
         for repeats in (2, _REPEATS):  # the first two open the connections
             begin = time.perf_counter()
             for _ in range(repeats):
-                call()
+                call(data)
             if backend == "nccl":
                 torch.cuda.synchronize()
-        return (time.perf_counter() - begin) / _REPEATS
-
-    result = {
-        "all_reduce": seconds(lambda: dist.all_reduce(data)),
-        "broadcast": seconds(lambda: dist.broadcast(data, src=0)),
-    }
+            seconds[k] = (time.perf_counter() - begin) / repeats
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    all_reduce, broadcast = (size / s / 1e9 for s in seconds.tolist())
+    if gpu == 0:
+        print(json.dumps({"all_reduce": 2 * (world - 1) / world * all_reduce, "broadcast": broadcast}))
     dist.destroy_process_group()
-    return result
+
+
+def _main(check: str, *arguments: str) -> None:
+    if check == "libraries":
+        print(json.dumps(_libraries()))
+        return
+    from torch.multiprocessing.spawn import spawn
+
+    first, count, world, address, backend = arguments
+    spawn(_collectives, (int(first), int(world), address, backend), nprocs=int(count))
 
 
 if __name__ == "__main__":
-    check, *arguments = sys.argv[1:]
-    if check == "libraries":
-        print(json.dumps(_libraries()))
-    else:
-        rank, world, gpu, address, backend, size = arguments
-        print(json.dumps(_collectives(int(rank), int(world), int(gpu), address, backend, int(size))))
+    _main(*sys.argv[1:])

@@ -184,7 +184,7 @@ def measure(args: argparse.Namespace, config: Config, responses: np.ndarray) -> 
         seconds, phases.seconds = phases.seconds | {"prompts": of_prompts}, {}
         seconds["update"] = seconds["step"] - seconds["reference"] - seconds["KL probe"]
         seconds["the rest of it"] = seconds["update"] - seconds["forward and backward"] - seconds["optimizer"]
-        whole = updater.cost_model.operations(batch).of(range(len(batch)))
+        whole = updater.cost_model.operations(batch, range(len(batch)))
         by_phase = {k: dataclasses.replace(whole, vision=encoded.pop(k, 0.0)) for k in COMPUTING}
         operations = {k: o.forward for k, o in by_phase.items()}
         operations["update"] = operations["forward and backward"] = by_phase["forward and backward"].training(
@@ -260,7 +260,7 @@ def table(updates: list[Update], phases: Phases, peak: float | None) -> list[str
 def benchmark(args: argparse.Namespace) -> list[str]:
     loaded, device = set(sys.modules), torch.cuda.get_device_name() if args.device == "cuda" else ""
     kind = gpus.find(device)
-    peak = args.peak_tflops * 1e12 if args.peak_tflops else kind and kind.bf16_flops
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else kind.bf16_flops if kind else None
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="mssr-gpu-") as scratch:
         prompts, responses = draw_lengths(args.sequences, 1, args.scale)

@@ -120,8 +120,9 @@ def test_slurm_starts_ray_on_all_nodes(slurm: Callable[..., subprocess.Popen[str
     head, workers = sorted(
         (call for call in calls if call.startswith("srun")), key=lambda c: "--head" not in c
     )
-    assert "--nodes=1 --nodelist=node-a ray start --head --node-ip-address=10.0.0.1 --port=23456" in head
-    assert "--nodes=2 --exclude=node-a ray start --address=10.0.0.1:23456" in workers
+    ray_head = "ray start --head --node-ip-address=10.0.0.1 --port=23456"
+    assert f"--nodes=1 --ntasks=1 --nodelist=node-a {ray_head}" in head
+    assert "--nodes=2 --ntasks=2 --exclude=node-a ray start --address=10.0.0.1:23456" in workers
     assert all("--gpus-per-node=8" in c and "--num-cpus=64" in c and "--block" in c for c in (head, workers))
     rest = [call for call in calls if not call.startswith("srun")]
     assert rest[-3:] == [
@@ -150,31 +151,49 @@ def test_slurm_job_with_an_error_is_not_requeued(
     assert any(call.startswith("mssr train") for call in calls) == ("CODE" in variables)
 
 
-def test_two_machines_find_each_other_with_a_token(tmp_path: Path) -> None:
-    """Two raylets on this machine, started as a user starts them on two."""
-    few = "--num-cpus=1 --object-store-memory=100000000 --min-worker-port=0 --max-worker-port=0"
+# `mssr doctor` as it is, but for the libraries that tests/e2e/test_acceptance.py has it load.
+MSSR = f"""#!/bin/sh
+if [ "$1" = train ]; then echo "mssr $*"; exit; fi
+exec {sys.executable} -c '
+import sys
+from mssr.tools import cli, gpu_checks
+gpu_checks.libraries = lambda: dict(device="cpu", gpus=0, nccl="")
+sys.exit(cli.main())' "$@"
+"""
+
+
+def test_two_machines_with_a_token_pass_the_doctor(tmp_path: Path) -> None:
+    """Two raylets on this machine that claim a GPU each, started as a user starts them on two."""
+    (tmp_path / "mssr").write_text(MSSR)
+    (tmp_path / "mssr").chmod(0o755)
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    (tmp_path / "c.yaml").write_text(f"model: {{path: {tmp_path}}}\ndata: {{train: a/b, val: a/b}}\n")
+    few = "--num-cpus=1 --num-gpus=1 --object-store-memory=100000000 --min-worker-port=0 --max-worker-port=0"
     # Short, because the path of a socket may have a hundred characters.
     with tempfile.TemporaryDirectory(prefix="mssr-") as home, contextlib.ExitStack() as stack:
         env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": home}
+        env["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{env['PATH']}"
 
-        def start(*role: str, options: str) -> subprocess.Popen[str]:
+        def start(*role: str, **variables: str) -> subprocess.Popen[str]:
             command = [str(EXAMPLES / "two_machines.sh"), *role]
-            started = subprocess.Popen(
-                command, env=env | {"RAY_OPTIONS": options}, stdout=subprocess.PIPE, text=True
-            )
+            started = subprocess.Popen(command, env=env | variables, stdout=subprocess.PIPE, text=True)
             stack.callback(started.communicate, timeout=120)
             stack.callback(started.terminate)
             return started
 
-        head = start("head", options=f"{few} --port=0 --temp-dir={home}")
+        # A network that only the driver's environment, which workers get, tells right.
+        env["GLOO_SOCKET_IFNAME"] = "none"
+        head = start("head", RAY_OPTIONS=f"{few} --port=0 --temp-dir={home}")
         assert head.stdout is not None
         address = next(m[1] for line in head.stdout if (m := re.search(r"--address='([\d.:]+)'", line)))
-        start("worker", address, options=few)
-        wait = [sys.executable, str(EXAMPLES / "wait_for_nodes.py"), "2", address]
-        found = subprocess.run(
-            wait, env=env | {"RAY_AUTH_MODE": "token"}, capture_output=True, text=True, timeout=300
-        )
-        assert found.returncode == 0 and found.stdout.startswith("2 nodes: "), found.stderr
+        start("worker", address, RAY_OPTIONS=few)
+        arguments = [str(tmp_path / "c.yaml"), f"trainer.run_dir={tmp_path}/run"]
+        training = start("train", "2", address, *arguments, GLOO_SOCKET_IFNAME="lo")
+        said, _ = training.communicate(timeout=300)
+    assert said.startswith("2 nodes: "), said
+    assert "2, all of them free" in said and "the run has room" in said and "among 2 GPUs on 2 nodes" in said
+    assert said.splitlines()[-1] == f"mssr train {' '.join(arguments)} cluster.address={address}", said
 
 
 def test_kuberay_manifest() -> None:

@@ -45,7 +45,7 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
     assert len(batch) == 4 and abs(batch.prompt_lengths - prompts).max() < 20
     model = worker.policy.model.config
     cost = CostModel(model)
-    operations = cost.operations(batch).of(range(len(batch)))
+    operations = cost.operations(batch, range(len(batch)))
     patches = 4 * int((batch.tokens == model.image_token_id).sum())
     # Pixels need no gradient: the first layer of the tower has less to do.
     patch_values = model.vision_config.in_channels * 2 * model.vision_config.patch_size**2
@@ -87,7 +87,7 @@ def test_vision_counts_where_the_tower_runs(tmp_path: Path, freeze: str) -> None
     update = gpu_update.measure(args, config, responses)[0][0]
     [batch, _] = make_batches(config, 2, 512, responses)
     cost = CostModel(transformers.AutoConfig.from_pretrained(tmp_path / "model"))
-    operations = cost.operations(batch).of(range(len(batch)))
+    operations = cost.operations(batch, range(len(batch)))
     text = operations.matrices + operations.attention
     found = update.operations
     assert found["reference"] == pytest.approx(operations.forward)

@@ -16,8 +16,8 @@ from mssr.config import Config
 
 # What nvidia-smi prints for the fields that are asked for, on two GPUs, one split into parts (MIG).
 TWO_GPUS = """\
-580.95.05, 0, GPU-aa, NVIDIA H100 80GB HBM3, 81559, 81079, 9.0, Disabled
-580.95.05, 1, GPU-bb, NVIDIA H100 80GB HBM3, 81559, 1024, 9.0, Enabled
+580.95.05, 0, NVIDIA H100 80GB HBM3, 81559, 81079, 9.0, Disabled
+580.95.05, 1, NVIDIA H100 80GB HBM3, 81559, 1024, 9.0, Enabled
 """
 
 
@@ -44,7 +44,7 @@ def test_gpus_as_the_driver_lists_them(nvidia_smi: Callable[..., None]) -> None:
 
 
 def test_a_gpu_whose_memory_is_the_hosts(nvidia_smi: Callable[..., None]) -> None:
-    nvidia_smi("580.95.05, 0, GPU-aa, NVIDIA GB10, [N/A], [N/A], 12.1, [N/A]\n")
+    nvidia_smi("580.95.05, 0, NVIDIA GB10, [N/A], [N/A], 12.1, [N/A]\n")
     [gpu] = describe().gpus
     assert gpu.total_bytes == gpu.free_bytes == 0 and not gpu.mig
 
@@ -70,7 +70,7 @@ def test_facts_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setenv("CC", "no-such-compiler")
     found = describe()
     assert found.gpu_problem == "there is no nvidia-smi" and found.compiler == ""
-    assert found.cores >= 1 and found.memory_bytes > 2**30 and found.shm_bytes >= found.shm_free_bytes
+    assert found.cores >= 1 and found.memory_bytes > 2**30 and found.shm_bytes > 0
     assert found.versions["torch"].startswith("2.13") and found.versions["vllm"].startswith("0.32")
 
 

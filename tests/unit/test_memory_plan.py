@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +77,14 @@ def test_a_pair_fits_on_a_large_gpu_and_not_on_a_small_one() -> None:
     config = load_config(GEOMETRY, ["actor.num_ranks=1", "rollout.workers=1"])
     fits, reason = colocated_fits(config, 80 * GIB)
     assert not fits and reason.startswith("rank + engine: ")
+
+
+def test_what_is_planned_for_a_rank_is_near_what_its_updates_allocate() -> None:
+    command = [sys.executable, "scripts/bench/memory_plan.py", "--cases", "defaults"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, ran.stderr
+    [row] = [line.split(" | ") for line in ran.stdout.splitlines() if line.startswith("| defaults")]
+    peak, planned = float(row[2]), float(row[3])
+    assert peak > 30  # MiB
+    assert planned == pytest.approx(peak, rel=0.15)

@@ -214,7 +214,7 @@ def test_a_pass_holds_at_least_the_longest_sequence() -> None:
 
 def here(memory: float, gpu: float = 0.0) -> Machine:
     known = describe()
-    gpus = (Gpu(0, "", "NVIDIA H100 80GB HBM3", int(gpu), int(gpu), "9.0", False),) if gpu else ()
+    gpus = (Gpu(0, "NVIDIA H100 80GB HBM3", int(gpu), int(gpu), "9.0", False),) if gpu else ()
     return dataclasses.replace(known, memory_bytes=int(memory), gpus=gpus)
 
 

@@ -73,9 +73,10 @@ class Lab:
     """
 
     def __init__(
-        self, colocated: bool, fail: Fail = lambda worker, method, count: None, **rollout: Any
+        self, colocated: bool, fail: Fail = lambda *call: None, transfer: str = "auto", **rollout: Any
     ) -> None:
         config = Config()
+        config.cluster.weight_transfer = transfer
         config.rollout.workers = config.actor.num_ranks = 2
         for key, value in rollout.items():
             setattr(config.rollout, key, value)
@@ -117,7 +118,7 @@ class Lab:
         return f"GPU of {worker}", (worker, 0, b"")
 
     def _send_weights(self, worker: str, *_: Any) -> Sent:
-        return Sent(checksums=self.sent)
+        return Sent("stored", self.sent)
 
     def _load_weights(self, worker: str, source: Any, version: int, check: bool) -> list[Loaded]:
         held = self.held.get(worker, self.sent)
@@ -330,6 +331,19 @@ def test_a_new_engine_whose_weights_are_gone_costs_the_ranks_a_restart() -> None
     lab.cluster.sync_weights(0)
     with pytest.raises(WorkersLostError, match=r"engine 1: is new .*rollout.lag=1"):
         lab.generate()
+
+
+def test_a_new_engine_gets_the_stored_weights_while_the_ranks_train() -> None:
+    fail = died("engine 1", "generate", 0)
+    lab = Lab(colocated=False, fail=fail, transfer="object_store", lag=1)
+    lab.cluster._launch()
+    lab.cluster.sync_weights(3)
+    assert lab.told()[2:] == ["both ranks: send_weights", "both engines: load_weights"]
+    lab.generate()
+    told = lab.told()
+    assert told[:3] == ["both engines: generate", "engine 1: start", "engine 1: load_weights"]
+    assert lab.arguments["engine 1", "load_weights"][:2] == ("stored", 3)
+    assert not any("rank" in line for line in told)
 
 
 def test_other_weights_than_the_actors_stop_the_run() -> None:
