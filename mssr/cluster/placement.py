@@ -147,16 +147,10 @@ class Places:
         return sorted(self._ranks + self._engines, key=lambda unit: -unit.needs.get("GPU", 0.0))
 
     def reserve(self, nodes: Sequence[Node], decision: Decision) -> None:
-        """Ask Ray for all places, on as few nodes as possible.
-
-        Raises:
-            UserError: there would be too few if the cluster were idle.
-        """
+        """Ask Ray for all places, on as few nodes as possible. Raises as `check_total`."""
         wanted = fit(self.units, [(node.id, node.free) for node in nodes])
         if len(wanted) < len(self.units):  # others are to end first
-            wanted = fit(self.units, [(node.id, node.total) for node in nodes])
-        if len(wanted) < len(self.units):
-            raise self.no_room(nodes, decision)
+            wanted = self.check_total(nodes, decision)
         for unit in self.units:
             # Without a wish Ray would spread the groups.
             unit.group = placement_group(
@@ -206,6 +200,17 @@ class Places:
             )
             for unit, place in zip(units, found, strict=True):
                 unit.group, unit.node, unit.address, unit.gpus = place
+
+    def check_total(self, nodes: Sequence[Node], decision: Decision) -> dict[Unit, str]:
+        """A node for every unit, if the cluster were idle.
+
+        Raises:
+            UserError: it has too few even then.
+        """
+        found = fit(self.units, [(node.id, node.total) for node in nodes])
+        if len(found) < len(self.units):
+            raise self.no_room(nodes, decision)
+        return found
 
     def no_room(self, nodes: Sequence[Node], decision: Decision) -> UserError:
         """How much is needed, and what there is on every node."""
