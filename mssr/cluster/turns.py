@@ -122,20 +122,17 @@ class Turns:
         """Send while they load; returns as `_finish`."""
         from mssr.rollout.transports import Broadcast, Ipc
 
-        ranks, each = self._workers.ranks(), self._config.rollout.tensor_parallel
+        each, broadcast = self._config.rollout.tensor_parallel, self._transport == "broadcast"
         doors = self._workers.call_ranks("open_door", self._transport)
-        loads = {}
+        loads, senders = {}, {}
         for engine in engines:
-            own = range(engine.number * each, (engine.number + 1) * each)
-            broadcast = self._transport == "broadcast"
+            first = engine.number * each
+            own = senders[engine] = range(1) if broadcast else range(first, first + each)
             source = Broadcast(doors[0][1]) if broadcast else Ipc(dict(doors[k] for k in own))
             loads[engine] = engine.handle.load_weights.remote(source, self._version, check)
         refs = []
-        for k, rank in enumerate(ranks):
-            if self._transport == "broadcast":
-                to = list(loads.values()) if k == 0 else []
-            else:
-                to = [load for engine, load in loads.items() if engine.number == k // each]
+        for k, rank in enumerate(self._workers.ranks()):
+            to = [load for engine, load in loads.items() if k in senders[engine]]
             refs.append(rank.handle.send_weights.remote(self._transport, to, check and k == 0))
         sent: Sent = self._workers.of_ranks(refs)[0]
         return self._finish(loads, sent.checksums, check)
