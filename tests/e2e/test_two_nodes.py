@@ -176,7 +176,7 @@ def test_a_run_goes_on_without_the_engines_of_a_node_and_takes_them_back(
     assert len(cluster._engines) == 1 and len(told.events) == 2
 
     nodes.add_node(**NODE)
-    ray.get([cluster._places.engines[k].unit.group.ready() for k in cluster._given_up])
+    ray.get([cluster._places.engines[k].unit.group.ready() for k in cluster._missing])
     cluster.sync_weights(9)
     assert told.events[2][0] == "engine_back" and [e.number for e in cluster._engines] == [0, 1, 2]
     assert {r.policy_version for r in cluster.generate(REQUESTS[:20], PARAMS)} == {9}

@@ -15,7 +15,7 @@ import torch
 from mssr.actor import step
 from mssr.actor.update import PolicyUpdater
 from mssr.algorithms.sequences import check_lengths, sequence_sums, to_tokens
-from mssr.config.run import LoraConfig
+from mssr.config.actor import LoraConfig
 from mssr.device import to_device
 from mssr.models import attention, encoded, packing, policy, vision
 from mssr.models.bounded_cache import BoundedCache
