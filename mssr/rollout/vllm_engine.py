@@ -276,7 +276,7 @@ def _reason(error: Exception) -> str:
     # CUDA's errors go on with advice, pydantic's with an address; of others the last line says most.
     telling = [x for x in said if "CUDA" in x] + [x for x in said[::-1] if "For further information" not in x]
     line = telling[0] if telling else ""
-    if line == "cancelled":
+    if line in ("cancelled", "Executor failed."):  # with a call in flight, and of the calls after it
         line = "one of the engine's processes has died; the engine's log says why"
     out = isinstance(error, torch.OutOfMemoryError) or "out of memory" in line
     return (line[:300] or type(error).__name__) + (f"; {MEMORY_HINT}" if out else "")

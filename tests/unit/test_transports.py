@@ -136,7 +136,7 @@ class Engines:
 
     def group(self, k: int) -> tuple[str, int]:
         group = self.kept[k]["group"]
-        return group.name, group.members.rank()
+        return group.group_name, group.rank()
 
 
 def test_to_all_at_once_in_a_group_that_is_kept(threads: Callable[..., Future[Any]]) -> None:
