@@ -20,7 +20,6 @@ how much is lost to fragmentation, are assumptions, and constants below.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mssr.config import Config
@@ -81,16 +80,14 @@ class Pass:
     def largest(cls, config: Config, shape: ModelShape, work: Workload) -> Pass:
         """A full micro-batch, or one sequence that is longer; of responses half as long as usual, so that
         there are many images."""
-        longest = config.data.max_prompt_length + config.rollout.max_response_length
-        tokens = max(config.actor.micro_batch_tokens, longest)
+        tokens = max(config.actor.micro_batch_tokens, longest(config))
         share = work.image_tokens / (work.tokens - work.response_tokens / 2)
         return cls(tokens, round(tokens * (1 - share)), round(tokens * share) * shape.vision_config.merged)
 
 
 def value_bytes(config: Config, device: str) -> int:
     """Of a value in a forward pass."""
-    name = config.model.dtype
-    return 2 if name == "bfloat16" or (name == "auto" and device == "cuda") else 4
+    return 2 if config.model.dtype in ("bfloat16", "auto" if device == "cuda" else "") else 4
 
 
 def moment_bytes(config: Config) -> float:
@@ -98,9 +95,7 @@ def moment_bytes(config: Config) -> float:
     actor = config.actor
     if actor.optimizer == "adamw_8bit":
         return 2 + 8 / 256
-    if actor.master_dtype == "float32":
-        return 8
-    return 8 if actor.rounding == "kahan" else 4
+    return 4 if actor.master_dtype == "bfloat16" and actor.rounding == "stochastic" else 8
 
 
 class RankMemory:
@@ -113,68 +108,70 @@ class RankMemory:
 
     def __init__(self, config: Config, shape: ModelShape, device: str, largest: Pass | None = None) -> None:
         self.config, self.shape, self.device = config, shape, device
-        actor = config.actor
+        actor, text, vision = config.actor, shape.text_config, shape.vision_config
         self.largest = largest or Pass.largest(config, shape, assumed_workload(config))
-        self.moves = device == "cuda"
-        """Whether ``actor.offload`` means something."""
+        self.offload = actor.offload if device == "cuda" else "none"
         self.c = value_bytes(config, device)
         self.m = 4 if actor.master_dtype == "float32" else 2
         self.shards = actor.shard_size or actor.num_ranks
-        self.adapters = shape.lora(actor.lora.rank, actor.lora.targets)
+        adapters = shape.adapters(actor.lora.rank, actor.lora.targets) if actor.lora.rank else []
+        self.adapters = sum(adapters)
+        self.tensors = adapters or shape.matrices(config.trains_vision)
+        """Elements of each trained tensor that is not small, before it is sharded."""
         self.sharded = shape.text + (shape.vision if config.trains_vision else 0)
         """Parameters of the base model that are sharded; the others are a frozen tower's."""
         self.trained = self.adapters or self.sharded
-        ends = shape.text - shape.text_config.num_hidden_layers * shape.text_layer
-        self.root = ends + (shape.vision_ends if config.trains_vision else 0)
+        self.moments = moment_bytes(config) * self.trained / self.shards
+        """Bytes of them, wherever they are."""
+        self.layers = text.num_hidden_layers * shape.text_layer
+        blocks = vision.depth * shape.vision_block if config.trains_vision else 0
+        self.root = self.sharded - self.layers - blocks
         """Parameters that are in no layer, and gathered from forward to backward."""
-        self.layer = shape.text_layer + self.adapters // shape.text_config.num_hidden_layers
+        self.layer = shape.text_layer + self.adapters // text.num_hidden_layers
 
-    def resident(self, states: bool = True) -> Parts:
-        """What stays from step to step.
-
-        Args:
-            states: whether the optimizer's are on the device although ``actor.offload=optimizer``.
-        """
+    def resident(self) -> Parts:
+        """What stays from step to step."""
         config, actor, c = self.config, self.config.actor, self.c
         frozen = c * self.sharded if self.adapters else 0
-        tower = 0 if config.trains_vision else c * self.shape.vision
-        parameters = (self.m * self.trained + frozen) / self.shards
-        moments = moment_bytes(config) * self.trained / self.shards
-        reference = 0.0
-        if config.needs_reference and not self.adapters:
-            reference = c * self.sharded * (1 / self.shards + (1 if actor.keep_gathered else 0))
-        if self.moves and actor.offload == "all":
-            parameters = moments = reference = 0.0
-        if self.moves and actor.offload == "optimizer" and not states:
-            moments = 0.0
-        if self.moves and actor.offload_reference:
-            reference = 0.0
-        parts = {"parameters": parameters + tower, "optimizer states": moments, "reference": reference}
+        parts = {
+            "parameters": (self.m * self.trained + frozen) / self.shards,
+            "optimizer states": 0.0 if self.offload == "optimizer" else self.moments,
+            "reference": 0.0,
+        }
+        away = self.device == "cuda" and actor.offload_reference
+        if config.needs_reference and not self.adapters and not away:
+            parts["reference"] = c * self.sharded * (1 / self.shards + (1 if actor.keep_gathered else 0))
+        if self.offload == "all":
+            parts = dict.fromkeys(parts, 0.0)
         if not config.trains_vision:
+            parts["parameters"] += c * self.shape.vision
             parts["image features"] = actor.vision_cache_gib * GIB
         return parts
 
     def update(self) -> Parts:
         """The moment of an update at which most is held."""
-        base = self.resident(states=False)
         moments = [self._end_of_forward(), self._backward(vision=False), self._ends_backward(), self._step()]
         if self.config.trains_vision:
             moments.append(self._backward(vision=True))
         parts = max(moments, key=lambda parts: sum(parts.values()))
-        return base | {"gradients": self._gradients()} | parts
+        return self.resident() | {"gradients": self._gradients()} | parts
 
     def _gradients(self) -> float:
         """Those that wait for the step."""
-        actor = self.config.actor
-        if self.moves and actor.offload == "all":
+        if self.offload == "all":
             return 0.0
-        return 4.0 * self.trained if actor.keep_gathered else self.m * self.trained / self.shards
+        if self.config.actor.keep_gathered:
+            return 4.0 * self.trained
+        # Sums over the ranks of one copy of several wait in float32, see `reduce_between_replicas`.
+        layers = self.adapters or self.layers
+        waiting = 4 if self.config.replicas > 1 else self.m
+        return (waiting * layers + self.m * (self.trained - layers)) / self.shards
 
-    def _gathered(self, layer: float, buffers: int) -> float:
-        """The ends, or everything, and a layer with so many copies of it on their way."""
+    def _gathered(self, layer: float) -> float:
+        """The ends, or everything, and a layer beside the next one that is on its way."""
         if self.config.actor.keep_gathered:
             return self.c * float(self.sharded + self.adapters)
-        return self.c * (self.root + layer * (1 + (buffers if self.shards > 1 else 0)))
+        return self.c * (self.root + layer * (2 if self.shards > 1 else 1))
 
     def _head(self) -> tuple[float, float]:
         """Bytes of the head's work, and of the gradient of its weight."""
@@ -182,16 +179,17 @@ class RankMemory:
         rows = min(actor.head_chunk(self.device), self.largest.responses)
         logits = (8.0 * rows + 4.0 * min(rows, _MULTIPLIED)) * vocabulary
         hidden = 2 * self.c * self.largest.responses * self.shape.text_config.hidden_size
-        gradient = 0 if self.adapters else self.c * self.shape.embedding
-        in_float32 = 0 if self.adapters else 4 * self.shape.embedding
-        # Converted in the end, when logits are gone.
+        if self.adapters:
+            return logits + hidden, 0.0
+        # In float32, and converted in the end, when logits are gone.
+        gradient = self.c * float(self.shape.embedding)
         converted = gradient if self.c != 4 else 0
-        return max(logits, converted) + in_float32 + hidden, gradient
+        return max(logits, converted) + 4 * self.shape.embedding + hidden, gradient
 
     def _end_of_forward(self) -> Parts:
         work, _ = self._head()
         activations = self._text_kept() + self._vision_kept()
-        return {"gathered": self._gathered(0, 0), "activations": activations, "head": work}
+        return {"gathered": self._gathered(0), "activations": activations, "head": work}
 
     def _backward(self, vision: bool) -> Parts:
         """Of the last layer of the language model, or of the tower, when nothing before it is done yet."""
@@ -202,7 +200,7 @@ class RankMemory:
         activations = kept + backward + (one if self.config.actor.activation_checkpointing else 0)
         # Of this layer in the dtype of the pass, and of the one before, being reduced.
         reduced = self.c * trained + (0 if self.config.actor.keep_gathered else 4 * trained)
-        parts = {"gathered": self._gathered(layer, 1), "activations": activations}
+        parts = {"gathered": self._gathered(layer), "activations": activations}
         return parts | {"head": self._head()[1], "gradients on their way": reduced}
 
     def _ends_backward(self) -> Parts:
@@ -212,42 +210,46 @@ class RankMemory:
         return {"gradients on their way": self.root * (self.c + 4 + 4 / self.shards)}
 
     def _step(self) -> Parts:
-        """What the optimizers that are ours work with."""
-        if self.config.actor.optimizer == "adamw" and self.m == 4:
-            return {}
-        largest = min(_STEPPED, self.shape.embedding / self.shards)
-        return {"optimizer's work": (52.0 if self.config.actor.optimizer == "adamw_8bit" else 24.0) * largest}
+        """What the optimizers that are ours work with, and states that come for it."""
+        largest, parts = self.shape.embedding / self.shards, {}
+        if self.offload == "optimizer":
+            parts["optimizer states"] = min(self.moments, max(GIB, moment_bytes(self.config) * largest))
+        eight_bits = self.config.actor.optimizer == "adamw_8bit"
+        if self.offload != "all" and (eight_bits or self.m == 2):
+            parts["optimizer's work"] = (52.0 if eight_bits else 24.0) * min(_STEPPED, largest)
+        return parts
+
+    def _block(self, d: int, kv: int, f: int, heads: int, trained: bool) -> tuple[float, float]:
+        """Bytes that a layer keeps of a token for its backward pass, see the top of this file, and what that
+        needs besides."""
+        kept = 2 * _norm(self.c, trained) * d + self.c * (2 * d + 2 * kv + 4 * f) + 4 * heads
+        if self.device == "cpu":
+            kept += self.c * d  # the parts of attention's output, and the whole
+        return kept, self.c * (2 * f + 2 * d)
 
     def _text_layer(self) -> tuple[float, float]:
-        """What a decoder layer keeps for its backward pass, and what that needs besides."""
-        t = self.shape.text_config
-        kept = _layer_values(t.hidden_size, t.kv_width, t.intermediate_size, self.c, not self.adapters)
-        kept += 4 * t.num_attention_heads + 7 * self.config.actor.lora.rank * self.c
-        if self.device == "cpu":
-            kept += self.c * t.hidden_size  # the parts of attention's output, and the whole
-        backward = self.c * (2 * t.intermediate_size + 2 * t.hidden_size)
-        return kept * self.largest.tokens, backward * float(self.largest.tokens)
+        """As `_block`, of all tokens."""
+        t, tokens = self.shape.text_config, self.largest.tokens
+        widths = t.hidden_size, t.kv_width, t.intermediate_size, t.num_attention_heads
+        kept, backward = self._block(*widths, trained=not self.adapters)
+        return (kept + 7 * self.config.actor.lora.rank * self.c) * tokens, backward * tokens
 
     def _text_kept(self) -> float:
         t, tokens = self.shape.text_config, self.largest.tokens
         one, _ = self._text_layer()
         of_layer = self.c * t.hidden_size * tokens if self.config.actor.activation_checkpointing else one
         ends = (_norm(self.c, True) + self.c) * t.hidden_size * tokens
-        mask = 0.0
-        if (how := self.config.model.attn_implementation) in ("sdpa", "eager"):
-            mask = float(self.c * tokens**2)
-            of_layer += (4 + self.c) * t.num_attention_heads * tokens**2 if how == "eager" else 0
+        how = self.config.model.attn_implementation
+        if how == "eager":
+            of_layer += (4 + self.c) * t.num_attention_heads * tokens**2
+        mask = self.c * tokens**2 if how in ("sdpa", "eager") else 0
         return t.num_hidden_layers * of_layer + ends + mask
 
     def _vision_block(self) -> tuple[float, float]:
         v, patches = self.shape.vision_config, self.largest.patches
+        kept, backward = self._block(v.hidden_size, v.hidden_size, v.intermediate_size, v.num_heads, True)
         # Values stay in one tensor with the queries and keys that are not needed any more.
-        kept = _layer_values(v.hidden_size, v.hidden_size, v.intermediate_size, self.c, True)
-        kept += 2 * self.c * v.hidden_size + 4 * v.num_heads
-        if self.device == "cpu":
-            kept += self.c * v.hidden_size
-        backward = self.c * (2 * v.intermediate_size + 2 * v.hidden_size)
-        return kept * patches, float(backward * patches)
+        return (kept + 2 * self.c * v.hidden_size) * patches, backward * patches
 
     def _vision_kept(self) -> float:
         if not self.config.trains_vision:
@@ -265,11 +267,6 @@ def _norm(c: int, trained: bool) -> int:
     return 4 + (c if trained else 0) + c
 
 
-def _layer_values(d: int, kv: int, f: int, c: int, trained: bool) -> float:
-    """Bytes that a transformer layer keeps of a token, see the top of this file."""
-    return 2 * _norm(c, trained) * d + c * (2 * d + 2 * kv + 4 * f)
-
-
 @dataclass(frozen=True, slots=True)
 class EngineMemory:
     """Device memory of one device of an engine, on GPUs."""
@@ -281,17 +278,21 @@ class EngineMemory:
     """For keys and values; not positive where nothing is left for it."""
     token: float
     """Bytes of a token in it."""
+    slots: int
+    """Sequences that are decoded at a time, memory permitting."""
 
     @classmethod
     def of(cls, config: Config, shape: ModelShape, gpu_bytes: int, colocated: bool) -> EngineMemory:
         rollout, t, c = config.rollout, shape.text_config, value_bytes(config, "cuda")
         parallel = rollout.tensor_parallel
         taken = utilization(config, colocated) * gpu_bytes
+        # As vLLM has it by default; of 80 GB, its A100 are small ones.
+        slots, batched = (1024, 16384) if gpu_bytes > 70 * GIB else (256, 8192)
+        slots, batched = rollout.max_num_seqs or slots, rollout.max_num_batched_tokens or batched
         # The text is split; the tower is whole on every device, and so is the work on it.
         weights = c * (shape.text / parallel + shape.vision)
-        batched = rollout.max_num_batched_tokens or (16384 if gpu_bytes > 70 * GIB else 8192)
         prefill = c * batched * (3 * t.intermediate_size / parallel + 6 * t.hidden_size)
-        logits = 3 * 4 * slots(config, gpu_bytes) * t.vocab_size / parallel
+        logits = 3 * 4 * slots * t.vocab_size / parallel
         v = shape.vision_config
         # As many tokens of images at a time as of text, and an image of any size.
         patches = max(config.data.max_pixels // v.patch_size**2, v.merged * batched)
@@ -299,53 +300,48 @@ class EngineMemory:
         graphs = 0 if rollout.enforce_eager else CUDA_GRAPHS
         work = max(prefill, vision) + logits + graphs + ENGINE_CONTEXT
         token = 2 * t.num_hidden_layers * max(t.kv_width / parallel, t.head_dim) * c
-        return cls(weights, work, taken - weights - work, token)
+        return cls(weights, work, taken - weights - work, token, slots)
 
     def sequences(self, length: float) -> float:
         """How many of so many tokens fit at a time."""
         return max(0.0, self.cache) / (self.token * length)
 
 
-def slots(config: Config, gpu_bytes: int) -> int:
-    """Sequences that an engine decodes at a time, memory permitting; by default as vLLM has it."""
-    return config.rollout.max_num_seqs or (1024 if gpu_bytes > 70 * GIB else 256)
-
-
 def utilization(config: Config, colocated: bool) -> float:
     return config.rollout.gpu_memory_utilization or (0.65 if colocated else 0.9)
 
 
-Table = dict[str, Mapping[str, float]]
+Table = dict[str, dict[str, float]]
 """Part -> phase -> bytes; a phase that is missing holds none."""
 
 
 def rank_table(rank: RankMemory) -> Table:
     """What a rank holds in each phase on its GPU."""
-    resident, update = rank.resident(states=False), rank.update()
+    resident, update = rank.resident(), rank.update()
+    table = {name: dict.fromkeys(PHASES, size) for name, size in resident.items()}
+    for name, size in update.items():
+        table.setdefault(name, {})["update"] = size
+    table["optimizer states"]["save"] = 0.0 if rank.offload == "all" else rank.moments
+    # The largest tensor, in the dtype of the pass: of this rank, twice, gathered, and in a bucket.
+    table["weights to engines"] = {"sync": rank.c * rank.shape.embedding * (2 + 2 / rank.shards)}
     passing = sum(update.values()) - sum(resident.values()) - update["gradients"]
-    # The largest tensor: gathered, converted, and in the bucket by which it travels.
-    sent = float(rank.shape.embedding * (rank.m + 2 * rank.c))
-    table: Table = {}
-    for name in dict.fromkeys([*resident, *update]):
-        everywhere = dict.fromkeys(PHASES, resident.get(name, 0.0))
-        table[name] = everywhere | {"update": update.get(name, 0.0)}
-    table["optimizer states"] = {**table["optimizer states"], "save": rank.resident()["optimizer states"]}
-    table["weights to engines"] = {"sync": sent}
     table["fragmentation"] = {"update": FRAGMENTATION * passing}
     table["CUDA, NCCL"] = dict.fromkeys(PHASES, float(RANK_CONTEXT))
     return {name: row for name, row in table.items() if any(row.values())}
 
 
-def engine_table(engine: EngineMemory, colocated: bool) -> Table:
+def engine_table(config: Config, engine: EngineMemory, colocated: bool) -> Table:
     """What an engine holds in each phase on a GPU: asleep where a rank needs its memory."""
-    # A checkpoint is begun after the weights are sent, when the engine is ready to generate.
-    awake = ("generate", "sync", "save") if colocated else PHASES
-    cached = ("generate", "save") if colocated else PHASES
-    work = {phase: engine.work if phase in cached else ASLEEP for phase in PHASES}
+    awake = list(PHASES)
+    if colocated:
+        awake.remove("update")
+        if config.actor.offload == "optimizer":  # a checkpoint has all states on the device
+            awake.remove("save")
+    ready = [phase for phase in awake if not (colocated and phase == "sync")]
     return {
         "engine: weights": dict.fromkeys(awake, engine.weights),
-        "engine: KV cache": dict.fromkeys(cached, max(0.0, engine.cache)),
-        "engine: the rest": work,
+        "engine: KV cache": dict.fromkeys(ready, max(0.0, engine.cache)),
+        "engine: the rest": {phase: engine.work if phase in ready else ASLEEP for phase in PHASES},
     }
 
 
@@ -354,46 +350,51 @@ def totals(table: Table) -> Parts:
     return {phase: sum(row.get(phase, 0.0) for row in table.values()) for phase in PHASES}
 
 
-def problems(config: Config, tables: Mapping[str, Table], engine: EngineMemory, gpu_bytes: int) -> list[str]:
-    """Why it does not fit on GPUs with so much memory, a line each; none where it does."""
-    found = []
-    for kind, table in tables.items():
-        phase, most = max(totals(table).items(), key=lambda x: x[1])
-        if most > gpu_bytes:
-            found.append(f"{kind}: {phase} takes {most / GIB:.1f} of {gpu_bytes / GIB:.1f} GiB")
-    length = config.data.max_prompt_length + config.rollout.max_response_length
-    if engine.sequences(length) < 1:
-        found.append(
-            f"engine: {max(0.0, engine.cache) / GIB:.1f} GiB are left for keys and values, and one sequence "
-            f"of {length} tokens takes {engine.token * length / GIB:.1f}"
-        )
-    return found
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """What is on the GPUs of a run."""
+
+    tables: dict[str, Table]
+    """By kind of GPU: "rank + engine", or "rank" and "engine"."""
+    engine: EngineMemory
+    problems: list[str]
+    """Why it does not fit, a line each."""
+
+    @classmethod
+    def of(
+        cls, config: Config, shape: ModelShape, gpu_bytes: int, colocated: bool, work: Workload | None = None
+    ) -> GpuMemory:
+        largest = Pass.largest(config, shape, work or assumed_workload(config))
+        engine = EngineMemory.of(config, shape, gpu_bytes, colocated)
+        rank = rank_table(RankMemory(config, shape, "cuda", largest))
+        other = engine_table(config, engine, colocated)
+        tables = {"rank + engine": rank | other} if colocated else {"rank": rank, "engine": other}
+        found = []
+        for kind, table in tables.items():
+            phase, most = max(totals(table).items(), key=lambda x: x[1])
+            if most > gpu_bytes:
+                found.append(f"{kind}: {phase} takes {most / GIB:.1f} of {gpu_bytes / GIB:.1f} GiB")
+        if engine.sequences(length := longest(config)) < 1:
+            found.append(
+                f"engine: {max(0.0, engine.cache) / GIB:.1f} GiB are left for keys and values, and one "
+                f"sequence of {length} tokens takes {engine.token * length / GIB:.1f}"
+            )
+        return cls(tables, engine, found)
 
 
-def gpu_tables(
-    config: Config, shape: ModelShape, gpu_bytes: int, colocated: bool, work: Workload | None = None
-) -> tuple[dict[str, Table], EngineMemory]:
-    """What is on each kind of GPU: "rank + engine", or "rank" and "engine"."""
-    largest = Pass.largest(config, shape, work or assumed_workload(config))
-    engine = EngineMemory.of(config, shape, gpu_bytes, colocated)
-    rank = rank_table(RankMemory(config, shape, "cuda", largest))
-    of_engine = engine_table(engine, colocated)
-    if colocated:
-        return {"rank + engine": rank | of_engine}, engine
-    return {"rank": rank, "engine": of_engine}, engine
+def longest(config: Config) -> int:
+    """Tokens of the longest sequence."""
+    return config.data.max_prompt_length + config.rollout.max_response_length
 
 
 def colocated_fits(config: Config, gpu_bytes: int) -> tuple[bool, str]:
-    """Whether a rank and (a device of) an engine fit on a GPU of so much memory, taking turns.
-
-    Returns:
-        And why, or why not, in a line.
+    """Whether a rank and (a device of) an engine fit on a GPU, taking turns; and why, or why not, in a line.
 
     Raises:
         UserError: the model's config.json cannot be read.
     """
-    tables, engine = gpu_tables(config, read_shape(config.model), gpu_bytes, colocated=True)
-    if found := problems(config, tables, engine, gpu_bytes):
-        return False, "; ".join(found)
-    phase, most = max(totals(tables["rank + engine"]).items(), key=lambda x: x[1])
+    memory = GpuMemory.of(config, read_shape(config.model), gpu_bytes, colocated=True)
+    if memory.problems:
+        return False, "; ".join(memory.problems)
+    phase, most = max(totals(memory.tables["rank + engine"]).items(), key=lambda x: x[1])
     return True, f"{phase} takes most, {most / GIB:.1f} of {gpu_bytes / GIB:.1f} GiB"

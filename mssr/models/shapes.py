@@ -73,11 +73,18 @@ class ModelShape:
     image_token_id: int = 151655
 
     @property
-    def text_layer(self) -> int:
-        """Parameters of a decoder layer; q, k and v have biases."""
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the linear layers of a decoder layer."""
         t = self.text_config
-        d, kv = t.hidden_size, t.kv_width
-        return 2 * d * d + 2 * d * kv + d + 2 * kv + 3 * d * t.intermediate_size + 2 * d
+        d, kv, f = t.hidden_size, t.kv_width, t.intermediate_size
+        attention = {"q_proj": (d, d), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (d, d)}
+        return attention | {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+
+    @property
+    def text_layer(self) -> int:
+        """Parameters of a decoder layer: linear, of which q, k and v have biases, and two norms."""
+        t = self.text_config
+        return sum(i * o for i, o in self.linear.values()) + 3 * t.hidden_size + 2 * t.kv_width
 
     @property
     def embedding(self) -> int:
@@ -112,13 +119,21 @@ class ModelShape:
     def parameters(self) -> int:
         return self.text + self.vision
 
-    def lora(self, rank: int, targets: list[str]) -> int:
-        """Parameters of the adapters of all layers; no targets means all linear layers."""
-        t = self.text_config
-        d, kv, f = t.hidden_size, t.kv_width, t.intermediate_size
-        widths = {"q_proj": 2 * d, "k_proj": d + kv, "v_proj": d + kv, "o_proj": 2 * d}
-        widths |= {"gate_proj": d + f, "up_proj": d + f, "down_proj": d + f}
-        return rank * t.num_hidden_layers * sum(widths.get(name, 0) for name in targets or widths)
+    def matrices(self, vision: bool) -> list[int]:
+        """Elements of each weight that is not a vector, with those of the tower or without."""
+        v, layers = self.vision_config, self.text_config.num_hidden_layers
+        found = [i * o for i, o in self.linear.values()] * layers
+        found += [self.embedding] * (1 if self.tie_word_embeddings else 2)
+        if vision:
+            c, wide = v.hidden_size, v.merged * v.hidden_size
+            found += ([3 * c * c, c * c] + [c * v.intermediate_size] * 3) * v.depth
+            found += [v.patch_values * c, wide * wide, wide * v.out_hidden_size]
+        return found
+
+    def adapters(self, rank: int, targets: list[str]) -> list[int]:
+        """Elements of the adapters' matrices; no targets means all linear layers."""
+        adapted = [self.linear[name] for name in targets or self.linear if name in self.linear]
+        return [rank * width for pair in adapted for width in pair] * self.text_config.num_hidden_layers
 
 
 def _published(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> ModelShape:

@@ -11,9 +11,9 @@ import numpy as np
 
 from mssr.config import Config
 from mssr.errors import UserError
-from mssr.models.cost import UNIT, CostModel
+from mssr.models.cost import CostModel, Operations
 from mssr.models.gpus import GpuKind
-from mssr.models.memory import EngineMemory, Workload, slots, value_bytes
+from mssr.models.memory import EngineMemory, Workload, value_bytes
 from mssr.models.shapes import ModelShape
 
 TRAINING = 0.30
@@ -50,8 +50,13 @@ class StepTime:
         return self.generate + self.score + self.update + self.sync
 
 
-def step_time(config: Config, shape: ModelShape, kind: GpuKind, colocated: bool, work: Workload) -> StepTime:
+def step_time(
+    config: Config, shape: ModelShape, kind: GpuKind, colocated: bool, transport: str, work: Workload
+) -> StepTime:
     """Of a training step, without validation and checkpoints.
+
+    Args:
+        transport: by which engines get weights, see `mssr.cluster.turns.transport`.
 
     Raises:
         UserError: the GPU has no bfloat16, for which the estimate is.
@@ -59,41 +64,33 @@ def step_time(config: Config, shape: ModelShape, kind: GpuKind, colocated: bool,
     if kind.bf16_flops is None:
         raise UserError(f"{kind.name} has no bfloat16; there is no estimate of its speed")
     actor, rollouts = config.actor, config.rollout.rollouts_per_step
-    peak = kind.bf16_flops
-    text, vision = _forward(config, shape, work)
-    tower = vision if config.trains_vision else 0.0
-    # A frozen tower runs once, and frozen weights have no gradients of their own.
-    backward = text * (1 if actor.lora.rank else 2) + 2 * tower
-    again = text + tower if actor.activation_checkpointing else 0.0
-    speed = actor.num_ranks * peak * TRAINING / rollouts
-    probe = config.kl_probe_fraction * (text + tower)
-    update = (text + vision + backward + again + probe) / speed
-    passes = (1 - 1 / actor.updates_per_step) + (1 if config.needs_reference else 0)
-    score = passes * (text + tower) / speed
+    operations = _operations(shape, work)
+    model = operations.training(frozen_weights=bool(actor.lora.rank), frozen_tower=not config.trains_vision)
+    # A frozen tower runs once.
+    forward = operations.forward - (0.0 if config.trains_vision else operations.vision)
+    again = config.kl_probe_fraction + (1 if actor.activation_checkpointing else 0)
+    scored = 1 - 1 / actor.updates_per_step + (1 if config.needs_reference else 0)
+    peak = actor.num_ranks * kind.bf16_flops / rollouts
+    update = (model + again * forward) / (peak * TRAINING)
+    score = scored * forward / (peak * TRAINING)
     generate = _generation(config, shape, kind, colocated, work)
     early = actor.score_early == "always" or (actor.score_early == "auto" and not colocated)
     if early and not config.rollout.lag:
         score = max(0.0, score - generate)
-    sync = value_bytes(config, "cuda") * shape.parameters / TRANSFER[transfer(config, colocated)]
     if config.rollout.lag:
         generate = max(0.0, generate - score - update)
-    trained = (text + vision + backward) * rollouts
-    return StepTime(generate, score, update, sync, trained / (update * actor.num_ranks * peak))
+    sync = value_bytes(config, "cuda") * shape.parameters / TRANSFER[transport]
+    return StepTime(generate, score, update, sync, mfu=model / (update * peak))
 
 
-def transfer(config: Config, colocated: bool) -> str:
-    """What ``cluster.weight_transfer`` means on GPUs."""
-    if config.cluster.weight_transfer != "auto":
-        return config.cluster.weight_transfer
-    return "ipc" if colocated else "broadcast"
-
-
-def _forward(config: Config, shape: ModelShape, work: Workload) -> tuple[float, float]:
-    """Operations of a forward pass over a sequence, of the language model and of the vision tower."""
-    cost = CostModel(shape, train_vision=False)
-    text = cost.text(np.array([work.tokens]), np.array([work.response_tokens]))[0] * UNIT / 3
-    vision = cost.images(np.array([work.image_tokens * shape.vision_config.merged]))[0] * UNIT
-    return float(text), float(vision)
+def _operations(shape: ModelShape, work: Workload) -> Operations:
+    """Of a forward pass over one sequence."""
+    cost, patches = CostModel(shape), np.array([work.image_tokens * shape.vision_config.merged])
+    return Operations(
+        matrices=float(cost.per_token * work.tokens + cost.per_response_token * work.response_tokens),
+        attention=float(cost.per_square * work.tokens**2),
+        vision=float(cost.images_forward(patches)[0]),
+    )
 
 
 def _generation(config: Config, shape: ModelShape, kind: GpuKind, colocated: bool, work: Workload) -> float:
@@ -102,11 +99,10 @@ def _generation(config: Config, shape: ModelShape, kind: GpuKind, colocated: boo
     engine = EngineMemory.of(config, shape, kind.memory_bytes, colocated)
     responses = rollout.rollouts_per_step / rollout.workers
     prompt = Workload(work.image_tokens, work.text_tokens, 0)
-    text, vision = _forward(config, shape, prompt)
     compute = kind.bf16_flops * PREFILL * rollout.tensor_parallel
-    prefill = responses / config.responses_per_prompt * (text + vision) / compute
+    prefill = responses / config.responses_per_prompt * _operations(shape, prompt).forward / compute
     length = prompt.tokens + work.response_tokens / 2
-    room = max(1.0, min(engine.sequences(length), slots(config, kind.memory_bytes)))
+    room = max(1.0, min(engine.sequences(length), engine.slots))
     longest = min(rollout.max_response_length, LONGEST * work.response_tokens)
     steps = max(responses * work.response_tokens / room, longest)
     together = responses * work.response_tokens / steps

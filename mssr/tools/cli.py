@@ -88,7 +88,6 @@ def _parser() -> argparse.ArgumentParser:
     option("--nodes", type=int, default=1)
     option("--image-tokens", type=int, metavar="N", help="of a prompt's images, on average")
     option("--response-tokens", type=int, metavar="N", help="of a response, on average")
-    option("--json", action="store_true", dest="as_json")
 
     option = add(
         "data",

@@ -6,8 +6,8 @@ from mssr.cluster.machine import Machine, free_disk
 from mssr.config import Config
 from mssr.errors import UserError
 from mssr.models.host_memory import CACHES, disk_bytes, host_memory
-from mssr.models.memory import GIB, gpu_tables, problems
-from mssr.models.shapes import ModelShape, read_shape
+from mssr.models.memory import GIB, GpuMemory
+from mssr.models.shapes import read_shape
 
 ROUGHLY = 1.2
 """What libraries and an unknown mixture of images take is assumed: only more than this tells something."""
@@ -22,15 +22,18 @@ def shortages(config: Config, device: str, machine: Machine) -> list[str]:
     """
     try:
         shape = read_shape(config.model)
+        gpu_bytes = min((gpu.total_bytes for gpu in machine.gpus), default=0)
+        colocated, transport = _placement(config, device, gpu_bytes)
     except UserError:
-        return []  # loading the model will say more
-    found = _on_gpus(config, shape, machine) if device == "cuda" else []
-    if config.cluster.address is None:
-        of_host = host_memory(config, shape, device, colocated=config.cluster.placement == "colocated")
-        needed = sum(size for part, size in of_host.items() if part != CACHES)
-        if needed > ROUGHLY * machine.memory_bytes:
-            there = f"{machine.memory_bytes / GIB:.0f} GiB"
-            found.append(f"the processes of {machine.host} take {needed / GIB:.0f} GiB of memory of {there}")
+        return []  # the start will say more
+    of_host = host_memory(config, shape, device, transport)
+    found = []
+    if device == "cuda" and gpu_bytes:
+        found += GpuMemory.of(config, shape, gpu_bytes, colocated).problems
+    needed = sum(size for part, size in of_host.items() if part != CACHES)
+    if config.cluster.address is None and needed > ROUGHLY * machine.memory_bytes:
+        there = f"{machine.memory_bytes / GIB:.0f} GiB"
+        found.append(f"the processes of {machine.host} take {needed / GIB:.0f} GiB of memory of {there}")
     needed, free = disk_bytes(config, shape), free_disk(config.run_dir)
     if needed > free:
         found.append(
@@ -40,12 +43,13 @@ def shortages(config: Config, device: str, machine: Machine) -> list[str]:
     return found
 
 
-def _on_gpus(config: Config, shape: ModelShape, machine: Machine) -> list[str]:
+def _placement(config: Config, device: str, gpu_bytes: int) -> tuple[bool, str]:
+    """Whether engines and ranks share devices, and by what weights go from one to another."""
+    if config.cluster.launcher == "local":
+        return True, "none"
+    # They need Ray, which is not everywhere.
     from mssr.cluster.placement import decide
+    from mssr.cluster.turns import transport
 
-    sizes = [gpu.total_bytes for gpu in machine.gpus if gpu.total_bytes]
-    if not sizes:
-        return []
-    colocated = decide(config, "cuda", min(sizes)).colocated
-    tables, engine = gpu_tables(config, shape, min(sizes), colocated)
-    return problems(config, tables, engine, min(sizes))
+    colocated = decide(config, device, gpu_bytes).colocated
+    return colocated, transport(config, device, colocated)

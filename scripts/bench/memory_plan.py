@@ -34,7 +34,7 @@ from mssr.actor import worker as worker_module
 from mssr.actor.optimizers import OffloadedOptimizer
 from mssr.actor.worker import PolicyWorker
 from mssr.config import Config
-from mssr.models.memory import Parts, Pass, RankMemory, moment_bytes
+from mssr.models.memory import Parts, Pass, RankMemory
 from mssr.models.shapes import read_shape
 
 PROMPT, RESPONSE = 160, 96
@@ -68,10 +68,10 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
 def planned(config: Config, largest: Pass) -> tuple[float, Parts]:
     """Bytes of a rank at its peak, and the parts of it."""
     rank = RankMemory(config, read_shape(config.model), "cpu", largest)
-    rank.moves = config.actor.offload == "optimizer"
+    rank.offload = config.actor.offload
     parts = rank.update()
-    if rank.moves:
-        parts["optimizer states"] += moment_bytes(config) * rank.trained / rank.shards
+    if rank.offload == "optimizer":
+        parts["optimizer states"] += rank.moments
     return sum(parts.values()), parts
 
 
