@@ -215,9 +215,7 @@ class _Evaluation:
         progress.note(f"{len(missing)} of {len(wanted)} responses to generate; starting engines")
         path = self.model.directory(self.scratch)
         data = prompt_data(self.config.data, self.scratch / "prompts")
-        smallest = min((gpu.total_bytes for gpu in machine.describe().gpus), default=0)
-        at_once = slots(self.config, smallest) * self.config.rollout.workers
-        size = self.request.part_size or PARTS_PER_ENGINE * at_once
+        size = self._part_size()
         with engines(engine_config(self.config, path, data, self.out)) as generate:
             for first in range(0, len(missing), size):
                 part = missing[first : first + size]
@@ -235,6 +233,12 @@ class _Evaluation:
                 responses.append(answers)
                 book.add(answers)
                 progress.update(len(responses.found), book.counts())
+
+    def _part_size(self) -> int:
+        if self.request.part_size:
+            return self.request.part_size
+        smallest = min((gpu.total_bytes for gpu in machine.describe().gpus), default=0)
+        return PARTS_PER_ENGINE * slots(self.config, smallest) * self.config.rollout.workers
 
     def _meta(self) -> dict[str, Any]:
         """What results.json says of how the responses came about."""
