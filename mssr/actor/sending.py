@@ -68,13 +68,13 @@ class WeightSender:
 
     def _gather(self, named: Named) -> Iterator[tuple[str, torch.Tensor]]:
         # Adapters in float32, for they are merged so.
-        return full_tensors((n, v if is_adapter(n) else self._ready(v)) for n, v in named)
+        return full_tensors((n, self._ready(v, v.dtype if is_adapter(n) else self._dtype)) for n, v in named)
 
-    def _ready(self, value: Any) -> Any:
+    def _ready(self, value: Any, dtype: torch.dtype) -> Any:
         """On the device, in the dtype: here and not when it is whole, so that half as much is gathered."""
         if not isinstance(value, DTensor):
-            return value.to(self._device, self._dtype)
-        local = value.to_local().to(self._device, self._dtype)
+            return value.to(self._device, dtype)
+        local = value.to_local().to(self._device, dtype)
         mesh, placements = value.device_mesh, value.placements
         shape, stride = value.shape, value.stride()
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)

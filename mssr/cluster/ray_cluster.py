@@ -118,6 +118,8 @@ class RayCluster(Cluster):
         self._turns.sync(version)
 
     def begin_save(self, directory: str) -> SaveHandle:
+        if self._config.actor.offload == "optimizer":  # its states come back to the device, to be copied
+            self._turns.of_ranks()
         self._call_ranks("begin_save", directory)
         refs = [r.handle.finish_save.options(concurrency_group=SAVING).remote() for r in self._ranks]
         return SaveHandle(

@@ -203,6 +203,22 @@ def test_three_steps_with_a_validation_and_a_replaced_engine() -> None:
             assert lab.told() == ["both engines: generate"]
 
 
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+def test_engines_sleep_while_states_that_wait_elsewhere_are_saved(offload: str) -> None:
+    lab = Lab(colocated=True)
+    lab.cluster._config.actor.offload = offload
+    lab.cluster._launch()
+    lab.cluster.sync_weights(0)
+    lab.told()
+    lab.cluster.begin_save("there")
+    lab.generate()
+    saved, generated = ["both ranks: begin_save", "both ranks: finish_save"], ["both engines: generate"]
+    if offload == "none":
+        assert lab.told() == [*saved, *generated]
+    else:
+        assert lab.told() == ["both engines: sleep", *saved, *TO_ENGINES, *generated]
+
+
 def test_every_rank_sends_to_the_process_on_its_device() -> None:
     lab = Lab(colocated=True)
     lab.cluster._launch()
