@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -135,11 +135,10 @@ class RayCluster(Cluster):
         _kill(self._ranks)
         self._ranks = []
         timeout_s = self._config.cluster.replace_timeout_s
-        if missing := self._places.wait(self._places.ranks, timeout_s, self._stop):
+        if gone := self._places.wait(self._places.ranks, timeout_s, self._stop):
             raise TrainingError(
-                f"{len(missing)} of {len(self._places.ranks)} actor ranks have lost their machine, and "
-                f"{_told(missing)} did not become free within cluster.replace_timeout_s={timeout_s:g}; start "
-                "the run again, and it goes on from its last checkpoint"
+                f"{len(gone)} of {len(self._places.ranks)} actor ranks have lost their machine, and "
+                f"{_not_free(gone, timeout_s)}; start the run again, and it goes on from its last checkpoint"
             )
         self._turns.of_ranks()
         self._start(ranks=True)
@@ -207,8 +206,6 @@ class RayCluster(Cluster):
 
     def _start(self, engines: Sequence[int] = (), ranks: bool = False) -> None:
         """Make workers, and wait until they have loaded the base model."""
-        if engines:
-            self._turns.make_room()
         made = [self._worker(RayRolloutWorker, f"engine {k}", k, self._places.engines[k]) for k in engines]
         self._engines = sorted(self._engines + made, key=lambda engine: engine.number)
         self._missing = [k for k in self._missing if k not in engines]
@@ -235,6 +232,7 @@ class RayCluster(Cluster):
             if not is_lost(failure):
                 raise explained(failure)
         if failures:
+            _kill([failure.worker for failure in failures])  # or they would be called, without an engine
             self._report("start_failed", str(failures[0]))
             raise WorkersLostError(f"{failures[0]}; see {self._config.run_dir / 'logs'}")
         return outcomes
@@ -278,15 +276,20 @@ class RayCluster(Cluster):
         if made := self._make_engines(numbers, timeout_s):
             self._turns.welcome(made)
         if gone := [k for k in numbers if k in self._missing]:
-            lost = (
-                f"{_told(self._places.engines[k] for k in gone)} for engine {', '.join(map(str, gone))} did "
-                f"not become free within cluster.replace_timeout_s={timeout_s:g}"
-            )
+            names = f"engine {', '.join(map(str, gone))}"
+            lost = f"{names}: {_not_free([self._places.engines[k] for k in gone], timeout_s)}"
             self._check_engines(f"{lost}, and ")
             self._record("engine_lost", f"{lost}; the run goes on with {len(self._engines)} engines")
 
     def _make_engines(self, numbers: Sequence[int], timeout_s: float) -> list[Worker]:
-        """New engines, those for which there is a place by then."""
+        """New engines, those for which there is a place by then.
+
+        Raises:
+            WorkersLostError: a rank beside one of them is gone, too.
+        """
+        if not numbers:
+            return []
+        self._turns.make_room()  # now, so that nobody waits for a place where ranks are lost with it
         seats = {self._places.engines[k]: k for k in numbers}
         gone = self._places.wait(seats, timeout_s, self._stop)
         if new := [k for seat, k in seats.items() if seat not in gone]:
@@ -344,8 +347,9 @@ def _kill(workers: Sequence[Worker]) -> None:
         ray.kill(worker.handle)
 
 
-def _told(seats: Iterable[Seat]) -> str:
-    """What some seats need, all together."""
+def _not_free(seats: Sequence[Seat], timeout_s: float) -> str:
+    """What some seats needed, all together, and had not in time."""
     units = {seat.unit: None for seat in seats}
     kind = "GPU" if any("GPU" in unit.needs for unit in units) else "CPU"
-    return f"{sum(unit.needs[kind] for unit in units):.0f} {kind}"
+    needed = sum(unit.needs[kind] for unit in units)
+    return f"{needed:.0f} {kind} did not become free within cluster.replace_timeout_s={timeout_s:g}"

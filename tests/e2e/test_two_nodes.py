@@ -169,7 +169,9 @@ def test_a_run_goes_on_without_the_engines_of_a_node_and_takes_them_back(
     rollouts = cluster.generate(REQUESTS, PARAMS, lose_a_node)
     assert [r.prompt_id for r in rollouts] == [r.prompt_id for r in REQUESTS]
     assert [name for name, _ in told.events] == ["engine_died", "engine_lost"]
-    assert "8 GPU for engine" in told.events[1][1] and "goes on with 1 engines" in told.events[1][1]
+    assert (
+        ": 8 GPU did not become free" in told.events[1][1] and "goes on with 1 engines" in told.events[1][1]
+    )
     cluster.prepare(["p1", "p2"])
     cluster.sync_weights(8)
     assert {r.policy_version for r in cluster.generate(REQUESTS[:8], PARAMS)} == {8}

@@ -302,6 +302,29 @@ def test_an_engine_that_dies_with_its_rank_counts_once_and_is_back_with_the_weig
     assert events == ["engine_died", "actor_rank_died", "engine_back"]
 
 
+def test_an_engine_whose_device_fails_as_it_starts_is_not_called_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has a process, and nothing in it."""
+    killed: list[str] = []
+    monkeypatch.setattr(ray, "kill", lambda handle: killed.append(handle._worker))
+
+    def fail(*call: Any) -> BaseException | None:
+        if call == ("engine 1", "start", 1):
+            return RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        dead = call[:2] == ("engine 1", "sleep") and killed.count("engine 1") == 2
+        return WorkerDiedError("died") if dead or call == ("engine 1", "generate", 0) else None
+
+    lab = Lab(True, fail)
+    lab.cluster._launch()
+    lab.cluster.sync_weights(0)
+    with pytest.raises(WorkersLostError, match="engine 1: RuntimeError: CUDA error"):
+        lab.generate()
+    assert killed == ["engine 1", "engine 1"]
+    lab.cluster.restart()
+    assert killed.count("engine 1") == 3 and len(lab.cluster._engines) == 2
+
+
 def test_apart_nobody_sleeps_and_rank_0_sends_to_all() -> None:
     lab = Lab(colocated=False)
     lab.cluster._launch()
