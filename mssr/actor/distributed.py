@@ -121,14 +121,13 @@ def all_reduce(values: dict[str, torch.Tensor], op: Any = dist.ReduceOp.SUM) -> 
     return dict(zip(keys, tensor.tolist(), strict=True))
 
 
-def peak_gib(device: torch.device) -> float:
-    """The most GPU memory that tensors of any rank took since the last call; a collective. 0 on CPU."""
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most GPU memory that tensors of any rank took since the last call; a collective. None on CPU."""
     if device.type != "cuda":
-        return 0.0
+        return {}
     peak = torch.tensor(torch.cuda.max_memory_allocated(device) / 2**30)
     torch.cuda.reset_peak_memory_stats(device)
-    dist.all_reduce(peak, dist.ReduceOp.MAX)
-    return peak.item()
+    return all_reduce({"memory/actor_gpu_gib": peak}, dist.ReduceOp.MAX)
 
 
 def full_tensors(

@@ -28,8 +28,7 @@ def model_operations(config: Config, cost: CostModel, batch: TrainBatch, plan: S
     log-probs that the batch does not bring along, of the text-only anchor and of the KL probe.
 
     It depends neither on ranks nor on micro-batches: a prompt's images count once for each pass over the
-    sequences of an update. Those of a frozen tower do not count, because its features are kept, nor do
-    recomputation, adapters, and passes in which a rank only runs along.
+    sequences of an update. A frozen tower, recomputation and adapters do not count.
     """
     lora, needs_old = config.actor.lora, batch.old_log_probs is None
     needs_reference = config.needs_reference and not config.kl_in_reward and batch.reference_log_probs is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +18,8 @@ from mssr.rollout.checksums import Checksums
 from mssr.rollout.heartbeat import beat
 from mssr.rollout.transports import Sender
 from mssr.rollout.weights import bucket_bytes, pack
+
+logger = logging.getLogger(__name__)
 
 
 class WeightSender:
@@ -47,37 +51,30 @@ class WeightSender:
         Returns:
             The checksums by name; none if they are not asked for, or there are no receivers.
         """
-        checksums = Checksums()
-        weights = self._summed(checksums) if check and sender else self.weights()
-        try:
-            if sender is not None:
-                bucket = self._bucket()
-                for layout, used in pack(weights, bucket):
-                    sender.send(bucket, used, layout)
-                sender.finish()
-        except TransferInterruptedError:
-            pass  # the call of the engine tells what became of it
-        finally:
-            if sender is not None:
-                sender.close()
+        checksums, weights = Checksums(), self.weights()
+        if sender is not None:
+            weights = checksums.of(weights) if check else weights
+            try:
+                with contextlib.closing(sender):
+                    bucket = self._bucket()
+                    for layout, used in pack(weights, bucket):
+                        sender.send(bucket, used, layout)
+                    sender.finish()
+            except TransferInterruptedError:  # the call of the engine tells what became of it
+                logger.warning("an engine did not get all weights", exc_info=True)
         for _ in weights:
             pass
         return checksums.result()
 
-    def _summed(self, checksums: Checksums) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self.weights():
-            checksums.add(name, tensor)
-            yield name, tensor
-
     def _gather(self, named: Named) -> Iterator[tuple[str, torch.Tensor]]:
         # Adapters in float32, for they are merged so.
-        return full_tensors((n, v if is_adapter(n) else self._ready(v)) for n, v in named)
+        return full_tensors((n, self._ready(v, v.dtype if is_adapter(n) else self._dtype)) for n, v in named)
 
-    def _ready(self, value: Any) -> Any:
+    def _ready(self, value: Any, dtype: torch.dtype) -> Any:
         """On the device, in the dtype: here and not when it is whole, so that half as much is gathered."""
         if not isinstance(value, DTensor):
-            return value.to(self._device, self._dtype)
-        local = value.to_local().to(self._device, self._dtype)
+            return value.to(self._device, dtype)
+        local = value.to_local().to(self._device, dtype)
         mesh, placements = value.device_mesh, value.placements
         shape, stride = value.shape, value.stride()
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mssr.actor.checkpoint import ActorCheckpoint
-from mssr.actor.distributed import init_process_group, limit_waits, peak_gib, shard
+from mssr.actor.distributed import init_process_group, limit_waits, peak_memory, shard
 from mssr.actor.initial_weights import InitialWeights
 from mssr.actor.optimizers import make_optimizer, with_offload
 from mssr.actor.prompts import Prepared, PromptCache
@@ -47,7 +47,7 @@ class PolicyWorker:
         self.rank = rank
         self.device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         torch.manual_seed(config.seed)
-        # The others wait while rank 0 reads the model, and for the slowest one to open the data.
+        # The others wait while rank 0 reads the model.
         start_s, ranks = config.cluster.start_timeout_s, config.actor.num_ranks
         mesh = init_process_group(rank, ranks, init_method, self.device, start_s, config.replicas)
         if set_threads:
@@ -77,7 +77,8 @@ class PolicyWorker:
         self.updater = PolicyUpdater(
             config, self.policy, self.reference, steps, self._prompts, rank, self.device
         )
-        peak_gib(self.device)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         limit_waits(mesh, config.cluster.hang_timeout_s)
 
     def _model(self, trainable: bool, empty: bool) -> Any:
@@ -120,10 +121,7 @@ class PolicyWorker:
             # So that a run that is resumed drops what it would have dropped.
             torch.manual_seed(hash((self.config.seed, step, self.rank)) % 2**63)
         with self._profiled(step + 1), self._prompts.using(prepared):
-            metrics = self.updater.step(batch, step)
-        if self.device.type == "cuda":
-            metrics["memory/actor_gpu_gib"] = peak_gib(self.device)
-        return metrics
+            return self.updater.step(batch, step) | peak_memory(self.device)
 
     @contextlib.contextmanager
     def _profiled(self, step: int) -> Iterator[None]:

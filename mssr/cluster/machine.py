@@ -104,9 +104,9 @@ def differences(machines: Sequence[Machine]) -> list[str]:
     """In what machines of one run may not differ and do: one line each, with the hosts."""
     lines = []
     for name in machines[0].versions if machines else ():
-        hosts: dict[str, list[str]] = defaultdict(list)
+        hosts: dict[str, set[str]] = defaultdict(set)
         for machine in machines:
-            hosts[machine.versions[name] or "missing"].append(machine.host)
+            hosts[machine.versions[name] or "missing"].add(machine.host)
         if len(hosts) > 1:
             where = "; ".join(f"{version} on {', '.join(sorted(h))}" for version, h in sorted(hosts.items()))
             lines.append(f"{name} is {where}")
@@ -122,46 +122,31 @@ def shared_paths(config: Config) -> list[str]:
 
 def missing_files(config: Config) -> list[str]:
     """Files of the data that are not here; a data set of the hub is none."""
-    return [name for name in _sources(config) if Path(name).suffix in FILE_SUFFIXES and missing([name])]
+    files = [Path(name) for name in _sources(config) if Path(name).suffix in FILE_SUFFIXES]
+    return [str(file) for file in files if not file.exists()]
 
 
 def _sources(config: Config) -> list[str]:
-    sources = [
-        s for v in validation_sets(config.data.val) if v.path for s in parse_sources(v.path, "data.val")
-    ]
-    sources += parse_sources(config.data.train, "data.train")
+    sources = parse_sources(config.data.train, "data.train")
+    for one in validation_sets(config.data.val):
+        sources += parse_sources(one.path, "data.val") if one.path else []
     return [str(split_name(source.name)[0]) for source in sources if "://" not in source.name]
 
 
-def missing(paths: Sequence[str]) -> list[str]:
-    """Those of the paths that do not exist for this process."""
-    return [path for path in paths if not os.path.exists(path)]
-
-
 @contextlib.contextmanager
-def marker(directory: Path) -> Iterator[tuple[str, str]]:
-    """A file in a directory, by which other machines tell that theirs is the same; see `sees`.
+def marker(directory: Path) -> Iterator[str]:
+    """The path of a file in a directory; who sees it on another machine has the same directory there.
 
     Raises:
         OSError: the directory cannot be written.
     """
     # A name that nobody has looked up: NFS clients remember for a while that a file was not there.
-    nonce = secrets.token_hex(8)
-    path = directory.absolute() / f".seen-{nonce}"
-    path.write_text(nonce)
+    path = directory.absolute() / f".seen-{secrets.token_hex(8)}"
+    path.touch()
     try:
-        yield str(path), nonce
+        yield str(path)
     finally:
         path.unlink(missing_ok=True)
-
-
-def sees(marked: tuple[str, str]) -> bool:
-    """Whether the file that `marker` made on another machine is here, too."""
-    path, nonce = marked
-    try:
-        return Path(path).read_text() == nonce
-    except OSError:
-        return False
 
 
 def free_disk(path: Path) -> int:

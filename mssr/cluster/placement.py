@@ -146,11 +146,11 @@ class Places:
         """Ranks first, which are to be near to one another; but larger ones before smaller ones."""
         return sorted(self._ranks + self._engines, key=lambda unit: -unit.needs.get("GPU", 0.0))
 
-    def reserve(self, nodes: Sequence[Node]) -> None:
-        """Ask Ray for all places, on as few nodes as possible."""
+    def reserve(self, nodes: Sequence[Node], decision: Decision) -> None:
+        """Ask Ray for all places, on as few nodes as possible. Raises as `check_total`."""
         wanted = fit(self.units, [(node.id, node.free) for node in nodes])
         if len(wanted) < len(self.units):  # others are to end first
-            wanted = fit(self.units, [(node.id, node.total) for node in nodes])
+            wanted = self.check_total(nodes, decision)
         for unit in self.units:
             # Without a wish Ray would spread the groups.
             unit.group = placement_group(
@@ -172,14 +172,23 @@ class Places:
             ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=min(POLL_S, left))
             for ref in ready:
                 unit = waiting.pop(ref)
-                unit.node, unit.address, unit.gpus = ray.get(ref)
+                unit.node, unit.address, gpus = ray.get(ref)
+                unit.gpus = tuple(sorted(gpus, key=_by_number))
         for ref in waiting:
             ray.cancel(ref)
         return [seat for seat in seats if seat.unit in waiting.values()]
 
     def _ask(self, unit: Unit) -> Any:
+        """A reference to a unit's node, its address and the GPUs that the unit has there."""
+
+        # Not of a module: it runs where mssr may be missing, which `preflight.check` tells.
+        def look_around() -> tuple[str, str, list[str]]:
+            context = ray.get_runtime_context()
+            gpus = context.get_accelerator_ids()["GPU"]
+            return context.get_node_id(), ray.util.get_node_ip_address(), gpus
+
         # Tried again for as long as it takes: a machine may be lost before Ray knows.
-        look = ray.remote(num_cpus=0, num_gpus=unit.needs.get("GPU", 0.0), max_retries=-1)(_look_around)
+        look = ray.remote(num_cpus=0, num_gpus=unit.needs.get("GPU", 0.0), max_retries=-1)(look_around)
         return look.options(scheduling_strategy=unit.strategy).remote()
 
     def sort(self) -> None:
@@ -192,16 +201,19 @@ class Places:
             for unit, place in zip(units, found, strict=True):
                 unit.group, unit.node, unit.address, unit.gpus = place
 
-    def check_total(self, nodes: Sequence[Node], decision: Decision) -> None:
-        """Refuse what the cluster could not place if it were idle.
+    def check_total(self, nodes: Sequence[Node], decision: Decision) -> dict[Unit, str]:
+        """A node for every unit, if the cluster were idle.
 
         Raises:
-            UserError: how much is needed, and what there is on every node.
+            UserError: it has too few even then.
         """
-        if len(fit(self.units, [(node.id, node.total) for node in nodes])) < len(self.units):
+        found = fit(self.units, [(node.id, node.total) for node in nodes])
+        if len(found) < len(self.units):
             raise self.no_room(nodes, decision)
+        return found
 
     def no_room(self, nodes: Sequence[Node], decision: Decision) -> UserError:
+        """How much is needed, and what there is on every node."""
         config, units = self._config, self.units
         total = fit(units, [(node.id, node.total) for node in nodes])
         free = fit(units, [(node.id, node.free) for node in nodes])
@@ -254,13 +266,6 @@ def fit(units: Sequence[Unit], nodes: Sequence[tuple[str, dict[str, float]]]) ->
         if len(found) == len(units):
             break
     return found
-
-
-def _look_around() -> tuple[str, str, tuple[str, ...]]:
-    """Node, its address and the GPUs of the task that runs this."""
-    context = ray.get_runtime_context()
-    gpus = sorted(context.get_accelerator_ids()["GPU"], key=_by_number)
-    return context.get_node_id(), ray.util.get_node_ip_address(), tuple(gpus)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

@@ -91,9 +91,9 @@ def check(config: Config, device: str, used: Sequence[Found]) -> None:
         raise UserError(f"the machines of this run have different versions: {'. '.join(lines)}; install one")
 
 
-def _look(address: str, paths: list[str], marked: tuple[str, str] | None) -> Found:
-    sees = marked is None or machine.sees(marked)
-    return Found(address, machine.describe(), machine.missing(paths), sees)
+def _look(address: str, paths: list[str], marked: str | None) -> Found:
+    missing = [path for path in paths if not os.path.exists(path)]
+    return Found(address, machine.describe(), missing, marked is None or os.path.exists(marked))
 
 
 def _answer(address: str, ref: Any) -> Found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -57,8 +57,9 @@ class RayCluster(Cluster):
         self._shelf = PromptShelf(config.data.image_cache_bytes * config.rollout.workers)
         self._ranks: list[Worker] = []
         self._engines: list[Worker] = []
-        """In the order of their numbers, without those that were given up."""
-        self._given_up: list[int] = []
+        """In the order of their numbers, without those that have no place."""
+        self._missing: list[int] = []
+        """The numbers of these."""
         self._env = worker_environment(config)
         with contextlib.ExitStack() as leave:
             if not ray.is_initialized():
@@ -66,10 +67,7 @@ class RayCluster(Cluster):
                 init_ray(config, processes=config.actor.num_ranks + config.rollout.workers * each)
                 leave.callback(ray.shutdown)
             self._find_places(note, leave)
-            workers = Workers(
-                lambda: self._ranks, lambda: self._engines, self._of_ranks, self._replace_engines
-            )
-            self._turns = Turns(config, workers, self._calls, self._device, self._colocated)
+            self._turns = Turns(config, self._workers(), self._calls, self._device, self._colocated)
             leave.callback(lambda: _kill(self._ranks + self._engines))
             self._launch()
             self._leave = leave.pop_all()
@@ -120,6 +118,8 @@ class RayCluster(Cluster):
         self._turns.sync(version)
 
     def begin_save(self, directory: str) -> SaveHandle:
+        if self._config.actor.offload == "optimizer":  # its states come back to the device, to be copied
+            self._turns.of_ranks()
         self._call_ranks("begin_save", directory)
         refs = [r.handle.finish_save.options(concurrency_group=SAVING).remote() for r in self._ranks]
         return SaveHandle(
@@ -135,11 +135,10 @@ class RayCluster(Cluster):
         _kill(self._ranks)
         self._ranks = []
         timeout_s = self._config.cluster.replace_timeout_s
-        if missing := self._places.wait(self._places.ranks, timeout_s, self._stop):
+        if gone := self._places.wait(self._places.ranks, timeout_s, self._stop):
             raise TrainingError(
-                f"{len(missing)} of {len(self._places.ranks)} actor ranks have lost their machine, and "
-                f"{_told(missing)} did not become free within cluster.replace_timeout_s={timeout_s:g}; start "
-                "the run again, and it goes on from its last checkpoint"
+                f"{len(gone)} of {len(self._places.ranks)} actor ranks have lost their machine, and "
+                f"{_not_free(gone, timeout_s)}; start the run again, and it goes on from its last checkpoint"
             )
         self._turns.of_ranks()
         self._start(ranks=True)
@@ -149,9 +148,8 @@ class RayCluster(Cluster):
 
     def metrics(self) -> dict[str, float]:
         actors, driver = self._call_ranks("rss_gib"), rss_gib()
-        engines = [found for found in self._call_engines("metrics") if found is not None]
-        keys = {key for found in engines for key in found}
-        of_engines = {key: [found[key] for found in engines if key in found] for key in sorted(keys)}
+        found = [metrics for metrics in self._call_engines(self._engines, "metrics") if metrics]
+        of_engines = {key: [metrics[key] for metrics in found] for key in (found[0] if found else ())}
         rollouts = of_engines.pop("memory/rollout_rss_gib", [0.0])
         gpus = sum(unit.needs.get("GPU", 0.0) for unit in self._places.units)
         return {
@@ -166,6 +164,16 @@ class RayCluster(Cluster):
     def shutdown(self) -> None:
         self._leave.close()
 
+    def _workers(self) -> Workers:
+        return Workers(
+            ranks=lambda: self._ranks,
+            engines=lambda: self._engines,
+            call_ranks=self._call_ranks,
+            call_engines=self._call_engines,
+            of_ranks=self._of_ranks,
+            replace=self._replace_engines,
+        )
+
     def _find_places(self, note: Callable[[str], None], leave: contextlib.ExitStack) -> None:
         """Have Ray reserve what all workers need, on nodes that can run them."""
         config = self._config
@@ -178,9 +186,8 @@ class RayCluster(Cluster):
         note(str(decision))
         self._colocated = decision.colocated
         self._places = places = Places(config, self._device, self._colocated)
-        places.check_total(nodes, decision)
         leave.callback(places.release)
-        places.reserve(nodes)
+        places.reserve(nodes, decision)
         if places.wait([*places.engines, *places.ranks], PLACEMENT_TIMEOUT_S, self._stop):
             raise places.no_room(nodes, decision)
         places.sort()
@@ -199,14 +206,11 @@ class RayCluster(Cluster):
 
     def _start(self, engines: Sequence[int] = (), ranks: bool = False) -> None:
         """Make workers, and wait until they have loaded the base model."""
-        if engines:
-            self._turns.make_room()
-        starting = []
         made = [self._worker(RayRolloutWorker, f"engine {k}", k, self._places.engines[k]) for k in engines]
-        kept = [engine for engine in self._engines if engine.number not in engines]
-        self._engines = sorted([*kept, *made], key=lambda engine: engine.number)
+        self._engines = sorted(self._engines + made, key=lambda engine: engine.number)
+        self._missing = [k for k in self._missing if k not in engines]
         options = self._device, self._colocated
-        starting += [(engine, engine.handle.start.remote(*options)) for engine in made]
+        starting = [(engine, engine.handle.start.remote(*options)) for engine in made]
         if ranks:
             self._ranks = [
                 self._worker(RayPolicyWorker, f"actor rank {k}", k, seat)
@@ -228,6 +232,7 @@ class RayCluster(Cluster):
             if not is_lost(failure):
                 raise explained(failure)
         if failures:
+            _kill([failure.worker for failure in failures])  # or they would be called, without an engine
             self._report("start_failed", str(failures[0]))
             raise WorkersLostError(f"{failures[0]}; see {self._config.run_dir / 'logs'}")
         return outcomes
@@ -242,9 +247,9 @@ class RayCluster(Cluster):
         log_file = os.path.abspath(self._config.run_dir / "logs" / log)
         return Worker(name, actor.remote(self._config, log_file, env, os.getcwd()), number)
 
-    def _call_engines(self, method: str, *args: Any) -> list[Any]:
-        """The results of a call of all engines. Those that fail are replaced, and have None."""
-        results = self._calls.gather([(e, getattr(e.handle, method).remote(*args)) for e in self._engines])
+    def _call_engines(self, engines: Sequence[Worker], method: str, *args: Any) -> list[Any]:
+        """The results of a call of some engines. Those that fail are replaced, and have None."""
+        results = self._calls.gather([(e, getattr(e.handle, method).remote(*args)) for e in engines])
         self._replace_engines([x for x in results if isinstance(x, Failure)])
         return [None if isinstance(x, Failure) else x for x in results]
 
@@ -261,44 +266,48 @@ class RayCluster(Cluster):
                 raise explained(failure)
         hung = [f.worker for f in failures if isinstance(f.error, WorkerHungError)]
         where = self._write_stacks(hung) if hung else ""
-        lost = [failure.worker for failure in failures]
-        _kill(lost)
+        _kill([failure.worker for failure in failures])
         told = "; ".join(map(str, failures))
-        done = "it is replaced" if len(lost) == 1 else "they are replaced"
+        done = "it is replaced" if len(failures) == 1 else "they are replaced"
         self._report("engine_hung" if hung else "engine_died", f"{told}{where}; {done}")
-        numbers, timeout_s = [engine.number for engine in lost], self._config.cluster.replace_timeout_s
-        seats = {self._places.engines[k]: k for k in numbers}
-        missing = [seats[seat] for seat in self._places.wait(seats, timeout_s, self._stop)]
-        if missing:
-            self._give_up(missing)
-        if new := [k for k in numbers if k not in missing]:
-            self._start(engines=new)
-            self._turns.welcome([engine for engine in self._engines if engine.number in new])
-
-    def _give_up(self, numbers: Sequence[int]) -> None:
-        """Go on without engines, if there are others."""
-        timeout_s, seats = self._config.cluster.replace_timeout_s, [self._places.engines[k] for k in numbers]
-        self._given_up += numbers
+        numbers, timeout_s = [f.worker.number for f in failures], self._config.cluster.replace_timeout_s
         self._engines = [engine for engine in self._engines if engine.number not in numbers]
-        lost = (
-            f"{_told(seats)} for engine {', '.join(map(str, numbers))} did not become free within "
-            f"cluster.replace_timeout_s={timeout_s:g}"
-        )
-        if not self._engines:
-            raise TrainingError(f"{lost}, and no engine is left; start the run again when machines are back")
-        self._record("engine_lost", f"{lost}; the run goes on with {len(self._engines)} engines")
+        self._missing += numbers  # until there are new ones, whatever comes between
+        if made := self._make_engines(numbers, timeout_s):
+            self._turns.welcome(made)
+        if gone := [k for k in numbers if k in self._missing]:
+            names = f"engine {', '.join(map(str, gone))}"
+            lost = f"{names}: {_not_free([self._places.engines[k] for k in gone], timeout_s)}"
+            self._check_engines(f"{lost}, and ")
+            self._record("engine_lost", f"{lost}; the run goes on with {len(self._engines)} engines")
+
+    def _make_engines(self, numbers: Sequence[int], timeout_s: float) -> list[Worker]:
+        """New engines, those for which there is a place by then.
+
+        Raises:
+            WorkersLostError: a rank beside one of them is gone, too.
+        """
+        if not numbers:
+            return []
+        self._turns.make_room()  # now, so that nobody waits for a place where ranks are lost with it
+        seats = {self._places.engines[k]: k for k in numbers}
+        gone = self._places.wait(seats, timeout_s, self._stop)
+        if new := [k for seat, k in seats.items() if seat not in gone]:
+            self._start(engines=new)
+        return [engine for engine in self._engines if engine.number in new]
 
     def _take_back(self) -> None:
-        """Engines that were given up, where there is a place for them again."""
-        back = [k for k in self._given_up if self._places.engines[k].unit.has_place]
-        seats = {self._places.engines[k]: k for k in back}
-        missing = [seats[seat] for seat in self._places.wait(seats, PLACEMENT_TIMEOUT_S, self._stop)]
-        if back := [k for k in back if k not in missing]:
-            self._given_up = [k for k in self._given_up if k not in back]
-            self._record("engine_back", f"there is a place for engine {', '.join(map(str, back))} again")
-            self._start(engines=back)
+        """Engines that are missing, where there is a place for them again."""
+        ready = [k for k in self._missing if self._places.engines[k].unit.has_place]
+        if back := self._make_engines(ready, PLACEMENT_TIMEOUT_S):
+            self._record("engine_back", f"there is a place for {', '.join(e.name for e in back)} again")
             if self._colocated:
-                self._turns.welcome([engine for engine in self._engines if engine.number in back])
+                self._turns.welcome(back)
+        self._check_engines()
+
+    def _check_engines(self, why: str = "") -> None:
+        if not self._engines:
+            raise TrainingError(f"{why}no engine is left; start the run again when machines are back")
 
     def _call_ranks(self, method: str, *args: Any) -> list[Any]:
         return self._of_ranks([getattr(r.handle, method).remote(*args) for r in self._ranks])
@@ -338,8 +347,9 @@ def _kill(workers: Sequence[Worker]) -> None:
         ray.kill(worker.handle)
 
 
-def _told(seats: Iterable[Seat]) -> str:
-    """What some seats need, all together."""
+def _not_free(seats: Sequence[Seat], timeout_s: float) -> str:
+    """What some seats needed, all together, and had not in time."""
     units = {seat.unit: None for seat in seats}
     kind = "GPU" if any("GPU" in unit.needs for unit in units) else "CPU"
-    return f"{sum(unit.needs[kind] for unit in units):.0f} {kind}"
+    needed = sum(unit.needs[kind] for unit in units)
+    return f"{needed:.0f} {kind} did not become free within cluster.replace_timeout_s={timeout_s:g}"

@@ -158,24 +158,23 @@ class RayPolicyWorker(RayWorker):
         from mssr.rollout.transports import BroadcastSender, IpcSender, Sender, StoreSender
         from mssr.rollout.weights import Stored
 
+        def ended() -> bool:
+            return bool(ray.wait(loads, timeout=0, fetch_local=False)[0])
+
         heartbeat.beat()
         sender: Sender | None = None
         source = None
-        if transport == "object_store" and self._worker.rank == 0:
-            sender = StoreSender(ray.put, self._kept)
-            source = Stored(sender.buckets, ray.get)
-        elif transport != "object_store":
-
-            def ended() -> bool:
-                return bool(ray.wait(loads, timeout=0, fetch_local=False)[0])
-
+        if transport == "object_store":
+            if self._worker.rank == 0:
+                sender = StoreSender(ray.put, self._kept)
+                source = Stored(sender.buckets, ray.get)
+        elif not loads:
+            self._door.close()
+        elif transport == "ipc":
+            sender = IpcSender(self._door, 1, ended)
+        else:
             receivers = len(loads) * self._config.rollout.tensor_parallel
-            if not loads:
-                self._door.close()
-            elif transport == "broadcast":
-                sender = BroadcastSender(self._door, receivers, ended, self._kept)
-            else:
-                sender = IpcSender(self._door, 1, ended)
+            sender = BroadcastSender(self._door, receivers, ended, self._kept)
         checksums = self._worker.sender.send(sender, check)
         self.make_room()
         return Sent(source, checksums)

@@ -22,8 +22,12 @@ class Workers:
 
     ranks: Callable[[], Sequence[Worker]]
     engines: Callable[[], Sequence[Worker]]
+    call_ranks: Callable[..., list[Any]]
+    """A method of all ranks with some arguments; raises `WorkersLostError`."""
+    call_engines: Callable[..., list[Any]]
+    """Of some engines, which come first; those that fail are replaced."""
     of_ranks: Callable[[list[Any]], list[Any]]
-    """The results of a call of all ranks; raises `WorkersLostError`."""
+    """The results of calls of all ranks, which were made already."""
     replace: Callable[[Sequence[Failure]], None]
     """Has new engines in place of some, and shows them to `Turns.welcome`; or raises what is their error."""
 
@@ -63,7 +67,7 @@ class Turns:
         """Ranks are to compute, or to be made."""
         if self._colocated and not self._asleep:
             self._asleep = True
-            self._call(self._workers.engines(), "sleep")
+            self._workers.call_engines(self._workers.engines(), "sleep")
 
     def sync(self, version: int) -> None:
         """Give all engines the ranks' weights, and their devices."""
@@ -73,17 +77,17 @@ class Turns:
             self._asleep = False
             if self._colocated:
                 self.make_room()
-                self._call(self._workers.engines(), "wake", "weights")
+                self._workers.call_engines(self._workers.engines(), "wake", "weights")
             self._send(self._workers.engines())
             if self._colocated:
-                self._call(self._workers.engines(), "wake", "kv_cache")
+                self._workers.call_engines(self._workers.engines(), "wake", "kv_cache")
         finally:
             self._syncing = False
 
     def make_room(self) -> None:
         """Have ranks give back device memory that they do not use, before engines take theirs."""
         if self._colocated:
-            self._of_ranks("make_room")
+            self._workers.call_ranks("make_room")
 
     def welcome(self, engines: Sequence[Worker]) -> None:
         """New engines, awake and with the base model's weights, are to be as the others are.
@@ -92,7 +96,7 @@ class Turns:
             WorkersLostError: the weights that the others have are gone.
         """
         if self._asleep:
-            self._call(engines, "sleep")
+            self._workers.call_engines(engines, "sleep")
         elif self._kept is not None:
             self._take(engines, self._kept.source, self._kept.checksums)
         elif self._config.rollout.lag and not self._syncing:
@@ -108,7 +112,7 @@ class Turns:
         while engines:
             check = any(map(self._check.due, engines))
             if self._transport == "object_store":
-                sent: Sent = self._of_ranks("send_weights", self._transport, [], check)[0]
+                sent: Sent = self._workers.call_ranks("send_weights", self._transport, [], check)[0]
                 self._kept = sent if self._config.rollout.lag else None
                 engines = self._take(engines, sent.source, sent.checksums)
             else:
@@ -118,20 +122,17 @@ class Turns:
         """Send while they load; returns as `_finish`."""
         from mssr.rollout.transports import Broadcast, Ipc
 
-        ranks, each = self._workers.ranks(), self._config.rollout.tensor_parallel
-        doors = self._of_ranks("open_door", self._transport)
-        loads = {}
+        each, broadcast = self._config.rollout.tensor_parallel, self._transport == "broadcast"
+        doors = self._workers.call_ranks("open_door", self._transport)
+        loads, senders = {}, {}
         for engine in engines:
-            own = range(engine.number * each, (engine.number + 1) * each)
-            broadcast = self._transport == "broadcast"
+            first = engine.number * each
+            own = senders[engine] = range(1) if broadcast else range(first, first + each)
             source = Broadcast(doors[0][1]) if broadcast else Ipc(dict(doors[k] for k in own))
             loads[engine] = engine.handle.load_weights.remote(source, self._version, check)
         refs = []
-        for k, rank in enumerate(ranks):
-            if self._transport == "broadcast":
-                to = list(loads.values()) if k == 0 else []
-            else:
-                to = [load for engine, load in loads.items() if engine.number == k // each]
+        for k, rank in enumerate(self._workers.ranks()):
+            to = [load for engine, load in loads.items() if k in senders[engine]]
             refs.append(rank.handle.send_weights.remote(self._transport, to, check and k == 0))
         sent: Sent = self._workers.of_ranks(refs)[0]
         return self._finish(loads, sent.checksums, check)
@@ -156,14 +157,6 @@ class Turns:
             broken, interrupted = interrupted, []
         self._workers.replace(broken)
         return [failure.worker for failure in interrupted]
-
-    def _call(self, engines: Sequence[Worker], method: str, *args: Any) -> None:
-        results = self._calls.gather([(e, getattr(e.handle, method).remote(*args)) for e in engines])
-        self._workers.replace([result for result in results if isinstance(result, Failure)])
-
-    def _of_ranks(self, method: str, *args: Any) -> list[Any]:
-        ranks = self._workers.ranks()
-        return self._workers.of_ranks([getattr(rank.handle, method).remote(*args) for rank in ranks])
 
 
 def transport(config: Config, device: str, colocated: bool) -> str:

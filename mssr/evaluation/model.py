@@ -83,7 +83,8 @@ def open_model(
         UserError: there is no such model, a checkpoint is damaged, or the config is wrong.
     """
     _check_overrides(overrides, reward)
-    fixed: Layer = ("mssr eval", {"actor": {"num_ranks": 1}, "cluster": {"placement": "auto"}})
+    placed = {"placement": "auto", "weight_transfer": "auto"}  # there are no ranks
+    fixed: Layer = ("mssr eval", {"actor": {"num_ranks": 1}, "cluster": placed})
     path = Path(name)
     if not (path.is_file() or (path / "checkpoints").is_dir() or (path / manifests.FILE).is_file()):
         if path.exists() and not (path / "config.json").is_file():

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from rich.progress import TimeRemainingColumn
 
+from mssr.cluster import machine
 from mssr.cluster.launch import launch
 from mssr.config import Config
 from mssr.data.cache import digest_of
@@ -29,6 +30,7 @@ from mssr.evaluation.prompts import Question, prompt_data, write_prompts
 from mssr.evaluation.responses import Response, ResponseFile
 from mssr.evaluation.verdicts import VerdictBook
 from mssr.models.loading import check_model_path, load_processor
+from mssr.models.memory import slots
 from mssr.rollout.seeds import request_seed
 from mssr.runs.console import ProgressLine, captured_output
 from mssr.runs.events import EventLog
@@ -183,6 +185,7 @@ class _Evaluation:
         """Everything that a response depends on."""
         model, rollout, data = self.config.model, self.config.rollout, self.config.data
         engine: list[Any] = [rollout.engine, rollout.engine_options, model.dtype, self.config.cluster.device]
+        engine += [rollout.tensor_parallel]  # sums over devices round otherwise
         engine += [data.min_pixels, data.max_pixels, data.max_prompt_length]
         return {
             "model": self.model.identity,
@@ -212,8 +215,7 @@ class _Evaluation:
         progress.note(f"{len(missing)} of {len(wanted)} responses to generate; starting engines")
         path = self.model.directory(self.scratch)
         data = prompt_data(self.config.data, self.scratch / "prompts")
-        rollout = self.config.rollout
-        size = self.request.part_size or PARTS_PER_ENGINE * (rollout.max_num_seqs or 256) * rollout.workers
+        size = self._part_size()
         with engines(engine_config(self.config, path, data, self.out)) as generate:
             for first in range(0, len(missing), size):
                 part = missing[first : first + size]
@@ -231,6 +233,12 @@ class _Evaluation:
                 responses.append(answers)
                 book.add(answers)
                 progress.update(len(responses.found), book.counts())
+
+    def _part_size(self) -> int:
+        if self.request.part_size:
+            return self.request.part_size
+        smallest = min((gpu.total_bytes for gpu in machine.describe().gpus), default=0)
+        return PARTS_PER_ENGINE * slots(self.config, smallest) * self.config.rollout.workers
 
     def _meta(self) -> dict[str, Any]:
         """What results.json says of how the responses came about."""

@@ -9,7 +9,7 @@ where they end up; of these, what arrived is compared, and their names.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +48,11 @@ class Checksums:
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        self._sums[name] = checksum(tensor)
+    def of(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same tensors; each counts when it is taken."""
+        for name, tensor in tensors:
+            self._sums[name] = checksum(tensor)
+            yield name, tensor
 
     def result(self) -> dict[str, int]:
         values = torch.stack(list(self._sums.values())).tolist() if self._sums else []
@@ -59,8 +62,8 @@ class Checksums:
 def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """By name."""
     sums = Checksums()
-    for name, tensor in tensors.items():
-        sums.add(name, tensor)
+    for _ in sums.of(tensors.items()):
+        pass
     return sums.result()
 
 
@@ -74,17 +77,15 @@ class Arriving:
     """
 
     def __init__(self, tensors: Generator[tuple[str, torch.Tensor]], check: bool) -> None:
-        self._tensors, self._sums = tensors, Checksums() if check else None
+        self._tensors, self._check, self._sums = tensors, check, Checksums()
         self.interrupted = ""
         """By what, in one line."""
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         try:
-            for name, tensor in self._tensors:
+            for named in self._sums.of(self._tensors) if self._check else self._tensors:
                 beat()
-                if self._sums is not None:
-                    self._sums.add(name, tensor)
-                yield name, tensor
+                yield named
         except TransferInterruptedError as error:
             self.interrupted = str(error)
 
@@ -94,19 +95,15 @@ class Arriving:
 
     def loaded(self, model: torch.nn.Module, quantized: bool = False) -> Loaded:
         """How it ended, with the checksums of what arrived and of what ``model`` has now."""
-        if self._sums is None or self.interrupted:
+        if not self._check or self.interrupted:
             return Loaded(self.interrupted)
         if quantized:
             return Loaded("", self._sums.result())
-        held, hidden = Checksums(), []
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter.numel():
-                held.add(name, parameter)
-            else:
-                hidden.append(name)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        held = checksums({name: p for name, p in parameters.items() if p.numel()})
         # Where there are more devices than heads of keys and values, several devices have the same head.
         copies = [getattr(module, "num_kv_head_replicas", 1) for module in model.modules()]
-        return Loaded("", self._sums.result(), held.result(), hidden, max(copies))
+        return Loaded("", self._sums.result(), {n: held.get(n) for n in parameters}, max(copies))
 
 
 @dataclass(frozen=True)
@@ -117,10 +114,9 @@ class Loaded:
     """By what the transfer was, "" if it was not."""
     arrived: Mapping[str, int] | None = None
     """Checksums by Hugging Face names; None if they were not asked for."""
-    held: Mapping[str, int] | None = None
-    """Those of the engine's own parameters, by its names; None of quantized ones, which are other numbers."""
-    hidden: Sequence[str] = ()
-    """Parameters that have no elements to see."""
+    held: Mapping[str, int | None] | None = None
+    """Those of the engine's own parameters, by its names: None where there are no elements to see. None for
+    all of a quantized engine, which has other numbers."""
     kv_copies: int = 1
     """How many processes have each head of keys and values."""
 
@@ -132,37 +128,34 @@ def differences(sent: Mapping[str, int], processes: Sequence[Loaded]) -> list[st
         sent: checksums of what the actor has, by Hugging Face names.
         processes: all of an engine.
     """
-    found = {name for p in processes for name in sent if (p.arrived or {}).get(name) != sent[name]}
-    found.update(name for p in processes for name in (p.arrived or {}) if name not in sent)
-    if any(p.held is None for p in processes):
+    arrived = [p.arrived or {} for p in processes]
+    found = {name for a in arrived for name in sent.keys() | a.keys() if a.get(name) != sent.get(name)}
+    held = [p.held for p in processes if p.held is not None]
+    if len(held) < len(processes):
         return sorted(found)
-    names = {name for p in processes for name in (*(p.held or {}), *p.hidden)}
-    layers = {part for name in names for part in name.split(".")}
-    expected: dict[str, dict[str, int]] = {}
+    layers = {part for name in held[0] for part in name.split(".")}
+    own = {_common_name(name, layers): name for name in held[0]}
+    expected: dict[str, dict[str, int]] = {common: {} for common in own}
     for name, value in sent.items():
         expected.setdefault(_common_name(name, layers), {})[name] = value
-    own = {_common_name(name, layers): name for name in names}
-    found.update(own[name] for name in own.keys() - expected.keys())
-    found.update(name for common in expected.keys() - own.keys() for name in expected[common])
-    for common in expected.keys() & own.keys():
-        if any(own[common] in p.hidden for p in processes):
-            continue
-        held = [(p.held or {})[own[common]] for p in processes]
-        if not _agree(expected[common], held, processes[0].kv_copies):
-            found.update(expected[common])
+    for common, parts in expected.items():
+        if not parts:  # the engine alone has it
+            found.add(own[common])
+        elif common not in own or not _agree(parts, [h[own[common]] for h in held], processes[0].kv_copies):
+            found.update(parts)
     return sorted(found)
 
 
-def _agree(parts: Mapping[str, int], held: Sequence[int], kv_copies: int) -> bool:
-    """Whether processes have, each for itself or all together, the sum of the parts."""
+def _agree(parts: Mapping[str, int], held: Sequence[int | None], kv_copies: int) -> bool:
+    """Whether processes have, each or all together, the sum of the parts; so far as it can be seen."""
+    seen = [value for value in held if value is not None]
+    if len(seen) < len(held):
+        return True
     whole = sum(parts.values())
-    copied = sum(
-        value * (kv_copies if {"k_proj", "v_proj"} & set(name.split(".")) else 1)
-        for name, value in parts.items()
-    )
-    together = sum(held)
-    return all((h - whole) % _MODULUS == 0 for h in held) or any(
-        (together - total) % _MODULUS == 0 for total in (whole, copied)
+    in_copies = [value for name, value in parts.items() if {"k_proj", "v_proj"} & set(name.split("."))]
+    totals = whole, whole + (kv_copies - 1) * sum(in_copies)
+    return all((value - whole) % _MODULUS == 0 for value in seen) or any(
+        (sum(seen) - total) % _MODULUS == 0 for total in totals
     )
 
 

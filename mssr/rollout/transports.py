@@ -14,7 +14,6 @@ import datetime
 import secrets
 import socket
 import struct
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
@@ -49,7 +48,7 @@ class Door:
 
     Args:
         host: address of this machine, as they see it.
-        limit_s: how long a receiver may take for an answer.
+        limit_s: how long a receiver may take for an answer. Who waits shows no sign of life meanwhile.
     """
 
     def __init__(self, host: str, limit_s: float) -> None:
@@ -99,16 +98,21 @@ class Door:
         self._socket.close()
 
 
+_GONE = EOFError, OSError, AuthenticationError
+"""What is raised where the other end of a connection is gone."""
+_GROUP_BROKEN = *_GONE, RuntimeError
+"""Where it is in a group, too: by NCCL and gloo."""
+
+
 @contextlib.contextmanager
-def _interrupted_by(*errors: type[Exception]) -> Iterator[None]:
+def _interrupted_by(errors: tuple[type[Exception], ...]) -> Iterator[None]:
     try:
         yield
+    except TransferInterruptedError:
+        raise
     except errors as error:
         what = first_line(error) if str(error) else "the other end is gone"
         raise TransferInterruptedError(f"the transfer of weights broke off: {what}") from error
-
-
-_GONE = EOFError, OSError, AuthenticationError
 
 
 class Sender:
@@ -157,33 +161,40 @@ class _Connected(Sender):
         ended: asked now and then whether one of them will not come.
     """
 
+    _lost: tuple[type[Exception], ...] = _GONE
+    _finished = False
+
     def __init__(self, door: Door, receivers: int, ended: Callable[[], bool]) -> None:
         self._door, self._count, self._ended = door, receivers, ended
         self._receivers: list[Connection] = []
 
     def send(self, bucket: torch.Tensor, used: int, layout: Layout) -> None:
-        with _interrupted_by(*_GONE):
+        with _interrupted_by(self._lost):
             if not self._receivers:
                 self._receivers = self._door.admit(self._count, self._ended)
-                self._begin(bucket.device)
+                self._begin(bucket)
             if bucket.is_cuda:
                 torch.cuda.current_stream(bucket.device).synchronize()
-            self._send(bucket, used, layout)
+            self._tell((layout, used))
+            self._send(bucket, used)
 
     def finish(self) -> None:
-        with _interrupted_by(*_GONE):
+        with _interrupted_by(self._lost):
             self._tell(None)
             self._answers()
+        self._finished = True
 
     def close(self) -> None:
         self._door.close()
         for receiver in self._receivers:
             receiver.close()
 
-    def _begin(self, device: torch.device) -> None:
-        """Before the first bucket."""
+    def _begin(self, bucket: torch.Tensor) -> None:
+        """Before the first one is sent."""
+        raise NotImplementedError
 
-    def _send(self, bucket: torch.Tensor, used: int, layout: Layout) -> None:
+    def _send(self, bucket: torch.Tensor, used: int) -> None:
+        """The first bytes of a bucket, of which receivers know the layout."""
         raise NotImplementedError
 
     def _tell(self, message: Any) -> None:
@@ -193,26 +204,23 @@ class _Connected(Sender):
     def _answers(self) -> None:
         """Wait for one of every receiver."""
         waiting: list[Any] = list(self._receivers)
-        deadline = time.monotonic() + self._door.limit_s
         while waiting:
             beat()
-            for receiver in wait(waiting, timeout=1.0):
+            if not (ready := wait(waiting, timeout=self._door.limit_s)):
+                raise TimeoutError("an engine takes too long")
+            for receiver in ready:
                 receiver.recv()  # type: ignore[union-attr, call-arg]
                 waiting.remove(receiver)
-            if waiting and time.monotonic() > deadline:
-                raise TimeoutError("an engine takes too long")
 
 
 class IpcSender(_Connected):
     """To the process of an engine that is on the same device."""
 
-    _handed_out = False
-
-    def _send(self, bucket: torch.Tensor, used: int, layout: Layout) -> None:
+    def _begin(self, bucket: torch.Tensor) -> None:
         # Once: torch counts who has the memory, and frees it when they have let go as often.
-        memory = reduce_tensor(bucket)[1] if bucket.is_cuda and not self._handed_out else None
-        self._handed_out = True
-        self._tell((layout, used, memory))
+        self._tell(reduce_tensor(bucket)[1] if bucket.is_cuda else None)
+
+    def _send(self, bucket: torch.Tensor, used: int) -> None:
         if not bucket.is_cuda:
             for receiver in self._receivers:
                 receiver.send_bytes(bucket[:used].numpy().data)
@@ -235,13 +243,12 @@ class Ipc:
         name = device_name(device, process)
         if name not in self.doors:
             raise RuntimeError(f"no rank is on {name}, the device of an engine that is to share it")
-        memory: torch.Tensor | None = None
-        with _interrupted_by(*_GONE), self.doors[name].enter() as sender:
+        with _interrupted_by(_GONE), self.doors[name].enter() as sender:
+            handed_out = sender.recv()
+            memory = _mapped(handed_out, device) if handed_out else None
             while (message := sender.recv()) is not None:
-                layout, used, handed_out = message
-                if device.type == "cuda":
-                    memory = memory if handed_out is None else _mapped(handed_out, device)
-                    assert memory is not None
+                layout, used = message
+                if memory is not None:
                     bucket = memory[:used].clone()
                     torch.cuda.current_stream(device).synchronize()
                 else:
@@ -266,15 +273,6 @@ def _mapped(handed_out: tuple[Any, ...], device: torch.device) -> torch.Tensor:
     return rebuild_cuda_tensor(*arguments)
 
 
-class Group(NamedTuple):
-    """A process group of a sender, rank 0, and its receivers, beside any that torch knows of."""
-
-    name: str
-    members: dist.ProcessGroup
-    store: dist.Store
-    uses_nccl: bool
-
-
 class BroadcastSender(_Connected):
     """To processes on other devices, all at once.
 
@@ -282,17 +280,18 @@ class BroadcastSender(_Connected):
         kept: what this process keeps for the next time.
     """
 
+    _lost = _GROUP_BROKEN
+
     def __init__(self, door: Door, receivers: int, ended: Callable[[], bool], kept: dict[str, Any]) -> None:
         super().__init__(door, receivers, ended)
         self._kept = kept
-        self._finished = False
 
-    def _begin(self, device: torch.device) -> None:
+    def _begin(self, bucket: torch.Tensor) -> None:
         """Be in one group with the receivers: the one of last time, if all were in it."""
         theirs = {receiver.recv() for receiver in self._receivers}
-        group: Group | None = self._kept.get("group")
+        group: dist.ProcessGroup | None = self._kept.get("group")
         size = self._count + 1
-        if group is not None and theirs == {group.name} and group.members.size() == size:
+        if group is not None and theirs == {group.group_name} and group.size() == size:
             self._tell(None)
             return
         leave(self._kept)
@@ -301,19 +300,12 @@ class BroadcastSender(_Connected):
         store = dist.TCPStore(host, 0, is_master=True, timeout=limit, wait_for_workers=False)
         for rank, receiver in enumerate(self._receivers, start=1):
             receiver.send((name, store.port, rank, size, self._door.limit_s))
-        with _interrupted_by(RuntimeError):
-            self._kept["group"] = _join(name, store, 0, size, device, limit)
+        self._kept["group"] = _join(name, store, 0, size, bucket.device, limit)
 
-    def _send(self, bucket: torch.Tensor, used: int, layout: Layout) -> None:
-        self._tell((layout, used))
-        with _interrupted_by(RuntimeError):  # which NCCL and gloo raise where somebody is gone
-            work = self._kept["group"].members.broadcast(bucket[:used], 0)
-            self._answers()
-            work.wait()
-
-    def finish(self) -> None:
-        super().finish()
-        self._finished = True
+    def _send(self, bucket: torch.Tensor, used: int) -> None:
+        work = self._kept["group"].broadcast(bucket[:used], 0)
+        self._answers()
+        work.wait()
 
     def close(self) -> None:
         super().close()
@@ -330,65 +322,59 @@ class Broadcast:
     def tensors(
         self, device: torch.device, process: int, kept: dict[str, Any]
     ) -> Generator[tuple[str, torch.Tensor]]:
-        finished = False
         try:
-            with _interrupted_by(*_GONE), self.door.enter() as sender:
+            with _interrupted_by(_GROUP_BROKEN), self.door.enter() as sender:
                 self._meet(sender, device, kept)
                 while (message := sender.recv()) is not None:
                     layout, used = message
                     bucket = torch.empty(used, dtype=torch.uint8, device=device)
-                    with _interrupted_by(RuntimeError):
-                        work = kept["group"].members.broadcast(bucket, 0)
-                        while not work.is_completed():
-                            if sender.poll(0.001):  # it says nothing now, unless it is gone
-                                raise EOFError
-                        work.wait()
+                    work = kept["group"].broadcast(bucket, 0)
+                    while not work.is_completed():
+                        if sender.poll(0.001):  # it says nothing now, unless it is gone
+                            raise EOFError
+                    work.wait()
                     sender.send(None)
                     yield from unpack(bucket, layout)
                 sender.send(None)
-            finished = True
-        finally:
-            if not finished:
-                leave(kept)
+        except BaseException:  # also of who closes this before its end
+            leave(kept)
+            raise
 
     def _meet(self, sender: Any, device: torch.device, kept: dict[str, Any]) -> None:
         """Be in the group that the sender is in."""
-        group: Group | None = kept.get("group")
-        sender.send(group.name if group else "")
+        sender.send(kept["group"].group_name if "group" in kept else "")
         if (other := sender.recv()) is None:
             return
         leave(kept)
         name, port, rank, size, limit_s = other
         limit = datetime.timedelta(seconds=limit_s)
-        with _interrupted_by(RuntimeError):
-            store = dist.TCPStore(self.door.host, port, is_master=False, timeout=limit)
-            kept["group"] = _join(name, store, rank, size, device, limit)
+        store = dist.TCPStore(self.door.host, port, is_master=False, timeout=limit)
+        kept["group"] = _join(name, store, rank, size, device, limit)
 
 
 def _join(
     name: str, store: dist.Store, rank: int, size: int, device: torch.device, limit: datetime.timedelta
-) -> Group:
-    """Made by hand: `init_process_group` makes a process's only one, and both processes have theirs."""
+) -> dist.ProcessGroup:
+    """A group of a sender, rank 0, and its receivers, beside any that torch knows of: what
+    `init_process_group` makes is a process's only one, and both processes have theirs."""
     prefixed = dist.PrefixStore(name, store)
-    members = dist.ProcessGroup(prefixed, rank, size)
+    group = dist.ProcessGroup(prefixed, rank, size)
+    kinds = dist.ProcessGroup.BackendType
     backend: Any
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = limit
-        kind, backend = (
-            dist.ProcessGroup.BackendType.NCCL,
-            dist.ProcessGroupNCCL(prefixed, rank, size, options),
-        )
+        kind, backend = kinds.NCCL, dist.ProcessGroupNCCL(prefixed, rank, size, options)
     else:
-        kind, backend = dist.ProcessGroup.BackendType.GLOO, dist.ProcessGroupGloo(prefixed, rank, size, limit)
-    members._set_default_backend(kind)
+        kind, backend = kinds.GLOO, dist.ProcessGroupGloo(prefixed, rank, size, limit)
+    group._set_default_backend(kind)
     backend._set_sequence_number_for_group()
-    members._register_backend(torch.device(device.type), kind, backend)
-    return Group(name, members, store, device.type == "cuda")
+    group._register_backend(torch.device(device.type), kind, backend)
+    group._set_group_name(name)
+    return group
 
 
 def leave(kept: dict[str, Any]) -> None:
-    """Drop the group that is kept, if there is one, and with NCCL end what still runs in it."""
-    group: Group | None = kept.pop("group", None)
-    if group is not None and group.uses_nccl:
-        group.members.abort()
+    """Drop the group that is kept, if there is one, and end what still runs in it."""
+    if "group" in kept:
+        kept.pop("group").abort()

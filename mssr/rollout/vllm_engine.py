@@ -91,21 +91,21 @@ class VllmEngine:
                     return
                 for (number, request), inputs in coming.take(wait=not running):
                     name = str(next(self._ids))
-                    with _broken_engine():
+                    with self._guarded():
                         self._engine.add_request(name, inputs, self._sampling(request, params))
                     running[name] = number, request
                 beat()
-                with _broken_engine():
+                with self._guarded():
                     ended = [output for output in self._engine.step() if output.finished]
                 self._usage = max(self._usage, self._scheduler.kv_cache_manager.usage)
                 numbered = [(running.pop(output.request_id), output) for output in ended]
                 yield [(number, self._rollout(request, output)) for (number, request), output in numbered]
 
     def load_weights(self, source: WeightSource, version: int, check: bool = False) -> Sequence[Loaded]:
-        with _broken_engine():
+        with self._guarded():
             processes = self._engine.collective_rpc("load_from", args=(source, check))
         loaded = all_loaded(processes)
-        with _broken_engine():
+        with self._guarded():
             # Either left stale, the same image keeps its old embedding.
             if not self._engine.reset_prefix_cache():
                 raise RuntimeError("keys and values of the weights before are still in use")
@@ -115,21 +115,21 @@ class VllmEngine:
 
     def sleep(self) -> None:
         if self._sleeps:
-            with _broken_engine():
+            with self._guarded():
                 # Not even the weights are kept: new ones come. It also forgets everything cached; "wait",
                 # the other mode, needs an engine in another process, and no request is left anyway.
                 self._engine.sleep(level=2, mode="abort")
 
     def wake(self, part: str) -> None:
         if self._sleeps:
-            with _broken_engine():
+            with self._guarded():
                 self._engine.wake_up([part])
 
     def metrics(self) -> dict[str, float]:
         found = {"perf/preemptions": float(self._preemptions), "perf/kv_cache_usage": self._usage}
         self._preemptions, self._usage = 0, 0.0
         if self._device == "cuda":
-            with _broken_engine():
+            with self._guarded():
                 peaks = self._engine.collective_rpc("peak_gpu_bytes")
             found["memory/rollout_gpu_gib"] = max(peaks) / 2**30
         return found
@@ -137,6 +137,20 @@ class VllmEngine:
     def close(self) -> None:
         # Now and not at exit, when the actor of a local run has taken the process group down.
         self._engine.engine_core.shutdown()
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Let an engine that fails raise `EngineError`: vLLM has many types, and megabytes of input."""
+        try:
+            yield
+        except Exception as error:
+            reason = _reason(error)
+            executor = self._engine.engine_core.engine_core.model_executor
+            workers = getattr(executor, "workers", ())
+            # What a call says if one is gone depends on how far vLLM is with noticing it.
+            if workers and (executor.is_failed or not all(w.proc.is_alive() for w in workers)):
+                reason = "one of the engine's processes has died; the engine's log says why"
+            raise EngineError(f"vLLM failed: {reason}") from error
 
     def _count_preemptions(self) -> None:
         """vLLM tells nobody of them unless it keeps statistics of every token."""
@@ -261,23 +275,12 @@ def vllm_options(config: Config, device: str, colocated: bool) -> dict[str, Any]
     return options | own
 
 
-@contextlib.contextmanager
-def _broken_engine() -> Iterator[None]:
-    """Let an engine that fails raise an `EngineError`: its own have many types, and megabytes of input."""
-    try:
-        yield
-    except Exception as error:
-        raise EngineError(f"vLLM failed: {_reason(error)}") from error
-
-
 def _reason(error: Exception) -> str:
     """The line of an error that says most, and what to do if memory is short."""
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
     # CUDA's errors go on with advice, pydantic's with an address; of others the last line says most.
     telling = [x for x in said if "CUDA" in x] + [x for x in said[::-1] if "For further information" not in x]
     line = telling[0] if telling else ""
-    if line == "cancelled":
-        line = "one of the engine's processes has died; the engine's log says why"
     out = isinstance(error, torch.OutOfMemoryError) or "out of memory" in line
     return (line[:300] or type(error).__name__) + (f"; {MEMORY_HINT}" if out else "")
 

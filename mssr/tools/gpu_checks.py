@@ -135,10 +135,12 @@ def _main(check: str, *arguments: str) -> None:
     if check == "libraries":
         print(json.dumps(_libraries()))
         return
-    from torch.multiprocessing.spawn import spawn
+    from torch.multiprocessing.spawn import start_processes
 
     first, count, world, address, backend = arguments
-    spawn(_collectives, (int(first), int(world), address, backend), nprocs=int(count))
+    ranks = int(first), int(world), address, backend
+    # Forked, they need not all import torch, which has not touched a GPU yet.
+    start_processes(_collectives, ranks, nprocs=int(count), start_method="fork")
 
 
 if __name__ == "__main__":

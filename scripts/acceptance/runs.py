@@ -41,8 +41,6 @@ def doctor(place: Place) -> Told:
 def gpu_tests(place: Place) -> Told:
     """Those tests that the other machines leave out."""
     ran = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"])
-    if ran.returncode == 5:
-        raise NotPossible("no test is marked gpu")
     assert ran.returncode == 0, "see above"
     return {}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +16,6 @@ from mssr.cluster.shared_prompts import PromptFetcher
 from mssr.config import Config
 from mssr.rollout.queue import Finished, RequestQueue
 from mssr.types import RankLogProbs, Rollout, RolloutRequest, SamplingParams, TrainBatch
-
-if TYPE_CHECKING:
-    from mssr.rollout.checksums import Loaded
 
 PROMPT_TOKENS = 500
 WORD = "3 + "
@@ -79,9 +77,9 @@ class FakeEngine:
             yield [(index, self._rollout(request)) for end, index, request in running if end <= now]
             running = [item for item in running if item[0] > now]
 
-    def load_weights(self, source: Any, version: int, check: bool = False) -> Sequence[Loaded]:
+    def load_weights(self, source: Any, version: int, check: bool = False) -> Sequence[Any]:
         self._version = version
-        return []
+        return [SimpleNamespace(arrived={}, held=None)]  # a `mssr.rollout.checksums.Loaded`, without torch
 
     def sleep(self) -> None: ...
 

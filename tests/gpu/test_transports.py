@@ -75,6 +75,6 @@ def test_broadcast(engines: Pool) -> None:
         received = engines.apply_async(receive, (Broadcast(door.address), 1))
         send(weights, BroadcastSender(door, 1, received.ready, kept))
         assert received.get() == checksums(weights)
-        groups.append(kept["group"].name)
+        groups.append(kept["group"].group_name)
     assert len(set(groups)) == 1
     leave(kept)

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from mssr.config import Config
 from mssr.data.prompt_source import PromptSource
 from mssr.errors import EXIT_SIGTERM, EXIT_USER_ERROR
 from mssr.evaluation import results, runner
+from mssr.evaluation.model import EvaluatedModel
 from mssr.tools import cli
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 from tests.conftest import Workspace, make_rows, write_rows
@@ -201,6 +203,22 @@ def test_responses_made_otherwise_are_refused(
         line = complaint([*command(workspace, out, own), *change], capfd)
         assert f"with other {part} than now; choose another --out" in line, change
     assert (out / "responses.jsonl").read_bytes() == before and engines.calls == []
+
+
+def test_engines_of_several_devices_answer_otherwise_and_large_ones_more_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = Config()
+    model = EvaluatedModel("m", config, None, None, "hash")
+    evaluation = runner._Evaluation(runner.EvaluationRequest("m", ("own",)), model, tmp_path)
+    before = evaluation._decides("")
+    config.rollout.tensor_parallel = 2
+    assert {k for k, v in evaluation._decides("").items() if v != before[k]} == {"engine"}
+    config.rollout.workers = 3
+    for gpus, slots in (([], 256), ([80, 40], 256), ([80, 80], 1024)):
+        there = SimpleNamespace(gpus=[SimpleNamespace(total_bytes=size << 30) for size in gpus])
+        monkeypatch.setattr(runner.machine, "describe", lambda there=there: there)
+        assert evaluation._part_size() == runner.PARTS_PER_ENGINE * slots * 3
 
 
 def test_another_model_is_refused(

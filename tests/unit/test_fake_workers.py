@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import fake_workers
 import numpy as np
@@ -64,12 +65,16 @@ def test_ranks_score_a_batch_between_them(config: Config) -> None:
     assert joined.policy.shape == joined.reference.shape == (9,)
 
 
+def arguments(method: Any) -> list[str]:
+    # Ray adds one of its own to methods of classes that it has made actors of, as other tests may have.
+    return [name for name in inspect.signature(method).parameters if name != "_ray_trace_ctx"]
+
+
 def test_methods_have_the_arguments_of_the_real_ones() -> None:
     for fake, real in ((FakePolicyWorker, RayPolicyWorker), (FakeRolloutWorker, RayRolloutWorker)):
         for name in vars(fake):
             if not name.startswith("_"):
-                arguments = [list(inspect.signature(getattr(c, name)).parameters) for c in (fake, real)]
-                assert arguments[0] == arguments[1], name
+                assert arguments(getattr(fake, name)) == arguments(getattr(real, name)), name
 
 
 def test_they_import_no_torch() -> None:

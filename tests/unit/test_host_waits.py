@@ -15,7 +15,7 @@ import torch
 from mssr.actor import step
 from mssr.actor.update import PolicyUpdater
 from mssr.algorithms.sequences import check_lengths, sequence_sums, to_tokens
-from mssr.config.run import LoraConfig
+from mssr.config.actor import LoraConfig
 from mssr.device import to_device
 from mssr.models import attention, encoded, packing, policy, vision
 from mssr.models.bounded_cache import BoundedCache
@@ -138,7 +138,13 @@ def test_torch_finds_no_wait_on_a_gpu(lab: StepLab, tmp_path: Path, case: str) -
     """It raises where the host waits. The first time kernels are loaded and memory is pinned."""
     prepare, options = CASES[case]
     updater = lab.updater(tmp_path, *SEVERAL, *options)
-    beside = copied(updater, lambda model: prepare(model.bfloat16()), device="cuda:0")
+
+    def prepare_in_half(model: PolicyModel) -> None:
+        prepare(model)
+        for p in model.parameters():  # after it: the kernel takes no float64
+            p.data = p.data.bfloat16()
+
+    beside = copied(updater, prepare_in_half, device="cuda:0")
     for mode in ("default", "error"):
         beside.policy.zero_grad(set_to_none=True)
         torch.cuda.synchronize()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mssr.actor.checkpoint import SafeReader
+from mssr.actor.sending import WeightSender
 from mssr.actor.worker import PolicyWorker
 from mssr.cluster.base import join_log_probs
 from mssr.config import LoraConfig, to_dict
@@ -203,3 +204,11 @@ def test_a_target_that_is_not_there_is_named(workspace: Workspace) -> None:
     model = load_model(load_config(workspace.config).model, torch.float32)
     with pytest.raises(UserError, match=r"no linear layer qkv; it has down_proj, gate_proj, k_proj"):
         add_adapters(model, LoraConfig(rank=2, targets=["qkv"]), seed=0)
+
+
+def test_adapters_that_wait_on_the_host_are_merged_on_the_device(workspace: Workspace) -> None:
+    """With actor.offload=all. On a device without memory, which takes no factor of the host's."""
+    model = load_model(load_config(workspace.config).model, torch.float32)
+    add_adapters(model, LoraConfig(rank=2), seed=0)
+    sent = WeightSender(model, torch.bfloat16, torch.device("meta")).weights()
+    assert {(tensor.device.type, tensor.dtype) for _, tensor in sent} == {("meta", torch.bfloat16)}

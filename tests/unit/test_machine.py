@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from mssr.cluster import machine
-from mssr.cluster.machine import describe, differences, driver_problem, marker, missing, sees
+from mssr.cluster.machine import describe, differences, driver_problem, marker
+from mssr.cluster.preflight import _look
 from mssr.config import Config
 
 # What nvidia-smi prints for the fields that are asked for, on two GPUs, one split into parts (MIG).
@@ -111,11 +112,13 @@ def test_code_that_differs_under_one_version(monkeypatch: pytest.MonkeyPatch, tm
     assert describe().versions["mssr"] != old
 
 
-def test_a_marker_is_seen_only_where_the_directory_is_the_same(tmp_path: Path) -> None:
-    with marker(tmp_path) as (path, nonce):
-        assert sees((path, nonce))
-        assert not sees((path, "another")) and not sees((str(tmp_path / "no"), nonce))
+def test_a_marker_is_there_for_a_while(tmp_path: Path) -> None:
+    with marker(tmp_path) as first, marker(tmp_path) as second:
+        assert first != second and Path(first).parent == Path(second).parent == tmp_path
+        assert _look("", [str(tmp_path), str(tmp_path / "no")], first).missing == [str(tmp_path / "no")]
+        assert _look("", [], first).sees_run_dir
     assert list(tmp_path.iterdir()) == []
+    assert not _look("", [], first).sees_run_dir
     with pytest.raises(OSError), marker(tmp_path / "absent"):
         pass
 
@@ -133,6 +136,5 @@ def test_paths_that_every_node_opens(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(map(str, names)) == "a.parquet b.parquet c.jsonl images mathvista model".split()
 
 
-def test_missing_paths_and_free_disk(tmp_path: Path) -> None:
-    assert missing([str(tmp_path), str(tmp_path / "no")]) == [str(tmp_path / "no")]
+def test_free_disk_of_a_directory_that_is_still_to_be_made(tmp_path: Path) -> None:
     assert machine.free_disk(tmp_path / "not" / "yet" / "made") > 0

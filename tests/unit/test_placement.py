@@ -3,12 +3,16 @@ tests/e2e/test_two_nodes.py."""
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import ray
 import torch
 
 from mssr.cluster import machine, placement, preflight
@@ -136,16 +140,31 @@ def test_too_few_gpus_is_a_line_with_what_there_is() -> None:
         return Node(address, address, {"GPU": total, "CPU": 64.0}, {"GPU": free, "CPU": 64.0})
 
     with pytest.raises(UserError) as error:
-        places.check_total([node("10.0.0.1", 8, 8), node("10.0.0.2", 4, 4)], apart)
+        places.reserve([node("10.0.0.1", 8, 8), node("10.0.0.2", 4, 4)], apart)
     said = str(error.value)
     assert "actor.num_ranks=8 and rollout.workers=2 of 4 devices each (placement apart" in said
     assert "need 16 GPU, 16 CPU" in said and "4 of 4 GPU, 64 of 64 CPU on 10.0.0.2" in said
     assert "room for 6 of 10 parts" in said and "cluster.placement=colocated" in said
-    held = [node("10.0.0.1", 8, 8), node("10.0.0.2", 8, 3)]
-    places.check_total(held, apart)
-    assert "3 of 8 GPU" in str(places.no_room(held, apart)) and "others hold the rest" in str(
-        places.no_room(held, apart)
-    )
+    held = str(places.no_room([node("10.0.0.1", 8, 8), node("10.0.0.2", 8, 3)], apart))
+    assert "3 of 8 GPU" in held and "others hold the rest" in held
+
+
+def test_a_place_is_looked_at_where_mssr_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its first import fails there, and not in a line."""
+    modules: set[str] = set()
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            modules.add(module)
+            return super().find_class(module, name)
+
+    sent = Mock()
+    monkeypatch.setattr(placement.ray, "remote", sent)
+    monkeypatch.setattr(Unit, "strategy", None)
+    Places._ask(Mock(), Unit({"CPU": 1.0}))
+    [function] = sent.return_value.call_args.args
+    Reader(io.BytesIO(ray.cloudpickle.dumps(function))).load()
+    assert modules and not [name for name in modules if name.startswith("mssr")]
 
 
 HERE = machine.describe()

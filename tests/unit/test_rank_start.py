@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mssr.actor import distributed, worker
-from mssr.actor.distributed import limit_waits, peak_gib
+from mssr.actor.distributed import limit_waits, peak_memory
 from mssr.actor.worker import PolicyWorker, host_threads
 from mssr.cluster.ray_workers import RayPolicyWorker
 from mssr.runs.config import load_config
@@ -35,7 +35,8 @@ def test_ranks_wait_for_a_slow_start_and_not_as_long_for_a_hung_update(
     workspace: Workspace, rendezvous: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = ["cluster.start_timeout_s=4321", "cluster.hang_timeout_s=77"]
-    config = load_config(workspace.config, ["actor.num_ranks=1", "algorithm.kl.coef=0.1", *limits])
+    more = ["actor.num_ranks=1", "algorithm.kl.coef=0.1", "actor.head_chunk_tokens=99"]
+    config = load_config(workspace.config, [*more, *limits])
     waited: list[set[float]] = []
     for name in ("load_model", "PromptSource"):
         own = getattr(worker, name)
@@ -44,12 +45,13 @@ def test_ranks_wait_for_a_slow_start_and_not_as_long_for_a_hung_update(
     own_shard = worker.shard
     monkeypatch.setattr(worker, "shard", lambda *a: offloads.append(a[4]) or own_shard(*a))
     config.actor.offload_reference = True
-    PolicyWorker(config, 0, rendezvous)
-    assert len(waited) == 4 and set.union(*waited) == {
-        4321.0
-    }  # read, twice made without memory, and the data
+    rank: Any = PolicyWorker(config, 0, rendezvous)
+    # Read, twice made without memory, and the data.
+    assert len(waited) == 4 and set.union(*waited) == {4321.0}
     assert limits_s() == {77.0}
     assert offloads == [False, True]  # of policy and reference
+    assert rank.policy.head_chunk == rank.reference.head_chunk == 99
+    assert [load_config(workspace.config).actor.head_chunk(d) for d in ("cpu", "cuda")] == [256, 2048]
 
 
 def test_parts_of_a_mesh_have_the_limit_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,8 +93,8 @@ def test_the_peak_of_gpu_memory_is_that_of_the_fullest_rank_and_begins_anew(
         peak.clamp_(min=5.0)  # what another rank has
 
     monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
-    assert peak_gib(device) == 5.0 and reset == [device]
-    assert peak_gib(torch.device("cpu")) == 0.0
+    assert peak_memory(device) == {"memory/actor_gpu_gib": 5.0} and reset == [device]
+    assert peak_memory(torch.device("cpu")) == {}
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,12 @@ def test_who_shows_no_sign_of_life_hangs_and_who_works_on_is_waited_for(
     assert str(hung).startswith("actor rank 2: no sign of life for 41 s")
 
 
+def test_a_call_whose_arguments_come_late_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker has been silent since its last call."""
+    calls = ThreeCalls(monkeypatch, [(5.0, "a", 41.0)])
+    assert Calls(hang_timeout_s=40).gather(calls.refs) == ["a"]
+
+
 def test_after_one_rank_has_died_the_others_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     died = ray.exceptions.ActorDiedError()
     calls = ThreeCalls(monkeypatch, [(2.0, died, 0.5), (None, None, 0.5), (4.0, RuntimeError(GLOO), 0.5)])

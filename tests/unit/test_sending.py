@@ -218,11 +218,11 @@ def test_on_gpus_the_group_uses_nccl_with_a_limit(monkeypatch: pytest.MonkeyPatc
     [(_, rank, size, options)] = [call.args for call in made.call_args_list]
     assert (rank, size) == (1, 3) and options is made.Options.return_value and options._timeout == limit
     kind = dist.ProcessGroup.BackendType.NCCL  # type: ignore[attr-defined]
-    group.members._set_default_backend.assert_called_once_with(kind)  # type: ignore[attr-defined]
-    group.members._register_backend.assert_called_once_with(  # type: ignore[attr-defined]
+    group._set_default_backend.assert_called_once_with(kind)  # type: ignore[attr-defined]
+    group._register_backend.assert_called_once_with(  # type: ignore[attr-defined]
         torch.device("cuda"), kind, made.return_value
     )
     # What still runs in a group that is left, as a broadcast whose receiver is gone, has to end.
     transports.leave(kept := {"group": group})
-    group.members.abort.assert_called_once_with()  # type: ignore[attr-defined]
+    group.abort.assert_called_once_with()  # type: ignore[attr-defined]
     assert not kept

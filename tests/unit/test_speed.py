@@ -73,7 +73,7 @@ def test_what_engines_say_is_put_together(monkeypatch: pytest.MonkeyPatch) -> No
         ],
     }
     monkeypatch.setattr(cluster, "_call_ranks", found.__getitem__)
-    monkeypatch.setattr(cluster, "_call_engines", found.__getitem__)
+    monkeypatch.setattr(cluster, "_call_engines", lambda engines, method: found[method])
     units = [SimpleNamespace(needs={"CPU": 1.0, "GPU": 1.0}), SimpleNamespace(needs={"CPU": 2.0, "GPU": 2.0})]
     vars(cluster)["_places"] = SimpleNamespace(units=units)
     metrics = cluster.metrics()

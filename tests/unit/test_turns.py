@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import ray
 from mssr.cluster.ray_calls import Failure, Worker, WorkerDiedError
 from mssr.cluster.ray_cluster import RayCluster
 from mssr.cluster.ray_workers import FinishedPart, RayPolicyWorker, RayRolloutWorker, Sent
-from mssr.cluster.turns import Turns, Workers, transport
+from mssr.cluster.turns import Turns, transport
 from mssr.config import Config
 from mssr.errors import TrainingError, TransferInterruptedError, UserError, WorkersLostError
 from mssr.rollout.checksums import Loaded
@@ -90,15 +91,12 @@ class Lab:
         cluster._config, cluster._calls, cluster._stop = config, FakeCalls(), lambda: False  # type: ignore[assignment]
         cluster._report = cluster._record = lambda event, detail: None
         cluster._shelf = SimpleNamespace(add=None, drop=lambda ids: None, fetcher=lambda ids: None)  # type: ignore
-        cluster._ranks, cluster._engines, cluster._given_up = [], [], []
+        cluster._ranks, cluster._engines, cluster._missing = [], [], []
         cluster._device, cluster._colocated = "cuda", colocated
-        seats = SimpleNamespace(engines=range(2), ranks=range(2), wait=lambda *_: [])
+        seats = SimpleNamespace(engines=[Mock(), Mock()], ranks=range(2), wait=lambda *_: [])
         cluster._places = seats  # type: ignore[assignment]
         cluster._worker = self.worker  # type: ignore[method-assign, assignment]
-        workers = Workers(
-            lambda: cluster._ranks, lambda: cluster._engines, cluster._of_ranks, cluster._replace_engines
-        )
-        cluster._turns = Turns(config, workers, cluster._calls, "cuda", colocated)
+        cluster._turns = Turns(config, cluster._workers(), cluster._calls, "cuda", colocated)
 
     def worker(self, cls: type, name: str, number: int, seat: Any) -> Worker:
         assert cls in (RayPolicyWorker, RayRolloutWorker)
@@ -205,6 +203,22 @@ def test_three_steps_with_a_validation_and_a_replaced_engine() -> None:
             assert lab.told() == ["both engines: generate"]
 
 
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+def test_engines_sleep_while_states_that_wait_elsewhere_are_saved(offload: str) -> None:
+    lab = Lab(colocated=True)
+    lab.cluster._config.actor.offload = offload
+    lab.cluster._launch()
+    lab.cluster.sync_weights(0)
+    lab.told()
+    lab.cluster.begin_save("there")
+    lab.generate()
+    saved, generated = ["both ranks: begin_save", "both ranks: finish_save"], ["both engines: generate"]
+    if offload == "none":
+        assert lab.told() == [*saved, *generated]
+    else:
+        assert lab.told() == ["both engines: sleep", *saved, *TO_ENGINES, *generated]
+
+
 def test_every_rank_sends_to_the_process_on_its_device() -> None:
     lab = Lab(colocated=True)
     lab.cluster._launch()
@@ -268,6 +282,47 @@ def test_ranks_are_made_anew_while_engines_sleep() -> None:
     assert lab.told() == ["both engines: sleep", "both ranks: start", "both ranks: load"]
     lab.cluster.sync_weights(0)
     assert lab.told() == TO_ENGINES
+
+
+def test_an_engine_that_dies_with_its_rank_counts_once_and_is_back_with_the_weights() -> None:
+    """As with a machine that both are on: the ranks are to make room for the new engine, and cannot."""
+    lost = {("engine 1", "generate", 0), ("actor rank 1", "make_room", 1)}
+    lab = Lab(True, lambda *call: WorkerDiedError("died") if call in lost else None)
+    events: list[str] = []
+    lab.cluster._report = lab.cluster._record = lambda event, detail: events.append(event)  # type: ignore
+    lab.cluster._launch()
+    lab.cluster.sync_weights(0)
+    with pytest.raises(WorkersLostError):
+        lab.generate()
+    lab.told()
+    lab.cluster.restart()
+    lab.cluster.sync_weights(0)
+    start = ["engine 0: sleep", "both ranks: start", "both ranks: make_room", "engine 1: start"]
+    assert lab.told() == [*start, "engine 1: sleep", *TO_ENGINES]
+    assert events == ["engine_died", "actor_rank_died", "engine_back"]
+
+
+def test_an_engine_whose_device_fails_as_it_starts_is_not_called_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has a process, and nothing in it."""
+    killed: list[str] = []
+    monkeypatch.setattr(ray, "kill", lambda handle: killed.append(handle._worker))
+
+    def fail(*call: Any) -> BaseException | None:
+        if call == ("engine 1", "start", 1):
+            return RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        dead = call[:2] == ("engine 1", "sleep") and killed.count("engine 1") == 2
+        return WorkerDiedError("died") if dead or call == ("engine 1", "generate", 0) else None
+
+    lab = Lab(True, fail)
+    lab.cluster._launch()
+    lab.cluster.sync_weights(0)
+    with pytest.raises(WorkersLostError, match="engine 1: RuntimeError: CUDA error"):
+        lab.generate()
+    assert killed == ["engine 1", "engine 1"]
+    lab.cluster.restart()
+    assert killed.count("engine 1") == 3 and len(lab.cluster._engines) == 2
 
 
 def test_apart_nobody_sleeps_and_rank_0_sends_to_all() -> None:

@@ -67,7 +67,7 @@ class FakeVllm:
         self.vllm_config = types.SimpleNamespace(scheduler_config=types.SimpleNamespace(max_num_seqs=1024))
         blocks = types.SimpleNamespace(usage=0.0)
         scheduler = types.SimpleNamespace(kv_cache_manager=blocks, _preempt_request=lambda *a, **k: None)
-        core = types.SimpleNamespace(scheduler=scheduler)
+        core = types.SimpleNamespace(scheduler=scheduler, model_executor=types.SimpleNamespace())
         self.engine_core = types.SimpleNamespace(engine_core=core)
         self.scheduler = scheduler
         self.running: dict[str, int] = {}
@@ -158,6 +158,7 @@ def test_what_is_called_of_vllm_exists_and_takes_these_arguments() -> None:
     assert (reset := engine["reset_prefix_cache"]) and ast.unparse(reset.returns or ast.Constant(0)) == "bool"
     assert "_preempt_request" in vllm_class("v1.core.sched.scheduler", "Scheduler")
     assert "usage" in vllm_class("v1.core.kv_cache_manager", "KVCacheManager")
+    assert "proc" in vllm_class("v1.executor.multiproc_executor", "WorkerProcHandle")
     assert "engine_core" in ast.unparse(vllm_class("v1.engine.core_client", "InprocClient")["__init__"])  # type: ignore[arg-type]
     ours = {name for name in vars(EngineProcess) if not name.startswith("__")}
     assert not ours & vllm_class("v1.worker.gpu_worker", "Worker").keys()  # vLLM would refuse to start
@@ -282,16 +283,30 @@ def test_what_fails_in_vllm_is_an_engine_error(workspace: Workspace, fake: FakeV
         engine.load_weights(InMemory({}), 1)
     fake.fails = {
         "step": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
-        "sleep": RuntimeError("cancelled"),
         "wake_up": RuntimeError("CUDA error: an illegal memory access\nCompile with `TORCH_USE_CUDA_DSA`"),
     }
     with pytest.raises(EngineError, match=r"out of memory.*lower rollout\.gpu_memory_utilization") as error:
         list(engine.generate(asked(1), PARAMS))
     assert "\n" not in str(error.value)
-    with pytest.raises(EngineError, match="one of the engine's processes has died"):
-        engine.sleep()
     with pytest.raises(EngineError, match=r"an illegal memory access$"):
         engine.wake("weights")
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_a_process_that_died_is_told(workspace: Workspace, fake: FakeVllm, noticed: bool) -> None:
+    """vLLM says "cancelled", "Executor failed." or another thing: that depends on time."""
+    engine = VllmEngine(config_of(workspace, "rollout.tensor_parallel=2"), "cpu")
+    alive = [True, True]
+    processes = [types.SimpleNamespace(is_alive=lambda k=k: alive[k]) for k in range(2)]
+    workers = [types.SimpleNamespace(proc=process) for process in processes]
+    executor = types.SimpleNamespace(workers=workers, is_failed=False)
+    fake.engine_core.engine_core.model_executor = executor
+    fake.fails["load_from"] = RuntimeError("Worker failed with error 'heads'")
+    with pytest.raises(EngineError, match="heads"):
+        engine.load_weights(InMemory({}), 1)
+    alive[1], executor.is_failed = noticed, noticed
+    with pytest.raises(EngineError, match="one of the engine's processes has died"):
+        engine.load_weights(InMemory({}), 1)
 
 
 def test_what_vllm_refuses_at_its_start_is_one_line(workspace: Workspace, fake: FakeVllm) -> None:
