@@ -35,7 +35,8 @@ def host_memory(config: Config, shape: ModelShape, device: str, transport: str, 
     if device == "cuda":
         parts["offloaded"] = ranks * _offloaded(rank)
     if config.trainer.save_every and config.trainer.save_in_background:
-        parts["checkpoint being written"] = ranks * checkpoint_bytes(config, shape) / actor.num_ranks
+        # Every rank copies what it has, though the same is written once.
+        parts["checkpoint being written"] = ranks * checkpoint_bytes(config, shape) / rank.shards
     parts["model as it is read"] = 4.0 * shape.parameters
     if transport == "object_store":
         parts["weights in the object store"] = weights

@@ -227,6 +227,13 @@ def test_gradients_that_wait_for_other_copies_of_the_policy_are_in_float32() -> 
     assert gradients("actor.shard_size=4") == (4 * layers + 2 * (shape.parameters - layers)) / 4
 
 
+def test_every_copy_of_the_policy_is_copied_for_a_checkpoint() -> None:
+    one = load_config(SEVEN)
+    two = load_config(SEVEN, ["actor.num_ranks=16", "rollout.workers=16", "actor.shard_size=8"])
+    of_node = host_memory(two, KNOWN[LARGE], "cuda", "ipc", nodes=2)
+    assert of_node == host_memory(one, KNOWN[LARGE], "cuda", "ipc")
+
+
 def test_offloaded_states_take_a_power_of_two_bytes_for_every_tensor() -> None:
     def offloaded(*settings: str) -> float:
         config = load_config(SEVEN, settings)
