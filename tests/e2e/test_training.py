@@ -158,8 +158,10 @@ def test_chaos_changes_nothing(workspace: Workspace, reference: Run, tmp_path: P
 def test_an_engine_of_two_processes_samples_the_same_and_is_replaced_when_one_dies(
     workspace: Workspace, reference: Run, tmp_path: Path
 ) -> None:
+    """Each process gets the weights from the rank beside it; those of the reference are apart."""
     run = Run(tmp_path / "parallel", workspace.config)
-    run.extra = ["rollout.tensor_parallel=2", "trainer.steps=3"]
+    beside = ["cluster.placement=colocated", "cluster.weight_transfer=ipc", "rollout.check_weights=always"]
+    run.extra = [*beside, "rollout.tensor_parallel=2", "trainer.steps=3"]
     run.start()
     try:
         run.reach(1)
