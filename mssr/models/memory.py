@@ -267,6 +267,13 @@ def _norm(c: int, trained: bool) -> int:
     return 4 + (c if trained else 0) + c
 
 
+def at_a_time(config: Config, gpu_bytes: int) -> tuple[int, int]:
+    """How many sequences an engine decodes at a time, memory permitting, and how many tokens it computes."""
+    # As vLLM has it by default; of 80 GB, its A100 are small ones.
+    slots, batched = (1024, 16384) if gpu_bytes > 70 * GIB else (256, 8192)
+    return config.rollout.max_num_seqs or slots, config.rollout.max_num_batched_tokens or batched
+
+
 @dataclass(frozen=True, slots=True)
 class EngineMemory:
     """Device memory of one device of an engine, on GPUs."""
@@ -286,9 +293,7 @@ class EngineMemory:
         rollout, t, c = config.rollout, shape.text_config, value_bytes(config, "cuda")
         parallel = rollout.tensor_parallel
         taken = utilization(config, colocated) * gpu_bytes
-        # As vLLM has it by default; of 80 GB, its A100 are small ones.
-        slots, batched = (1024, 16384) if gpu_bytes > 70 * GIB else (256, 8192)
-        slots, batched = rollout.max_num_seqs or slots, rollout.max_num_batched_tokens or batched
+        slots, batched = at_a_time(config, gpu_bytes)
         # The text is split; the tower is whole on every device, and so is the work on it.
         weights = c * (shape.text / parallel + shape.vision)
         prefill = c * batched * (3 * t.intermediate_size / parallel + 6 * t.hidden_size)
