@@ -30,7 +30,7 @@ from mssr.evaluation.prompts import Question, prompt_data, write_prompts
 from mssr.evaluation.responses import Response, ResponseFile
 from mssr.evaluation.verdicts import VerdictBook
 from mssr.models.loading import check_model_path, load_processor
-from mssr.models.memory import at_a_time
+from mssr.models.memory import slots
 from mssr.rollout.seeds import request_seed
 from mssr.runs.console import ProgressLine, captured_output
 from mssr.runs.events import EventLog
@@ -238,7 +238,7 @@ class _Evaluation:
         if self.request.part_size:
             return self.request.part_size
         smallest = min((gpu.total_bytes for gpu in machine.describe().gpus), default=0)
-        return PARTS_PER_ENGINE * at_a_time(self.config, smallest)[0] * self.config.rollout.workers
+        return PARTS_PER_ENGINE * slots(self.config, smallest) * self.config.rollout.workers
 
     def _meta(self) -> dict[str, Any]:
         """What results.json says of how the responses came about."""

@@ -267,13 +267,6 @@ def _norm(c: int, trained: bool) -> int:
     return 4 + (c if trained else 0) + c
 
 
-def at_a_time(config: Config, gpu_bytes: int) -> tuple[int, int]:
-    """How many sequences an engine decodes at a time, memory permitting, and how many tokens it computes."""
-    # As vLLM has it by default; of 80 GB, its A100 are small ones.
-    slots, batched = (1024, 16384) if gpu_bytes > 70 * GIB else (256, 8192)
-    return config.rollout.max_num_seqs or slots, config.rollout.max_num_batched_tokens or batched
-
-
 @dataclass(frozen=True, slots=True)
 class EngineMemory:
     """Device memory of one device of an engine, on GPUs."""
@@ -293,11 +286,12 @@ class EngineMemory:
         rollout, t, c = config.rollout, shape.text_config, value_bytes(config, "cuda")
         parallel = rollout.tensor_parallel
         taken = utilization(config, colocated) * gpu_bytes
-        slots, batched = at_a_time(config, gpu_bytes)
+        decoded = slots(config, gpu_bytes)
+        batched = rollout.max_num_batched_tokens or (16384 if _is_large(gpu_bytes) else 8192)
         # The text is split; the tower is whole on every device, and so is the work on it.
         weights = c * (shape.text / parallel + shape.vision)
         prefill = c * batched * (3 * t.intermediate_size / parallel + 6 * t.hidden_size)
-        logits = 3 * 4 * slots * t.vocab_size / parallel
+        logits = 3 * 4 * decoded * t.vocab_size / parallel
         v = shape.vision_config
         # As many tokens of images at a time as of text, and an image of any size.
         patches = max(config.data.max_pixels // v.patch_size**2, v.merged * batched)
@@ -305,11 +299,21 @@ class EngineMemory:
         graphs = 0 if rollout.enforce_eager else CUDA_GRAPHS
         work = max(prefill, vision) + logits + graphs + ENGINE_CONTEXT
         token = 2 * t.num_hidden_layers * max(t.kv_width / parallel, t.head_dim) * c
-        return cls(weights, work, taken - weights - work, token, slots)
+        return cls(weights, work, taken - weights - work, token, decoded)
 
     def sequences(self, length: float) -> float:
         """How many of so many tokens fit at a time."""
         return max(0.0, self.cache) / (self.token * length)
+
+
+def slots(config: Config, gpu_bytes: int) -> int:
+    """Sequences that an engine decodes at a time, as vLLM has it where nothing is said; 0 bytes: on CPU."""
+    return config.rollout.max_num_seqs or (1024 if _is_large(gpu_bytes) else 256)
+
+
+def _is_large(gpu_bytes: int) -> bool:
+    """Whether vLLM has its larger defaults. To it an A100 of 80 GB is small, which its memory does not tell."""
+    return gpu_bytes > 70 * GIB
 
 
 def utilization(config: Config, colocated: bool) -> float:
