@@ -312,7 +312,7 @@ def slots(config: Config, gpu_bytes: int) -> int:
 
 
 def _is_large(gpu_bytes: int) -> bool:
-    """Whether vLLM has its larger defaults. To it an A100 of 80 GB is small, which its memory does not tell."""
+    """Whether vLLM has its larger defaults. To it an A100 of 80 GB is small, unlike its memory."""
     return gpu_bytes > 70 * GIB
 
 
