@@ -26,6 +26,8 @@ from mssr.config import Config
 from mssr.models.shapes import ModelShape, read_shape
 
 GIB = 2**30
+LARGE_GPU = 70 * GIB
+"""Beyond, vLLM has larger defaults; not so on an A100, which memory does not tell."""
 Parts = dict[str, float]
 """Bytes by what they are for."""
 PHASES = ("generate", "update", "sync", "save")
@@ -287,7 +289,7 @@ class EngineMemory:
         parallel = rollout.tensor_parallel
         taken = utilization(config, colocated) * gpu_bytes
         decoded = slots(config, gpu_bytes)
-        batched = rollout.max_num_batched_tokens or (16384 if _is_large(gpu_bytes) else 8192)
+        batched = rollout.max_num_batched_tokens or (16384 if gpu_bytes > LARGE_GPU else 8192)
         # The text is split; the tower is whole on every device, and so is the work on it.
         weights = c * (shape.text / parallel + shape.vision)
         prefill = c * batched * (3 * t.intermediate_size / parallel + 6 * t.hidden_size)
@@ -308,12 +310,7 @@ class EngineMemory:
 
 def slots(config: Config, gpu_bytes: int) -> int:
     """Sequences that an engine decodes at a time, as vLLM has it where nothing is said; 0 bytes: on CPU."""
-    return config.rollout.max_num_seqs or (1024 if _is_large(gpu_bytes) else 256)
-
-
-def _is_large(gpu_bytes: int) -> bool:
-    """Whether vLLM has its larger defaults; to it an A100 of 80 GB is small, which memory does not tell."""
-    return gpu_bytes > 70 * GIB
+    return config.rollout.max_num_seqs or (1024 if gpu_bytes > LARGE_GPU else 256)
 
 
 def utilization(config: Config, colocated: bool) -> float:
