@@ -75,35 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         return command.add_argument
 
-    option = add("train", "mssr.trainer.train:train", "train a model as a config file says")
-    option("config_file", metavar="config", help="YAML file, e.g. configs/digits/mssr.yaml")
-    option("overrides", nargs="*", metavar="key=value", help="e.g. algorithm.name=grpo")
-
-    option = add(
-        "plan", "mssr.tools.plan:plan", "memory and time of a training, on GPUs that need not be here"
-    )
-    option("config_file", metavar="config")
-    option("overrides", nargs="*", metavar="key=value")
-    option("--gpus", metavar="8xH100-80GB", help="of each node; default: this machine's, or H100s")
-    option("--nodes", type=int, default=1)
-    option("--image-tokens", type=int, metavar="N", help="of a prompt's images, on average")
-    option("--response-tokens", type=int, metavar="N", help="of a response, on average")
-
-    option = add(
-        "data",
-        "mssr.tools.data_report:data_report",
-        "show what a training will see, as a page with the images",
-    )
-    option("config_file", metavar="config")
-    option("overrides", nargs="*", metavar="key=value")
-    option("--out", type=Path, help="HTML file to write; data.html in the run directory by default")
-
-    option = add("doctor", "mssr.tools.doctor:doctor", "check machine, GPUs and cluster before a run")
-    option("config_file", metavar="config", nargs="?", help="also check that nodes see its model and data")
-    option("overrides", nargs="*", metavar="key=value")
-    option("--address", help="of a running Ray cluster, or auto; all its nodes are checked")
-    option("--json", dest="as_json", action="store_true", help="a list of rows, for programs")
-
+    _add_training(add)
     option = add("prepare", "mssr.tools.cli:prepare", "make the embedded task: data and base model")
     option("task", choices=["digits"])
     option("--out", type=Path, required=True, help="directory to write")
@@ -134,6 +106,38 @@ def _parser() -> argparse.ArgumentParser:
     option("--metric", default="val/accuracy", help="key of the validation accuracy of runs")
     option("--out", default="compare", help="directory to write")
     return parser
+
+
+def _add_training(add: Callable[..., Callable[..., argparse.Action]]) -> None:
+    """A training, and what there is to be asked before one."""
+    option = add("train", "mssr.trainer.train:train", "train a model as a config file says")
+    option("config_file", metavar="config", help="YAML file, e.g. configs/digits/mssr.yaml")
+    option("overrides", nargs="*", metavar="key=value", help="e.g. algorithm.name=grpo")
+
+    option = add(
+        "plan", "mssr.tools.plan:plan", "memory and time of a training, on GPUs that need not be here"
+    )
+    option("config_file", metavar="config")
+    option("overrides", nargs="*", metavar="key=value")
+    option("--gpus", metavar="8xH100-80GB", help="of each node; default: this machine's, or H100s")
+    option("--nodes", type=int, default=1)
+    option("--image-tokens", type=int, metavar="N", help="of a prompt's images, on average")
+    option("--response-tokens", type=int, metavar="N", help="of a response, on average")
+
+    option = add(
+        "data",
+        "mssr.tools.data_report:data_report",
+        "show what a training will see, as a page with the images",
+    )
+    option("config_file", metavar="config")
+    option("overrides", nargs="*", metavar="key=value")
+    option("--out", type=Path, help="HTML file to write; data.html in the run directory by default")
+
+    option = add("doctor", "mssr.tools.doctor:doctor", "check machine, GPUs and cluster before a run")
+    option("config_file", metavar="config", nargs="?", help="also check that nodes see its model and data")
+    option("overrides", nargs="*", metavar="key=value")
+    option("--address", help="of a running Ray cluster, or auto; all its nodes are checked")
+    option("--json", dest="as_json", action="store_true", help="a list of rows, for programs")
 
 
 def _add_eval(option: Callable[..., argparse.Action]) -> None:
