@@ -18,7 +18,8 @@ REPO = Path(__file__).parents[2]
 
 def test_all_parts_pass_and_are_in_the_report(tmp_path: Path) -> None:
     out = tmp_path / "reports" / "report.md"
-    command = [sys.executable, "-m", "scripts.acceptance", "--quick", "--cpu", "--out", str(out)]
+    # The environment that runs this was set up, so the script's set-up has nothing to do.
+    command = ["bash", "scripts/gpu_acceptance.sh", "--quick", "--cpu", "--out", str(out)]
     ran = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     text = out.read_text()
