@@ -36,16 +36,13 @@ def explained(failure: Failure) -> BaseException:
     """What is raised of a failure that no restart mends."""
     if not _is_out_of_memory(failure.error):
         return failure.error
-    if isinstance(failure.error, EngineError):
-        advice = (
-            "lower rollout.gpu_memory_utilization, rollout.max_num_seqs or rollout.max_num_batched_tokens"
-        )
-    else:
-        advice = (
-            "lower actor.micro_batch_tokens or actor.head_chunk_tokens, set "
+    told = str(failure)
+    if not isinstance(failure.error, EngineError):  # which says itself what to do
+        told += (
+            "; lower actor.micro_batch_tokens or actor.head_chunk_tokens, set "
             "actor.activation_checkpointing=true, actor.offload or actor.offload_reference, or lower "
             "rollout.gpu_memory_utilization where engines share the GPUs; mssr plan shows what takes how much"
         )
-    error = TrainingError(f"{failure}; {advice}")
+    error = TrainingError(told)
     error.__cause__ = failure.error
     return error
