@@ -44,21 +44,26 @@ def decide(config: Config, device: str, gpu_bytes: int) -> Decision:
         gpu_bytes: memory of the smallest GPU; 0: not known.
     """
     wanted, ranks = config.cluster.placement, config.actor.num_ranks
-    shared = config.rollout.workers * config.rollout.tensor_parallel
     if ranks == 0:
         return Decision(False, "there are no ranks")
     if wanted != "auto":
         return Decision(wanted == "colocated", "as cluster.placement says")
     if device == "cpu":
         return Decision(False, "on CPU processes need not take turns")
-    for key, value in (("rollout.lag", config.rollout.lag), ("actor.score_early", config.actor.score_early)):
-        if value in (1, "always"):
-            return Decision(False, f"{key}={value} has engines and ranks work at the same time")
-    if shared != ranks:
-        return Decision(False, f"engines take {shared} GPUs, and actor.num_ranks={ranks}")
+    if obstacle := _obstacle(config):
+        return Decision(False, obstacle)
     if not gpu_bytes:
         return Decision(False, "how much memory the GPUs have is not known")
     return Decision(*colocated_fits(config, gpu_bytes))
+
+
+def _obstacle(config: Config) -> str:
+    """What keeps engines and ranks from sharing devices, whatever the memory; "" for nothing."""
+    for key, value in (("rollout.lag", config.rollout.lag), ("actor.score_early", config.actor.score_early)):
+        if value in (1, "always"):
+            return f"{key}={value} has engines and ranks work at the same time"
+    devices, ranks = config.rollout.workers * config.rollout.tensor_parallel, config.actor.num_ranks
+    return "" if devices == ranks else f"engines take {devices} GPUs, and actor.num_ranks={ranks}"
 
 
 @dataclass(frozen=True, slots=True)
