@@ -113,7 +113,7 @@ def test_gpus_are_counted() -> None:
 
 
 def test_a_model_that_is_neither_here_nor_known_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"config.json of nobody/none cannot be read .* or one of Qwen/"):
         make_plan(load_config(THREE, ["model.path=nobody/none"]), "8xH100-80GB", 1)
 
