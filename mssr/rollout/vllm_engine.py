@@ -20,6 +20,7 @@ from mssr.data.rows import MAX_IMAGES_PER_PROMPT
 from mssr.errors import EngineError, UserError
 from mssr.models.encoded import EncodedPrompt
 from mssr.models.loading import compute_dtype, import_transformers
+from mssr.models.memory import utilization
 from mssr.models.policy import vision_placeholder_ids
 from mssr.rollout.checksums import Loaded, all_loaded
 from mssr.rollout.encoding import EncodingAhead
@@ -269,7 +270,7 @@ def vllm_options(config: Config, device: str, colocated: bool) -> dict[str, Any]
     else:
         options |= {
             "enforce_eager": rollout.enforce_eager,
-            "gpu_memory_utilization": rollout.gpu_memory_utilization or (0.65 if colocated else 0.9),
+            "gpu_memory_utilization": utilization(config, colocated),
             "enable_sleep_mode": colocated,
         }
     return options | own
