@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL with random weights and a mixed data set: what most tests train on."""
+"""Tiny models with random weights and a mixed data set: what most tests train on."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     datasets.Dataset.from_list(rows, features=features).to_parquet(str(path))
 
 
-def make_rows(count: int, prefix: str, seed: int) -> list[dict[str, Any]]:
+def make_rows(count: int, prefix: str, seed: int, text_only: bool = False) -> list[dict[str, Any]]:
     rng = np.random.default_rng(seed)
 
     def image(size: tuple[int, int]) -> Image.Image:
@@ -89,7 +89,7 @@ def make_rows(count: int, prefix: str, seed: int) -> list[dict[str, Any]]:
     return [
         {
             "id": f"{prefix}{i}",
-            "images": [image(size) for size in IMAGE_SIZES[i % len(IMAGE_SIZES)]],
+            "images": [] if text_only else [image(size) for size in IMAGE_SIZES[i % len(IMAGE_SIZES)]],
             "problem": QUESTION,
             "answer": str(i % 10),
         }
@@ -97,14 +97,16 @@ def make_rows(count: int, prefix: str, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def make_workspace(path: Path) -> Workspace:
-    """Fill an empty directory."""
-    from mssr.models.tiny import build_tiny_qwen2_5_vl
+def make_workspace(path: Path, model_type: str = "qwen2_5_vl") -> Workspace:
+    """Fill an empty directory; for models that take text only with rows without images."""
+    from mssr.models.families import FAMILIES
+    from mssr.models.tiny import build_tiny
 
-    build_tiny_qwen2_5_vl(path / "model", CORPUS, seed=0)
-    write_rows(path / "train.parquet", make_rows(8, "t", seed=1))
+    build_tiny(path / "model", model_type, CORPUS, seed=0)
+    text_only = FAMILIES[model_type].tower_name is None
+    write_rows(path / "train.parquet", make_rows(8, "t", 1, text_only))
     # The same ids as in train, as in data that is numbered from 0, but other rows.
-    write_rows(path / "val.parquet", make_rows(4, "t", seed=2))
+    write_rows(path / "val.parquet", make_rows(4, "t", 2, text_only))
     (path / "reward.py").write_text(REWARD)
     config = {
         "experiment_name": "test",
@@ -130,6 +132,21 @@ def make_workspace(path: Path) -> Workspace:
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture(scope="session")
+def workspace_of(
+    workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Workspace]:
+    """The workspace of a family, made when it is asked for."""
+    made = {"qwen2_5_vl": workspace}
+
+    def make(model_type: str) -> Workspace:
+        if model_type not in made:
+            made[model_type] = make_workspace(tmp_path_factory.mktemp(model_type), model_type)
+        return made[model_type]
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -70,19 +70,19 @@ def shard(
         offload: parameters and gradients are in host memory but while they are used. Nothing on CPU.
         fill: called with every part before it is sharded, so that whole parameters exist part by part.
     """
-    core = model.model.model
     policies: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
     }
     if offload and mesh.device_type == "cuda":
         policies["offload_policy"] = CPUOffloadPolicy()
-    blocks = core.visual.blocks if model.features is None else ()
-    for block in (*blocks, *core.language_model.layers):
+    tower = model.tower
+    blocks = tower.blocks if tower is not None and model.features is None else ()
+    for block in (*blocks, *model.layers):
         fill(block)
         fully_shard(block, reshard_after_forward=not keep_gathered, **policies)
     fill(model)
-    whole = set() if model.features is None else set(core.visual.parameters())
+    whole = set() if tower is None or model.features is None else set(tower.parameters())
     # The root holds embedding, head and norms. It stays gathered from forward to backward in any case,
     # because the fused head reads the head's weight directly.
     fully_shard(model, reshard_after_forward=False, ignored_params=whole, **policies)
@@ -109,7 +109,8 @@ def reduce_between_replicas(model: PolicyModel, last: bool) -> None:
     In the decoder layers, in which every pass has gradients of the same parameters. Elsewhere a pass without
     images has fewer, and FSDP keeps what waits as one tensor, which would be another then.
     """
-    for layer in model.model.model.language_model.layers:
+    for layer in model.layers:
+        assert isinstance(layer, FSDPModule)
         layer.set_requires_all_reduce(last, recurse=False)
 
 

@@ -59,7 +59,8 @@ class PolicyUpdater:
         self.rank = rank
         self.device = device
         self.objective = make_objective(config)
-        self.cost_model = CostModel(policy.model.config, train_vision=config.trains_vision)
+        shape = policy.family.shape(policy.model.config.to_dict())
+        self.cost_model = CostModel(shape, train_vision=config.trains_vision)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
         most = config.actor.max_nonfinite_updates
         self.guard = NonFiniteGuard(config.run_dir / "nonfinite", rank, most, device)
@@ -105,7 +106,7 @@ class PolicyUpdater:
 
     def begin(self, batch: TrainBatch) -> StepState:
         """What is known of a batch before its step."""
-        return StepState(batch, self.device, self.policy.model.config.image_token_id)
+        return StepState(batch, self.device, self.cost_model.image_token)
 
     def plan(self, batch: TrainBatch, step: int) -> StepPlan:
         """The step's updates and the passes that measure its KL, the same on every rank."""
@@ -187,7 +188,7 @@ class PolicyUpdater:
             assert tokens.old_log_probs is not None
             state.old.put(micro.sequences, tokens.old_log_probs)
             per_token = metrics.pop("loss")
-            for key, values in metrics.items():
+            for key, values in (metrics | self.policy.measured).items():
                 state.measured.add(key, values, micro.weight)
             if micro.weight:
                 self.guard.observe(micro.sequences, tokens, log_probs, entropy, per_token)

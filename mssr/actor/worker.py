@@ -25,6 +25,7 @@ from mssr.actor.update import PolicyUpdater
 from mssr.config import Config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.bounded_cache import BoundedCache
+from mssr.models.families import family_of
 from mssr.models.loading import compute_dtype, load_model
 from mssr.models.lora import WithoutAdapters, add_adapters
 from mssr.models.policy import PolicyModel
@@ -93,19 +94,20 @@ class PolicyWorker:
         hf_model = self._model(trainable, empty=True)
         if trainable and actor.activation_checkpointing:
             hf_model.gradient_checkpointing_enable({"use_reentrant": False})
-            hf_model.train()  # transformers checkpoints only in train mode; Qwen2.5-VL has no dropout
-        frozen_tower = not self.config.trains_vision
+            hf_model.train()  # transformers checkpoints only in train mode; these models have no dropout
+        family = family_of(hf_model.config)
+        tower = family.tower(hf_model)
+        frozen_tower = tower is not None and not self.config.trains_vision
         if frozen_tower:
-            hf_model.model.visual.requires_grad_(False)
+            tower.requires_grad_(False)
         master = getattr(torch, actor.master_dtype)
         for parameter in hf_model.parameters():
             # What is not trained need not be more exact than the forward pass makes it.
             parameter.data = parameter.data.to(master if parameter.requires_grad else self.compute_dtype)
         fill = weights.filler(hf_model, last)
         if frozen_tower:
-            if self._tower is None:
-                self._tower = hf_model.model.visual
-            hf_model.model.visual = self._tower
+            self._tower = self._tower or tower
+            hf_model.set_submodule(family.tower_name, self._tower)
         model = PolicyModel(
             hf_model,
             temperature=self.config.rollout.temperature,

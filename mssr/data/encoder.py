@@ -26,6 +26,7 @@ from mssr.data.messages import IMAGE_MARK, count_marks, parts_of, text_part
 from mssr.data.rows import Row
 from mssr.errors import UserError
 from mssr.models.encoded import EncodedImage, EncodedPrompt, ImageCache, PixelNormalizer, join_pixels
+from mssr.models.processor import Processor
 
 CHUNK_PIXELS = 2**17
 """Pixels of the images that are cut into patches in one go: enough that small ones cost little more than
@@ -39,21 +40,19 @@ class PromptEncoder:
         UserError: a template cannot be read or rendered.
     """
 
-    def __init__(self, processor: Any, config: DataConfig) -> None:
+    def __init__(self, processor: Processor, config: DataConfig) -> None:
         self.processor = processor
         self.config = config
-        image_processor = processor.image_processor
-        image_processor.size = config.pixel_bounds
-        self._normalizer = PixelNormalizer.of(image_processor)
-        self._factor = image_processor.patch_size * image_processor.merge_size
-        self._image_token_id: int = processor.image_token_id
+        self._normalizer: PixelNormalizer | None = None
+        if processor.image_processor is not None:
+            processor.image_processor.size = config.pixel_bounds
+            self._normalizer = PixelNormalizer.of(processor.image_processor)
+        self._factor = processor.patch_size * processor.merge_size
         self._tokenizing = threading.Lock()  # tokenizers fail where two threads are the first to use one
         keys = ("system_prompt", "chat_template", "prompt_template")
         self.texts = {key: text_or_file(getattr(config, key), f"data.{key}") for key in keys}
         """What these keys of the config say, read from the file where they name one."""
         self._prompt_template = _prompt_template(self.texts["prompt_template"])
-        marks = ("<|vision_start|>", "<|vision_end|>")
-        self._vision_tokens = (processor.image_token, processor.video_token, *marks)
         self.response_prefix = self._try_chat_template()
         """What stands in the prompt and belongs to the response: ``<think>`` where the template ends with it,
         else nothing."""
@@ -62,10 +61,16 @@ class PromptEncoder:
         """The prompt after the chat template, with one placeholder per image.
 
         Raises:
-            ValueError: a turn holds a token that stands for pixels; or there are not as many <image> marks as
+            ValueError: the model takes text only and the row has images; a turn holds a token that stands for
+                pixels; or there are not as many <image> marks as
                 images after ``data.prompt_template``, or not as many placeholders after the chat template.
         """
+        if row.images and self.processor.image_token is None:
+            what = "the model takes text only (data.images_column=null leaves images out)"
+            raise ValueError(f"{len(row.images)} images, and {what}")
         text = self._render(self._messages(row))
+        if self.processor.image_token is None:
+            return text
         placeholders = text.count(self.processor.image_token)
         if placeholders != len(row.images):
             numbers = {"image": len(row.images), "placeholder": placeholders}
@@ -75,15 +80,9 @@ class PromptEncoder:
 
     def _render(self, messages: list[dict[str, Any]], generation: bool = True) -> str:
         try:
-            text = self.processor.apply_chat_template(
-                messages,
-                add_generation_prompt=generation,
-                tokenize=False,
-                chat_template=self.texts["chat_template"],
-            )
+            return self.processor.render(messages, generation, self.texts["chat_template"])
         except Exception as error:  # a template may raise anything
             raise ValueError(f"{self._template_name} cannot be rendered: {reason(error)}") from error
-        return str(text)
 
     @property
     def _template_name(self) -> str:
@@ -112,7 +111,7 @@ class PromptEncoder:
         """The turns of a row, the question as the prompt template or the instruction makes it. Images stand
         where marks are, and without marks before the user's first turn."""
         turns = list(row.turns)
-        for token in self._vision_tokens:
+        for token in self.processor.vision_tokens:
             if any(token in text for _, text in turns):
                 raise ValueError(f"the question holds {token}, which stands for pixels")
         if not count_marks(turns):
@@ -206,6 +205,7 @@ class PromptEncoder:
             return {}
         # What the processor does, without what it spends on finding out what is asked of it, and
         # without what can be done later.
+        assert self.processor.image_processor is not None and self._normalizer is not None
         vision = self.processor.image_processor(
             images=list(images.values()),
             do_resize=False,
@@ -242,13 +242,13 @@ class PromptEncoder:
             own = [images[key] for key in keys]
             grids = torch.stack([image.grid_thw for image in own])
             counts = torch.ones_like(token_ids)
-            is_image = token_ids == self._image_token_id
-            counts[is_image] = grids.prod(-1) // self.processor.image_processor.merge_size**2
+            is_image = token_ids == self.processor.image_token_id
+            counts[is_image] = grids.prod(-1) // self.processor.merge_size**2
             token_ids = token_ids.repeat_interleave(counts)
             result.append(
                 EncodedPrompt(
                     token_ids=token_ids,
-                    token_types=(token_ids == self._image_token_id).int(),
+                    token_types=(token_ids == self.processor.image_token_id).int(),
                     pixels=join_pixels(own),
                     image_grid_thw=grids,
                     image_keys=tuple(keys),

@@ -55,9 +55,8 @@ def encoder_fingerprint(encoder: PromptEncoder) -> str:
     vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     settings = {k: v for k, v in asdict(encoder.config).items() if k not in NOT_IN_LENGTH} | encoder.texts
     probes = [_text_or_reason(encoder, _row(prompt, images)) for prompt, images in PROBES]
-    image_processor = processor.image_processor
-    sizes = [image_processor.patch_size, image_processor.merge_size]
-    return digest_of(vocabulary, getattr(processor, "chat_template", None), settings, probes, sizes)
+    sizes = [processor.patch_size, processor.merge_size]
+    return digest_of(vocabulary, processor.chat_template, settings, probes, sizes)
 
 
 def _compute(rows: SourceRows, index: RowIndex, encoder: PromptEncoder) -> pa.Table:

@@ -31,7 +31,8 @@ def use_varlen_attention(model: Any) -> None:
 
     AttentionInterface.register(NAME, varlen_attention)
     AttentionMaskInterface.register(NAME, _no_mask)
-    for config in (model.config, model.config.text_config, model.config.vision_config):
+    parts = [getattr(model.config, name) for name in model.config.sub_configs]
+    for config in (model.config, *parts):
         config._attn_implementation = NAME
 
 

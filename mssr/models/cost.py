@@ -4,20 +4,20 @@ Of one forward pass, with a multiplication and an addition counted as two. The l
 of width d, h heads and g key-value heads of e values, an MLP of width f, a vocabulary of V. A sequence of
 L tokens, T of them of the response, costs
 
-    L * n * 2 * (2*d*h*e + 2*d*g*e + 3*d*f)       projections and MLP
+    L * n * 2 * (2*d*h*e + 2*d*g*e + 3*d*f)       projections and MLP, or the experts that a token passes
     + n * 2*h*e * L^2                             attention; causal, so half of all pairs of tokens
     + T * 2*d*V                                   head, on response tokens only
 
 The vision tower has b blocks, u of them with attention over the whole image and the others in windows of
-w x w patches; width c, MLP of width k, patches of p values; m x m patches become one token. An image of
-P patches costs
+w x w patches; width c, MLP of width k (and three matrices, or two), patches of p values; m x m patches become
+one token. An image of P patches costs
 
     P * (2*p*c + b * 2 * (4*c^2 + 3*c*k))         patch embedding, projections and MLP
     + P * 4*c * (u*P + (b-u) * min(P, w^2))       attention
-    + P/m^2 * 2 * ((m^2*c)^2 + m^2*c*d)           merger
+    + P/m^2 * 2 * ((m^2*c)^2 + m^2*c*d)           merger, of which there may be several
 
-Backward costs twice as much as forward. A frozen tower has no backward. All letters are read from the
-model's config; norms, rope, softmax and the like are left out. So is what the backward pass computes again to
+Backward costs twice as much as forward. A frozen tower has no backward. All letters are those of the
+model's shape; norms, rope, softmax and the like are left out. So is what the backward pass computes again to
 save memory, as is usual for model FLOPs utilization (arXiv 2204.02311, appendix B).
 """
 
@@ -26,11 +26,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mssr.models.shapes import ModelShape
 from mssr.types import TrainBatch
 
 UNIT = 10**6
@@ -76,30 +76,20 @@ class Operations:
 
 
 class CostModel:
-    """Forward and backward of a Qwen2.5-VL in units of `UNIT` operations, by the formula above.
+    """Forward and backward of a model in units of `UNIT` operations, by the formula above.
 
     Args:
-        config: of the whole model, with ``text_config`` and ``vision_config``.
         train_vision: whether the tower has a backward pass.
     """
 
-    def __init__(self, config: Any, train_vision: bool = True) -> None:
-        text, vision = config.text_config, config.vision_config
-        self._image_token = int(config.image_token_id)
-        d, layers = text.hidden_size, text.num_hidden_layers
-        head_dim = getattr(text, "head_dim", None) or d // text.num_attention_heads
-        heads, kv_heads = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-        self.per_token = 2 * layers * (2 * d * heads + 2 * d * kv_heads + 3 * d * text.intermediate_size)
-        self.per_square = 2 * layers * heads
-        self.per_response_token = 2 * d * text.vocab_size
-        c, depth, merged = vision.hidden_size, vision.depth, vision.spatial_merge_size**2
-        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        self.per_patch = 2 * values * c + 2 * depth * (4 * c * c + 3 * c * vision.intermediate_size)
-        self.per_patch += 2 * (merged * c * c + c * vision.out_hidden_size)
-        self._vision_width, self._merged = c, merged
-        self._full_blocks = len(vision.fullatt_block_indexes)
-        self._window_blocks = depth - self._full_blocks
-        self._window = (vision.window_size // vision.patch_size) ** 2
+    def __init__(self, shape: ModelShape, train_vision: bool = True) -> None:
+        text = shape.text_config
+        self.image_token = shape.image_token_id
+        self.per_token = 2 * text.multiplied
+        self.per_square = 2 * text.num_hidden_layers * text.q_width
+        self.per_response_token = 2 * text.embedding
+        self._vision = shape.vision_config
+        self.per_patch = 2 * self._vision.multiplied if self._vision else 0
         self._vision_passes = 3 if train_vision else 1
 
     def text(
@@ -117,9 +107,12 @@ class CostModel:
 
     def images_forward(self, patches: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Operations of a forward pass of the tower over images of so many patches."""
-        p = patches.astype(np.float64)
-        seen = self._full_blocks * p + self._window_blocks * np.minimum(p, self._window)
-        return p * (self.per_patch + 4 * self._vision_width * seen)
+        p, v = patches.astype(np.float64), self._vision
+        if v is None:
+            return np.zeros_like(p)
+        full = v.full_blocks if v.window else v.depth
+        seen = full * p + (v.depth - full) * np.minimum(p, v.window)
+        return p * (self.per_patch + 4 * v.hidden_size * seen)
 
     def work(self, batch: TrainBatch) -> SequenceWork:
         """Of a batch's sequences."""
@@ -147,7 +140,8 @@ class CostModel:
             text_only: without the images.
         """
         image_of, patches = self._images_of(batch)
-        lengths = batch.lengths - text_only * np.bincount(image_of, patches / self._merged, len(batch))
+        tokens = patches / (self._vision.merged if self._vision else 1)
+        lengths = batch.lengths - text_only * np.bincount(image_of, tokens, len(batch))
         matrices = self.per_token * lengths + self.per_response_token * batch.response_lengths
         vision = np.bincount(image_of, self.images_forward(patches), len(batch))
         chosen, of_prompts = list(sequences), list({batch.prompt_ids[s]: s for s in sequences}.values())
@@ -159,10 +153,10 @@ class CostModel:
 
     def _images_of(self, batch: TrainBatch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Sequence and patches of each image. It is a run of placeholder tokens, so no pixels are needed."""
-        is_image = np.concatenate([[False], batch.tokens == self._image_token, [False]])
+        is_image = np.concatenate([[False], batch.tokens == self.image_token, [False]])
         starts, ends = np.flatnonzero(np.diff(is_image.astype(np.int8))).reshape(-1, 2).T
         sequence = np.searchsorted(batch.offsets, starts, side="right") - 1
-        return sequence, (ends - starts) * self._merged
+        return sequence, (ends - starts) * (self._vision.merged if self._vision else 1)
 
 
 def home(prompt_id: str) -> int:

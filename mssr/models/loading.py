@@ -8,13 +8,13 @@ from typing import Any
 
 from mssr.config import ModelConfig
 from mssr.errors import UserError, first_line
-
-MODEL_TYPE = "qwen2_5_vl"
+from mssr.models.families import family_named, family_of
+from mssr.models.processor import Processor
 
 
 def check_model_path(config: ModelConfig, tensor_parallel: int = 1) -> None:
-    """Refuse a directory that holds no Qwen2.5-VL, or one that engines cannot share out over so many devices,
-    without importing torch.
+    """Refuse a directory that holds no model of a known family, or one that engines cannot share out over so
+    many devices, without importing torch.
 
     A path that is no directory is left to transformers, as a hub name.
 
@@ -32,10 +32,7 @@ def check_model_path(config: ModelConfig, tensor_parallel: int = 1) -> None:
         raise UserError(
             f"model.path: {config.path} is no Hugging Face model (config.json: {error})"
         ) from error
-    if model_config.get("model_type") != MODEL_TYPE:
-        raise UserError(
-            f"model.path: {config.path} is a {model_config.get('model_type')} model; mssr trains {MODEL_TYPE}"
-        )
+    family_named(model_config.get("model_type"), config.path)
     if not any(path.glob("*.safetensors")):
         raise UserError(f"model.path: {config.path} holds no *.safetensors weights")
     text = model_config | model_config.get("text_config", {})
@@ -50,25 +47,29 @@ def check_model_path(config: ModelConfig, tensor_parallel: int = 1) -> None:
             )
 
 
-def load_processor(config: ModelConfig) -> Any:
-    """`AutoProcessor` of the model.
+def load_processor(config: ModelConfig) -> Processor:
+    """What stands before the model.
 
     Raises:
         UserError: there is none, it has no chat template, or its tokenizer is not the model's.
     """
     auto = import_transformers().AutoProcessor
     try:
-        processor = auto.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        loaded = auto.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises many types for an incomplete directory
         raise UserError(f"model.path: {config.path} has no processor ({first_line(error)})") from error
-    if not getattr(processor, "chat_template", None):
+    model_config = _read_config(config)
+    family = family_of(model_config)
+    if family.tower_name and not hasattr(loaded, "image_processor"):
+        raise UserError(f"model.path: {config.path} has no processor for images")
+    processor = Processor(loaded, family)
+    if not processor.chat_template:
         raise UserError(f"model.path: the processor of {config.path} has no chat template")
     # transformers makes an empty tokenizer where its files are missing, without a word.
-    model_config = _read_config(config)
-    if processor.image_token_id != model_config.image_token_id:
+    if processor.image_token_id != (own := getattr(model_config, "image_token_id", None)):
         raise UserError(
             f"model.path: {config.path} has no processor with the model's tokenizer (the image token is "
-            f"{processor.image_token_id} there and {model_config.image_token_id} in config.json)"
+            f"{processor.image_token_id} there and {own} in config.json)"
         )
     return processor
 
@@ -86,7 +87,6 @@ def load_model(config: ModelConfig, dtype: Any, packed: bool = True, empty: bool
     import torch
 
     from mssr.models.attention import use_varlen_attention
-    from mssr.models.vision import use_linear_patch_embed
 
     varlen = config.attn_implementation in ("auto", "varlen")
     options = {
@@ -94,10 +94,11 @@ def load_model(config: ModelConfig, dtype: Any, packed: bool = True, empty: bool
         "attn_implementation": "sdpa" if varlen else config.attn_implementation,
         "trust_remote_code": config.trust_remote_code,
     }
-    kind = import_transformers().AutoModelForImageTextToText
     try:
+        model_config = _read_config(config)
+        family = family_of(model_config)
+        kind = getattr(import_transformers(), family.auto_class)
         if empty:
-            model_config = _read_config(config)
             with torch.device("meta"):
                 model = kind.from_config(model_config, **options)
         else:
@@ -105,14 +106,14 @@ def load_model(config: ModelConfig, dtype: Any, packed: bool = True, empty: bool
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise UserError(f"model.path: {config.path} cannot be loaded ({first_line(error)})") from error
     if varlen and packed:
-        if not model.config.text_config.use_sliding_window:
+        if "sliding_attention" not in (getattr(family.text_config(model.config), "layer_types", None) or ()):
             use_varlen_attention(model)
         elif config.attn_implementation == "varlen":
             raise UserError(
                 f"model.attn_implementation=varlen: {config.path} has layers with a sliding window, which it "
                 "does not know; use sdpa"
             )
-    use_linear_patch_embed(model)
+    family.adapt(model, packed)
     return model.eval()
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from mssr.config import LoraConfig
 from mssr.errors import UserError
+from mssr.models.families import family_of
 
 ADAPTER = "default"
 _BASE = ".base_layer."
@@ -51,7 +52,8 @@ def peft_config(model: nn.Module, config: LoraConfig) -> Any:
     """
     import peft
 
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".language_model." in n]
+    inside = set(family_of(model.config).language_model(model).modules())
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m in inside]
     kinds = sorted({name.rpartition(".")[2] for name in linear})
     for target in config.targets:
         if target not in kinds:

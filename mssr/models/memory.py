@@ -23,7 +23,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mssr.config import Config
-from mssr.models.shapes import ModelShape, read_shape
+from mssr.models.published import read_shape
+from mssr.models.shapes import ModelShape, VisionShape
 
 GIB = 2**30
 LARGE_GPU = 70 * GIB
@@ -59,11 +60,16 @@ class Workload:
         return self.image_tokens + self.text_tokens + self.response_tokens
 
 
-def assumed_workload(config: Config, image: int | None = None, response: int | None = None) -> Workload:
+def assumed_workload(
+    config: Config, shape: ModelShape, image: int | None = None, response: int | None = None
+) -> Workload:
     """Images of 640 tokens, questions of 160 and responses of 600, as far as the config's limits allow."""
     data, text = config.data, min(160, config.data.max_prompt_length // 4)
-    if image is None:
-        image = max(data.min_pixels // 28**2, min(640, data.max_pixels // 28**2))
+    if shape.vision_config is None:
+        image = 0
+    elif image is None:
+        pixels = shape.vision_config.token_pixels
+        image = max(data.min_pixels // pixels, min(640, data.max_pixels // pixels))
     image = min(image, data.max_prompt_length - text)
     return Workload(image, text, min(response or 600, config.rollout.max_response_length))
 
@@ -83,8 +89,9 @@ class Pass:
         """A full micro-batch, or one sequence that is longer; of responses half as long as usual, so that
         there are many images."""
         tokens = max(config.actor.micro_batch_tokens, longest(config))
+        merged = shape.vision_config.merged if shape.vision_config else 1
         share = work.image_tokens / (work.tokens - work.response_tokens / 2)
-        return cls(tokens, round(tokens * (1 - share)), round(tokens * share) * shape.vision_config.merged)
+        return cls(tokens, round(tokens * (1 - share)), round(tokens * share) * merged)
 
 
 def value_bytes(config: Config, device: str) -> int:
@@ -111,7 +118,8 @@ class RankMemory:
     def __init__(self, config: Config, shape: ModelShape, device: str, largest: Pass | None = None) -> None:
         self.config, self.shape, self.device = config, shape, device
         actor, text, vision = config.actor, shape.text_config, shape.vision_config
-        self.largest = largest or Pass.largest(config, shape, assumed_workload(config))
+        self.trains_vision = config.trains_vision and vision is not None
+        self.largest = largest or Pass.largest(config, shape, assumed_workload(config, shape))
         self.offload = actor.offload if device == "cuda" else "none"
         self.c = value_bytes(config, device)
         self.m = 4 if actor.master_dtype == "float32" else 2
@@ -125,11 +133,11 @@ class RankMemory:
         self.trained = self.adapters or self.sharded
         self.moments = moment_bytes(config) * self.trained / self.shards
         """Bytes of them, wherever they are."""
-        self.layers = text.num_hidden_layers * shape.text_layer
-        blocks = vision.depth * shape.vision_block if config.trains_vision else 0
+        self.layers = text.layers
+        blocks = vision.depth * vision.block if vision and config.trains_vision else 0
         self.root = self.sharded - self.layers - blocks
         """Parameters that are in no layer, and gathered from forward to backward."""
-        self.layer = shape.text_layer + self.adapters // text.num_hidden_layers
+        self.layer = text.layer + self.adapters // text.num_hidden_layers
 
     def resident(self) -> Parts:
         """What stays from step to step."""
@@ -145,7 +153,7 @@ class RankMemory:
             parts["reference"] = c * self.sharded * (1 / self.shards + (1 if actor.keep_gathered else 0))
         if self.offload == "all":
             parts = dict.fromkeys(parts, 0.0)
-        if not config.trains_vision:
+        if self.shape.vision_config and not self.trains_vision:
             parts["parameters"] += c * self.shape.vision
             parts["image features"] = actor.vision_cache_gib * GIB
         return parts
@@ -153,7 +161,7 @@ class RankMemory:
     def update(self) -> Parts:
         """The moment of an update at which most is held."""
         moments = [self._end_of_forward(), self._backward(vision=False), self._ends_backward(), self._step()]
-        if self.config.trains_vision:
+        if self.trains_vision:
             moments.append(self._backward(vision=True))
         parts = max(moments, key=lambda parts: sum(parts.values()))
         return self.resident() | {"gradients": self._gradients()} | parts
@@ -184,9 +192,9 @@ class RankMemory:
         if self.adapters:
             return logits + hidden, 0.0
         # In float32, and converted in the end, when logits are gone.
-        gradient = self.c * float(self.shape.embedding)
+        gradient = self.c * float(self.shape.text_config.embedding)
         converted = gradient if self.c != 4 else 0
-        return max(logits, converted) + 4 * self.shape.embedding + hidden, gradient
+        return max(logits, converted) + 4 * self.shape.text_config.embedding + hidden, gradient
 
     def _end_of_forward(self) -> Parts:
         work, _ = self._head()
@@ -195,7 +203,7 @@ class RankMemory:
 
     def _backward(self, vision: bool) -> Parts:
         """Of the last layer of the language model, or of the tower, when nothing before it is done yet."""
-        layer = self.shape.vision_block if vision else self.layer
+        layer = self._tower.block if vision else self.layer
         trained = 0 if self.adapters else layer
         kept = self._vision_kept() + (0 if vision else self._text_kept())
         one, backward = self._vision_block() if vision else self._text_layer()
@@ -247,16 +255,21 @@ class RankMemory:
         mask = self.c * tokens**2 if how in ("sdpa", "eager") else 0
         return t.num_hidden_layers * of_layer + ends + mask
 
+    @property
+    def _tower(self) -> VisionShape:
+        assert self.shape.vision_config is not None
+        return self.shape.vision_config
+
     def _vision_block(self) -> tuple[float, float]:
-        v, patches = self.shape.vision_config, self.largest.patches
+        v, patches = self._tower, self.largest.patches
         kept, backward = self._block(v.hidden_size, v.hidden_size, v.intermediate_size, v.num_heads, True)
         # Values stay in one tensor with the queries and keys that are not needed any more.
         return (kept + 2 * self.c * v.hidden_size) * patches, backward * patches
 
     def _vision_kept(self) -> float:
-        if not self.config.trains_vision:
+        if not self.trains_vision:
             return 0.0
-        v, patches = self.shape.vision_config, self.largest.patches
+        v, patches = self._tower, self.largest.patches
         one, _ = self._vision_block()
         of_block = self.c * v.hidden_size * patches if self.config.actor.activation_checkpointing else one
         merger = (_norm(self.c, True) + 2 * self.c) * v.hidden_size
@@ -294,10 +307,11 @@ class EngineMemory:
         weights = c * (shape.text / parallel + shape.vision)
         prefill = c * batched * (3 * t.intermediate_size / parallel + 6 * t.hidden_size)
         logits = 3 * 4 * decoded * t.vocab_size / parallel
-        v = shape.vision_config
-        # As many tokens of images at a time as of text, and an image of any size.
-        patches = max(config.data.max_pixels // v.patch_size**2, v.merged * batched)
-        vision = c * patches * (3 * v.intermediate_size + 10 * v.hidden_size)
+        vision = 0.0
+        if v := shape.vision_config:
+            # As many tokens of images at a time as of text, and an image of any size.
+            patches = max(config.data.max_pixels // v.patch_size**2, v.merged * batched)
+            vision = c * patches * (3 * v.intermediate_size + 10 * v.hidden_size)
         graphs = 0 if rollout.enforce_eager else CUDA_GRAPHS
         work = max(prefill, vision) + logits + graphs + ENGINE_CONTEXT
         token = 2 * t.num_hidden_layers * max(t.kv_width / parallel, t.head_dim) * c
@@ -329,7 +343,7 @@ def rank_table(rank: RankMemory) -> Table:
         table.setdefault(name, {})["update"] = size
     table["optimizer states"]["save"] = 0.0 if rank.offload == "all" else rank.moments
     # The largest tensor, in the dtype of the pass: of this rank, twice, gathered, and in a bucket.
-    table["weights to engines"] = {"sync": rank.c * rank.shape.embedding * (2 + 2 / rank.shards)}
+    table["weights to engines"] = {"sync": rank.c * rank.shape.text_config.embedding * (2 + 2 / rank.shards)}
     passing = sum(update.values()) - sum(resident.values()) - update["gradients"]
     table["fragmentation"] = {"update": FRAGMENTATION * passing}
     table["CUDA, NCCL"] = dict.fromkeys(PHASES, float(RANK_CONTEXT))
@@ -370,7 +384,7 @@ class GpuMemory:
     def of(
         cls, config: Config, shape: ModelShape, gpu_bytes: int, colocated: bool, work: Workload | None = None
     ) -> GpuMemory:
-        largest = Pass.largest(config, shape, work or assumed_workload(config))
+        largest = Pass.largest(config, shape, work or assumed_workload(config, shape))
         engine = EngineMemory.of(config, shape, gpu_bytes, colocated)
         rank = rank_table(RankMemory(config, shape, "cuda", largest))
         other = engine_table(config, engine, colocated)

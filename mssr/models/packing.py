@@ -14,7 +14,7 @@ import torch
 
 from mssr.device import to_device
 from mssr.models.encoded import EncodedPrompt, PixelNormalizer
-from mssr.models.vision import Grid
+from mssr.models.families.base import Grid
 
 
 @dataclass(frozen=True, slots=True)

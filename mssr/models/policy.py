@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL as reinforcement learning needs it: packed in, log-probs and entropies out."""
+"""A model as reinforcement learning needs it: packed in, log-probs and entropies out."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from torch import nn
 from mssr.models.attention import NAME
 from mssr.models.bounded_cache import BoundedCache
 from mssr.models.encoded import EncodedPrompt
+from mssr.models.families import family_of
+from mssr.models.families.base import Grid
 from mssr.models.head import Head, PartLoss, token_log_probs_and_entropy, token_loss
 from mssr.models.packing import PackedBatch
-from mssr.models.vision import Grid, vision_positions
 
 
 class PolicyModel(nn.Module):
-    """Wraps a transformers Qwen2.5-VL; the vision placeholder tokens have probability 0.
+    """Wraps a transformers model of one of the `FAMILIES`; tokens that stand for pixels have probability 0.
 
     Args:
-        model: `Qwen2_5_VLForConditionalGeneration`.
+        model: as `load_model` returns it.
         temperature: the sampling temperature, so that log-probs are those of what was sampled.
         head_chunk: as many logits exist at the same time as so many tokens have.
-        features: of images by their keys, (merged patches, D) on the device, where the vision tower is frozen
+        features: of images by their keys, (merged patches, W) on the device, where the vision tower is frozen
             and whole on every rank; None if it is trained or sharded.
+
+    Attributes:
+        measured: what the family measures of a pass, see `Family.measure`; of the last one.
     """
 
     def __init__(
@@ -40,20 +44,24 @@ class PolicyModel(nn.Module):
         self.temperature = temperature
         self.head_chunk = head_chunk
         self.features = features
-        self.banned_ids = vision_placeholder_ids(model.config)
+        self.family = family_of(model.config)
+        self.banned_ids = self.family.placeholder_ids(model.config)
+        self.merge_size = self.family.merge_size(model.config)
+        self.measured: dict[str, torch.Tensor] = {}
 
     @property
-    def merge_size(self) -> int:
-        return int(self.model.config.vision_config.spatial_merge_size)
+    def layers(self) -> Sequence[nn.Module]:
+        """Those of the decoder."""
+        return self.family.language_model(self.model).layers
+
+    @property
+    def tower(self) -> Any:
+        """The vision tower, or None."""
+        return self.family.tower(self.model)
 
     def rope_positions(self, prompt: EncodedPrompt) -> torch.Tensor:
         """(3, P) int64 mrope rows of a prompt."""
-        positions, _ = self.model.model.get_rope_index(
-            prompt.token_ids[None],
-            mm_token_type_ids=prompt.token_types[None],
-            image_grid_thw=prompt.image_grid_thw,
-        )
-        return positions[:, 0]
+        return self.family.rope_positions(self.model, prompt)
 
     def forward(
         self, batch: PackedBatch, touch_vision: bool = False, loss: PartLoss | None = None
@@ -71,46 +79,47 @@ class PolicyModel(nn.Module):
             (N,) float32 log-probs and (N,) float32 exact entropies, in nats. With a loss its () sum
             comes first, and it alone has a gradient.
         """
-        core = self.model.model
-        embeds = core.language_model.embed_tokens(batch.input_ids)
+        family, config = self.family, self.model.config
+        language_model = family.language_model(self.model)
+        embeds = language_model.embed_tokens(batch.input_ids)
+        inputs = {"inputs_embeds": embeds}
         if batch.pixels is not None:
             assert batch.normalizer is not None
             if self.features is None:
                 features = self._image_features(batch.normalizer(batch.pixels), batch.image_grids)
             else:
                 features = self._known_features(batch, self.features)
-            features = features.to(embeds.dtype)[batch.feature_index]
-            embeds = embeds.index_copy(1, batch.image_index, features[None])
-        elif touch_vision and self.features is None:
-            embeds = embeds + 0.0 * self._image_features(*self._blank_image()).sum().to(embeds.dtype)
-        text = self.model.config.text_config
-        # Where no layer wants a mask, transformers need not look, on the device, whether the batch is packed.
-        no_masks = dict.fromkeys(text.layer_types) if text._attn_implementation == NAME else None
-        hidden = core.language_model(
-            inputs_embeds=embeds,
-            position_ids=batch.position_ids,
-            attention_mask=no_masks,
+            inputs = family.place(embeds, batch.image_index, features[batch.feature_index])
+        elif touch_vision and self.features is None and self.tower is not None:
+            blank = self._image_features(*self._blank_image()).sum()
+            inputs = {"inputs_embeds": embeds + 0.0 * blank.to(embeds.dtype)}
+        varlen = family.text_config(config)._attn_implementation == NAME
+        output = language_model(
+            **inputs,
+            **family.attention_inputs(config, batch, varlen),
             use_cache=False,
             # Where the sequences are, for attention that needs no mask.
             cu_seq_lens_q=batch.cu_seqlens,
             cu_seq_lens_k=batch.cu_seqlens,
             max_length_q=batch.max_length,
             max_length_k=batch.max_length,
-        ).last_hidden_state
+        )
+        self.measured = family.measure(output)
+        hidden = output.last_hidden_state
         tokens = hidden[0, batch.response_index], self.model.lm_head.weight, batch.targets
         head = Head(self.temperature, self.banned_ids, self.head_chunk)
         return token_log_probs_and_entropy(*tokens, head) if loss is None else token_loss(*tokens, loss, head)
 
     def _image_features(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """(merged patches, D)."""
-        visual = self.model.model.visual
-        positions = vision_positions(visual, grids, pixel_values.device)
-        pixel_values = pixel_values.to(visual.patch_embed.proj.weight.dtype)
-        return visual(pixel_values, grid_thw=torch.tensor(grids), **positions).pooler_output
+        """(merged patches, W)."""
+        tower = self.tower
+        positions = self.family.tower_positions(tower, grids, pixel_values.device)
+        pixel_values = pixel_values.to(tower.patch_embed.proj.weight.dtype)
+        return self.family.features(tower(pixel_values, grid_thw=torch.tensor(grids), **positions))
 
     @torch.no_grad()
     def _known_features(self, batch: PackedBatch, cache: BoundedCache[bytes, torch.Tensor]) -> torch.Tensor:
-        """(merged patches, D), the tower run on those images only whose features are not kept."""
+        """(merged patches, W), the tower run on those images only whose features are not kept."""
         assert batch.pixels is not None and batch.normalizer is not None
         grids, keys = batch.image_grids, batch.image_keys
         found = {key: kept for key in keys if (kept := cache.get(key)) is not None}
@@ -127,9 +136,3 @@ class PolicyModel(nn.Module):
         m = self.merge_size
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         return torch.zeros(m * m, values, device=device), [(1, m, m)]
-
-
-def vision_placeholder_ids(config: Any) -> list[int]:
-    """Tokens that stand for pixels. A policy that samples one breaks every later forward pass."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return sorted({int(i) for n in names if (i := getattr(config, n, None)) is not None})

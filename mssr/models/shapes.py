@@ -1,57 +1,138 @@
-"""The shape of a Qwen2.5-VL, from its config.json alone: sizes, and how many parameters each part has.
+"""The shape of a model: its sizes, and how many parameters each part has.
 
-Needs neither torch nor transformers, so that `mssr plan` answers at once. Names are those of config.json.
+Needs neither torch nor transformers, so that `mssr plan` answers at once. Fields have the names of
+config.json where they come from there; the rest says what layers are like, see `mssr.models.families`.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, TypeVar
-
-from mssr.config import ModelConfig
-from mssr.errors import UserError, first_line
 
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextShape:
-    """The language model; the defaults are those of transformers."""
+    """The language model: n layers of an attention and an MLP, or experts of which a token passes some."""
 
-    vocab_size: int = 152064
-    hidden_size: int = 8192
-    intermediate_size: int = 29568
-    num_hidden_layers: int = 80
-    num_attention_heads: int = 64
-    num_key_value_heads: int = 8
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int = 0
+    """0: of the width as many parts as there are heads."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    """Norms of queries and keys, over a head."""
+    num_experts: int = 0
+    """Of a layer; 0: an MLP."""
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    dense_layers: int = 0
+    """Layers with an MLP in a model of experts."""
+
+    def __post_init__(self) -> None:
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    def q_width(self) -> int:
+        """Values of a token's queries in a layer."""
+        return self.num_attention_heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
         """Values of a token's keys in a layer; its values are as many."""
         return self.num_key_value_heads * self.head_dim
 
+    @property
+    def mlp_width(self) -> int:
+        """Inner values that a token has in the widest layer."""
+        if self.num_experts:
+            return self.num_experts_per_tok * self.moe_intermediate_size
+        return self.intermediate_size
 
-@dataclass(frozen=True, slots=True)
+    @property
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the linear layers of a decoder layer. Experts are none, and no router is."""
+        d, q, kv, f = self.hidden_size, self.q_width, self.kv_width, self.intermediate_size
+        attention = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
+        if self.num_experts:
+            return attention
+        return attention | {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+
+    @property
+    def _experts(self) -> list[int]:
+        """Elements of the experts of a layer, and of their router."""
+        if not self.num_experts:
+            return []
+        one = self.hidden_size * self.moe_intermediate_size
+        return [self.num_experts * 2 * one, self.num_experts * one, self.num_experts * self.hidden_size]
+
+    @property
+    def layer(self) -> int:
+        """Parameters of the largest decoder layer."""
+        found = sum(i * o for i, o in self.linear.values()) + sum(self._experts) + 2 * self.hidden_size
+        found += (self.q_width + 2 * self.kv_width) if self.qkv_bias else 0
+        return found + (2 * self.head_dim if self.qk_norm else 0)
+
+    @property
+    def layers(self) -> int:
+        """Parameters of all of them."""
+        dense = 3 * self.hidden_size * self.intermediate_size - sum(self._experts)
+        return self.num_hidden_layers * self.layer + self.dense_layers * dense
+
+    @property
+    def embedding(self) -> int:
+        """Of the embedding; an untied head has as many."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def matrices(self) -> list[int]:
+        """Elements of each weight of the layers that is not a vector."""
+        dense = [self.hidden_size * self.intermediate_size] * 3 * self.dense_layers
+        experts = self._experts * (self.num_hidden_layers - self.dense_layers)
+        return [i * o for i, o in self.linear.values()] * self.num_hidden_layers + experts + dense
+
+    @property
+    def multiplied(self) -> int:
+        """Weights that a token is multiplied with on its way through all layers."""
+        sparse, d = self.num_hidden_layers - self.dense_layers, self.hidden_size
+        attention = self.num_hidden_layers * d * (2 * self.q_width + 2 * self.kv_width)
+        if not self.num_experts:
+            return attention + self.num_hidden_layers * 3 * d * self.intermediate_size
+        experts = sparse * d * (3 * self.mlp_width + self.num_experts)
+        return attention + experts + self.dense_layers * 3 * d * self.intermediate_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VisionShape:
     """The vision tower."""
 
-    depth: int = 32
-    hidden_size: int = 3584
-    intermediate_size: int = 3420
-    num_heads: int = 16
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
     in_channels: int = 3
-    patch_size: int = 14
+    patch_size: int
     spatial_merge_size: int = 2
     temporal_patch_size: int = 2
-    window_size: int = 112
-    out_hidden_size: int = 3584
-    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+    window: int = 0
+    """Patches of an attention window; 0: blocks see the whole image."""
+    full_blocks: int = 0
+    """Blocks that do so beside others that see a window."""
+    gated: bool = False
+    """Whether the MLP has three matrices or two."""
+    norm_bias: bool = True
+    patch_bias: bool = False
+    num_position_embeddings: int = 0
+    levels: int = 0
+    """Decoder layers that get features of their own, by a merger each (DeepStack)."""
 
     @property
     def patch_values(self) -> int:
@@ -62,54 +143,68 @@ class VisionShape:
         """Patches that become one token."""
         return self.spatial_merge_size**2
 
+    @property
+    def token_pixels(self) -> int:
+        """Pixels of an image that become one token."""
+        return self.merged * self.patch_size**2
+
+    @property
+    def _norm(self) -> int:
+        """Parameters of a norm, for each of its values."""
+        return 2 if self.norm_bias else 1
+
+    @property
+    def block(self) -> int:
+        c, k = self.hidden_size, self.intermediate_size
+        mlp = (3 * c * k + 2 * k + c) if self.gated else (2 * c * k + k + c)
+        return 4 * c * c + 4 * c + mlp + 2 * self._norm * c
+
+    @property
+    def parameters(self) -> int:
+        """Of patch embedding, positions, blocks and mergers."""
+        c, wide = self.hidden_size, self.merged * self.hidden_size
+        merger = wide * wide + wide + wide * self.out_hidden_size + self.out_hidden_size
+        ends = self.patch_values * c + (c if self.patch_bias else 0) + self.num_position_embeddings * c
+        mergers = (1 + self.levels) * merger + self._norm * (c + self.levels * wide)
+        return ends + self.depth * self.block + mergers
+
+    @property
+    def matrices(self) -> list[int]:
+        """Elements of each weight that is not a vector."""
+        c, wide = self.hidden_size, self.merged * self.hidden_size
+        found = ([3 * c * c, c * c] + [c * self.intermediate_size] * (3 if self.gated else 2)) * self.depth
+        found += [self.patch_values * c] + [wide * wide, wide * self.out_hidden_size] * (1 + self.levels)
+        return found + ([self.num_position_embeddings * c] if self.num_position_embeddings else [])
+
+    @property
+    def multiplied(self) -> int:
+        """Weights that a patch is multiplied with on its way through the tower."""
+        c, m = self.hidden_size, self.merged
+        block = 4 * c * c + (3 if self.gated else 2) * c * self.intermediate_size
+        merger = m * c * c + c * self.out_hidden_size
+        return self.patch_values * c + self.depth * block + (1 + self.levels) * merger
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A whole model, as `mssr.models.cost.CostModel` takes it, too."""
+    """A whole model."""
 
     text_config: TextShape
-    vision_config: VisionShape
+    vision_config: VisionShape | None = None
+    """None of a model that takes text only."""
     tie_word_embeddings: bool = False
-    image_token_id: int = 151655
-
-    @property
-    def linear(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of the linear layers of a decoder layer."""
-        t = self.text_config
-        d, kv, f = t.hidden_size, t.kv_width, t.intermediate_size
-        attention = {"q_proj": (d, d), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (d, d)}
-        return attention | {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
-
-    @property
-    def text_layer(self) -> int:
-        """Parameters of a decoder layer: linear, of which q, k and v have biases, and two norms."""
-        t = self.text_config
-        return sum(i * o for i, o in self.linear.values()) + 3 * t.hidden_size + 2 * t.kv_width
-
-    @property
-    def embedding(self) -> int:
-        """Of the embedding; an untied head has as many."""
-        return self.text_config.vocab_size * self.text_config.hidden_size
-
-    @property
-    def vision_block(self) -> int:
-        c, k = self.vision_config.hidden_size, self.vision_config.intermediate_size
-        return 4 * c * c + 4 * c + 3 * c * k + 2 * k + c + 2 * c
+    image_token_id: int = -1
 
     @property
     def vision(self) -> int:
-        """Of the tower: patch embedding, blocks and merger."""
-        v = self.vision_config
-        wide = v.merged * v.hidden_size
-        merger = v.hidden_size + wide * wide + wide + wide * v.out_hidden_size + v.out_hidden_size
-        return v.patch_values * v.hidden_size + v.depth * self.vision_block + merger
+        """Parameters of the tower."""
+        return self.vision_config.parameters if self.vision_config else 0
 
     @property
     def text(self) -> int:
         """Of the language model: layers, final norm, embedding and, if it is one of its own, head."""
         t = self.text_config
-        ends = self.embedding * (1 if self.tie_word_embeddings else 2) + t.hidden_size
-        return t.num_hidden_layers * self.text_layer + ends
+        return t.layers + t.embedding * (1 if self.tie_word_embeddings else 2) + t.hidden_size
 
     @property
     def parameters(self) -> int:
@@ -117,65 +212,18 @@ class ModelShape:
 
     def matrices(self, vision: bool) -> list[int]:
         """Elements of each weight that is not a vector, with those of the tower or without."""
-        v, layers = self.vision_config, self.text_config.num_hidden_layers
-        found = [i * o for i, o in self.linear.values()] * layers
-        found += [self.embedding] * (1 if self.tie_word_embeddings else 2)
-        if vision:
-            c, wide = v.hidden_size, v.merged * v.hidden_size
-            found += ([3 * c * c, c * c] + [c * v.intermediate_size] * 3) * v.depth
-            found += [v.patch_values * c, wide * wide, wide * v.out_hidden_size]
-        return found
+        found = self.text_config.matrices
+        found += [self.text_config.embedding] * (1 if self.tie_word_embeddings else 2)
+        return found + (self.vision_config.matrices if vision and self.vision_config else [])
 
     def adapters(self, rank: int, targets: list[str]) -> list[int]:
         """Elements of the adapters' matrices; no targets means all linear layers."""
-        adapted = [self.linear[name] for name in targets or self.linear if name in self.linear]
+        linear = self.text_config.linear
+        adapted = [linear[name] for name in targets or linear if name in linear]
         return [rank * width for pair in adapted for width in pair] * self.text_config.num_hidden_layers
 
 
-def _published(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> ModelShape:
-    text = TextShape(vocabulary, hidden, mlp, layers, heads, kv_heads)
-    tied = hidden == 2048
-    return ModelShape(text, VisionShape(hidden_size=1280, out_hidden_size=hidden), tied)
-
-
-KNOWN = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": _published(2048, 11008, 36, 16, 2, 151936),
-    "Qwen/Qwen2.5-VL-7B-Instruct": _published(3584, 18944, 28, 28, 4, 152064),
-}
-"""By hub name, so that these can be planned for where the hub cannot be reached."""
-
-
-def read_shape(model: ModelConfig) -> ModelShape:
-    """Of a directory, of a name in `KNOWN`, or from the hub or its cache.
-
-    Raises:
-        UserError: there is no config.json to be read.
-    """
-    if (shape := KNOWN.get(model.path)) and not Path(model.path).exists():
-        return shape
-    file = Path(model.path) / "config.json"
-    try:
-        if not Path(model.path).exists():
-            from huggingface_hub import hf_hub_download
-
-            file = Path(hf_hub_download(model.path, "config.json"))
-        return shape_of(json.loads(file.read_text()))
-    except Exception as error:  # the hub's client raises many types
-        raise UserError(
-            f"model.path: the config.json of {model.path} cannot be read ({first_line(error)}); give a "
-            "directory with it, or one of " + ", ".join(KNOWN)
-        ) from error
-
-
-def shape_of(tree: dict[str, Any]) -> ModelShape:
-    """From the content of config.json; the hub's have the language model's keys at the top level."""
-    text, vision = tree.get("text_config") or tree, tree.get("vision_config") or {}
-    tied = tree.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
-    return ModelShape(
-        _take(TextShape, text), _take(VisionShape, vision), tied, tree.get("image_token_id", 151655)
-    )
-
-
-def _take(kind: type[_T], tree: dict[str, Any]) -> _T:
-    known = {f.name: tree[f.name] for f in fields(kind) if tree.get(f.name) is not None}  # type: ignore[arg-type]
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
+def take(kind: type[_T], tree: Mapping[str, Any], **known: Any) -> _T:
+    """A shape from the part of config.json that has its fields by their names, and what is known besides."""
+    names = {f.name for f in fields(kind)} - known.keys()  # type: ignore[arg-type]
+    return kind(**{name: tree[name] for name in names if tree.get(name) is not None}, **known)

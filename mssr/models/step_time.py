@@ -85,7 +85,8 @@ def step_time(
 
 def _operations(shape: ModelShape, work: Workload) -> Operations:
     """Of a forward pass over one sequence."""
-    cost, patches = CostModel(shape), np.array([work.image_tokens * shape.vision_config.merged])
+    cost, merged = CostModel(shape), shape.vision_config.merged if shape.vision_config else 1
+    patches = np.array([work.image_tokens * merged])
     return Operations(
         matrices=float(cost.per_token * work.tokens + cost.per_response_token * work.response_tokens),
         attention=float(cost.per_square * work.tokens**2),

@@ -1,55 +1,37 @@
-"""A real Qwen2.5-VL of about a million parameters, with random weights and a tokenizer of its own.
+"""Real models of each family of about a million parameters, with random weights and a tokenizer of their own.
 
-Everything is the genuine article, only small: window attention in the vision tower, multimodal rope,
-tied embeddings, the byte-level BPE of Qwen2 with all its special tokens, the chat template, the image
-and video processors. What runs with it runs with Qwen2.5-VL-7B, so the tests and the embedded tasks
-use it. It is built in about a second, from a text corpus, without a network.
+Everything is the genuine article, only small: the tower with its windows or levels, multimodal rope, tied
+embeddings, the byte-level BPE of Qwen2 with all its special tokens, the chat template, the image and video
+processors. What runs with them runs with the large ones, so the tests and the embedded tasks use them. One is
+built in about a second, from a text corpus, without a network.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mssr.errors import UserError
+from mssr.models.families import family_named
 from mssr.models.files import give_usual_modes
 
 if TYPE_CHECKING:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+    from transformers import Qwen2Tokenizer
 
-# The control tokens of Qwen2.5-VL, in the order of their ids there.
+# The control tokens of Qwen-VL, in the order of their ids there.
 SPECIAL_TOKENS = tuple(
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
     "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> "
     "<|video_pad|>".split()
 )
 
-# The structure of Qwen2.5-VL's own template; only the default system prompt is left out.
-CHAT_TEMPLATE = (
-    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
-    "{% else %}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
-    "{% set image_count.value = image_count.value + 1 %}"
-    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}"
-    "<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif content['type'] == 'video' or 'video' in content %}"
-    "{% set video_count.value = video_count.value + 1 %}"
-    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}"
-    "<|vision_start|><|video_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 
 @dataclass(frozen=True, slots=True)
 class TinySize:
-    """The dimensions of a tiny Qwen2.5-VL; the defaults give about 0.9 million parameters."""
+    """The dimensions of a tiny model; the defaults give about 0.9 million parameters."""
 
     vocab_limit: int = 512
     """Most entries of the BPE vocabulary (special tokens come on top); >= 256, the byte alphabet."""
@@ -75,6 +57,59 @@ class TinySize:
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 256
     max_positions: int = 4096
+
+    def text(self, ids: Mapping[str, int], interleaved: bool) -> dict[str, Any]:
+        """Options of the language model.
+
+        Args:
+            ids: the tokenizer's vocabulary.
+            interleaved: how rotary frequencies are shared out over time, height and width.
+        """
+        half = self.hidden // self.heads // 2
+        # Qwen2.5-VL divides 64 of them 16:24:24, and Qwen3-VL alternates, 24:20:20.
+        sides = half * 5 // 16 if interleaved else half * 3 // 8
+        rope = {"rope_type": "default", "rope_theta": 10_000.0}
+        rope |= {"mrope_section": [half - 2 * sides, sides, sides]}
+        return {
+            "vocab_size": len(ids),
+            "hidden_size": self.hidden,
+            "intermediate_size": self.mlp,
+            "num_hidden_layers": self.text_layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": self.max_positions,
+            "rms_norm_eps": 1e-6,
+            "initializer_range": self.initializer_range,
+            "rope_parameters": rope | ({"mrope_interleaved": True} if interleaved else {}),
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+            "tie_word_embeddings": True,
+        }
+
+    def vision(self) -> dict[str, Any]:
+        """Options of the tower."""
+        return {
+            "depth": self.vision_depth,
+            "hidden_size": self.vision_hidden,
+            "intermediate_size": self.vision_mlp,
+            "num_heads": self.vision_heads,
+            "out_hidden_size": self.hidden,
+            "initializer_range": self.initializer_range,
+        }
+
+    def options(self, ids: Mapping[str, int], text: Any, vision: Any) -> dict[str, Any]:
+        """Of a model that sees images."""
+        return {
+            "text_config": text,
+            "vision_config": vision,
+            "image_token_id": ids["<|image_pad|>"],
+            "video_token_id": ids["<|video_pad|>"],
+            "vision_start_token_id": ids["<|vision_start|>"],
+            "vision_end_token_id": ids["<|vision_end|>"],
+            "tie_word_embeddings": True,
+            "dtype": "float32",
+        }
 
     def __post_init__(self) -> None:
         blocks, width = set(range(self.vision_depth)), 4 * self.vision_heads
@@ -122,79 +157,35 @@ def train_tokenizer(corpus: Sequence[str], vocab_limit: int = 512) -> Qwen2Token
         pad_token="<|endoftext|>",
         additional_special_tokens=list(SPECIAL_TOKENS),
         model_max_length=4096,
-        chat_template=CHAT_TEMPLATE,
     )
 
 
-def tiny_config(tokenizer: Qwen2Tokenizer, size: TinySize) -> Qwen2_5_VLConfig:
-    """The model's configuration, its special ids taken from ``tokenizer``."""
-    from transformers import Qwen2_5_VLConfig
+def build_tiny(
+    out_dir: Path, model_type: str, corpus: Sequence[str], seed: int = 0, size: TinySize | None = None
+) -> Any:
+    """Write a tiny model of a family with random weights to ``out_dir`` in Hugging Face format; return it.
 
-    ids = tokenizer.get_vocab()
-    half = size.hidden // size.heads // 2
-    # Qwen2.5-VL divides the 64 rotary frequencies 16:24:24 over time, height and width.
-    section = [half // 4, half * 3 // 8, half - half // 4 - half * 3 // 8]
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": size.hidden,
-            "intermediate_size": size.mlp,
-            "num_hidden_layers": size.text_layers,
-            "num_attention_heads": size.heads,
-            "num_key_value_heads": size.kv_heads,
-            "max_position_embeddings": size.max_positions,
-            "max_window_layers": size.text_layers,
-            "rms_norm_eps": 1e-6,
-            "initializer_range": size.initializer_range,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": section},
-            "tie_word_embeddings": True,
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-        },
-        vision_config={
-            "depth": size.vision_depth,
-            "hidden_size": size.vision_hidden,
-            "intermediate_size": size.vision_mlp,
-            "num_heads": size.vision_heads,
-            "out_hidden_size": size.hidden,
-            "window_size": size.window,
-            "fullatt_block_indexes": list(size.full_attention_blocks),
-            "tokens_per_second": 2,
-            "initializer_range": size.initializer_range,
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
-        dtype="float32",
-    )
+    transformers and vLLM load the directory. ``corpus`` is the text the tokenizer is trained on. Weights are
+    float32 and the same for the same family, seed, corpus and size; the caller's random state is not touched.
 
-
-def build_tiny_qwen2_5_vl(
-    out_dir: Path, corpus: Sequence[str], seed: int = 0, size: TinySize | None = None
-) -> Qwen2_5_VLForConditionalGeneration:
-    """Write a tiny Qwen2.5-VL with random weights to ``out_dir`` in Hugging Face format; return it.
-
-    ``AutoProcessor``, ``AutoModelForImageTextToText`` and vLLM load the directory. ``corpus`` is the text
-    the tokenizer is trained on. Weights are float32 and the same for the same seed, corpus and size;
-    the caller's random state is not touched.
+    Raises:
+        UserError: there is no such family.
     """
     import torch
 
     from mssr.models.loading import import_transformers
 
     transformers = import_transformers()
-    size = size or TinySize()
+    family, size = family_named(model_type, str(out_dir)), size or TinySize()
     tokenizer = train_tokenizer(corpus, size.vocab_limit)
-    config, ids = tiny_config(tokenizer, size), tokenizer.get_vocab()
+    ids = tokenizer.get_vocab()
+    config = family.tiny_config(ids, size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+        model = getattr(transformers, family.auto_class).from_config(config)
     model.eval()
     model.generation_config = transformers.GenerationConfig(
-        # Qwen2.5-VL stops at either of the two, so code that assumes a single id shows it here.
+        # Qwen's models stop at either of the two, so code that assumes a single id shows it here.
         eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
         bos_token_id=ids["<|endoftext|>"],
         pad_token_id=ids["<|endoftext|>"],
@@ -204,19 +195,13 @@ def build_tiny_qwen2_5_vl(
         top_k=0,
     )
     pixels = {"shortest_edge": size.min_pixels, "longest_edge": size.max_pixels}
-    processor = transformers.Qwen2_5_VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(size=pixels),
-        tokenizer=tokenizer,
-        video_processor=transformers.Qwen2VLVideoProcessor(size=pixels, cap_pixels_per_frame=True),
-        chat_template=CHAT_TEMPLATE,
-    )
     out_dir.mkdir(parents=True, exist_ok=True)
     save_quietly(model, out_dir)
-    processor.save_pretrained(out_dir)
+    family.tiny_processor(tokenizer, pixels).save_pretrained(out_dir)
     return model
 
 
-def save_quietly(model: Qwen2_5_VLForConditionalGeneration, out_dir: Path) -> None:
+def save_quietly(model: Any, out_dir: Path) -> None:
     """``save_pretrained`` without its progress bar, which is noise for a file of 4 MB."""
     from transformers.utils import logging
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mssr.models.families import family_of
 from mssr.rollout.checksums import Arriving, Loaded
 from mssr.rollout.weights import WeightSource
 
@@ -27,9 +28,12 @@ class EngineProcess:
         model's own ``load_weights`` does neither."""
         kept = self.__dict__.setdefault("_kept_for_transfers", {})
         arriving = Arriving(source.tensors(self.device, self.rank, kept), check)
+        family, model = family_of(self.model_config.hf_config), self.get_model()
+        family.before_load(model)
         with contextlib.closing(arriving):
-            self.reload_weights(weights_iterator=arriving)
-        return arriving.loaded(self.get_model(), self.model_config.quantization is not None)
+            weights = ((name, family.engine_weight(name, weight)) for name, weight in arriving)
+            self.reload_weights(weights_iterator=weights)
+        return arriving.loaded(model, self.model_config.quantization is not None)
 
     def end_with_parent(self) -> None:
         """Have the system kill this process with the one that started it, also where it waits for a device

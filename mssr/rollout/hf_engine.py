@@ -14,8 +14,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from mssr.config import Config
 from mssr.data.prompt_source import PromptSource
 from mssr.models.encoded import EncodedPrompt
+from mssr.models.families import family_of
 from mssr.models.loading import compute_dtype, load_model
-from mssr.models.policy import vision_placeholder_ids
 from mssr.rollout.checksums import Arriving, Loaded, all_loaded
 from mssr.rollout.heartbeat import beat
 from mssr.rollout.queue import Finished, RequestQueue
@@ -33,7 +33,7 @@ class HfEngine:
         self.slots = config.rollout.max_num_seqs or 256
         self._version = 0
         self._kept: dict[str, Any] = {}
-        self._banned = vision_placeholder_ids(self._model.config)
+        self._banned = family_of(self._model.config).placeholder_ids(self._model.config)
         tokenizer = self._tokenizer = self.prompts.encoder.processor.tokenizer
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         eos = self._model.generation_config.eos_token_id

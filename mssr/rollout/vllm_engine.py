@@ -19,9 +19,9 @@ from mssr.data.prompt_source import PromptSource
 from mssr.data.rows import MAX_IMAGES_PER_PROMPT
 from mssr.errors import EngineError, UserError
 from mssr.models.encoded import EncodedPrompt
+from mssr.models.families import family_of
 from mssr.models.loading import compute_dtype, import_transformers
 from mssr.models.memory import utilization
-from mssr.models.policy import vision_placeholder_ids
 from mssr.rollout.checksums import Loaded, all_loaded
 from mssr.rollout.encoding import EncodingAhead
 from mssr.rollout.heartbeat import beat
@@ -72,8 +72,9 @@ class VllmEngine:
             # vLLM has put a function here that does nothing but log a warning, several times a request.
             torch.set_num_threads = lambda count: None  # type: ignore[assignment]
         self.prompts = PromptSource(config)
-        self._banned = vision_placeholder_ids(self._engine.model_config.hf_config)
-        self._merge_size = int(self._engine.model_config.hf_config.vision_config.spatial_merge_size)
+        model_config = self._engine.model_config.hf_config
+        self._banned = family_of(model_config).placeholder_ids(model_config)
+        self._merge_size = self.prompts.encoder.processor.merge_size
         self._final_only = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         self.slots = int(self._engine.vllm_config.scheduler_config.max_num_seqs)
         self._ids = itertools.count()

@@ -60,7 +60,7 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) ->
     model.to(stored if dtype is None else getattr(torch, dtype))
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
-    load_processor(config.model).save_pretrained(out)
+    load_processor(config.model).save(out)
     give_usual_modes(out)
     print(f"mssr: {path} exported to {out}")
     return out

@@ -19,7 +19,7 @@ from mssr.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from mssr.models import gpus as gpu_kinds
 from mssr.models.host_memory import disk_bytes
 from mssr.models.loading import check_model_path
-from mssr.models.shapes import read_shape
+from mssr.models.published import read_shape
 from mssr.runs.config import load_config
 from mssr.tools import gpu_checks
 from mssr.tools.machine_checks import ERROR, GIB, OK, WARNING, Finding, Row, gib, guarded, machine_rows

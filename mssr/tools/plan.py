@@ -24,7 +24,8 @@ from mssr.models.memory import (
     totals,
     utilization,
 )
-from mssr.models.shapes import ModelShape, read_shape
+from mssr.models.published import read_shape
+from mssr.models.shapes import ModelShape
 from mssr.models.step_time import DECODING, PREFILL, TRAINING, StepTime, step_time
 from mssr.runs.config import load_config
 
@@ -114,7 +115,8 @@ def make_plan(
     config: Config, gpus_text: str | None, nodes: int, image: int | None = None, response: int | None = None
 ) -> Plan:
     """The plan of a config for machines, see `plan`."""
-    shape, work = read_shape(config.model), assumed_workload(config, image, response)
+    shape = read_shape(config.model)
+    work = assumed_workload(config, shape, image, response)
     count, kind = gpus.parse(gpus_text) if gpus_text else _here()
     decision = decide(config, "cuda", kind.memory_bytes)
     there = nodes * count or _needed(config, decision.colocated)

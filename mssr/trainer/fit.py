@@ -7,7 +7,7 @@ from mssr.config import Config
 from mssr.errors import UserError
 from mssr.models.host_memory import CACHES, disk_bytes, host_memory
 from mssr.models.memory import GIB, GpuMemory
-from mssr.models.shapes import read_shape
+from mssr.models.published import read_shape
 
 ROUGHLY = 1.2
 """What libraries and an unknown mixture of images take is assumed: only more than this tells something."""

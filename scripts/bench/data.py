@@ -76,9 +76,9 @@ def load(data: Path) -> dict[str, float]:
 
 
 def measure(folder: Path, rows: int) -> list[str]:
-    from mssr.models.tiny import build_tiny_qwen2_5_vl
+    from mssr.models.tiny import build_tiny
 
-    build_tiny_qwen2_5_vl(folder / "model", ["What is the area?", "In figure, AB and BC."] * 3, seed=0)
+    build_tiny(folder / "model", "qwen2_5_vl", ["What is the area?", "In figure, AB and BC."] * 3, seed=0)
     data, found = folder / "megapixel.parquet", []
     make_data(data, rows)
     environment = {

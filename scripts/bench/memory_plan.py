@@ -35,7 +35,7 @@ from mssr.actor.optimizers import OffloadedOptimizer
 from mssr.actor.worker import PolicyWorker
 from mssr.config import Config
 from mssr.models.memory import Parts, Pass, RankMemory
-from mssr.models.shapes import read_shape
+from mssr.models.published import read_shape
 
 PROMPT, RESPONSE = 160, 96
 """Tokens of each prompt, all but some of them an image's, and of each response."""

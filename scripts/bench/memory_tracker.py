@@ -33,7 +33,7 @@ from mssr.models.bounded_cache import BoundedCache
 from mssr.models.memory import Pass, RankMemory
 from mssr.models.packing import PackedBatch
 from mssr.models.policy import PolicyModel
-from mssr.models.shapes import shape_of
+from mssr.models.published import shape_of
 
 CASES = [
     ("tiny", 2, True),

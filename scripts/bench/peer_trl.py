@@ -203,9 +203,10 @@ def speed_row(side: str, steps: list[dict[str, Any]], trl: list[dict[str, Any]])
 def curves(args: argparse.Namespace) -> list[str]:
     import transformers
 
-    from mssr.models.policy import vision_placeholder_ids
+    from mssr.models.families import family_of
 
     model = args.data / "model"
+    model_config = transformers.AutoConfig.from_pretrained(model)
     rewards: dict[str, list[list[float]]] = {"trl": [], "grpo": []}
     settings = {
         "model": str(model),
@@ -215,7 +216,7 @@ def curves(args: argparse.Namespace) -> list[str]:
         "lr": 5e-5,
         "steps": args.steps,
         # TRL must not sample them; ours never does.
-        "banned": vision_placeholder_ids(transformers.AutoConfig.from_pretrained(model)),
+        "banned": family_of(model_config).placeholder_ids(model_config),
     }
     for seed in range(args.seeds):
         for side, of_side in rewards.items():

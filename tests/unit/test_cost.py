@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mssr.data.prompt_source import PromptSource
 from mssr.models.cost import UNIT, CostModel
 from mssr.models.loading import load_model
+from mssr.models.published import read_shape, shape_of
 from mssr.runs.config import load_config
 from mssr.types import TrainBatch
 from tests.conftest import Workspace
@@ -22,7 +23,8 @@ pytestmark = pytest.mark.unit
 def test_the_formula_counts_what_torch_counts(workspace: Workspace) -> None:
     section = dataclasses.replace(load_config(workspace.config).model, attn_implementation="eager")
     model = load_model(section, torch.float32)
-    cost = CostModel(model.config)
+    shape = shape_of(model.config.to_dict())
+    cost = CostModel(shape)
     length, side, vision = 300, 16, model.config.vision_config
     values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
 
@@ -52,7 +54,7 @@ def test_the_formula_counts_what_torch_counts(workspace: Workspace) -> None:
     )
     actual = cost.images(np.array([side * side]))[0] * UNIT / 3
     assert actual == pytest.approx(linear + attention, rel=0.01)
-    frozen = CostModel(model.config, train_vision=False).images(np.array([side * side]))[0]
+    frozen = CostModel(shape, train_vision=False).images(np.array([side * side]))[0]
     assert frozen * 3 * UNIT == pytest.approx(3 * actual, rel=0.01)
 
 
@@ -70,7 +72,7 @@ def test_images_are_found_in_the_tokens(workspace: Workspace) -> None:
         advantages=np.zeros(4, np.float32),
         engine_log_probs=np.zeros(12, np.float32),
     )
-    cost = CostModel(load_model(config.model, torch.float32).config)
+    cost = CostModel(read_shape(config.model))
     work = cost.work(batch)
     for prompt, image_cost in zip(prompts, work.image_cost, strict=True):
         grids = prompt.image_grid_thw

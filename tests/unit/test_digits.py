@@ -29,7 +29,7 @@ from mssr.data.digits.warmstart import (
     warm_start,
 )
 from mssr.errors import UserError
-from mssr.models.tiny import SPECIAL_TOKENS, TinySize, build_tiny_qwen2_5_vl
+from mssr.models.tiny import SPECIAL_TOKENS, TinySize, build_tiny
 
 pytestmark = pytest.mark.unit
 
@@ -45,7 +45,7 @@ SMALL = DigitsSettings(
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    build_tiny_qwen2_5_vl(folder, corpus(), seed=0)
+    build_tiny(folder, "qwen2_5_vl", corpus(), seed=0)
     return folder
 
 
@@ -137,8 +137,8 @@ def test_embeddings_are_tied_and_the_same_seed_gives_the_same_weights(
     model, _ = loaded
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 1.5e6
-    build_tiny_qwen2_5_vl(tmp_path / "same", corpus(), seed=0)
-    build_tiny_qwen2_5_vl(tmp_path / "other", corpus(), seed=1)
+    build_tiny(tmp_path / "same", "qwen2_5_vl", corpus(), seed=0)
+    build_tiny(tmp_path / "other", "qwen2_5_vl", corpus(), seed=1)
     weights = [
         (folder / "model.safetensors").read_bytes()
         for folder in (tiny, tmp_path / "same", tmp_path / "other")

@@ -20,7 +20,7 @@ from mssr.cluster.ray_start import init_ray
 from mssr.config import Config
 from mssr.errors import UserError
 from mssr.models.host_memory import disk_bytes
-from mssr.models.shapes import read_shape
+from mssr.models.published import read_shape
 from mssr.runs.config import load_config
 from mssr.tools import doctor, gpu_checks
 from mssr.tools.cli import main

@@ -18,6 +18,7 @@ from workload import draw_lengths, model_config
 from mssr.actor.worker import PolicyWorker
 from mssr.config import Config
 from mssr.models.cost import CostModel
+from mssr.models.published import shape_of
 
 pytestmark = pytest.mark.unit
 
@@ -44,7 +45,7 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
         worker.close()
     assert len(batch) == 4 and abs(batch.prompt_lengths - prompts).max() < 20
     model = worker.policy.model.config
-    cost = CostModel(model)
+    cost = CostModel(shape_of(model.to_dict()))
     operations = cost.operations(batch, range(len(batch)))
     patches = 4 * int((batch.tokens == model.image_token_id).sum())
     # Pixels need no gradient: the first layer of the tower has less to do.
@@ -86,7 +87,7 @@ def test_vision_counts_where_the_tower_runs(tmp_path: Path, freeze: str) -> None
     config = make_config(args, tmp_path, prompts)
     update = gpu_update.measure(args, config, responses)[0][0]
     [batch, _] = make_batches(config, 2, 512, responses)
-    cost = CostModel(transformers.AutoConfig.from_pretrained(tmp_path / "model"))
+    cost = CostModel(shape_of(transformers.AutoConfig.from_pretrained(tmp_path / "model").to_dict()))
     operations = cost.operations(batch, range(len(batch)))
     text = operations.matrices + operations.attention
     found = update.operations

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from mssr.config import ModelConfig
 from mssr.models.memory import GIB, colocated_fits
-from mssr.models.shapes import KNOWN, shape_of
+from mssr.models.published import KNOWN, read_shape, shape_of
 from mssr.runs.config import load_config
 
 pytestmark = pytest.mark.unit
@@ -20,6 +21,7 @@ GEOMETRY = ROOT / "configs/geometry3k/qwen2_5_vl_3b.yaml"
 SMALL, LARGE = KNOWN
 HUB: dict[str, dict[str, Any]] = {
     SMALL: {
+        "model_type": "qwen2_5_vl",
         "hidden_size": 2048,
         "intermediate_size": 11008,
         "num_hidden_layers": 36,
@@ -30,6 +32,7 @@ HUB: dict[str, dict[str, Any]] = {
         "vision_config": {"hidden_size": 1280, "out_hidden_size": 2048, "in_chans": 3},
     },
     LARGE: {
+        "model_type": "qwen2_5_vl",
         "hidden_size": 3584,
         "intermediate_size": 18944,
         "num_hidden_layers": 28,
@@ -54,17 +57,17 @@ def meta_model(tree: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("name", [SMALL, LARGE])
 def test_parameters_of_every_part_are_those_of_the_model(name: str) -> None:
     shape, model = shape_of(HUB[name]), meta_model(HUB[name])
-    assert shape == KNOWN[name]
+    assert shape == read_shape(ModelConfig(path=name))
     assert shape == shape_of(model.config.to_dict())  # as transformers writes it
 
     def count(part: Any) -> int:
         return sum(p.numel() for p in part.parameters())
 
     core = model.model
-    assert shape.text_layer == count(core.language_model.layers[0])
-    assert shape.vision_block == count(core.visual.blocks[0])
+    assert shape.text_config.layer == count(core.language_model.layers[0])
+    assert shape.vision_config.block == count(core.visual.blocks[0])
     assert shape.vision == count(core.visual)
-    assert shape.embedding == count(core.language_model.embed_tokens)
+    assert shape.text_config.embedding == count(core.language_model.embed_tokens)
     assert shape.parameters == count(model)
 
 

@@ -14,7 +14,7 @@ from mssr.errors import UserError
 from mssr.models.gpus import KINDS
 from mssr.models.host_memory import host_memory
 from mssr.models.memory import GIB, Pass, RankMemory, Workload, colocated_fits, totals
-from mssr.models.shapes import KNOWN
+from mssr.models.published import KNOWN
 from mssr.models.step_time import step_time
 from mssr.runs.config import load_config
 from mssr.tools.cli import main

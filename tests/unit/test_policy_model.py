@@ -13,7 +13,6 @@ from mssr.models.head import Head, token_log_probs_and_entropy
 from mssr.models.loading import load_model
 from mssr.models.packing import PackedBatch, PackItem, pack, split_images
 from mssr.models.policy import PolicyModel
-from mssr.models.vision import vision_positions
 from mssr.runs.config import load_config
 from tests.conftest import Workspace
 
@@ -101,7 +100,7 @@ def test_positions_of_images_are_those_that_transformers_works_out(policy: Polic
     grids = [(1, 8, 4), (1, 4, 4), (1, 6, 10), (2, 14, 2), (1, 8, 4), (1, 2, 2)]
     for some in (grids, grids[::-1], grids[2:3]):
         thw = torch.tensor(some)
-        ours = vision_positions(visual, some, torch.device("cpu"))
+        ours = policy.family.tower_positions(visual, some, torch.device("cpu"))
         merge = visual.spatial_merge_size
         index, windows = vision_utils.get_vision_window_index(
             thw, merge, visual.window_size, visual.patch_size

@@ -26,7 +26,7 @@ from mssr.data.digits.warmstart import (
 )
 from mssr.errors import UserError
 from mssr.models.loading import import_transformers
-from mssr.models.tiny import TinySize, build_tiny_qwen2_5_vl, save_quietly
+from mssr.models.tiny import TinySize, build_tiny, save_quietly
 
 TASK_VERSION = 1
 """Raised whenever the same seed and settings would give other rows or another model."""
@@ -140,7 +140,7 @@ def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings) -> di
     exam = list(draw_examples(val, settings.val_rows, np.random.default_rng([seed, 2])))
     write_parquet(train, lessons, "train", folder / "train.parquet")
     write_parquet(val, exam, "val", folder / "val.parquet")
-    model = build_tiny_qwen2_5_vl(folder / "model", corpus(), seed, settings.model)
+    model = build_tiny(folder / "model", "qwen2_5_vl", corpus(), seed, settings.model)
     encoder = Encoder(model, transformers.AutoProcessor.from_pretrained(folder / "model"))
     steps = settings.warm_start.reading_steps + settings.warm_start.habit_steps
 
