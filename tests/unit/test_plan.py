@@ -281,6 +281,7 @@ def test_the_digits_run_fits_on_a_laptop_of_8_gib(tmp_path: Path) -> None:
     tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     vision = {"hidden_size": 64, "intermediate_size": 128, "depth": 3, "out_hidden_size": 128}
     text = {"hidden_size": 128, "vocab_size": 512, **tiny}
+    tree = {"model_type": "qwen2_5_vl", "text_config": text, "vision_config": vision}
     (tmp_path / "config.json").write_text(json.dumps(tree))
     assert fit.shortages(digits, "cpu", here(8 * GIB)) == []
     [line] = fit.shortages(digits, "cpu", here(2 * GIB))
