@@ -12,13 +12,13 @@ import pytest
 
 from mssr.config import ModelConfig
 from mssr.models.memory import GIB, colocated_fits
-from mssr.models.published import KNOWN, read_shape, shape_of
+from mssr.models.published import read_shape, shape_of
 from mssr.runs.config import load_config
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
 GEOMETRY = ROOT / "configs/geometry3k/qwen2_5_vl_3b.yaml"
-SMALL, LARGE = KNOWN
+SMALL, LARGE = "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"
 HUB: dict[str, dict[str, Any]] = {
     SMALL: {
         "model_type": "qwen2_5_vl",
