@@ -12,6 +12,7 @@ class Processor:
     """The processor of transformers as the encoder needs it, the same for models that take text only.
 
     Attributes:
+        loaded: the processor of transformers, or of a model that takes text only its tokenizer.
         chat_template: the model's own; empty if it has none.
         image_processor: None if the model takes text only, as are the following.
         image_token: the text of the token that stands for an image; its id is ``image_token_id``.
@@ -20,7 +21,7 @@ class Processor:
     """
 
     def __init__(self, loaded: Any, family: Family) -> None:
-        self._loaded = loaded
+        self.loaded = loaded
         self.family = family
         self.tokenizer = getattr(loaded, "tokenizer", loaded)
         self.chat_template: str = getattr(loaded, "chat_template", None) or ""
@@ -42,7 +43,7 @@ class Processor:
         """Texts of all tokens that stand for pixels, or around them."""
         if not self.sees_images:
             return ()
-        return self._loaded.image_token, self._loaded.video_token, "<|vision_start|>", "<|vision_end|>"
+        return self.loaded.image_token, self.loaded.video_token, "<|vision_start|>", "<|vision_end|>"
 
     def render(self, messages: Sequence[Any], generation: bool = True, template: str | None = None) -> str:
         """The text of a conversation, its contents being lists of parts, see `mssr.data.messages`.
@@ -53,10 +54,10 @@ class Processor:
         """
         turns = messages if self.sees_images else [_as_text(message) for message in messages]
         options = {"add_generation_prompt": generation, "tokenize": False, "chat_template": template}
-        return str(self._loaded.apply_chat_template(turns, **options))
+        return str(self.loaded.apply_chat_template(turns, **options))
 
     def save(self, directory: Any) -> None:
-        self._loaded.save_pretrained(directory)
+        self.loaded.save_pretrained(directory)
 
 
 def _as_text(message: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import transformers
 from PIL import Image
 
 from mssr.models import tiny
+from mssr.models.families import FAMILIES
 from mssr.models.tiny import TinySize
 
 RESPONSE_MEAN, RESPONSE_LIMIT, SIGMA, PROMPT, TEXT = 500, 4096, 0.8, (300, 1500), (40, 160)
@@ -47,6 +48,7 @@ SHAPES = {
     "7b": TinySize(hidden=3584, mlp=18944, text_layers=28, heads=28, kv_heads=4, **VISION),
 }
 VOCABULARY = {"tiny": 512, "20m": 16384, "60m": 32768, "200m": 65536, "3b": 151936, "7b": 152064}
+FAMILY = FAMILIES["qwen2_5_vl"]
 CELL = 28  # pixels, the side of what becomes one token: 2 x 2 patches of 14
 
 
@@ -57,7 +59,7 @@ def make_tokenizer() -> Any:
 
 def model_config(name: str) -> transformers.Qwen2_5_VLConfig:
     """A Qwen2.5-VL in the shape of the 3B or 7B one, or a tiny one, for the tokens of `make_tokenizer`."""
-    config = tiny.tiny_config(make_tokenizer(), SHAPES[name])
+    config = FAMILY.tiny_config(make_tokenizer().get_vocab(), SHAPES[name])
     config.text_config.vocab_size = VOCABULARY[name]
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = name != "7b"
     return config
@@ -74,12 +76,9 @@ def write_model(directory: Path, name: str, device: torch.device, dtype: torch.d
         )
     model.generation_config = transformers.GenerationConfig(eos_token_id=end, pad_token_id=end[1])
     pixels = {"shortest_edge": 56 * 56, "longest_edge": CELL * CELL * 2 * PROMPT[1]}
-    images = transformers.Qwen2VLImageProcessor(size=pixels)
-    videos = transformers.Qwen2VLVideoProcessor(size=pixels)
-    processor = transformers.Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=tiny.CHAT_TEMPLATE)
     directory.mkdir(parents=True, exist_ok=True)
     tiny.save_quietly(model, directory)
-    processor.save_pretrained(directory)
+    FAMILY.tiny_processor(tokenizer, pixels).save_pretrained(directory)
 
 
 def draw_lengths(prompts: int, n: int, scale: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from mssr.cluster.machine import Gpu, Machine, describe
-from mssr.config import Config
+from mssr.config import Config, ModelConfig
 from mssr.errors import UserError
 from mssr.models.gpus import KINDS
 from mssr.models.host_memory import host_memory
 from mssr.models.memory import GIB, Pass, RankMemory, Workload, colocated_fits, totals
-from mssr.models.published import KNOWN
+from mssr.models.published import read_shape
 from mssr.models.step_time import step_time
 from mssr.runs.config import load_config
 from mssr.tools.cli import main
@@ -25,7 +25,8 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
 GEOMETRY = ROOT / "configs/geometry3k"
 THREE, SEVEN = GEOMETRY / "qwen2_5_vl_3b.yaml", GEOMETRY / "qwen2_5_vl_7b.yaml"
-SMALL, LARGE = KNOWN
+SMALL, LARGE = "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"
+SHAPE = read_shape(ModelConfig(path=LARGE))
 H100 = KINDS["H100-80GB"]
 APART = ["actor.num_ranks=6", "rollout.workers=2", "cluster.weight_transfer=object_store"]
 
@@ -120,7 +121,7 @@ def test_a_model_that_is_neither_here_nor_known_is_one_line(monkeypatch: pytest.
 
 def seconds(config: Config, path: str, colocated: bool, work: Workload) -> float:
     transport = "ipc" if colocated else "object_store"
-    return step_time(config, KNOWN[path], H100, colocated, transport, work).seconds
+    return step_time(config, read_shape(ModelConfig(path=path)), H100, colocated, transport, work).seconds
 
 
 def test_seconds_are_near_what_others_measured_and_what_was_worked_out_by_hand() -> None:
@@ -135,7 +136,7 @@ def test_seconds_are_near_what_others_measured_and_what_was_worked_out_by_hand()
         "rollout.rollouts_per_step=2560",
         "actor.updates_per_step=4",
     ]
-    large = step_time(load_config(SEVEN, easy), KNOWN[LARGE], H100, True, "ipc", Workload(350, 80, 320))
+    large = step_time(load_config(SEVEN, easy), SHAPE, H100, True, "ipc", Workload(350, 80, 320))
     assert large.seconds == pytest.approx(120, rel=0.35)
     assert large.mfu == pytest.approx(0.23, abs=0.05)
     assert 30 < seconds(load_config(THREE, easy), SMALL, True, Workload(350, 80, 245)) < 120
@@ -169,7 +170,7 @@ def test_an_option_that_saves_memory_does_so_by_plan(option: str) -> None:
 
     def peak(*settings: str) -> float:
         config = load_config(SEVEN, settings)
-        return sum(RankMemory(config, KNOWN[LARGE], "cuda").update().values())
+        return sum(RankMemory(config, SHAPE, "cuda").update().values())
 
     assert peak(*beside, option) < 0.995 * peak(*beside)
 
@@ -219,36 +220,35 @@ def test_a_checkpoint_of_states_in_host_memory_is_begun_while_engines_sleep() ->
 def test_gradients_that_wait_for_other_copies_of_the_policy_are_in_float32() -> None:
     def gradients(*settings: str) -> float:
         config = load_config(SEVEN, ["actor.master_dtype=bfloat16", "actor.num_ranks=8", *settings])
-        return RankMemory(config, KNOWN[LARGE], "cuda").update()["gradients"]
+        return RankMemory(config, SHAPE, "cuda").update()["gradients"]
 
-    shape = KNOWN[LARGE]
-    layers = 28 * shape.text_layer
-    assert gradients("actor.shard_size=8") == 2 * shape.parameters / 8
-    assert gradients("actor.shard_size=4") == (4 * layers + 2 * (shape.parameters - layers)) / 4
+    layers, all_of_them = 28 * SHAPE.text_config.layer, SHAPE.parameters
+    assert gradients("actor.shard_size=8") == 2 * all_of_them / 8
+    assert gradients("actor.shard_size=4") == (4 * layers + 2 * (all_of_them - layers)) / 4
 
 
 def test_every_copy_of_the_policy_is_copied_for_a_checkpoint() -> None:
     one = load_config(SEVEN)
     two = load_config(SEVEN, ["actor.num_ranks=16", "rollout.workers=16", "actor.shard_size=8"])
-    of_node = host_memory(two, KNOWN[LARGE], "cuda", "ipc", nodes=2)
-    assert of_node == host_memory(one, KNOWN[LARGE], "cuda", "ipc")
+    of_node = host_memory(two, SHAPE, "cuda", "ipc", nodes=2)
+    assert of_node == host_memory(one, SHAPE, "cuda", "ipc")
 
 
 def test_offloaded_states_take_a_power_of_two_bytes_for_every_tensor() -> None:
     def offloaded(*settings: str) -> float:
         config = load_config(SEVEN, settings)
-        return host_memory(config, KNOWN[LARGE], "cuda", "ipc")["offloaded"] / 8
+        return host_memory(config, SHAPE, "cuda", "ipc")["offloaded"] / 8
 
     # Of a rank: 4 bytes each of an eighth of gate, up and down (34 MB) take 64 MiB, of the embedding 512 MiB.
     least = 2 * (28 * 3 * 2**26 + 2 * 2**29)
     assert least < offloaded("actor.offload=optimizer") < 1.25 * least
-    assert offloaded("actor.offload=optimizer") > 1.5 * 8 * KNOWN[LARGE].parameters / 8
-    assert offloaded("actor.lora.rank=8", "actor.offload=all") > 2 * KNOWN[LARGE].text / 8  # beneath them
+    assert offloaded("actor.offload=optimizer") > 1.5 * 8 * SHAPE.parameters / 8
+    assert offloaded("actor.lora.rank=8", "actor.offload=all") > 2 * SHAPE.text / 8  # beneath them
 
 
 def test_a_pass_holds_at_least_the_longest_sequence() -> None:
     config = load_config(THREE, ["actor.micro_batch_tokens=16"])
-    largest = Pass.largest(config, KNOWN[SMALL], Workload(640, 160, 600))
+    largest = Pass.largest(config, read_shape(ModelConfig(path=SMALL)), Workload(640, 160, 600))
     assert largest.tokens == 4096
     assert largest.patches > 4 * 640 and largest.responses > 600
 
@@ -281,7 +281,8 @@ def test_the_digits_run_fits_on_a_laptop_of_8_gib(tmp_path: Path) -> None:
     tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     vision = {"hidden_size": 64, "intermediate_size": 128, "depth": 3, "out_hidden_size": 128}
     text = {"hidden_size": 128, "vocab_size": 512, **tiny}
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": text, "vision_config": vision}))
+    tree = {"model_type": "qwen2_5_vl", "text_config": text, "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
     assert fit.shortages(digits, "cpu", here(8 * GIB)) == []
     [line] = fit.shortages(digits, "cpu", here(2 * GIB))
     assert "of memory of 2 GiB" in line

@@ -206,7 +206,7 @@ def test_encoded_prompts_are_what_the_processor_makes_of_them(workspace: Workspa
     for prompt_id in [f"t{k}" for k in range(8)]:
         item = source.row(prompt_id)
         images = encoder.images(item)
-        expected = encoder.processor(
+        expected = encoder.processor.loaded(
             text=[encoder.chat_text(item)], images=images or None, return_tensors="pt"
         )
         ours = encoder.encode(item)

@@ -250,12 +250,21 @@ def test_transformers_is_told_what_the_config_says(trust: bool, monkeypatch: pyt
 
     def from_pretrained(path: str, **options: Any) -> Any:
         told.append(options["trust_remote_code"])
-        model = SimpleNamespace(visual=SimpleNamespace(patch_embed=SimpleNamespace()))
-        return SimpleNamespace(chat_template="x", image_token_id=1, eval=lambda: None, model=model)
+        tower = SimpleNamespace(patch_embed=SimpleNamespace())
+        return SimpleNamespace(
+            model_type="qwen2_5_vl",
+            name_or_path=path,
+            chat_template="x",
+            image_token="x",
+            image_token_id=1,
+            image_processor=SimpleNamespace(patch_size=14, merge_size=2),
+            get_submodule=lambda name: tower,
+            eval=lambda: None,
+        )
 
     for name in ("AutoProcessor", "AutoConfig", "AutoModelForImageTextToText"):
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", from_pretrained)
     config = ModelConfig(path="somewhere", trust_remote_code=trust, attn_implementation="sdpa")
     load_processor(config)
     load_model(config, torch.float32)
-    assert told == [trust] * 3
+    assert told == [trust] * 4

@@ -30,6 +30,8 @@ class Family:
     model_type: ClassVar[str]
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
     """Class of transformers that loads one."""
+    experimental: ClassVar[str] = ""
+    """What is not yet as it is for the others; every run says it."""
     tower_name: ClassVar[str | None] = "model.visual"
     """Of the module that makes features of pixels; None in a family that takes text only."""
     language_model_name: ClassVar[str] = "model.language_model"
