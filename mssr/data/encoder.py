@@ -93,7 +93,8 @@ class PromptEncoder:
     def _try_chat_template(self) -> str:
         """Render a prompt; returns what of the generation prompt belongs to the response."""
         for name in self.config.chat_template_kwargs:
-            if name not in (self.texts["chat_template"] or self.processor.chat_template):
+            template = self.texts["chat_template"] or self.processor.chat_template
+            if not re.search(rf"\b{re.escape(name)}\b", template):
                 raise UserError(f"data.chat_template_kwargs.{name}: {self._template_name} does not read it")
         question = "2 + 3 = ?"
         messages = [{"role": "user", "content": [text_part(question)]}]
