@@ -13,8 +13,9 @@ import pytest
 
 from mssr.models.families import FAMILIES
 from mssr.models.loading import import_transformers
-from mssr.models.memory import GIB, colocated_fits
+from mssr.models.memory import colocated_fits
 from mssr.models.published import published, shape_of
+from mssr.models.rank_memory import GIB
 from mssr.runs.config import load_config
 
 pytestmark = pytest.mark.unit
