@@ -70,7 +70,7 @@ class EngineMemory:
             deeper = c * batched * t.hidden_size * v.levels  # features for the layers that get some
         graphs = 0 if rollout.enforce_eager else CUDA_GRAPHS
         work = max(prefill, vision) + deeper + logits + graphs + ENGINE_CONTEXT
-        token = 2 * t.num_hidden_layers * max(t.kv_width / parallel, t.head_dim) * c
+        token = 2 * t.attending * max(t.kv_width / parallel, t.head_dim) * c
         return cls(weights, work, taken - weights - work, token, decoded)
 
     def sequences(self, length: float) -> float:
