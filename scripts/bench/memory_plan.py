@@ -64,6 +64,8 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "Qwen2-VL": ("20m-qwen2_vl", 1, []),
     "Qwen3-VL": ("20m-qwen3_vl", 1, []),
     "Qwen3-VL, checkpointing": ("20m-qwen3_vl", 1, [CHECKPOINTING]),
+    "Qwen3-VL-MoE": ("20m-qwen3_vl_moe", 1, []),
+    "Qwen3-VL-MoE, checkpointing": ("20m-qwen3_vl_moe", 1, [CHECKPOINTING]),
 }
 """Name -> size, ranks, options."""
 
