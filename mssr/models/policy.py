@@ -104,7 +104,7 @@ class PolicyModel(nn.Module):
             max_length_q=batch.max_length,
             max_length_k=batch.max_length,
         )
-        self.measured = family.measure(output)
+        self.measured = family.measure(language_model)
         hidden = output.last_hidden_state
         tokens = hidden[0, batch.response_index], self.model.lm_head.weight, batch.targets
         head = Head(self.temperature, self.banned_ids, self.head_chunk)

@@ -1,0 +1,277 @@
+"""What vLLM makes of every family, in one process that imports it once: ``OUT MODEL_TYPE CONFIG ...``.
+
+Writes ``OUT/MODEL_TYPE.json`` for each as soon as it is known, for `test_family_engines` to read.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from PIL import Image
+
+from mssr.config import Config
+from mssr.config.run import to_dict
+from mssr.models.families import FAMILIES
+from mssr.models.files import sha256
+from mssr.models.loading import import_transformers, load_model
+from mssr.models.packing import PackItem, pack
+from mssr.models.policy import PolicyModel
+from mssr.rollout.checksums import checksums, differences
+from mssr.rollout.queue import RequestQueue
+from mssr.rollout.vllm_engine import VllmEngine, _engine_input
+from mssr.rollout.weights import InMemory
+from mssr.runs.config import load_config
+from mssr.runs.export import export
+from mssr.runs.manifest import Manifest, write_manifest
+from mssr.types import Rollout, RolloutRequest, SamplingParams
+from tests.conftest import QUESTION, write_rows
+
+GREEDY = SamplingParams(temperature=1.0, max_tokens=8, greedy=True)
+SAMPLED = SamplingParams(temperature=0.8, max_tokens=8)
+SIZES = [[(112, 56)], [(56, 56), (84, 140)], [], [(71, 90), (300, 20), (128, 128)]]
+"""(width, height) of each prompt's images. Most are resized, by the factor of the one family or the other."""
+
+
+def write_prompts(path: Path, sees_images: bool) -> list[str]:
+    """Prompts with an image, several of different sizes, none, and one of them twice; returns their ids."""
+    rng = np.random.default_rng(3)
+
+    def image(size: tuple[int, int]) -> Image.Image:
+        return Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+    prompts = [[image(size) for size in sizes if sees_images] for sizes in SIZES]
+    prompts.append([*prompts[3][:2], *prompts[3][:1]])
+    rows = [
+        {"id": f"p{k}", "images": images, "problem": QUESTION[: 10 + 4 * k], "answer": "1"}
+        for k, images in enumerate(prompts)
+    ]
+    write_rows(path, rows)
+    return [row["id"] for row in rows]
+
+
+class FamilyEngine:
+    """The engine and the policy of a family, both with the weights of an export."""
+
+    def __init__(self, model_type: str, workspace: Path, out: Path) -> None:
+        self.family = FAMILIES[model_type]
+        self.ids = write_prompts(out / "rows.parquet", self.family.tower_name is not None)
+        small = ["rollout.max_num_seqs=16", "rollout.max_num_batched_tokens=1024"]
+        options = [f"data.train={out / 'rows.parquet'}", "data.val=null", *small]
+        base = load_config(workspace, options)
+        self.policy = PolicyModel(load_model(base.model, torch.float32), SAMPLED.temperature)
+        self._noise = torch.Generator().manual_seed(1)
+        self.update()
+        self._export(base, out)
+        self.config = load_config(workspace, [*options, f"model.path={out / 'export'}"])
+        self.engine = VllmEngine(self.config, "cpu")
+        self.prompts = self.engine.prompts.get(self.ids)
+        self.rows = [self.engine.prompts.row(i) for i in self.ids]
+
+    def _export(self, config: Config, out: Path) -> None:
+        """The policy through a checkpoint into a model directory."""
+        checkpoint = out / "checkpoint"
+        state = {"model": self.policy.model.state_dict()}
+        dcp.save(state, checkpoint_id=str(checkpoint / "actor"), no_dist=True)
+        files = [path for path in checkpoint.rglob("*") if path.is_file()]
+        sums = {str(path.relative_to(checkpoint)): sha256(path) for path in files}
+        write_manifest(checkpoint, Manifest(1, to_dict(config), None), sums)
+        export(checkpoint, out / "export")
+
+    def update(self) -> None:
+        """As an optimizer would: every weight, the tower's included, by a part of its own size."""
+        with torch.no_grad():
+            for parameter in self.policy.model.parameters():
+                step = torch.randn(parameter.shape, generator=self._noise)
+                parameter.add_(step * (0.1 * parameter.std(correction=0) + 0.02))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return dict(self.policy.model.state_dict())
+
+    def load(self, weights: dict[str, torch.Tensor], version: int) -> list[str]:
+        """Returns the names of tensors that the engine does not have as they were sent."""
+        loaded = self.engine.load_weights(InMemory(weights), version, check=True)
+        assert all(process.held for process in loaded)
+        return differences(checksums(weights), loaded)
+
+    def answers(self, params: SamplingParams, each: int = 1) -> list[Rollout]:
+        asked = [RolloutRequest(i, k, seed=97 * k + 5) for k in range(each) for i in self.ids]
+        found: dict[int, Rollout] = {}
+        for part in self.engine.generate(RequestQueue(enumerate(asked)), params):
+            found.update(part)
+        return [found[k] for k in range(len(asked))]
+
+    def mismatch(self) -> float:
+        """Largest difference of log-probs of what the engine samples, against the policy."""
+        rollouts = self.answers(SAMPLED, each=2)
+        prompts = dict(zip(self.ids, self.prompts, strict=True))
+        items = [
+            PackItem(
+                prompts[r.prompt_id],
+                self.policy.rope_positions(prompts[r.prompt_id]),
+                torch.from_numpy(r.response_token_ids).long(),
+            )
+            for r in rollouts
+        ]
+        with torch.no_grad():
+            log_probs, _ = self.policy(pack(items, self.policy.merge_size))
+        return float(np.abs(log_probs.numpy() - np.concatenate([r.log_probs for r in rollouts])).max())
+
+    def images(self) -> list[list[Image.Image]]:
+        """Of each prompt, in the size in which the model is to see them."""
+        return [self.engine.prompts.encoder.images(row) for row in self.rows]
+
+    def vllm_inputs(self, images: Sequence[list[Image.Image]], dtype: torch.dtype) -> list[Any]:
+        """What vLLM makes of the texts and images, for a model in this dtype."""
+        renderer, encoder = self.engine._engine.renderer, self.engine.prompts.encoder
+        prompts = [
+            {"prompt": encoder.chat_text(row)} | ({"multi_modal_data": {"image": own}} if own else {})
+            for row, own in zip(self.rows, images, strict=True)
+        ]
+        with mock.patch.object(renderer.model_config, "dtype", dtype):
+            return [renderer.render_cmpl([prompt])[0] for prompt in prompts]
+
+
+def describe(inputs: Any) -> dict[str, Any]:
+    """An input of vLLM as values that can be compared; of the names by which caches know images, which are
+    the same."""
+    described = {"type": inputs["type"], "ids": list(inputs["prompt_token_ids"])}
+    if inputs["type"] == "multimodal":
+        places, items, names = (inputs[f"mm_{n}"] for n in ("placeholders", "kwargs", "hashes"))
+        described["placeholders"] = {
+            kind: [(p.offset, p.length, p.is_embed) for p in of_kind] for kind, of_kind in places.items()
+        }
+        for kind, of_kind in items.items():
+            elements = [list(item.items()) for item in of_kind]
+            described[f"fields of {kind}"] = [[(n, e.field.keep_on_cpu) for n, e in x] for x in elements]
+            described[f"kinds of {kind}"] = [[(type(e.field), e.data.dtype) for _, e in x] for x in elements]
+            described[f"data of {kind}"] = [[e.data.tolist() for _, e in x] for x in elements]
+        described["equal images"] = {k: [[a == b for b in n] for a in n] for k, n in names.items()}
+    return described
+
+
+def differing(ours: Sequence[Any], theirs: Sequence[Any], leave_out: str = "") -> list[str]:
+    """Which parts of which prompts are not the same."""
+    pairs = [(describe(a), describe(b)) for a, b in zip(ours, theirs, strict=True)]
+    parts = [(k, n) for k, (a, b) in enumerate(pairs) for n in a.keys() | b.keys() if n != leave_out]
+    return [f"p{k}: {n}" for k, n in sorted(parts) if pairs[k][0].get(n) != pairs[k][1].get(n)]
+
+
+def compare_inputs(at: FamilyEngine) -> dict[str, Any]:
+    """What we give the engine against what vLLM would prepare, and what it answers to both."""
+    found: dict[str, Any] = {"inputs": {}}
+    images = at.images()
+    for dtype in (torch.bfloat16, torch.float32):
+        ours = [_engine_input(prompt, at.engine._merge_size, dtype) for prompt in at.prompts]
+        theirs = at.vllm_inputs(images, dtype)
+        found["inputs"][str(dtype)] = differing(ours, theirs)
+    found["images"] = [len(i["mm_hashes"]["image"]) if "mm_hashes" in i else 0 for i in ours]
+    answers = at.answers(GREEDY)
+    with mock.patch.object(at.engine, "_inputs", lambda ids: [theirs[at.ids.index(i)] for i in ids]):
+        their_answers = at.answers(GREEDY)
+    found["to_both"] = largest_difference(answers, their_answers)
+    return found
+
+
+def largest_difference(some: Sequence[Rollout], others: Sequence[Rollout]) -> float:
+    """Of log-probs; infinite where the tokens are not the same."""
+    pairs = list(zip(some, others, strict=True))
+    if any(a.response_token_ids.tolist() != b.response_token_ids.tolist() for a, b in pairs):
+        return float("inf")
+    return max(float(np.abs(a.log_probs - b.log_probs).max()) for a, b in pairs)
+
+
+def compare_export(at: FamilyEngine) -> float:
+    """What the export says in transformers, with its own processor and one prompt at a time, against vLLM."""
+    transformers, path = import_transformers(), at.config.model.path
+    model = getattr(transformers, at.family.auto_class).from_pretrained(path, dtype=torch.float32).eval()
+    processor = transformers.AutoProcessor.from_pretrained(path)
+    worst = 0.0
+    for row, images, answer in zip(at.rows, at.images(), at.answers(GREEDY), strict=True):
+        options = {"images": images, "size": at.config.data.pixel_bounds} if images else {}
+        text = at.engine.prompts.encoder.chat_text(row)
+        inputs = processor(text=[text], return_tensors="pt", **options)
+        length = inputs["input_ids"].shape[1]
+        with torch.no_grad():
+            out = model.generate(
+                **inputs,
+                max_new_tokens=GREEDY.max_tokens,
+                do_sample=False,
+                suppress_tokens=at.policy.banned_ids or None,
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+        tokens = out.sequences[0, length:]
+        if tokens.tolist() != answer.response_token_ids.tolist():
+            return float("inf")
+        scores = torch.log_softmax(torch.cat(out.scores).float(), dim=-1)
+        log_probs = scores.gather(1, tokens[:, None])[:, 0].numpy()
+        worst = max(worst, float(np.abs(log_probs - answer.log_probs).max()))
+    return worst
+
+
+def shouting(at: FamilyEngine) -> dict[str, Any]:
+    """How often a policy wants to say a placeholder above all, and which of them the engine lets it say."""
+    tokenizer = at.engine.prompts.encoder.processor.tokenizer
+    names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    ids = tokenizer.convert_tokens_to_ids(names) if at.family.tower_name else []
+    hidden: list[torch.Tensor] = []
+    model = at.policy.model
+    language_model = at.policy.family.language_model(model)
+    hook = language_model.register_forward_hook(lambda *call: hidden.append(call[2].last_hidden_state[0]))
+    items = [PackItem(p, at.policy.rope_positions(p), torch.zeros(1, dtype=torch.int64)) for p in at.prompts]
+    with torch.no_grad():
+        at.policy(pack(items, at.policy.merge_size))
+        hook.remove()
+        states = torch.cat(hidden)
+        model.lm_head.weight[ids] = 100 * states.mean(0)
+        share = torch.isin((states @ model.lm_head.weight.T).argmax(-1), torch.tensor(ids)).float().mean()
+    assert not at.load(at.weights(), 9)
+    said = [t for params in (GREEDY, SAMPLED) for r in at.answers(params, 2) for t in r.response_token_ids]
+    return {"wanted": float(share), "said": sorted(set(map(int, said)) & set(ids)), "tokens": len(said)}
+
+
+def examine(model_type: str, workspace: Path, out: Path) -> dict[str, Any]:
+    started = time.perf_counter()
+    at = FamilyEngine(model_type, workspace, out)
+    found: dict[str, Any] = {"seconds": {"start": time.perf_counter() - started}}
+    found |= compare_inputs(at)
+    found["export"] = compare_export(at)
+    found["mismatch"], found["not_loaded"] = [at.mismatch()], []
+    for version in (1, 2):
+        at.update()
+        found["not_loaded"] += at.load(at.weights(), version)
+        found["mismatch"].append(at.mismatch())
+    found["placeholders"] = shouting(at)
+    at.engine.close()
+    found["seconds"]["all"] = time.perf_counter() - started
+    return found
+
+
+def main(out: Path, *families: str) -> None:
+    import_transformers()  # before vLLM does
+    from vllm.model_executor.models import registry
+
+    # Else vLLM would start a process to look at each model, which takes longer than all that is tested here.
+    registry._run_in_subprocess = lambda look: look()
+    for model_type, workspace in zip(families[::2], families[1::2], strict=True):
+        directory = out / model_type
+        directory.mkdir()
+        try:
+            found = examine(model_type, Path(workspace), directory)
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        (out / f"{model_type}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
