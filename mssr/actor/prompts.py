@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from mssr.data.prompt_source import PromptSource
-from mssr.data.rows import IMAGE_MARK
 from mssr.models.bounded_cache import BoundedCache
 from mssr.models.encoded import EncodedPrompt
 from mssr.models.packing import PackItem
@@ -89,6 +87,5 @@ class PromptCache:
         return found | dict(zip(missing, self._source.encode(missing), strict=True))
 
     def _without_images(self, prompt_ids: Sequence[str]) -> dict[str, EncodedPrompt]:
-        rows = [self._source.row(i) for i in prompt_ids]
-        texts = [dataclasses.replace(r, images=(), problem=r.problem.replace(IMAGE_MARK, "")) for r in rows]
-        return dict(zip(prompt_ids, self._source.encoder.encode_all(texts), strict=True))
+        rows = [self._source.row(i).without_images() for i in prompt_ids]
+        return dict(zip(prompt_ids, self._source.encoder.encode_all(rows), strict=True))

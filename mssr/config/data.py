@@ -32,6 +32,10 @@ class DataConfig:
     a path, or a dict that holds one of these. null for prompts without the images that a table has."""
     problem_column: str = option("problem")
     """Column with the question, text or a list of messages; each <image> in it stands for the next image."""
+    image_marks: str = option("strict", choices="strict, literal")
+    """strict: <image> in a text stands for an image, and a row has as many marks as images, or none.
+    literal: <image> is text like any other wherever it stands; images are where parts of messages say, or
+    before the user's first turn."""
     answer_column: str = option("answer")
     """Column with the ground truth; <answer></answer> around it is taken off. column.key is a key of the
     dicts in a column (reward_model.ground_truth); of a list of messages the assistant's turn is taken."""

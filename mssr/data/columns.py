@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mssr.config.data import DataConfig
-from mssr.data.images import looks_like_image
-from mssr.data.messages import is_messages
+from mssr.data.images import image_cells, looks_like_image
+from mssr.data.messages import IMAGE_MARK, is_messages
 from mssr.data.rows import cell
 from mssr.errors import UserError
 
@@ -74,6 +74,11 @@ def resolve_columns(table: Table, config: DataConfig, name: str) -> Columns:
             f"{name}: column {config.problem_column} holds messages: the question is the user's last turn, "
             f"turns before it stay before it, the truth is {truth}, images are those of {images}"
         )
+    if config.image_marks == "literal" and any(_marks_beside_images(row, config) for row in rows):
+        notes.append(
+            f"{name}: there are questions with images that hold {IMAGE_MARK}; it stays text "
+            "(data.image_marks=literal)"
+        )
     unread = _unread_images(table, config, rows)
     if has_images and unread is not None:
         notes.append(f"{name}: column {unread!r} holds images, too, and is not read")
@@ -115,6 +120,11 @@ def _chat_columns(table: Table, config: DataConfig, rows: Sequence[Mapping[str, 
 
 def _holds_messages(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
     return any(is_messages(cell(row, column)) for row in rows)
+
+
+def _marks_beside_images(row: Mapping[str, Any], config: DataConfig) -> bool:
+    images = cell(row, config.images_column)
+    return IMAGE_MARK in str(cell(row, config.problem_column)) and bool(image_cells(images))
 
 
 def _unread_images(table: Table, config: DataConfig, rows: Sequence[Mapping[str, Any]]) -> str | None:

@@ -110,25 +110,25 @@ class PromptEncoder:
     def _messages(self, row: Row) -> list[dict[str, Any]]:
         """The turns of a row, the question as the prompt template or the instruction makes it. Images stand
         where marks are, and without marks before the user's first turn."""
-        turns = list(row.turns)
+        turns, mark = list(row.turns), row.mark
         for token in self.processor.vision_tokens:
             if any(token in text for _, text in turns):
                 raise ValueError(f"the question holds {token}, which stands for pixels")
-        if not count_marks(turns):
+        if not count_marks(turns, mark):
             first = next(k for k, (role, _) in enumerate(turns) if role == "user")
-            turns[first] = ("user", IMAGE_MARK * len(row.images) + turns[first][1])
+            turns[first] = ("user", mark * len(row.images) + turns[first][1])
         if self._prompt_template is not None:
             try:
                 turns[-1] = ("user", self._prompt_template.render(content=turns[-1][1]))
             except Exception as error:  # a template may raise anything
                 raise ValueError(f"data.prompt_template cannot be rendered: {reason(error)}") from error
-        if count_marks(turns) != len(row.images):
-            raise ValueError(f"{count_marks(turns)} {IMAGE_MARK} marks but {len(row.images)} images")
+        if (marks := count_marks(turns, mark)) != len(row.images):
+            raise ValueError(f"{marks} {IMAGE_MARK} marks but {len(row.images)} images")
         messages: list[dict[str, Any]] = []
         if self.texts["system_prompt"]:
             messages.append({"role": "system", "content": [text_part(self.texts["system_prompt"])]})
             turns = [turn for turn in turns if turn[0] != "system"]
-        messages += [{"role": role, "content": parts_of(text)} for role, text in turns]
+        messages += [{"role": role, "content": parts_of(text, mark)} for role, text in turns]
         if self._prompt_template is None and self.config.instruction:
             messages[-1]["content"].append(text_part("\n" + self.config.instruction))
         return messages

@@ -168,7 +168,7 @@ class SourceRows:
         table, c = self.table, self.config
         content = self.cache.content_key(table.files) if table.files else table.fingerprint
         _, split = split_name(self.source.name)
-        return digest_of(content, split, len(table), read_columns(c), c.id_column, c.image_dir)
+        return digest_of(content, split, len(table), read_columns(c), c.id_column, c.image_dir, c.image_marks)
 
     def _cached(self, key: str) -> RowIndex | None:
         table = self.cache.load("rows", key)

@@ -19,7 +19,7 @@ BATCH = 256
 
 NOT_IN_LENGTH = {
     *("train", "val", "max_prompt_length", "max_bad_fraction", "shuffle", "cache_dir"),
-    *("id_column", "images_column", "problem_column", "answer_column", "image_dir"),
+    *("id_column", "images_column", "problem_column", "answer_column", "image_dir", "image_marks"),
 }
 """Keys of `DataConfig` that do not change the length of a row, or that the index depends on already."""
 
@@ -77,7 +77,8 @@ def _compute(rows: SourceRows, index: RowIndex, encoder: PromptEncoder) -> pa.Ta
 
 def _row(prompt: Conversation, images: int) -> Row:
     """A row as far as its length needs it."""
-    return Row("", prompt.question, "", (ImageSource(b"", None),) * images, "", prompt.history)
+    pictures = (ImageSource(b"", None),) * images
+    return Row("", prompt.question, "", pictures, "", prompt.history, prompt.mark)
 
 
 def _text_or_reason(encoder: PromptEncoder, row: Row) -> str:

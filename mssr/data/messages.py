@@ -14,6 +14,10 @@ from typing import Any
 from mssr.data.images import inner_image
 
 IMAGE_MARK = "<image>"
+"""What stands for an image in a text."""
+PART_MARK = "\ufdd0"
+"""The same where <image> is text like any other (``data.image_marks=literal``); no text has this character,
+which Unicode keeps from being one."""
 
 ROLES = {
     **{"system": "system", "developer": "system", "user": "user", "human": "user"},
@@ -37,6 +41,8 @@ class Conversation:
     """The assistant's turn behind it: no part of the prompt."""
     images: tuple[Any, ...] = ()
     """Image cells of those parts that have one inside, in order."""
+    mark: str = IMAGE_MARK
+    """What stands for an image in question and history."""
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -52,9 +58,9 @@ def is_messages(cell: Any) -> bool:
     )
 
 
-def read_messages(cell: Any, column: str) -> Conversation:
-    """The prompt that a list of messages is; a ValueError names the column and what is wrong, for example a
-    role or kind of part that is not known."""
+def read_messages(cell: Any, column: str, mark: str = IMAGE_MARK) -> Conversation:
+    """The prompt that a list of messages is, with a mark for every part that is an image; a ValueError names
+    the column and what is wrong, for example a role or kind of part that is not known."""
     turns: list[Turn] = []
     images: list[Any] = []
     for message in _list(cell):
@@ -63,7 +69,7 @@ def read_messages(cell: Any, column: str) -> Conversation:
         role = ROLES.get(str(name).lower())
         if role is None:
             raise ValueError(f"column {column} has a turn of the role {name!r}: one of {', '.join(ROLES)}")
-        text, inside = _content(content, column)
+        text, inside = _content(content, column, mark)
         turns.append((role, text))
         images += inside
     last = max((k for k, (role, _) in enumerate(turns) if role == "user"), default=-1)
@@ -76,18 +82,18 @@ def read_messages(cell: Any, column: str) -> Conversation:
             + ", ".join(role for role, _ in behind)
         )
     reply = behind[0][1] if behind else None
-    return Conversation(turns[last][1], tuple(turns[:last]), reply, tuple(images))
+    return Conversation(turns[last][1], tuple(turns[:last]), reply, tuple(images), mark)
 
 
-def count_marks(turns: Iterable[Turn]) -> int:
+def count_marks(turns: Iterable[Turn], mark: str = IMAGE_MARK) -> int:
     """How many images the turns show."""
-    return sum(text.count(IMAGE_MARK) for _, text in turns)
+    return sum(text.count(mark) for _, text in turns)
 
 
-def parts_of(text: str) -> list[dict[str, Any]]:
+def parts_of(text: str, mark: str = IMAGE_MARK) -> list[dict[str, Any]]:
     """A turn as chat templates take it."""
     parts: list[dict[str, Any]] = []
-    for k, part in enumerate(text.split(IMAGE_MARK)):
+    for k, part in enumerate(text.split(mark)):
         if k:
             parts.append({"type": "image"})
         if part:
@@ -108,7 +114,7 @@ def _list(cell: Any) -> list[Any]:
     return list(cell) if isinstance(cell, (list, tuple)) else []
 
 
-def _content(content: Any, column: str) -> tuple[str, list[Any]]:
+def _content(content: Any, column: str, mark: str) -> tuple[str, list[Any]]:
     """The text of a turn, and its images as far as they are inside."""
     if content is None or isinstance(content, str):
         return content or "", []
@@ -123,7 +129,7 @@ def _content(content: Any, column: str) -> tuple[str, list[Any]]:
         if kind in ("text", "input_text") or (kind is None and isinstance(part.get("text"), str)):
             texts.append(part.get("text") or "")
         elif kind in ("image", "image_url", "input_image") or (kind is None and image):
-            texts.append(IMAGE_MARK)
+            texts.append(mark)
             images += [image] if image else []
         else:
             raise ValueError(f"column {column} has a part of the type {kind!r}; text and image are read")

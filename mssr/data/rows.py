@@ -8,13 +8,22 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
 from mssr.config.data import DataConfig
 from mssr.data.images import ImageSource, image_cells, image_key, image_sources
-from mssr.data.messages import IMAGE_MARK, Conversation, Turn, count_marks, is_messages, read_messages
+from mssr.data.messages import (
+    IMAGE_MARK,
+    PART_MARK,
+    Conversation,
+    Turn,
+    count_marks,
+    is_messages,
+    parts_of,
+    read_messages,
+)
 
 MAX_IMAGES_PER_PROMPT = 16
 """Engines reserve memory for so many."""
@@ -34,11 +43,23 @@ class Row:
     answer: str
     """The ground truth as text, see `answer_text`."""
     images: tuple[ImageSource, ...]
-    """In the order of the <image> marks of all turns."""
+    """In the order of the marks of all turns."""
     where: str
     """File and row number, for messages."""
     history: tuple[Turn, ...] = ()
     """Turns before the question, where the data has message lists."""
+    mark: str = IMAGE_MARK
+    """What stands for an image in problem and history."""
+
+    @property
+    def question(self) -> str:
+        """The problem as people read it."""
+        return self.problem.replace(self.mark, IMAGE_MARK)
+
+    def without_images(self) -> Row:
+        """The same turns with neither images nor marks."""
+        history = tuple((role, text.replace(self.mark, "")) for role, text in self.history)
+        return replace(self, images=(), problem=self.problem.replace(self.mark, ""), history=history)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -66,10 +87,11 @@ def read_row(cells: Mapping[str, Any], row_id: str, where: str, config: DataConf
     images = image_sources(list(prompt.images) or given, config.image_dir)
     if len(images) > MAX_IMAGES_PER_PROMPT:
         raise ValueError(f"{len(images)} images, at most {MAX_IMAGES_PER_PROMPT} are possible")
-    marks = count_marks(prompt.turns)
+    marks = count_marks(prompt.turns, prompt.mark)
     if marks not in (0, len(images)):
-        raise ValueError(f"{marks} {IMAGE_MARK} marks but {len(images)} images")
-    return Row(row_id, prompt.question, answer, images, where, prompt.history)
+        remedy = "; data.image_marks=literal takes <image> for text" if config.image_marks == "strict" else ""
+        raise ValueError(f"{marks} {IMAGE_MARK} marks but {len(images)} images{remedy}")
+    return Row(row_id, prompt.question, answer, images, where, prompt.history, prompt.mark)
 
 
 def read_prompt(cells: Mapping[str, Any], config: DataConfig) -> Conversation:
@@ -79,26 +101,33 @@ def read_prompt(cells: Mapping[str, Any], config: DataConfig) -> Conversation:
     problem = cell(cells, column)
     if problem is None:
         raise ValueError(f"column {column} is empty")
-    if is_messages(problem):
-        prompt = read_messages(problem, column)
-    elif isinstance(problem, str):
-        prompt = Conversation(problem)
-    else:
-        raise ValueError(f"column {column} is {type(problem).__name__}, not text")
-    if not prompt.question.replace(IMAGE_MARK, "").strip():
+    prompt = _conversation(problem, column, IMAGE_MARK)
+    if literal := config.image_marks == "literal":
+        other = _conversation(problem, column, PART_MARK)
+        # Rows without such text are as they are by strict, for templates that look for marks as well.
+        prompt = other if count_marks(other.turns) else prompt
+    if not prompt.question.replace(prompt.mark, "").strip():
         raise ValueError(f"column {column} is empty")
     for _, text in prompt.turns:
         check_text(text, column)
-        if "<video>" in text:
+        if "<video>" in text and not literal:
             raise ValueError(f"column {column} has a mark <video>, and videos are not read")
     return prompt
 
 
+def _conversation(problem: Any, column: str, mark: str) -> Conversation:
+    if is_messages(problem):
+        return read_messages(problem, column, mark)
+    if isinstance(problem, str):
+        return Conversation(problem, mark=mark)
+    raise ValueError(f"column {column} is {type(problem).__name__}, not text")
+
+
 def problem_cell(row: Row) -> str:
-    """What `read_prompt` reads question and history from."""
-    if not row.history:
+    """What `read_prompt` reads question and history from, by ``data.image_marks=literal``."""
+    if not row.history and row.mark not in row.problem:
         return row.problem
-    return json.dumps([{"role": role, "content": text} for role, text in row.turns])
+    return json.dumps([{"role": role, "content": parts_of(text, row.mark)} for role, text in row.turns])
 
 
 def cell(cells: Mapping[str, Any], column: str | None) -> Any:

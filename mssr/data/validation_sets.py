@@ -70,9 +70,10 @@ class ValidationSet:
 
 
 def benchmark_data(config: DataConfig) -> DataConfig:
-    """The config of prompts that were written in the project's own form; what makes prompts of rows stays."""
+    """The config of prompts that were written in the project's own form, where parts say where images are;
+    what makes prompts of rows stays."""
     own: dict[str, Any] = {f"{name}_column": name for name in ("id", "images", "problem", "answer")}
-    return replace(config, **own, image_dir=None)
+    return replace(config, **own, image_dir=None, image_marks="literal")
 
 
 def validation_sets(value: Any) -> list[ValidationSet]:

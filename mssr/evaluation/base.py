@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mssr.data.images import ImageSource
-from mssr.data.rows import IMAGE_MARK, Row
+from mssr.data.rows import Row
 from mssr.data.sources import Table
 from mssr.errors import UserError
 from mssr.evaluation import scoring
@@ -97,7 +97,7 @@ class Benchmark:
 
     def prompt_row(self, item: Item) -> Row:
         """What `PromptEncoder` encodes: template and instruction are added there, as in training."""
-        return Row(item.id, item.question, item.answer, item.images, item.where, item.history)
+        return Row(item.id, item.question, item.answer, item.images, item.where, item.history, item.mark)
 
     def verdict(self, item: Item, response: str, truncated: bool = False) -> Verdict:
         """What the rules say of a response; ``truncated`` if the length limit ended it."""
@@ -149,7 +149,7 @@ class Benchmark:
 
     def judged(self, item: Item) -> tuple[str, str]:
         """Question and ground truth as a judge sees them, in text alone."""
-        return item.question.replace(IMAGE_MARK, "").strip(), item.answer
+        return item.question.replace(item.mark, "").strip(), item.answer
 
     def breakdown(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> Counts:
         """Right and all answers by the groups of every tag in `breakdowns`, groups sorted by name."""

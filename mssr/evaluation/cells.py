@@ -38,11 +38,9 @@ def optional_cell(cells: Mapping[str, Any], column: str) -> str:
     return str(value)
 
 
-def question_text(text: str, images: Sequence[ImageSource]) -> str:
+def question_text(text: str, images: Sequence[ImageSource], mark: str = IMAGE_MARK) -> str:
     """A question whose marks are as many as its images; otherwise they are taken out."""
-    if text.count(IMAGE_MARK) in (0, len(images)):
-        return text.strip()
-    return text.replace(IMAGE_MARK, "").strip()
+    return (text if text.count(mark) in (0, len(images)) else text.replace(mark, "")).strip()
 
 
 def list_cell(cell: object) -> tuple[str, ...]:

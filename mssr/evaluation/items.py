@@ -30,8 +30,8 @@ class Item:
     id: str
     """Stable, from the columns of the data; unique in the benchmark."""
     question: str
-    """What the model is asked, with ``<image>`` marks where the data have them; without marks the images
-    stand before it. The training instruction is not in it."""
+    """What the model is asked, with marks where the data have them; without marks the images stand before it.
+    The training instruction is not in it."""
     images: tuple[ImageSource, ...]
     """Empty for a question without an image. `read()` gives encoded bytes, `decode()` a PIL image."""
     answer: str
@@ -47,6 +47,8 @@ class Item:
     """File and row, for messages."""
     history: tuple[tuple[str, str], ...] = ()
     """Role and text of the turns before the question."""
+    mark: str = "<image>"
+    """What stands for an image in question and history."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,10 +117,11 @@ class Own(Benchmark):
         return Item(
             benchmark=self.name,
             id=row.id,
-            question=row.problem if row.history else question_text(row.problem, images),
+            question=row.problem if row.history else question_text(row.problem, images, row.mark),
             images=images,
             answer=row.answer,
             metadata={"truth": row.answer if isinstance(found, str) else found},
             where=where,
             history=row.history,
+            mark=row.mark,
         )

@@ -151,12 +151,12 @@ def _question(
         asked,
         id=question.prompt_id,
         images=tuple(images),
-        problem=question_text(asked.problem, images) if notes else asked.problem,
+        problem=question_text(asked.problem, images, asked.mark) if notes else asked.problem,
         answer=asked.answer if asked.answer.strip() else NO_ANSWER,
     )
     longest = encoder.config.max_prompt_length
     try:
-        read_row(_cells(row), row.id, row.where, DataConfig())
+        read_row(_cells(row), row.id, row.where, benchmark_data(encoder.config))
         if (length := encoder.length(row, sizes)) > longest:
             raise ValueError(f"{length} tokens, more than data.max_prompt_length={longest}")
     except ValueError as error:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from mssr.data.messages import IMAGE_MARK
 from mssr.errors import UserError
 from mssr.evaluation import statistics
 from mssr.evaluation.base import Counts
@@ -72,7 +73,7 @@ def record(item: Item, response: Response, verdict: Verdict) -> dict[str, Any]:
         "benchmark": item.benchmark,
         "id": item.id,
         "sample": response.sample,
-        "question": item.question,
+        "question": item.question.replace(item.mark, IMAGE_MARK),
         "answer": item.answer,
         "tags": dict(item.tags),
         "response": response.text,

@@ -86,7 +86,7 @@ class CostModel:
         text = shape.text_config
         self.image_token = shape.image_token_id
         self.per_token = 2 * text.multiplied
-        self.per_square = 2 * text.num_hidden_layers * text.q_width
+        self.per_square = 2 * text.attending * text.q_width
         self.per_response_token = 2 * text.embedding
         self._vision = shape.vision_config
         self.per_patch = 2 * self._vision.multiplied if self._vision else 0

@@ -314,7 +314,7 @@ class EngineMemory:
             vision = c * patches * (3 * v.intermediate_size + 10 * v.hidden_size)
         graphs = 0 if rollout.enforce_eager else CUDA_GRAPHS
         work = max(prefill, vision) + logits + graphs + ENGINE_CONTEXT
-        token = 2 * t.num_hidden_layers * max(t.kv_width / parallel, t.head_dim) * c
+        token = 2 * t.attending * max(t.kv_width / parallel, t.head_dim) * c
         return cls(weights, work, taken - weights - work, token, decoded)
 
     def sequences(self, length: float) -> float:

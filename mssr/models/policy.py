@@ -104,7 +104,7 @@ class PolicyModel(nn.Module):
             max_length_q=batch.max_length,
             max_length_k=batch.max_length,
         )
-        self.measured = family.measure(output)
+        self.measured = family.measure(language_model)
         hidden = output.last_hidden_state
         tokens = hidden[0, batch.response_index], self.model.lm_head.weight, batch.targets
         head = Head(self.temperature, self.banned_ids, self.head_chunk)
@@ -132,7 +132,5 @@ class PolicyModel(nn.Module):
         return torch.cat([found[key] for key in keys])
 
     def _blank_image(self) -> tuple[torch.Tensor, list[Grid]]:
-        vision, device = self.model.config.vision_config, self.model.lm_head.weight.device
-        m = self.merge_size
-        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        return torch.zeros(m * m, values, device=device), [(1, m, m)]
+        m, values = self.merge_size, math.prod(self.tower.patch_embed.proj.weight.shape[1:])
+        return torch.zeros(m * m, values, device=self.model.lm_head.weight.device), [(1, m, m)]

@@ -14,6 +14,47 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaShape:
+    """Layers with the gated delta rule in place of attention: a state for each head of values."""
+
+    layers: int
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+
+    @property
+    def values(self) -> int:
+        """Of a token in a layer."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def convolved(self) -> int:
+        """Queries, keys and values of a token."""
+        return 2 * self.linear_num_key_heads * self.linear_key_head_dim + self.values
+
+    def linear(self, d: int) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the linear layers of one, in a model of width d."""
+        v, heads = self.values, self.linear_num_value_heads
+        inputs = {"in_proj_qkv": self.convolved, "in_proj_z": v, "in_proj_b": heads, "in_proj_a": heads}
+        return {name: (d, width) for name, width in inputs.items()} | {"out_proj": (v, d)}
+
+    @property
+    def vectors(self) -> int:
+        """Parameters of one that are in no linear layer: kernels, two for each head, and a norm."""
+        kernels = self.linear_conv_kernel_dim * self.convolved
+        return kernels + 2 * self.linear_num_value_heads + self.linear_value_head_dim
+
+    @property
+    def multiplied(self) -> int:
+        """Multiplications of a token beside those with linear layers, in chunks of 64 tokens."""
+        k, v = self.linear_key_head_dim, self.linear_value_head_dim
+        rule = self.linear_num_value_heads * (2 * 64 * k + 64 * v + 3 * k * v)
+        return self.linear_conv_kernel_dim * self.convolved + rule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextShape:
     """The language model: n layers of an attention and an MLP, or experts of which a token passes some."""
 
@@ -34,6 +75,10 @@ class TextShape:
     moe_intermediate_size: int = 0
     dense_layers: int = 0
     """Layers with an MLP in a model of experts."""
+    gated_queries: bool = False
+    """A gate for each value of attention's output comes with the queries."""
+    delta: DeltaShape | None = None
+    """Of the layers that have no attention, where there are such."""
 
     def __post_init__(self) -> None:
         if not self.head_dim:
@@ -57,13 +102,22 @@ class TextShape:
         return self.intermediate_size
 
     @property
-    def linear(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of the linear layers of a decoder layer. Experts are none, and no router is."""
+    def attending(self) -> int:
+        """Layers with attention."""
+        return self.num_hidden_layers - (self.delta.layers if self.delta else 0)
+
+    @property
+    def linear(self) -> list[tuple[int, dict[str, tuple[int, int]]]]:
+        """Decoder layers of a kind, and inputs and outputs of their linear layers; one or two kinds.
+
+        Experts are no such layers, and no router is.
+        """
         d, q, kv, f = self.hidden_size, self.q_width, self.kv_width, self.intermediate_size
-        attention = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
-        if self.num_experts:
-            return attention
-        return attention | {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+        queries = 2 * q if self.gated_queries else q
+        attention = {"q_proj": (d, queries), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
+        mlp = {} if self.num_experts else {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+        found = [(self.attending, attention | mlp)]
+        return [*found, (self.delta.layers, self.delta.linear(d) | mlp)] if self.delta else found
 
     @property
     def _experts(self) -> list[int]:
@@ -76,15 +130,23 @@ class TextShape:
     @property
     def layer(self) -> int:
         """Parameters of the largest decoder layer."""
-        found = sum(i * o for i, o in self.linear.values()) + sum(self._experts) + 2 * self.hidden_size
-        found += (self.q_width + 2 * self.kv_width) if self.qkv_bias else 0
-        return found + (2 * self.head_dim if self.qk_norm else 0)
+        return max(size for _, size in self._sizes)
+
+    @property
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Decoder layers of a kind, and parameters of one."""
+        vectors = (self.q_width + 2 * self.kv_width) if self.qkv_bias else 0
+        others = [vectors + (2 * self.head_dim if self.qk_norm else 0)]
+        others += [self.delta.vectors] if self.delta else []
+        both = sum(self._experts) + 2 * self.hidden_size
+        kinds = zip(self.linear, others, strict=True)
+        return [(n, sum(i * o for i, o in linear.values()) + own + both) for (n, linear), own in kinds]
 
     @property
     def layers(self) -> int:
         """Parameters of all of them."""
         dense = 3 * self.hidden_size * self.intermediate_size - sum(self._experts)
-        return self.num_hidden_layers * self.layer + self.dense_layers * dense
+        return sum(n * size for n, size in self._sizes) + self.dense_layers * dense
 
     @property
     def embedding(self) -> int:
@@ -96,17 +158,20 @@ class TextShape:
         """Elements of each weight of the layers that is not a vector."""
         dense = [self.hidden_size * self.intermediate_size] * 3 * self.dense_layers
         experts = self._experts * (self.num_hidden_layers - self.dense_layers)
-        return [i * o for i, o in self.linear.values()] * self.num_hidden_layers + experts + dense
+        found = [i * o for n, linear in self.linear for i, o in linear.values() for _ in range(n)]
+        return found + experts + dense
 
     @property
     def multiplied(self) -> int:
         """Weights that a token is multiplied with on its way through all layers."""
-        sparse, d = self.num_hidden_layers - self.dense_layers, self.hidden_size
-        attention = self.num_hidden_layers * d * (2 * self.q_width + 2 * self.kv_width)
-        if not self.num_experts:
-            return attention + self.num_hidden_layers * 3 * d * self.intermediate_size
-        experts = sparse * d * (3 * self.mlp_width + self.num_experts)
-        return attention + experts + self.dense_layers * 3 * d * self.intermediate_size
+        d = self.hidden_size
+        found = sum(n * i * o for n, linear in self.linear for i, o in linear.values())
+        found += self.delta.layers * self.delta.multiplied if self.delta else 0
+        if self.num_experts:
+            sparse = self.num_hidden_layers - self.dense_layers
+            found += sparse * d * (3 * self.mlp_width + self.num_experts)
+            found += self.dense_layers * 3 * d * self.intermediate_size
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,9 +283,13 @@ class ModelShape:
 
     def adapters(self, rank: int, targets: list[str]) -> list[int]:
         """Elements of the adapters' matrices; no targets means all linear layers."""
-        linear = self.text_config.linear
-        adapted = [linear[name] for name in targets or linear if name in linear]
-        return [rank * width for pair in adapted for width in pair] * self.text_config.num_hidden_layers
+        return [
+            rank * width
+            for n, linear in self.text_config.linear
+            for name, pair in linear.items()
+            if not targets or name in targets
+            for width in pair * n
+        ]
 
 
 def take(kind: type[_T], tree: Mapping[str, Any], **known: Any) -> _T:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mssr.errors import UserError
-from mssr.models.families import family_named
+from mssr.models.families import family_named, family_of
 from mssr.models.files import give_usual_modes
 
 if TYPE_CHECKING:
@@ -202,13 +202,13 @@ def build_tiny(
 
 
 def save_quietly(model: Any, out_dir: Path) -> None:
-    """``save_pretrained`` without its progress bar, which is noise for a file of 4 MB."""
+    """Write a model without transformers' progress bar, which is noise for a file of 4 MB."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model.save_pretrained(out_dir)
+        family_of(model.config).save(model, out_dir)
         give_usual_modes(out_dir)
     finally:
         if shown:

@@ -114,7 +114,7 @@ class RowView:
         return "" if self._dataset is None else self._dataset.source_name(self.item.prompt_id)
 
     def question(self) -> str:
-        return "" if self._dataset is None else self._row.problem
+        return "" if self._dataset is None else self._row.question
 
     def conversation(self) -> list[Any] | None:
         """The cell of the question where that is a list of messages."""

@@ -35,6 +35,7 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) ->
 
     import torch
 
+    from mssr.models.families import family_of
     from mssr.models.loading import check_model_path, import_transformers, load_model, load_processor
 
     transformers = import_transformers()
@@ -59,7 +60,7 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) ->
     stored = transformers.AutoConfig.from_pretrained(config.model.path).dtype or torch.float32
     model.to(stored if dtype is None else getattr(torch, dtype))
     out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out)
+    family_of(model.config).save(model, out)
     load_processor(config.model).save(out)
     give_usual_modes(out)
     print(f"mssr: {path} exported to {out}")

@@ -257,7 +257,7 @@ class Trainer:
             {
                 "split": split,
                 "id": rollout.prompt_id.removeprefix("" if split == "train" else f"{split}/"),
-                "question": row.problem,
+                "question": row.question,
                 "response": rollout.text,
                 "answer": row.answer,
                 "score": float(score),

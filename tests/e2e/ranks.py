@@ -141,7 +141,7 @@ def _first_gradient(worker: Any, batch: TrainBatch) -> tuple[Tensors, dict[str, 
     state = updater.begin(batch)
     plan = updater.plan(batch, 0).updates[0]
     runs: list[int] = []
-    first_layer = worker.policy.model.model.language_model.layers[0]
+    first_layer: Any = worker.policy.layers[0]
     first_layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     updater._before_update(state, plan.ranks[worker.rank], needs_old=False)
     with contextlib.ExitStack() as stack:

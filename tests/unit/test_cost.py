@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -11,22 +9,30 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mssr.data.prompt_source import PromptSource
 from mssr.models.cost import UNIT, CostModel
-from mssr.models.loading import load_model
+from mssr.models.families import FAMILIES
+from mssr.models.loading import import_transformers
 from mssr.models.published import read_shape, shape_of
+from mssr.models.tiny import TinySize, train_tokenizer
 from mssr.runs.config import load_config
 from mssr.types import TrainBatch
-from tests.conftest import Workspace
+from tests.conftest import CORPUS, Workspace
 
 pytestmark = pytest.mark.unit
 
 
-def test_the_formula_counts_what_torch_counts(workspace: Workspace) -> None:
-    section = dataclasses.replace(load_config(workspace.config).model, attn_implementation="eager")
-    model = load_model(section, torch.float32)
+@pytest.fixture(scope="module")
+def vocabulary() -> dict[str, int]:
+    return train_tokenizer(CORPUS).get_vocab()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_formula_counts_what_torch_counts(model_type: str, vocabulary: dict[str, int]) -> None:
+    family = FAMILIES[model_type]
+    config = family.tiny_config(vocabulary, TinySize())
+    kind = getattr(import_transformers(), family.auto_class)
+    model = kind.from_config(config, attn_implementation="eager").eval()
     shape = shape_of(model.config.to_dict())
-    cost = CostModel(shape)
-    length, side, vision = 300, 16, model.config.vision_config
-    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    cost, length = CostModel(shape), 300
 
     def count(run: torch.nn.Module, **inputs: torch.Tensor) -> tuple[int, int]:
         """Operations in projections, and in attention."""
@@ -35,27 +41,30 @@ def test_the_formula_counts_what_torch_counts(workspace: Workspace) -> None:
         by_op = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
         return sum(by_op.values()) - by_op["aten.bmm"], by_op["aten.bmm"]
 
-    text = model.model.language_model
-    linear, attention = count(
-        text, inputs_embeds=torch.zeros(1, length, model.config.text_config.hidden_size)
-    )
+    text = family.language_model(model)
+    linear, attention = count(text, inputs_embeds=torch.zeros(1, length, shape.text_config.hidden_size))
     # torch counts all pairs of tokens, and the outer products of rope.
-    expected = linear + attention / 2
+    assert length * cost.per_token == pytest.approx(linear, rel=0.01)
+    assert length**2 * cost.per_square == pytest.approx(attention / 2, rel=0.01)
     actual = cost.text(np.array([length]), np.array([0]))[0] * UNIT / 3
-    assert actual == pytest.approx(expected, rel=0.01)
+    assert actual == pytest.approx(linear + attention / 2, rel=0.01)
     head = 2 * length * model.lm_head.weight.numel()
     with_head = cost.text(np.array([length]), np.array([length]))[0] * UNIT / 3
     assert with_head - actual == pytest.approx(head, rel=0.02)
 
-    linear, attention = count(
-        model.model.visual,
-        hidden_states=torch.zeros(side * side, values),
-        grid_thw=torch.tensor([[1, side, side]]),
-    )
-    actual = cost.images(np.array([side * side]))[0] * UNIT / 3
-    assert actual == pytest.approx(linear + attention, rel=0.01)
-    frozen = CostModel(shape, train_vision=False).images(np.array([side * side]))[0]
-    assert frozen * 3 * UNIT == pytest.approx(3 * actual, rel=0.01)
+    if (vision := shape.vision_config) is None:
+        assert cost.images_forward(np.array([64])) == 0
+        return
+    for side in (4, 16, 24):  # an image of one window, and of several
+        pixels = torch.zeros(side * side, vision.patch_values)
+        operations = sum(
+            count(family.tower(model), hidden_states=pixels, grid_thw=torch.tensor([[1, side, side]]))
+        )
+        actual = cost.images_forward(np.array([side * side]))[0]
+        assert actual == pytest.approx(operations, rel=0.01)
+    trained, frozen = (CostModel(shape, train).images(np.array([side * side]))[0] for train in (True, False))
+    assert trained * UNIT == pytest.approx(3 * actual, rel=0.01)
+    assert frozen * UNIT == pytest.approx(actual, rel=0.01)
 
 
 def test_images_are_found_in_the_tokens(workspace: Workspace) -> None:

@@ -149,3 +149,45 @@ def test_turns_reach_the_model(rows, workspace: Workspace) -> None:
     other = PromptEncoder(load_processor(config.model), config.data)
     (row,), _ = rows([{"messages": SEVERAL, "answer": "1", "images": ["a.png", "b.png"]}])
     assert "You are exact." in other.chat_text(row) and "Be brief." not in other.chat_text(row)
+
+
+@pytest.mark.parametrize(
+    ("problem", "images", "expected"),
+    [
+        ("What is <image>?", [], "What is <image>?"),
+        ("<image>What is <image>?", ["a.png"], "{}<image>What is <image>?"),
+        ("And <video>?", ["a.png", "b.png"], "{}{}And <video>?"),
+        ([user([{"type": "image"}, "Is it <image>? ", {"type": "image"}])], ["a.png", "b.png"],
+         "{}Is it <image>? {}"),
+        ([user([{"type": "image", "image": "a.png"}, "Is it <image>?"])], [], "{}Is it <image>?"),
+        ([user(["<image>?"]), {"role": "assistant", "content": "A tag."}, user("Here?")], ["a.png"],
+         "{}<image>?<|im_end|>\n<|im_start|>assistant\nA tag.<|im_end|>\n<|im_start|>user\nHere?"),
+        ([user([{"type": "image"}, "What?"])], ["a.png"], "{}What?"),
+    ],
+)  # fmt: skip
+def test_marks_that_are_text(
+    rows, workspace: Workspace, problem: Any, images: list[str], expected: str
+) -> None:
+    """With data.image_marks=literal <image> reaches the model as it is, and images are where parts say, else
+    before the question; also by way of the file that an evaluation writes, and without the images."""
+    from mssr.data.rows import problem_cell, read_prompt
+    from mssr.models.loading import load_processor
+    from mssr.runs.config import load_config
+
+    data = [{"problem": problem, "answer": "1", "images": images}]
+    (row,), notes = rows(data, image_marks="literal")
+    config = load_config(workspace.config)
+    encoder = PromptEncoder(load_processor(config.model), config.data)
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    asked = f"user\n{expected.format(*[image] * len(row.images))}<|im_end|>"
+    assert asked in encoder.chat_text(row)
+    assert f"user\n{expected.replace('{}', '')}<|im_end|>" in encoder.chat_text(row.without_images())
+    sizes = [source.size() for source in row.images]
+    assert len(encoder.encode(row).token_ids) == encoder.length(row, sizes)
+    again = read_prompt({"problem": problem_cell(row)}, DataConfig(image_marks="literal"))
+    assert (*again.turns, again.mark) == (*row.turns, row.mark)
+    assert isinstance(problem, list) or row.question == problem
+    assert any("it stays text" in note for note in notes) == bool(images and "<image>" in str(problem))
+    if isinstance(problem, str):
+        with pytest.raises(AssertionError, match=r"marks but \d images; data.image_marks=literal|<video>"):
+            rows(data)

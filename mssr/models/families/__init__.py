@@ -8,12 +8,13 @@ from mssr.errors import UserError
 from mssr.models.families.base import Family
 from mssr.models.families.qwen2_5_vl import Qwen25VL
 from mssr.models.families.qwen2_vl import Qwen2VL
+from mssr.models.families.qwen3_5 import Qwen35
 from mssr.models.families.qwen3_vl import Qwen3VL
+from mssr.models.families.qwen3_vl_moe import Qwen3VLMoe
 from mssr.models.families.qwen_text import Qwen2, Qwen3
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (Qwen2VL(), Qwen25VL(), Qwen3VL(), Qwen2(), Qwen3())
-}
+_ALL = Qwen2VL(), Qwen25VL(), Qwen3VL(), Qwen3VLMoe(), Qwen35(), Qwen2(), Qwen3()
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 __all__ = ["FAMILIES", "Family", "family_named", "family_of"]
 

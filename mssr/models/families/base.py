@@ -8,6 +8,7 @@ are imported where they are needed, for `mssr plan` asks for shapes only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mssr.models.shapes import ModelShape, TextShape, VisionShape
@@ -29,6 +30,8 @@ class Family:
     model_type: ClassVar[str]
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
     """Class of transformers that loads one."""
+    experimental: ClassVar[str] = ""
+    """What is not yet as it is for the others; every run says it."""
     tower_name: ClassVar[str | None] = "model.visual"
     """Of the module that makes features of pixels; None in a family that takes text only."""
     language_model_name: ClassVar[str] = "model.language_model"
@@ -81,6 +84,10 @@ class Family:
             packed: for passes over packed sequences; else the model generates.
         """
 
+    def save(self, model: Any, directory: Path) -> None:
+        """Write weights and config.json as published models have them, which is how vLLM reads them."""
+        model.save_pretrained(directory)
+
     # --- a forward pass
 
     def rope_positions(self, model: Any, prompt: EncodedPrompt) -> torch.Tensor:
@@ -123,8 +130,8 @@ class Family:
         """
         return {"inputs_embeds": embeds.index_copy(1, index, features[None].to(embeds.dtype))}
 
-    def measure(self, output: Any) -> dict[str, torch.Tensor]:
-        """Metric -> (n,) values of a pass, from the language model's output; their mean is reported."""
+    def measure(self, language_model: Any) -> dict[str, torch.Tensor]:
+        """Metric -> (n,) values of the pass that the language model made last; their mean is reported."""
         return {}
 
     # --- an engine

@@ -68,9 +68,11 @@ class Qwen3VL(Qwen2VL):
     def tiny_config(self, ids: Mapping[str, int], size: TinySize) -> Any:
         from transformers import Qwen3VLConfig
 
-        vision = size.vision() | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
         text = size.text(ids, interleaved=True) | {"head_dim": size.hidden // size.heads}
-        return Qwen3VLConfig(**size.options(ids, text, vision))
+        return Qwen3VLConfig(**size.options(ids, text, self.tiny_vision(size)))
+
+    def tiny_vision(self, size: TinySize) -> dict[str, Any]:
+        return size.vision() | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
 
     def tiny_processor(self, tokenizer: Any, pixels: Mapping[str, int]) -> Any:
         import transformers

@@ -1,0 +1,100 @@
+"""Qwen3.5: of four layers three carry a state along by the gated delta rule (2412.06464), one attends."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mssr.models.families.base import Grid
+from mssr.models.families.qwen2_vl import Qwen2VL
+from mssr.models.families.qwen3_vl import Qwen3VL
+from mssr.models.shapes import DeltaShape, TextShape, VisionShape, take
+
+if TYPE_CHECKING:
+    import torch
+
+    from mssr.models.packing import PackedBatch
+    from mssr.models.tiny import TinySize
+
+
+class Qwen35(Qwen2VL):
+    """``Qwen3_5ForConditionalGeneration``"""
+
+    model_type = "qwen3_5"
+    experimental = "on CPU its engine knows bfloat16 only, and on a GPU it has not run yet"
+
+    def text_shape(self, text: Mapping[str, Any]) -> TextShape:
+        delta = take(DeltaShape, text, layers=list(text["layer_types"]).count("linear_attention"))
+        return take(TextShape, text, qk_norm=True, gated_queries=True, delta=delta)
+
+    def vision_shape(self, vision: Mapping[str, Any]) -> VisionShape:
+        return Qwen3VL().vision_shape(dict(vision) | {"deepstack_visual_indexes": ()})
+
+    def adapt(self, model: Any, packed: bool) -> None:
+        super().adapt(model, packed)
+        for layer in self.language_model(model).layers if packed else ():
+            if (delta := getattr(layer, "linear_attn", None)) is not None:
+                delta.forward = functools.partial(_by_sequence, delta.forward)
+
+    def attention_inputs(self, config: Any, batch: PackedBatch, varlen: bool) -> dict[str, Any]:
+        # The text's positions restart with every sequence; this is its number, as causal_conv1d takes it.
+        number = (batch.position_ids[0] == 0).cumsum(-1).int() - 1
+        return super().attention_inputs(config, batch, varlen) | {"seq_idx": number}
+
+    def tower_positions(self, tower: Any, grids: Sequence[Grid], device: torch.device) -> dict[str, Any]:
+        return Qwen3VL().tower_positions(tower, grids, device)
+
+    def engine_options(self, device: str) -> dict[str, Any]:
+        # With it, states are kept at the ends of blocks, for which vLLM has to cut prompts to pieces.
+        return {"enable_prefix_caching": False}
+
+    def tiny_config(self, ids: Mapping[str, int], size: TinySize) -> Any:
+        from transformers import Qwen3_5Config
+
+        text = size.text(ids, interleaved=True) | {"head_dim": 64, "mamba_ssm_dtype": "float32"}
+        # A quarter of the 32 pairs of a head turns.
+        text["rope_parameters"] |= {"mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25}
+        text |= {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
+        vision = size.vision() | {"num_position_embeddings": 64}
+        return Qwen3_5Config(**size.options(ids, text, vision))
+
+    def tiny_processor(self, tokenizer: Any, pixels: Mapping[str, int]) -> Any:
+        return Qwen3VL().tiny_processor(tokenizer, pixels)
+
+
+def _by_sequence(
+    forward: Callable[..., torch.Tensor],
+    hidden_states: torch.Tensor,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """(1, S, D) of a layer with a state, which must not go from a sequence to the next one.
+
+    Args:
+        forward: of the layer. What transformers computes in torch knows of no sequences, in the convolution
+            as in the delta rule, so it gets one at a time; native kernels get all, and where they are.
+        cu_seq_lens_q: (sequences + 1,) where each starts; None if it is only one.
+        seq_idx: (1, S) int32 the number of each token's sequence.
+    """
+    import torch
+
+    if cu_seq_lens_q is None:
+        return forward(hidden_states, **kwargs)
+    if hidden_states.is_cuda and _has_kernels():  # untried
+        return forward(hidden_states, cu_seq_lens_q=cu_seq_lens_q.long(), seq_idx=seq_idx, **kwargs)
+    lengths = cu_seq_lens_q.diff().tolist()
+    return torch.cat([forward(part, **kwargs) for part in hidden_states.split(lengths, dim=1)], dim=1)
+
+
+@functools.cache
+def _has_kernels() -> bool:
+    """Whether transformers has found those that know of sequences, for the convolution and the delta rule."""
+    try:
+        importlib.import_module("causal_conv1d").causal_conv1d_fn  # noqa: B018
+        importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule  # noqa: B018
+    except Exception:  # whatever keeps transformers from them
+        return False
+    return True

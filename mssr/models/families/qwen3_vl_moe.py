@@ -1,0 +1,95 @@
+"""Qwen3-VL-MoE: decoder layers have experts, of which a router chooses some for each token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mssr.errors import UserError
+from mssr.models.families.qwen3_vl import Qwen3VL
+from mssr.models.shapes import TextShape, take
+
+if TYPE_CHECKING:
+    import torch
+
+    from mssr.models.tiny import TinySize
+
+
+class Qwen3VLMoe(Qwen3VL):
+    """``Qwen3VLMoeForConditionalGeneration``"""
+
+    model_type = "qwen3_vl_moe"
+
+    def text_shape(self, text: Mapping[str, Any]) -> TextShape:
+        if not text.get("norm_topk_prob", True):
+            raise UserError("model.path: norm_topk_prob=false in its config.json, which transformers ignores")
+        step, mlp_only = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers") or ()
+        dense = [i for i in range(text["num_hidden_layers"]) if i in mlp_only or (i + 1) % step]
+        # The one is the name in published files, the other in those that transformers writes.
+        experts = text.get("num_experts", text.get("num_local_experts"))
+        return take(TextShape, text, qk_norm=True, num_experts=experts, dense_layers=len(dense))
+
+    def adapt(self, model: Any, packed: bool) -> None:
+        super().adapt(model, packed)
+        for router in _routers(self.language_model(model)):
+            router.forward = functools.partial(_route, router)
+
+    def save(self, model: Any, directory: Path) -> None:
+        # transformers turns experts round where their shape is another than the model's, and here it is not.
+        state = {name: self.engine_weight(name, weight) for name, weight in model.state_dict().items()}
+        model.save_pretrained(directory, state_dict=state, save_original_format=False)
+
+    def measure(self, language_model: Any) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {"policy/router_balance": torch.stack([r.balance for r in _routers(language_model)])}
+
+    def engine_weight(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        # Of published files, in which experts multiply from the right.
+        return weight.transpose(1, 2) if ".experts." in name else weight
+
+    def before_load(self, engine_model: Any) -> None:
+        for module in engine_model.modules():
+            method: Any = getattr(module, "quant_method", None)
+            if hasattr(method, "moe_kernel") and next(module.parameters()).device.type == "cpu":
+                # With a kernel vLLM takes experts for packed already, and computes with them as they came.
+                method.moe_kernel = None
+
+    def tiny_config(self, ids: Mapping[str, int], size: TinySize) -> Any:
+        from transformers import Qwen3VLMoeConfig
+
+        text = size.text(ids, interleaved=True) | {"head_dim": size.hidden // size.heads}
+        # No matrix of an expert is square, nor both together: its transpose would fit as well.
+        experts = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": size.hidden * 3 // 4}
+        # transformers' class does not know the last, and vLLM wants it.
+        text |= experts | {"mlp_only_layers": [1], "norm_topk_prob": True}
+        return Qwen3VLMoeConfig(**size.options(ids, text, self.tiny_vision(size)))
+
+
+def _routers(language_model: Any) -> Iterator[Any]:
+    return (layer.mlp.gate for layer in language_model.layers if hasattr(layer.mlp, "gate"))
+
+
+def _route(router: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As transformers' own, but that logits are float32 whatever the dtype of the pass: rounded to bfloat16,
+    many would be equal. Keeps ``router.balance``, see docs/algorithms.md.
+
+    Args:
+        hidden: (S, D).
+
+    Returns:
+        (S, E) float32 logits, and (S, k) weights and numbers of the chosen experts.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    logits = F.linear(hidden.float(), router.weight.float())
+    probabilities = logits.softmax(-1)
+    weights, chosen = probabilities.topk(router.top_k)
+    with torch.no_grad():
+        shares = torch.zeros_like(probabilities[0])
+        shares.scatter_add_(0, chosen.flatten(), torch.full_like(weights.flatten(), 1 / chosen.numel()))
+        router.balance = len(shares) * (shares * probabilities.mean(0)).sum()
+    return logits, (weights / weights.sum(-1, keepdim=True)).to(hidden.dtype), chosen
