@@ -8,7 +8,7 @@ from typing import Any
 
 from mssr.config import ModelConfig
 from mssr.errors import UserError, first_line
-from mssr.models.families import family_named, family_of
+from mssr.models.families import Family, family_named, family_of
 from mssr.models.processor import Processor
 
 
@@ -115,6 +115,11 @@ def load_model(config: ModelConfig, dtype: Any, packed: bool = True, empty: bool
             )
     family.adapt(model, packed)
     return model.eval()
+
+
+def model_family(config: ModelConfig) -> Family:
+    """Of the model at ``model.path``, wherever that is."""
+    return family_of(_read_config(config))
 
 
 def _read_config(config: ModelConfig) -> Any:

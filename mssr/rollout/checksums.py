@@ -27,6 +27,12 @@ _FUSED = {
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
 """What vLLM calls the layer that these are parts of."""
+_EXPERTS = {
+    ".experts.routed_experts.w13_weight": ".experts.gate_up_proj",
+    ".experts.routed_experts.w2_weight": ".experts.down_proj",
+    ".experts.gate.": ".gate.",  # it has the router in two places
+}
+"""What transformers calls what vLLM has in a layer of experts."""
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
@@ -161,6 +167,8 @@ def _agree(parts: Mapping[str, int], held: Sequence[int | None], kv_copies: int)
 
 def _common_name(name: str, layers: set[str]) -> str:
     """What a tensor's name in transformers and in an engine that has such layers have in common."""
+    for engines, own in _EXPERTS.items():
+        name = name.replace(engines, own)
     parts = [fused if (fused := _FUSED.get(part)) in layers else part for part in name.split(".")]
     return ".".join(part for part in parts if part not in ("model", "language_model"))
 

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mssr.errors import UserError
 from mssr.models.families.base import Grid
 from mssr.models.families.qwen2_vl import Qwen2VL
 from mssr.models.families.qwen3_vl import Qwen3VL
@@ -46,7 +47,14 @@ class Qwen35(Qwen2VL):
     def tower_positions(self, tower: Any, grids: Sequence[Grid], device: torch.device) -> dict[str, Any]:
         return Qwen3VL().tower_positions(tower, grids, device)
 
-    def engine_options(self, device: str) -> dict[str, Any]:
+    def engine_options(self, device: str, dtype: torch.dtype) -> dict[str, Any]:
+        import torch
+
+        if device == "cpu" and dtype != torch.bfloat16:
+            raise UserError(
+                "model.dtype: on a CPU vLLM computes Qwen3.5 in bfloat16 only; set model.dtype=bfloat16, or "
+                "rollout.engine=hf"
+            )
         # With it, states are kept at the ends of blocks, for which vLLM has to cut prompts to pieces.
         return {"enable_prefix_caching": False}
 

@@ -73,19 +73,20 @@ def _routers(language_model: Any) -> Iterator[Any]:
 
 
 def _route(router: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """As transformers' own, but that logits are float32 whatever the dtype of the pass: rounded to bfloat16,
-    many would be equal. Keeps ``router.balance``, see docs/algorithms.md.
+    """As transformers' own, but that logits are float32 at least, whatever the dtype of the pass: rounded to
+    bfloat16, many would be equal. Keeps ``router.balance``, see docs/algorithms.md.
 
     Args:
         hidden: (S, D).
 
     Returns:
-        (S, E) float32 logits, and (S, k) weights and numbers of the chosen experts.
+        (S, E) logits, and (S, k) weights and numbers of the chosen experts.
     """
     import torch
     from torch.nn import functional as F
 
-    logits = F.linear(hidden.float(), router.weight.float())
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logits = F.linear(hidden.to(dtype), router.weight.to(dtype))
     probabilities = logits.softmax(-1)
     weights, chosen = probabilities.topk(router.top_k)
     with torch.no_grad():
