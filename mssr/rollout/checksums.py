@@ -144,7 +144,7 @@ def differences(sent: Mapping[str, int], processes: Sequence[Loaded]) -> list[st
     held = [p.held for p in processes if p.held is not None]
     if len(held) < len(processes):
         return sorted(found)
-    layers = {part for name in held[0] for part in name.split(".")}
+    layers = {part for name in held[0] for part in name.split(".")[:-1]}
     own = {_common_name(name, layers): name for name in held[0]}
     expected: dict[str, dict[str, int]] = {common: {} for common in own}
     for name, value in sent.items():
