@@ -69,6 +69,13 @@ class Family:
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         return sorted({int(i) for n in names if (i := getattr(config, n, None)) is not None})
 
+    def check_files(self, tree: Mapping[str, Any], directory: Path) -> None:
+        """Refuse weights that are laid out otherwise than published ones, without importing torch.
+
+        Raises:
+            UserError: says how to write them anew.
+        """
+
     # --- the modules of a model
 
     def language_model(self, model: Any) -> Any:
