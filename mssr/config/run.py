@@ -25,7 +25,7 @@ class ModelConfig:
     """The policy, and the frozen reference, which is a copy of it."""
 
     path: str = option("", required=True, evaluation="--model")
-    """Hugging Face directory or hub name of a Qwen2.5-VL model."""
+    """Hugging Face directory or hub name of a model of one of the families in docs/models.md."""
     dtype: str = option("auto", choices="auto, float32, bfloat16")
     """Of the forward pass; auto is float32 on CPU, bfloat16 on GPU. What is trained: actor.master_dtype."""
     attn_implementation: str = option("auto", choices="auto, varlen, sdpa, eager, flash_attention_2")

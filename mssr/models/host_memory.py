@@ -6,7 +6,7 @@ import math
 import os
 
 from mssr.config import Config
-from mssr.models.memory import GIB, Parts, RankMemory, moment_bytes, value_bytes
+from mssr.models.rank_memory import GIB, Parts, RankMemory, moment_bytes, value_bytes
 from mssr.models.shapes import ModelShape
 
 LIBRARIES: dict[str, tuple[float, float]] = {"cpu": (0.7 * GIB, 1.2 * GIB), "cuda": (3 * GIB, 5 * GIB)}
@@ -40,7 +40,7 @@ def host_memory(config: Config, shape: ModelShape, device: str, transport: str, 
     parts["model as it is read"] = 4.0 * shape.parameters
     if transport == "object_store":
         parts["weights in the object store"] = weights
-    cached = config.data.image_cache_bytes
+    cached = config.data.image_cache_bytes if shape.vision_config else 0
     return parts | {CACHES: cached * float(ranks + 2 * engines)}
 
 

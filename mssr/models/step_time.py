@@ -13,7 +13,8 @@ from mssr.config import Config
 from mssr.errors import UserError
 from mssr.models.cost import CostModel, Operations
 from mssr.models.gpus import GpuKind
-from mssr.models.memory import EngineMemory, Workload, value_bytes
+from mssr.models.memory import EngineMemory
+from mssr.models.rank_memory import Workload, value_bytes
 from mssr.models.shapes import ModelShape
 
 TRAINING = 0.30
@@ -108,5 +109,5 @@ def _generation(config: Config, shape: ModelShape, kind: GpuKind, colocated: boo
     steps = max(responses * work.response_tokens / room, longest)
     together = responses * work.response_tokens / steps
     moved = (engine.weights + together * length * engine.token) / (kind.bandwidth * DECODING)
-    computed = 2 * shape.text * together / compute
+    computed = 2 * (shape.text_config.multiplied + shape.text_config.embedding) * together / compute
     return prefill + steps * (max(moved, computed) + DECODE_STEP_S)

@@ -14,17 +14,9 @@ from mssr.config import Config
 from mssr.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from mssr.models import gpus
 from mssr.models.host_memory import checkpoint_bytes, disk_bytes, host_memory
-from mssr.models.memory import (
-    GIB,
-    PHASES,
-    GpuMemory,
-    Workload,
-    assumed_workload,
-    longest,
-    totals,
-    utilization,
-)
+from mssr.models.memory import PHASES, GpuMemory, totals, utilization
 from mssr.models.published import read_shape
+from mssr.models.rank_memory import GIB, Workload, assumed_workload, longest
 from mssr.models.shapes import ModelShape
 from mssr.models.step_time import DECODING, PREFILL, TRAINING, StepTime, step_time
 from mssr.runs.config import load_config
@@ -203,8 +195,8 @@ def _gib(value: float) -> str:
 
 def _memory_lines(made: Plan) -> Iterator[str]:
     config, shape, kind = made.config, made.shape, made.kind
-    size = f"{shape.parameters / 1e9:.2f}e9 parameters"
-    yield f"{config.model.path}: {size}, {shape.vision / 1e9:.2f}e9 of them in the vision tower"
+    of_tower = f"{shape.vision / 1e9:.2f}e9 of them in the" if shape.vision_config else "no"
+    yield f"{config.model.path}: {shape.parameters / 1e9:.2f}e9 parameters, {of_tower} vision tower"
     where = f"{made.nodes} x {made.per_node} {kind.name}, {_gib(kind.memory_bytes)} GiB each"
     yield f"{where}: {config.actor.num_ranks} actor ranks, {config.rollout.workers} engines"
     yield str(made.decision)

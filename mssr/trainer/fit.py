@@ -6,8 +6,9 @@ from mssr.cluster.machine import Machine, free_disk
 from mssr.config import Config
 from mssr.errors import UserError
 from mssr.models.host_memory import CACHES, disk_bytes, host_memory
-from mssr.models.memory import GIB, GpuMemory
+from mssr.models.memory import GpuMemory
 from mssr.models.published import read_shape
+from mssr.models.rank_memory import GIB
 
 ROUGHLY = 1.2
 """What libraries and an unknown mixture of images take is assumed: only more than this tells something."""

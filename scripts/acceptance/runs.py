@@ -16,7 +16,8 @@ import yaml
 
 from mssr.cluster.machine import describe
 from mssr.data.digits.task import DigitsSettings, WarmStartSettings, prepare
-from mssr.models.memory import GIB, colocated_fits
+from mssr.models.memory import colocated_fits
+from mssr.models.rank_memory import GIB
 from mssr.runs.config import load_config
 from scripts.acceptance.parts import NotPossible, Place, Told, layout, mssr, records, train
 from scripts.bench.workload import draw_lengths, write_model, write_rows

@@ -28,14 +28,14 @@ import torch
 from gpu_update import make_batches, make_config
 from report import MIB, arguments, publish
 from report import table as markdown
-from workload import VOCABULARY, write_model
+from workload import VOCABULARY, family_and_size, write_model
 
 from mssr.actor import worker as worker_module
 from mssr.actor.optimizers import OffloadedOptimizer
 from mssr.actor.worker import PolicyWorker
 from mssr.config import Config
-from mssr.models.memory import Parts, Pass, RankMemory
 from mssr.models.published import read_shape
+from mssr.models.rank_memory import Parts, Pass, RankMemory
 
 PROMPT, RESPONSE = 160, 96
 """Tokens of each prompt, all but some of them an image's, and of each response."""
@@ -61,6 +61,11 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "2 ranks": ("60m", 2, []),
     "checkpointing, large": ("200m", 1, [CHECKPOINTING]),
     "LoRA, bfloat16, large": ("200m", 1, [BF16, "actor.lora.rank=32", "actor.vision_cache_gib=0"]),
+    "Qwen2-VL": ("20m-qwen2_vl", 1, []),
+    "Qwen3-VL": ("20m-qwen3_vl", 1, []),
+    "Qwen3-VL, checkpointing": ("20m-qwen3_vl", 1, [CHECKPOINTING]),
+    "Qwen3-VL-MoE": ("20m-qwen3_vl_moe", 1, []),
+    "Qwen3-VL-MoE, checkpointing": ("20m-qwen3_vl_moe", 1, [CHECKPOINTING]),
 }
 """Name -> size, ranks, options."""
 
@@ -87,7 +92,9 @@ def run_rank(size: str, ranks: int, rank: int, directory: Path, options: list[st
     config.rollout.max_response_length, config.data.max_prompt_length = RESPONSE, 2 * PROMPT
     if config.actor.offload == "optimizer":
         worker_module.with_offload = lambda optimizer, *_: OffloadedOptimizer(optimizer)  # type: ignore[assignment]
-    batches = make_batches(config, sequences, VOCABULARY[size], np.full(2 * sequences, RESPONSE))
+    batches = make_batches(
+        config, sequences, VOCABULARY[family_and_size(size)[1]], np.full(2 * sequences, RESPONSE)
+    )
     passes = []
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         worker = PolicyWorker(config, rank, f"file://{directory}/rendezvous")

@@ -30,10 +30,10 @@ from mssr.actor.distributed import shard
 from mssr.config import Config
 from mssr.models import attention
 from mssr.models.bounded_cache import BoundedCache
-from mssr.models.memory import Pass, RankMemory
 from mssr.models.packing import PackedBatch
 from mssr.models.policy import PolicyModel
 from mssr.models.published import shape_of
+from mssr.models.rank_memory import Pass, RankMemory
 
 CASES = [
     ("tiny", 2, True),

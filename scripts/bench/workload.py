@@ -18,7 +18,7 @@ import transformers
 from PIL import Image
 
 from mssr.models import tiny
-from mssr.models.families import FAMILIES
+from mssr.models.families import FAMILIES, Family
 from mssr.models.tiny import TinySize
 
 RESPONSE_MEAN, RESPONSE_LIMIT, SIGMA, PROMPT, TEXT = 500, 4096, 0.8, (300, 1500), (40, 160)
@@ -48,7 +48,6 @@ SHAPES = {
     "7b": TinySize(hidden=3584, mlp=18944, text_layers=28, heads=28, kv_heads=4, **VISION),
 }
 VOCABULARY = {"tiny": 512, "20m": 16384, "60m": 32768, "200m": 65536, "3b": 151936, "7b": 152064}
-FAMILY = FAMILIES["qwen2_5_vl"]
 CELL = 28  # pixels, the side of what becomes one token: 2 x 2 patches of 14
 
 
@@ -57,11 +56,19 @@ def make_tokenizer() -> Any:
     return tiny.train_tokenizer(["0 1 2 3 4 5 6 7 8 9"], 256)
 
 
-def model_config(name: str) -> transformers.Qwen2_5_VLConfig:
-    """A Qwen2.5-VL in the shape of the 3B or 7B one, or a tiny one, for the tokens of `make_tokenizer`."""
-    config = FAMILY.tiny_config(make_tokenizer().get_vocab(), SHAPES[name])
-    config.text_config.vocab_size = VOCABULARY[name]
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = name != "7b"
+def family_and_size(name: str) -> tuple[Family, str]:
+    """Of "20m", which is a Qwen2.5-VL, or "20m-qwen3_vl"."""
+    size, _, model_type = name.partition("-")
+    return FAMILIES[model_type or "qwen2_5_vl"], size
+
+
+def model_config(name: str) -> transformers.PreTrainedConfig:
+    """A Qwen2.5-VL in the shape of the 3B or 7B one, or a smaller one, for the tokens of `make_tokenizer`; or
+    one of another family."""
+    family, size = family_and_size(name)
+    config = family.tiny_config(make_tokenizer().get_vocab(), SHAPES[size])
+    config.text_config.vocab_size = VOCABULARY[size]
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = size != "7b"
     return config
 
 
@@ -78,7 +85,7 @@ def write_model(directory: Path, name: str, device: torch.device, dtype: torch.d
     pixels = {"shortest_edge": 56 * 56, "longest_edge": CELL * CELL * 2 * PROMPT[1]}
     directory.mkdir(parents=True, exist_ok=True)
     tiny.save_quietly(model, directory)
-    FAMILY.tiny_processor(tokenizer, pixels).save_pretrained(directory)
+    family_and_size(name)[0].tiny_processor(tokenizer, pixels).save_pretrained(directory)
 
 
 def draw_lengths(prompts: int, n: int, scale: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

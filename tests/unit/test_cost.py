@@ -30,7 +30,9 @@ def test_the_formula_counts_what_torch_counts(model_type: str, vocabulary: dict[
     family = FAMILIES[model_type]
     config = family.tiny_config(vocabulary, TinySize())
     kind = getattr(import_transformers(), family.auto_class)
-    model = kind.from_config(config, attn_implementation="eager").eval()
+    # torch counts no products of groups.
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = kind.from_config(config, **plain).eval()
     shape = shape_of(model.config.to_dict())
     cost, length = CostModel(shape), 320
 
@@ -49,7 +51,7 @@ def test_the_formula_counts_what_torch_counts(model_type: str, vocabulary: dict[
     assert actual == pytest.approx(once - attention / 2, rel=0.01)
     head = 2 * length * model.lm_head.weight.numel()
     with_head = cost.text(np.array([length]), np.array([length]))[0] * UNIT / 3
-    assert with_head - actual == pytest.approx(head, rel=0.02)
+    assert with_head - actual == pytest.approx(head, rel=0.03)
 
     if (vision := shape.vision_config) is None:
         assert cost.images_forward(np.array([64])) == 0

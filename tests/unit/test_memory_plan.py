@@ -13,8 +13,9 @@ import pytest
 
 from mssr.models.families import FAMILIES
 from mssr.models.loading import import_transformers
-from mssr.models.memory import GIB, colocated_fits
+from mssr.models.memory import colocated_fits
 from mssr.models.published import published, shape_of
+from mssr.models.rank_memory import GIB
 from mssr.runs.config import load_config
 
 pytestmark = pytest.mark.unit
@@ -32,6 +33,8 @@ PARAMETERS = {
     "Qwen3-VL-4B-Instruct": 4_437_815_808,
     "Qwen3-VL-8B-Instruct": 8_767_123_696,
     "Qwen3-VL-32B-Instruct": 33_357_390_064,
+    "Qwen3-VL-30B-A3B-Instruct": 31_070_754_032,
+    "Qwen3-VL-235B-A22B-Instruct": 235_670_022_896,
     "Qwen2.5-0.5B-Instruct": 494_032_768,
     "Qwen2.5-1.5B-Instruct": 1_543_714_304,
     "Qwen2.5-3B-Instruct": 3_085_938_688,
@@ -56,7 +59,8 @@ def test_published_models_have_as_many_parameters_as_their_weights_on_the_hub() 
 @pytest.mark.parametrize(
     "name",
     "Qwen2-VL-2B-Instruct Qwen2.5-VL-7B-Instruct Qwen2.5-VL-32B-Instruct Qwen3-VL-4B-Instruct "
-    "Qwen3-VL-8B-Instruct Qwen2.5-1.5B-Instruct Qwen2.5-7B-Instruct Qwen3-4B Qwen3-8B".split(),
+    "Qwen3-VL-8B-Instruct Qwen3-VL-30B-A3B-Instruct Qwen2.5-1.5B-Instruct Qwen2.5-7B-Instruct "
+    "Qwen3-4B Qwen3-8B".split(),
 )
 def test_parameters_of_every_part_are_those_of_the_model(name: str) -> None:
     import torch
@@ -69,9 +73,9 @@ def test_parameters_of_every_part_are_those_of_the_model(name: str) -> None:
     with torch.device("meta"):
         model = kind.from_config(config)
     assert shape == shape_of(model.config.to_dict())  # as transformers writes it
-    hub = {key: tree[key] for key in tree.keys() - {"vision_config", "model_type"}}
-    if shape.vision_config and "text_config" not in tree:
-        assert shape == shape_of(tree | {"text_config": hub} | dict.fromkeys(hub))  # as it is written by now
+    if shape.vision_config and "text_config" not in tree:  # as the hub has it by now
+        text_config = {key: tree[key] for key in tree.keys() - {"vision_config", "model_type"}}
+        assert shape == shape_of({**tree, **dict.fromkeys(text_config), "text_config": text_config})
 
     def count(part: Any) -> int:
         return sum(p.numel() for p in part.parameters())

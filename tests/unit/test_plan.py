@@ -13,8 +13,9 @@ from mssr.config import Config, ModelConfig
 from mssr.errors import UserError
 from mssr.models.gpus import KINDS
 from mssr.models.host_memory import host_memory
-from mssr.models.memory import GIB, Pass, RankMemory, Workload, colocated_fits, totals
+from mssr.models.memory import colocated_fits, totals
 from mssr.models.published import read_shape
+from mssr.models.rank_memory import GIB, Pass, RankMemory, Workload
 from mssr.models.step_time import step_time
 from mssr.runs.config import load_config
 from mssr.tools.cli import main

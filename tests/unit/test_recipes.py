@@ -19,6 +19,8 @@ PAPER = ROOT / "configs/paper"
 CONFIGS = sorted([*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "examples").rglob("*.yaml")])
 CONFIGS = [path for path in CONFIGS if path.parent.name != "cluster"]  # which are for Kubernetes and the like
 SMALL, LARGE = PAPER / "qwen2_5_vl_3b", PAPER / "qwen2_5_vl_7b"
+OTHERS = {LARGE: "7b", PAPER / "qwen3_vl_4b": "qwen3-4b", PAPER / "qwen3_vl_8b": "qwen3-8b"}
+"""Directories of the same recipes for other models, with what their experiments are called."""
 NAME = {"experiment_name", "algorithm.name"}
 DIFFERENCES = {
     ("mssr", "mvsr"): NAME,
@@ -66,14 +68,15 @@ def test_a_recipe_differs_from_its_neighbour_only_where_it_should(pair: tuple[st
     assert differences(SMALL / f"{a}.yaml", SMALL / f"{b}.yaml") == DIFFERENCES[pair]
 
 
-def test_every_recipe_exists_in_both_sizes_and_differs_by_its_model() -> None:
+@pytest.mark.parametrize("directory", OTHERS, ids=lambda path: path.name)
+def test_every_recipe_exists_for_every_model_and_differs_by_it(directory: Path) -> None:
     names = {p.stem for p in SMALL.glob("*.yaml")}
     assert names == {name for pair in DIFFERENCES for name in pair}
-    assert names == {p.stem for p in LARGE.glob("*.yaml")}
+    assert names == {p.stem for p in directory.glob("*.yaml")}
     for name in names:
-        small, large = SMALL / f"{name}.yaml", LARGE / f"{name}.yaml"
-        assert differences(small, large) == {"experiment_name", "model.path"}
-        assert load_config(large).experiment_name == f"paper-7b-{name}"
+        small, other = SMALL / f"{name}.yaml", directory / f"{name}.yaml"
+        assert differences(small, other) == {"experiment_name", "model.path"}
+        assert load_config(other).experiment_name == f"paper-{OTHERS[directory]}-{name}"
         assert load_config(small).experiment_name == f"paper-3b-{name}"
 
 

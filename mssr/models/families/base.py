@@ -42,7 +42,8 @@ class Family:
     def shape(self, tree: Mapping[str, Any]) -> ModelShape:
         """From the content of config.json; older ones have the language model's keys at the top level."""
         text = tree.get("text_config") or tree
-        tied = tree.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
+        tied = tree.get("tie_word_embeddings")
+        tied = bool(text.get("tie_word_embeddings") if tied is None else tied)
         image_token = tree.get("image_token_id", 151655)
         vision = self.vision_shape(tree.get("vision_config") or {})
         return ModelShape(self.text_shape(text), vision, tied, image_token)
