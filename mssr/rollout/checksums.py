@@ -25,6 +25,8 @@ _MODULUS = 2**64
 _FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+    **dict.fromkeys(("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
+    **dict.fromkeys(("in_proj_b", "in_proj_a"), "in_proj_ba"),
 }
 """What vLLM calls the layer that these are parts of."""
 _EXPERTS = {
@@ -84,6 +86,7 @@ class Arriving:
 
     def __init__(self, tensors: Generator[tuple[str, torch.Tensor]], check: bool) -> None:
         self._tensors, self._check, self._sums = tensors, check, Checksums()
+        self._dtype: torch.dtype | None = None
         self.interrupted = ""
         """By what, in one line."""
 
@@ -91,6 +94,7 @@ class Arriving:
         try:
             for named in self._sums.of(self._tensors) if self._check else self._tensors:
                 beat()
+                self._dtype = named[1].dtype
                 yield named
         except TransferInterruptedError as error:
             self.interrupted = str(error)
@@ -106,7 +110,8 @@ class Arriving:
         if quantized:
             return Loaded("", self._sums.result())
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        held = checksums({name: p for name, p in parameters.items() if p.numel()})
+        # In the dtype in which they came: a few that vLLM computes with in float32 it also keeps so.
+        held = checksums({name: p.to(self._dtype) for name, p in parameters.items() if p.numel()})
         # Where there are more devices than heads of keys and values, several devices have the same head.
         copies = [getattr(module, "num_kv_head_replicas", 1) for module in model.modules()]
         return Loaded("", self._sums.result(), {n: held.get(n) for n in parameters}, max(copies))

@@ -62,8 +62,9 @@ class VllmEngine:
         self._version = 0
         self._device, self._sleeps = device, colocated and device == "cuda"
         self._dtype = compute_dtype(config.model.dtype, device)
+        options = vllm_options(config, device, colocated)
         try:
-            self._engine = vllm.LLM(**vllm_options(config, device, colocated)).llm_engine
+            self._engine = vllm.LLM(**options).llm_engine
         except (ValueError, torch.OutOfMemoryError) as error:
             raise UserError(f"rollout.engine=vllm: vLLM does not start: {_reason(error)}") from error
         if config.rollout.tensor_parallel > 1:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from mssr.config import Config
 from mssr.config.run import to_dict
+from mssr.errors import UserError
 from mssr.models.families import FAMILIES, Family
 from mssr.models.files import sha256
 from mssr.models.loading import import_transformers, load_model
@@ -73,15 +74,29 @@ def untie(family: Family, model_dir: Path, out: Path) -> Path:
     return out
 
 
+def engine_dtype(family: Family) -> torch.dtype:
+    """In which its engine computes here: float32, if vLLM can do that."""
+    try:
+        family.engine_options("cpu", torch.float32)
+    except UserError:
+        return torch.bfloat16
+    return torch.float32
+
+
 class FamilyEngine:
-    """The engine and the policy of a family, both with the weights of an export."""
+    """The engine and the policy of a family, both with the weights of an export.
+
+    The policy computes in float32; its weights are such as the engine's dtype has.
+    """
 
     def __init__(self, name: str, workspace: Path, out: Path) -> None:
         model_type, *untied = name.split("-")
         self.family = FAMILIES[model_type]
+        self.dtype = engine_dtype(self.family)
         self.ids = write_prompts(out / "rows.parquet", self.family.tower_name is not None)
         small = ["rollout.max_num_seqs=16", "rollout.max_num_batched_tokens=1024"]
         options = [f"data.train={out / 'rows.parquet'}", "data.val=null", *small]
+        options.append(f"model.dtype={str(self.dtype).removeprefix('torch.')}")
         base = load_config(workspace, options)
         if untied:
             options.append(f"model.path={untie(self.family, Path(base.model.path), out / 'untied')}")
@@ -92,6 +107,7 @@ class FamilyEngine:
         self.update()
         self._export(base, out)
         self.config = load_config(workspace, [*options, f"model.path={out / 'export'}"])
+        self.rounding = PolicyModel(load_model(self.config.model, self.dtype), SAMPLED.temperature)
         self.engine = VllmEngine(self.config, "cpu")
         self.prompts = self.engine.prompts.get(self.ids)
         self.rows = [self.engine.prompts.row(i) for i in self.ids]
@@ -112,9 +128,10 @@ class FamilyEngine:
             for parameter in self.policy.model.parameters():
                 step = torch.randn(parameter.shape, generator=self._noise)
                 parameter.add_(step * (0.1 * parameter.std(correction=0) + 0.02))
+                parameter.copy_(parameter.to(self.dtype))
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return dict(self.policy.model.state_dict())
+        return {name: weight.to(self.dtype) for name, weight in self.policy.model.state_dict().items()}
 
     def load(self, weights: dict[str, torch.Tensor], version: int) -> list[str]:
         """Returns the names of tensors that the engine does not have as they were sent."""
@@ -129,21 +146,23 @@ class FamilyEngine:
             found.update(part)
         return [found[k] for k in range(len(asked))]
 
-    def mismatch(self) -> float:
-        """Largest difference of log-probs of what the engine samples, against the policy."""
+    def mismatch(self) -> dict[str, float]:
+        """Differences of log-probs of what the engine samples, against the policy."""
         rollouts = self.answers(SAMPLED, each=2)
-        prompts = dict(zip(self.ids, self.prompts, strict=True))
-        items = [
-            PackItem(
-                prompts[r.prompt_id],
-                self.policy.rope_positions(prompts[r.prompt_id]),
-                torch.from_numpy(r.response_token_ids).long(),
-            )
-            for r in rollouts
-        ]
+        items = [self.item(r.prompt_id, torch.from_numpy(r.response_token_ids).long()) for r in rollouts]
+        batch = pack(items, self.policy.merge_size)
         with torch.no_grad():
-            log_probs, _ = self.policy(pack(items, self.policy.merge_size))
-        return float(np.abs(log_probs.numpy() - np.concatenate([r.log_probs for r in rollouts])).max())
+            log_probs, _ = self.policy(batch)
+            found = gap(log_probs, torch.cat([torch.from_numpy(r.log_probs) for r in rollouts]))
+            if self.dtype != torch.float32:
+                # What the same computation loses to the dtype.
+                self.rounding.model.load_state_dict(self.weights())
+                found["noise"] = gap(log_probs, self.rounding(batch)[0])["mean"]
+        return found
+
+    def item(self, prompt_id: str, response: torch.Tensor) -> PackItem:
+        prompt = self.prompts[self.ids.index(prompt_id)]
+        return PackItem(prompt, self.policy.rope_positions(prompt), response)
 
     def images(self) -> list[list[Image.Image]]:
         """Of each prompt, in the size in which the model is to see them."""
@@ -160,12 +179,16 @@ class FamilyEngine:
             return [renderer.render_cmpl([prompt])[0] for prompt in prompts]
 
 
+def gap(some: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
+    difference = (some - others).abs()
+    return {"largest": float(difference.max()), "mean": float(difference.mean())}
+
+
 def describe(inputs: Any) -> dict[str, Any]:
-    """An input of vLLM as values that can be compared; of the names by which caches know images, which are
-    the same."""
+    """An input of vLLM as values that can be compared, without the names by which caches know images."""
     described = {"type": inputs["type"], "ids": list(inputs["prompt_token_ids"])}
     if inputs["type"] == "multimodal":
-        places, items, names = (inputs[f"mm_{n}"] for n in ("placeholders", "kwargs", "hashes"))
+        places, items = inputs["mm_placeholders"], inputs["mm_kwargs"]
         described["placeholders"] = {
             kind: [(p.offset, p.length, p.is_embed) for p in of_kind] for kind, of_kind in places.items()
         }
@@ -174,7 +197,6 @@ def describe(inputs: Any) -> dict[str, Any]:
             described[f"fields of {kind}"] = [[(n, e.field.keep_on_cpu) for n, e in x] for x in elements]
             described[f"kinds of {kind}"] = [[(type(e.field), e.data.dtype) for _, e in x] for x in elements]
             described[f"data of {kind}"] = [[e.data.tolist() for _, e in x] for x in elements]
-        described["equal images"] = {k: [[a == b for b in n] for a in n] for k, n in names.items()}
     return described
 
 
@@ -190,7 +212,7 @@ def compare_inputs(at: FamilyEngine) -> dict[str, Any]:
     """What we give the engine against what vLLM would prepare, and what it answers to both."""
     found: dict[str, Any] = {"inputs": {}}
     images = at.images()
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in sorted((torch.bfloat16, torch.float32), key=lambda dtype: dtype == at.dtype):
         ours = [_engine_input(prompt, at.engine._merge_size, dtype) for prompt in at.prompts]
         theirs = at.vllm_inputs(images, dtype)
         found["inputs"][str(dtype)] = differing(ours, theirs)
@@ -200,7 +222,8 @@ def compare_inputs(at: FamilyEngine) -> dict[str, Any]:
     found["tower_on_each_device"] = (
         at.engine._engine.model_config._model_info.supports_multimodal_encoder_tp_data
     )
-    found["images"] = [len(i["mm_hashes"]["image"]) if "mm_hashes" in i else 0 for i in ours]
+    names = [i["mm_hashes"]["image"] if "mm_hashes" in i else [] for i in ours]
+    found["images"] = [[own.index(name) for name in own] for own in names]
     answers = at.answers(GREEDY)
     with mock.patch.object(at.engine, "_inputs", lambda ids: [theirs[at.ids.index(i)] for i in ids]):
         their_answers = at.answers(GREEDY)
@@ -216,40 +239,44 @@ def largest_difference(some: Sequence[Rollout], others: Sequence[Rollout]) -> fl
     return max(float(np.abs(a.log_probs - b.log_probs).max()) for a, b in pairs)
 
 
-def compare_export(at: FamilyEngine) -> dict[str, Any]:
-    """The export against the policy, the model before, and, in transformers with its own processor and one
-    prompt at a time, against vLLM."""
-    transformers, path = import_transformers(), Path(at.config.model.path)
-    model = getattr(transformers, at.family.auto_class).from_pretrained(path, dtype=torch.float32).eval()
-    weights, files = model.state_dict(), {p.name for d in (path, at.base) for p in d.iterdir()}
+def changed_by_export(at: FamilyEngine, model: Any, processor: Any) -> list[str]:
+    """Weights of an export that are not the policy's, and files that are not those of the model before."""
+    path, weights = Path(at.config.model.path), model.state_dict()
     changed = [n for n, w in at.weights().items() if n not in weights or not torch.equal(w, weights[n])]
-    # The last tells where a tokenizer was loaded from.
-    same = files - {"model.safetensors", "tokenizer_config.json"}
+    files = {file.name for directory in (path, at.base) for file in directory.iterdir()}
+    # Loaded, a tokenizer may be of the family's own class, and it knows where it was loaded from.
+    same = {name for name in files if not name.startswith(("model", "tokenizer"))}
     changed += [n for n in same if (path / n).read_bytes() != (at.base / n).read_bytes()]
+    before = import_transformers().AutoProcessor.from_pretrained(at.base)
+    tokenizers = [getattr(p, "tokenizer", p).backend_tokenizer.to_str() for p in (before, processor)]
+    return changed + ["tokenizer"] * (tokenizers[0] != tokenizers[1])
+
+
+def compare_export(at: FamilyEngine) -> dict[str, Any]:
+    """The export against what it was made of; and what it says in transformers, with its own processor and
+    one prompt at a time, against vLLM."""
+    transformers, path = import_transformers(), at.config.model.path
+    model = getattr(transformers, at.family.auto_class).from_pretrained(path, dtype=torch.float32).eval()
     processor = transformers.AutoProcessor.from_pretrained(path)
-    worst = 0.0
+    changed = changed_by_export(at, model, processor)
+    theirs, ours, others = [], [], []
     for row, images, answer in zip(at.rows, at.images(), at.answers(GREEDY), strict=True):
         options = {"images": images, "size": at.config.data.pixel_bounds} if images else {}
         text = at.engine.prompts.encoder.chat_text(row)
         inputs = processor(text=[text], return_tensors="pt", **options)
-        length = inputs["input_ids"].shape[1]
+        tokens = torch.from_numpy(answer.response_token_ids).long()[None]
+        # What the processor says of each token; a response is text.
+        added = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            if key in inputs:
+                inputs[key] = torch.cat([inputs[key], added.get(key, torch.zeros_like(tokens))], dim=1)
         with torch.no_grad():
-            out = model.generate(
-                **inputs,
-                max_new_tokens=GREEDY.max_tokens,
-                do_sample=False,
-                suppress_tokens=at.policy.banned_ids or None,
-                return_dict_in_generate=True,
-                output_scores=True,
-            )
-        tokens = out.sequences[0, length:]
-        if tokens.tolist() != answer.response_token_ids.tolist():
-            worst = float("inf")
-            break
-        scores = torch.log_softmax(torch.cat(out.scores).float(), dim=-1)
-        log_probs = scores.gather(1, tokens[:, None])[:, 0].numpy()
-        worst = max(worst, float(np.abs(log_probs - answer.log_probs).max()))
-    return {"changed": changed, "difference": worst}
+            logits = model(**inputs).logits[0, -tokens.shape[1] - 1 : -1].float()
+        logits[:, at.policy.banned_ids] = float("-inf")
+        theirs.append(logits.log_softmax(-1).gather(1, tokens.T)[:, 0])
+        ours.append(torch.from_numpy(answer.log_probs))
+        others += logits.argmax(-1)[tokens[0] != logits.argmax(-1)].tolist()
+    return {"changed": changed, "other_tokens": others} | gap(torch.cat(theirs), torch.cat(ours))
 
 
 def shouting(at: FamilyEngine) -> dict[str, Any]:
@@ -261,7 +288,7 @@ def shouting(at: FamilyEngine) -> dict[str, Any]:
     model = at.policy.model
     language_model = at.policy.family.language_model(model)
     hook = language_model.register_forward_hook(lambda *call: hidden.append(call[2].last_hidden_state[0]))
-    items = [PackItem(p, at.policy.rope_positions(p), torch.zeros(1, dtype=torch.int64)) for p in at.prompts]
+    items = [at.item(i, torch.zeros(1, dtype=torch.int64)) for i in at.ids]
     with torch.no_grad():
         at.policy(pack(items, at.policy.merge_size))
         hook.remove()

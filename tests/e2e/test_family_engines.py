@@ -44,10 +44,21 @@ def examined(
     return found
 
 
+def assert_near(gaps: list[dict[str, float]]) -> None:
+    """Equal in float32; in a dtype with which more is lost, as near as the actor is in that dtype."""
+    if "noise" not in gaps[0]:
+        assert max(gap["largest"] for gap in gaps) < 1e-5
+        return
+    noise = sum(gap["noise"] for gap in gaps) / len(gaps)
+    assert max(gap["mean"] for gap in gaps) < 2 * noise < 0.1
+    assert sum(gap["mean"] for gap in gaps) / len(gaps) < 1.25 * noise
+
+
 def test_an_engine_is_given_what_vllm_would_prepare(name: str, examined: Callable[[str], Found]) -> None:
     """Token ids, places, pixels and grids, in float32 and as a GPU gets them; and it answers the same."""
     found = examined(name)
-    assert found["images"] == ([1, 2, 0, 3, 3] if sees_images(name) else [0] * 5)
+    same_image_twice = [[0], [0, 1], [], [0, 1, 2], [0, 1, 0]]
+    assert found["images"] == (same_image_twice if sees_images(name) else [[]] * 5)
     assert found["inputs"] == {"torch.bfloat16": [], "torch.float32": [], "originals": []}
     assert found["to_both"] < 1e-6
     # With several devices vLLM would else split the tower's weights, and not the images, over them.
@@ -58,7 +69,8 @@ def test_engine_and_actor_agree_after_two_updates(name: str, examined: Callable[
     """Of all weights, the tower's included, with the same images each time."""
     found = examined(name)
     assert found["not_loaded"] == []
-    assert len(found["mismatch"]) == 3 and max(found["mismatch"]) < 1e-5
+    assert len(found["mismatch"]) == 3
+    assert_near(found["mismatch"])
 
 
 def test_placeholders_are_never_sampled(name: str, examined: Callable[[str], Found]) -> None:
@@ -72,6 +84,9 @@ def test_an_export_answers_alike_in_transformers_and_vllm(
     name: str, examined: Callable[[str], Found]
 ) -> None:
     """The same tokens, from what each makes of text and images; and nothing is lost or rounded on the way."""
-    found = examined(name)["export"]
-    assert found["changed"] == []
-    assert found["difference"] < 1e-5
+    found = examined(name)
+    export, before = found["export"], found["mismatch"][0]
+    assert export["changed"] == []
+    if exact := "noise" not in before:
+        assert export["other_tokens"] == []
+    assert_near([export if exact else export | {"noise": before["noise"]}])
