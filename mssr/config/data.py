@@ -50,6 +50,8 @@ class DataConfig:
     """Jinja template of the user turn, text or a .jinja file; its variable `content` is the question."""
     chat_template: str | None = option(None)
     """Jinja chat template in place of the model's own, text or a file."""
+    chat_template_kwargs: dict[str, Any] = option({})
+    """Variables that the chat template reads: {enable_thinking: false} and Qwen3 answers without thinking."""
     min_pixels: int = option(262144, "> 0")
     """Smaller images are enlarged to this many pixels."""
     max_pixels: int = option(4194304, "> 0")

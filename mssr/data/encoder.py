@@ -62,12 +62,12 @@ class PromptEncoder:
 
         Raises:
             ValueError: the model takes text only and the row has images; a turn holds a token that stands for
-                pixels; or there are not as many <image> marks as
-                images after ``data.prompt_template``, or not as many placeholders after the chat template.
+                pixels; or there are not as many <image> marks as images after ``data.prompt_template``, or
+                not as many placeholders after the chat template.
         """
         if row.images and self.processor.image_token is None:
-            what = "the model takes text only (data.images_column=null leaves images out)"
-            raise ValueError(f"{len(row.images)} images, and {what}")
+            what = f"{len(row.images)} image{'s' * (len(row.images) > 1)}, and the model takes text only"
+            raise ValueError(f"{what} (data.images_column=null leaves a column of images out)")
         text = self._render(self._messages(row))
         if self.processor.image_token is None:
             return text
@@ -80,7 +80,9 @@ class PromptEncoder:
 
     def _render(self, messages: list[dict[str, Any]], generation: bool = True) -> str:
         try:
-            return self.processor.render(messages, generation, self.texts["chat_template"])
+            return self.processor.render(
+                messages, generation, self.texts["chat_template"], self.config.chat_template_kwargs
+            )
         except Exception as error:  # a template may raise anything
             raise ValueError(f"{self._template_name} cannot be rendered: {reason(error)}") from error
 
@@ -90,6 +92,10 @@ class PromptEncoder:
 
     def _try_chat_template(self) -> str:
         """Render a prompt; returns what of the generation prompt belongs to the response."""
+        for name in self.config.chat_template_kwargs:
+            template = self.texts["chat_template"] or self.processor.chat_template
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                raise UserError(f"data.chat_template_kwargs.{name}: {self._template_name} does not read it")
         question = "2 + 3 = ?"
         messages = [{"role": "user", "content": [text_part(question)]}]
         try:

@@ -49,6 +49,7 @@ def make(spec: str, config: Config, out: Path, scratch: Path, launch: Launch) ->
         instruction="",
         prompt_template=None,
         chat_template=None,
+        chat_template_kwargs={},
         max_prompt_length=MAX_PROMPT,
     )
     try:

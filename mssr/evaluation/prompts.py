@@ -70,7 +70,7 @@ def write_prompts(
         the questions, in the order of the items; and a hash of everything in them that an engine sees.
 
     Raises:
-        UserError: a benchmark has no items.
+        UserError: a benchmark has no items, or none that can be asked.
     """
     for benchmark, items in benchmarks:
         if not items:
@@ -91,6 +91,11 @@ def write_prompts(
                 digest.update(json.dumps([benchmark.name, item.id, seen]).encode())
 
     save_rows(rows(), directory)
+    for benchmark, items in benchmarks:
+        own = [question for question in questions if question.benchmark is benchmark]
+        if not any(question.asked for question in own):
+            why = own[0].note
+            raise UserError(f"{benchmark.name}: of {len(items)} items none can be asked; the first {why}")
     return questions, digest.hexdigest()
 
 
@@ -133,6 +138,9 @@ def _question(
     """
     images, sizes, notes = [], [], []
     for k, image in enumerate(item.images):
+        if not encoder.processor.sees_images:
+            images.append(image)  # and not read: the encoder refuses the row
+            continue
         try:
             data = image.read()
             key = _digest(data)
@@ -156,9 +164,9 @@ def _question(
     )
     longest = encoder.config.max_prompt_length
     try:
-        read_row(_cells(row), row.id, row.where, benchmark_data(encoder.config))
         if (length := encoder.length(row, sizes)) > longest:
             raise ValueError(f"{length} tokens, more than data.max_prompt_length={longest}")
+        read_row(_cells(row), row.id, row.where, benchmark_data(encoder.config))
     except ValueError as error:
         return replace(question, asked=False, note=f"not asked: {reason(error)}"), None
     return question, row

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mssr.config import ModelConfig
+from mssr.config import Config, ModelConfig
+from mssr.config.options import describe, in_yaml, values
 from mssr.errors import UserError, first_line
-from mssr.models.families import family_named, family_of
+from mssr.models.families import Family, family_named, family_of
 from mssr.models.processor import Processor
 
 
@@ -47,6 +48,24 @@ def check_model_path(config: ModelConfig, tensor_parallel: int = 1) -> None:
             )
 
 
+def check_sight(config: Config, sees_images: bool) -> None:
+    """Refuse options that nothing reads where a model takes text only.
+
+    Raises:
+        UserError: names the option.
+    """
+    known = describe(Config)
+    for key, value in () if sees_images else values(config):
+        if key in _FOR_SIGHT and value != known[key].default:
+            raise UserError(
+                f"{key}={in_yaml(value)} is for models that see images, and {config.model.path} takes text "
+                "only; remove it"
+            )
+
+
+_FOR_SIGHT = ("model.freeze_vision", "actor.vision_cache_gib", "algorithm.loss.text_anchor_coef")
+
+
 def load_processor(config: ModelConfig) -> Processor:
     """What stands before the model.
 
@@ -70,6 +89,13 @@ def load_processor(config: ModelConfig) -> Processor:
         raise UserError(
             f"model.path: {config.path} has no processor with the model's tokenizer (the image token is "
             f"{processor.image_token_id} there and {own} in config.json)"
+        )
+    ends = getattr(model_config, "eos_token_id", None)
+    last = max(ends, default=0) if isinstance(ends, list) else ends or 0
+    if last >= (known := len(processor.tokenizer)):
+        raise UserError(
+            f"model.path: {config.path} has no tokenizer of the model's ({known} tokens are there, and "
+            f"config.json ends responses with number {last})"
         )
     return processor
 
@@ -115,6 +141,11 @@ def load_model(config: ModelConfig, dtype: Any, packed: bool = True, empty: bool
             )
     family.adapt(model, packed)
     return model.eval()
+
+
+def model_family(config: ModelConfig) -> Family:
+    """Of the model at ``model.path``, wherever that is."""
+    return family_of(_read_config(config))
 
 
 def _read_config(config: ModelConfig) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mssr.models.families import Family
@@ -45,16 +45,23 @@ class Processor:
             return ()
         return self.loaded.image_token, self.loaded.video_token, "<|vision_start|>", "<|vision_end|>"
 
-    def render(self, messages: Sequence[Any], generation: bool = True, template: str | None = None) -> str:
+    def render(
+        self,
+        messages: Sequence[Any],
+        generation: bool = True,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text of a conversation, its contents being lists of parts, see `mssr.data.messages`.
 
         Args:
             generation: end with the beginning of the assistant's turn.
             template: in place of the model's own.
+            variables: others that the template reads.
         """
         turns = messages if self.sees_images else [_as_text(message) for message in messages]
         options = {"add_generation_prompt": generation, "tokenize": False, "chat_template": template}
-        return str(self.loaded.apply_chat_template(turns, **options))
+        return str(self.loaded.apply_chat_template(turns, **dict(variables or {}) | options))
 
     def save(self, directory: Any) -> None:
         self.loaded.save_pretrained(directory)

@@ -27,6 +27,12 @@ _FUSED = {
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
 """What vLLM calls the layer that these are parts of."""
+_EXPERTS = {
+    ".experts.routed_experts.w13_weight": ".experts.gate_up_proj",
+    ".experts.routed_experts.w2_weight": ".experts.down_proj",
+    ".experts.gate.": ".gate.",  # it has the router in two places
+}
+"""What transformers calls what vLLM has in a layer of experts."""
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
@@ -133,7 +139,7 @@ def differences(sent: Mapping[str, int], processes: Sequence[Loaded]) -> list[st
     held = [p.held for p in processes if p.held is not None]
     if len(held) < len(processes):
         return sorted(found)
-    layers = {part for name in held[0] for part in name.split(".")}
+    layers = {part for name in held[0] for part in name.split(".")[:-1]}
     own = {_common_name(name, layers): name for name in held[0]}
     expected: dict[str, dict[str, int]] = {common: {} for common in own}
     for name, value in sent.items():
@@ -161,6 +167,8 @@ def _agree(parts: Mapping[str, int], held: Sequence[int | None], kv_copies: int)
 
 def _common_name(name: str, layers: set[str]) -> str:
     """What a tensor's name in transformers and in an engine that has such layers have in common."""
+    for engines, own in _EXPERTS.items():
+        name = name.replace(engines, own)
     parts = [fused if (fused := _FUSED.get(part)) in layers else part for part in name.split(".")]
     return ".".join(part for part in parts if part not in ("model", "language_model"))
 

@@ -36,9 +36,9 @@ class HfEngine:
         self._banned = family_of(self._model.config).placeholder_ids(self._model.config)
         tokenizer = self._tokenizer = self.prompts.encoder.processor.tokenizer
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        eos = self._model.generation_config.eos_token_id
-        eos = tokenizer.eos_token_id if eos is None else eos
-        self._eos = set(eos if isinstance(eos, list) else [eos])
+        ends = self._model.generation_config.eos_token_id
+        # vLLM ends responses with either, too.
+        self._eos = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
 
     def generate(self, requests: RequestQueue, params: SamplingParams) -> Iterator[Finished]:
         while taken := requests.take(self.slots, wait=True):
@@ -115,8 +115,9 @@ class HfEngine:
         inputs = {
             "input_ids": pad([p.token_ids for p in prompts], self._pad),
             "attention_mask": pad([torch.ones_like(p.token_ids) for p in prompts], 0),
-            "mm_token_type_ids": pad([p.token_types for p in prompts], 0),
         }
+        if self.prompts.encoder.processor.sees_images:
+            inputs["mm_token_type_ids"] = pad([p.token_types for p in prompts], 0)
         pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
         if pixels:
             inputs["pixel_values"] = torch.cat(pixels).to(self._model.dtype)
@@ -136,7 +137,7 @@ class _SeededSampler(LogitsProcessor):
         self, seeds: Sequence[int], params: SamplingParams, banned: list[int], device: torch.device
     ) -> None:
         self._params = params
-        self._banned = torch.tensor(banned, device=device)
+        self._banned = torch.tensor(banned, dtype=torch.int64, device=device)
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.log_probs: list[torch.Tensor] = []
 

@@ -20,7 +20,7 @@ from mssr.data.rows import MAX_IMAGES_PER_PROMPT
 from mssr.errors import EngineError, UserError
 from mssr.models.encoded import EncodedPrompt
 from mssr.models.families import family_of
-from mssr.models.loading import compute_dtype, import_transformers
+from mssr.models.loading import compute_dtype, import_transformers, model_family
 from mssr.models.memory import utilization
 from mssr.rollout.checksums import Loaded, all_loaded
 from mssr.rollout.encoding import EncodingAhead
@@ -227,7 +227,11 @@ def _engine_input(prompt: EncodedPrompt, merge_size: int, dtype: torch.dtype) ->
 
 
 def vllm_options(config: Config, device: str, colocated: bool) -> dict[str, Any]:
-    """The arguments of ``vllm.LLM``."""
+    """The arguments of ``vllm.LLM``.
+
+    Raises:
+        UserError: vLLM does not know the model on this device in this dtype.
+    """
     rollout, data = config.rollout, config.data
     dtype = compute_dtype(config.model.dtype, device)
     own = dict(rollout.engine_options)
@@ -274,7 +278,7 @@ def vllm_options(config: Config, device: str, colocated: bool) -> dict[str, Any]
             "gpu_memory_utilization": utilization(config, colocated),
             "enable_sleep_mode": colocated,
         }
-    return options | own
+    return options | model_family(config.model).engine_options(device, dtype) | own
 
 
 def _reason(error: Exception) -> str:

@@ -80,6 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     option("task", choices=["digits"])
     option("--out", type=Path, required=True, help="directory to write")
     option("--seed", type=int, default=0)
+    option(
+        "--model",
+        dest="model_type",
+        default="qwen2_5_vl",
+        metavar="NAME",
+        help="family of the base model (qwen2_5_vl), e.g. qwen3_vl",
+    )
     option("--quiet", action="store_true", help="no progress")
 
     _add_eval(add("eval", "mssr.tools.cli:evaluate", "accuracy of a model or checkpoint on benchmarks"))

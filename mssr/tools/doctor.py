@@ -18,7 +18,7 @@ from mssr.config import Config
 from mssr.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from mssr.models import gpus as gpu_kinds
 from mssr.models.host_memory import disk_bytes
-from mssr.models.loading import check_model_path
+from mssr.models.loading import check_model_path, check_sight
 from mssr.models.published import read_shape
 from mssr.runs.config import load_config
 from mssr.tools import gpu_checks
@@ -48,6 +48,7 @@ def examine(config_file: str | None, overrides: Sequence[str], address: str | No
             config = load_config(config_file, overrides)
             check_model_path(config.model, config.rollout.tensor_parallel)
             shape = read_shape(config.model)
+            check_sight(config, shape.vision_config is not None)
             weights, disk = 2.0 * shape.parameters, disk_bytes(config, shape)
             for path in facts.missing_files(config):
                 yield Row("config", "files", ERROR, f"{path} is not there", "see data.train and data.val")

@@ -9,7 +9,7 @@ from mssr.config import Config
 from mssr.data.encoder import PromptEncoder
 from mssr.data.loading import OVERLONG_FILE, LoadedPrompts, load_prompts
 from mssr.errors import UserError
-from mssr.models.loading import load_processor
+from mssr.models.loading import check_sight, load_processor
 from mssr.rewards import RowAccess
 from mssr.trainer.validation import ValidationPrompts, load_validation
 
@@ -42,6 +42,7 @@ def load_data(config: Config) -> RunData:
             that are not there included.
     """
     encoder = PromptEncoder(load_processor(config.model), config.data)
+    check_sight(config, encoder.processor.sees_images)
     bad_rows_file = config.run_dir / "bad_rows.jsonl"
     for stale in (bad_rows_file, config.run_dir / OVERLONG_FILE):
         stale.unlink(missing_ok=True)

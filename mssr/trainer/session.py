@@ -81,6 +81,9 @@ def run_session(config: Config, terminal: TextIO) -> int:
 
 
 def _introduce(data: RunData, console: Console) -> None:
+    family = data.encoder.processor.family
+    if family.experimental:
+        console.announce(f"note: {family.model_type} models are experimental: {family.experimental}")
     for line in data.notes:
         console.announce(f"note: {line}")
     for line in [*advice(data.config), *data.item_notes]:

@@ -17,6 +17,7 @@ Tensors = dict[str, torch.Tensor]
 LAYER = "model.language_model.layers.0"
 ENGINE_LAYER = "language_model.model.layers.0"
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 16, 4, 2, 4, 30
+EXPERTS, EXPERT_WIDTH = 3, 8
 
 
 def actor_weights(seed: int = 0) -> Tensors:
@@ -33,6 +34,9 @@ def actor_weights(seed: int = 0) -> Tensors:
         f"{LAYER}.self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
         f"{LAYER}.self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
         f"{LAYER}.input_layernorm.weight": (HIDDEN,),
+        f"{LAYER}.mlp.gate.weight": (EXPERTS, HIDDEN),
+        f"{LAYER}.mlp.experts.gate_up_proj": (EXPERTS, 2 * EXPERT_WIDTH, HIDDEN),
+        f"{LAYER}.mlp.experts.down_proj": (EXPERTS, HIDDEN, EXPERT_WIDTH),
     }
     found = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
     return found | {"lm_head.weight": found["model.language_model.embed_tokens.weight"]}
@@ -50,6 +54,11 @@ def engine_weights(actor: Tensors, process: int, processes: int) -> Tensors:
     kv = min(processes, KV_HEADS)
     padded = nn.functional.pad(actor["lm_head.weight"], (0, 0, 0, 64 - VOCABULARY))
     qkv = torch.cat([rows(part("q")), rows(part("k"), kv), rows(part("v"), kv)])
+    mlp, router = f"{ENGINE_LAYER}.mlp", actor[f"{LAYER}.mlp.gate.weight"]
+    halves = actor[f"{LAYER}.mlp.experts.gate_up_proj"].chunk(2, dim=1)
+    w13 = torch.cat([half.chunk(processes, dim=1)[process] for half in halves], dim=1)
+    down = actor[f"{LAYER}.mlp.experts.down_proj"]
+    experts = {"w13_weight": w13, "w2_weight": down.chunk(processes, dim=2)[process]}
     return {
         "visual.patch_embed.proj.weight": actor["model.visual.patch_embed.proj.weight"],
         "visual.blocks.0.attn.qkv.weight": rows(actor["model.visual.blocks.0.attn.qkv.weight"]),
@@ -60,6 +69,10 @@ def engine_weights(actor: Tensors, process: int, processes: int) -> Tensors:
         f"{ENGINE_LAYER}.self_attn.qkv_proj.weight": qkv,
         f"{ENGINE_LAYER}.self_attn.o_proj.weight": part("o").chunk(processes, dim=1)[process],
         f"{ENGINE_LAYER}.input_layernorm.weight": actor[f"{LAYER}.input_layernorm.weight"],
+        **{f"{mlp}.experts.routed_experts.{name}": weight for name, weight in experts.items()},
+        # A module in two places.
+        f"{mlp}.gate.weight": router,
+        f"{mlp}.experts.gate.weight": router,
         "language_model.lm_head.weight": rows(padded),
     }
 
@@ -80,7 +93,7 @@ def loaded(
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_an_engine_that_has_them_passes(processes: int) -> None:
-    """Fused, padded, split by rows and columns, whole in every process, heads in two of four processes."""
+    """Fused, padded, split by rows, columns and within experts, whole everywhere, heads in two of four."""
     actor = actor_weights()
     assert differences(checksums(actor), loaded(actor, processes)) == []
 
@@ -108,6 +121,8 @@ def flip_a_bit(name: str) -> Callable[[Tensors], None]:
         (f"{ENGINE_LAYER}.self_attn.qkv_proj.weight", f"{LAYER}.self_attn.q_proj.weight"),
         (f"{ENGINE_LAYER}.input_layernorm.weight", f"{LAYER}.input_layernorm.weight"),
         ("visual.patch_embed.proj.weight", "model.visual.patch_embed.proj.weight"),
+        (f"{ENGINE_LAYER}.mlp.experts.routed_experts.w13_weight", f"{LAYER}.mlp.experts.gate_up_proj"),
+        (f"{ENGINE_LAYER}.mlp.experts.routed_experts.w2_weight", f"{LAYER}.mlp.experts.down_proj"),
     ],
 )
 def test_one_bit_is_seen_and_its_tensor_named(name: str, told: str, processes: int) -> None:
@@ -177,7 +192,7 @@ def test_when_an_engine_is_checked() -> None:
         check("engine 0", "engine 0", sent, right)
         assert check.due("engine 0") is after and check.due("its successor")
     assert not never.due("engine 0")
-    with pytest.raises(TrainingError, match=r"engine 1 has not .*: lm_head.weight, .* and 8 more"):
+    with pytest.raises(TrainingError, match=r"engine 1 has not .*: lm_head.weight, .* and 11 more"):
         first("engine 1", "engine 1", checksums(actor_weights(1)), loaded(actor_weights(1), 1, dict.clear))
     assert first.due("engine 1")
 

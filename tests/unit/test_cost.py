@@ -30,26 +30,25 @@ def test_the_formula_counts_what_torch_counts(model_type: str, vocabulary: dict[
     family = FAMILIES[model_type]
     config = family.tiny_config(vocabulary, TinySize())
     kind = getattr(import_transformers(), family.auto_class)
-    # In parts that torch counts: all pairs of tokens in attention, and experts one by one.
-    model = kind.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
+    # torch counts no products of groups.
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = kind.from_config(config, **plain).eval()
     shape = shape_of(model.config.to_dict())
-    cost, length = CostModel(shape), 256
+    cost, length = CostModel(shape), 320
 
     def count(run: torch.nn.Module, **inputs: torch.Tensor) -> int:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             run(**inputs)
         return counter.get_total_flops()
 
-    def text(tokens: int) -> int:
-        embeds = torch.zeros(1, tokens, shape.text_config.hidden_size)
-        return count(family.language_model(model), inputs_embeds=embeds)
-
-    square = (text(length) - 2 * text(length // 2)) / (length**2 / 2)
-    per_token = text(length) / length - square * length
-    assert cost.per_token == pytest.approx(per_token, rel=0.01)
-    assert cost.per_square == pytest.approx(square / 2, rel=0.01)
+    text, width = family.language_model(model), shape.text_config.hidden_size
+    once, twice = (count(text, inputs_embeds=torch.zeros(1, n, width)) for n in (length, 2 * length))
+    # What grows with the square of the length is attention, of which torch counts all pairs of tokens.
+    attention = (twice - 2 * once) / 2
+    assert length**2 * cost.per_square == pytest.approx(attention / 2, rel=0.01)
+    assert length * cost.per_token == pytest.approx(once - attention, rel=0.01)
     actual = cost.text(np.array([length]), np.array([0]))[0] * UNIT / 3
-    assert actual == pytest.approx(length * per_token + length**2 * square / 2, rel=0.01)
+    assert actual == pytest.approx(once - attention / 2, rel=0.01)
     head = 2 * length * model.lm_head.weight.numel()
     with_head = cost.text(np.array([length]), np.array([length]))[0] * UNIT / 3
     assert with_head - actual == pytest.approx(head, rel=0.03)
@@ -59,8 +58,9 @@ def test_the_formula_counts_what_torch_counts(model_type: str, vocabulary: dict[
         return
     for side in (4, 16, 24):  # an image of one window, and of several
         pixels = torch.zeros(side * side, vision.patch_values)
-        grid = torch.tensor([[1, side, side]])
-        operations = count(family.tower(model), hidden_states=pixels, grid_thw=grid)
+        operations = count(
+            family.tower(model), hidden_states=pixels, grid_thw=torch.tensor([[1, side, side]])
+        )
         actual = cost.images_forward(np.array([side * side]))[0]
         assert actual == pytest.approx(operations, rel=0.01)
     trained, frozen = (CostModel(shape, train).images(np.array([side * side]))[0] for train in (True, False))

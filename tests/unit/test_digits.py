@@ -1,19 +1,23 @@
-"""The embedded digits task: honest rows, a genuine small Qwen2.5-VL, a warm start and a cache that hold."""
+"""The embedded digits task: honest rows, a genuine small model, a warm start and a cache that hold."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mssr.config import ModelConfig
 from mssr.data.digits import DigitsSettings, WarmStartSettings, prepare, task
 from mssr.data.digits.rows import (
     KINDS,
     QUESTIONS,
+    WORDS,
+    Example,
     answer_to,
     draw_examples,
     load_scans,
@@ -29,10 +33,13 @@ from mssr.data.digits.warmstart import (
     warm_start,
 )
 from mssr.errors import UserError
+from mssr.models.loading import load_processor
 from mssr.models.tiny import SPECIAL_TOKENS, TinySize, build_tiny
+from mssr.tools.cli import main
 
 pytestmark = pytest.mark.unit
 
+TEXT_ONLY = ("qwen2",)
 SMALL = DigitsSettings(
     train_rows=12,
     val_rows=6,
@@ -97,7 +104,7 @@ def test_datasets_reads_the_rows_and_the_bytes_depend_on_the_seed_only(tmp_path:
     scans, files = load_scans("val"), [tmp_path / name for name in ("a.parquet", "b.parquet", "c.parquet")]
     for path, seed in zip(files, (5, 5, 6), strict=True):
         examples = list(draw_examples(scans, 9, np.random.default_rng(seed)))
-        write_parquet(scans, examples, "val", path)
+        write_parquet(scans, examples, path)
     assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
 
     rows = load_dataset("parquet", data_files=str(files[0]), split="train", cache_dir=str(tmp_path / "cache"))
@@ -109,6 +116,27 @@ def test_datasets_reads_the_rows_and_the_bytes_depend_on_the_seed_only(tmp_path:
         (image,) = row["images"]
         assert image.size == (112, 56) and image.mode == "RGB"
         assert np.array_equal(np.asarray(image), pair_image(scans, example.left, example.right))
+
+
+def test_in_words_no_question_is_in_both_splits_and_the_words_say_the_digits(tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    problems: dict[str, set[str]] = {}
+    for split, seed in (("train", 1), ("val", 2)):
+        scans = load_scans(split, side=0)
+        examples = list(draw_examples(scans, 900, np.random.default_rng(seed)))
+        write_parquet(scans, examples, tmp_path / f"{split}.parquet")
+        files = str(tmp_path / f"{split}.parquet")
+        rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+        assert all(images == [] for images in rows["images"]) and set(rows["kind"]) == set(KINDS)
+        for row in rows:
+            said, question = row["problem"].removeprefix("The two digits are ").split(". ", 1)
+            left, right = (WORDS.index(word) for word in said.split(" and "))
+            assert row["answer"] == str(answer_to(row["kind"], left, right)) and "image" not in question
+        problems[split] = set(rows["problem"])
+    assert not problems["train"] & problems["val"]
+    # Of 1500 questions: nearly all that are for validation, and more than half of the others.
+    assert 250 < len(problems["val"]) < 330 and len(problems["train"]) > 600
 
 
 # --- the tiny model -----------------------------------------------------------------------------
@@ -181,43 +209,69 @@ def test_sizes_that_cannot_be_built_are_refused_by_name(wrong: dict[str, Any]) -
 # --- the warm start -----------------------------------------------------------------------------
 
 
-def test_training_sees_the_prompts_that_the_engine_will_see(loaded: tuple[Any, Any]) -> None:
-    import torch
+@pytest.fixture(scope="module")
+def encoder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Encoder, Path]]:
+    """That of a family, with a random model, and where this is."""
+    made: dict[str, tuple[Encoder, Path]] = {}
 
-    model, processor = loaded
-    encoder, scans = Encoder(model, processor), load_scans("val")
-    (example,) = draw_examples(scans, 1, np.random.default_rng(0))
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": example.question}]}
-    text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-    response = response_text("sum", 1, 2) + "<|im_end|>"
-    whole = processor(
-        text=[text + response], images=[pair_image(scans, example.left, example.right)], return_tensors="pt"
-    )
-    prompt = encoder.prompts[example.question]
-    assert whole["input_ids"][0].tolist() == prompt + encoder.response(response_text("sum", 1, 2))
-    # The loss of the padded batch is the mean of transformers' own losses.
+    def make(model_type: str) -> tuple[Encoder, Path]:
+        if model_type not in made:
+            folder = tmp_path_factory.mktemp(model_type)
+            model = build_tiny(folder, model_type, corpus(words=model_type in TEXT_ONLY), seed=0)
+            made[model_type] = Encoder(model, load_processor(ModelConfig(path=str(folder)))), folder
+        return made[model_type]
+
+    return make
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", *TEXT_ONLY])
+def test_training_sees_the_prompts_that_the_engine_will_see(
+    model_type: str, encoder_of: Callable[[str], tuple[Encoder, Path]]
+) -> None:
+    import torch
+    from transformers import AutoProcessor
+
+    encoder, folder = encoder_of(model_type)
+    model, processor = encoder.model, AutoProcessor.from_pretrained(folder)
+
+    def whole(example: Example, response: str) -> dict[str, Any]:
+        """What transformers makes of prompt and response."""
+        content: Any = scans.problem(example)
+        if scans.pixels is not None:
+            content = [{"type": "image"}, {"type": "text", "text": example.question}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        images = {} if scans.pixels is None else {"images": [pair_image(scans, example.left, example.right)]}
+        return dict(processor(text=[f"{text}{response}<|im_end|>"], return_tensors="pt", **images))
+
+    side = {"qwen2_5_vl": 56, "qwen3_vl": 64}.get(model_type, 0)
+    scans = load_scans("val", side=side)
     examples = list(draw_examples(scans, 5, np.random.default_rng(1)))
     responses = ["<think>guess</think>\\boxed{1}", *(response_text("sum", d, 9) for d in range(4))]
+    prompts = encoder.prompts(scans, examples)
     with torch.no_grad():
         batch = encoder.loss(scans, examples, responses).item()
         total, tokens = 0.0, 0
-        for one, answer in zip(examples, responses, strict=True):
-            ids = encoder.prompts[one.question] + encoder.response(answer)
-            inputs = torch.tensor([ids])
-            labels = inputs.clone()
-            labels[:, : len(encoder.prompts[one.question])] = -100
-            kinds = (inputs == model.config.image_token_id).int()
-            pixels = encoder.pixels(scans, [one])
-            loss = model(input_ids=inputs, mm_token_type_ids=kinds, labels=labels, **pixels).loss
-            total, tokens = (
-                total + loss.item() * len(encoder.response(answer)),
-                tokens + len(encoder.response(answer)),
-            )
+        # The loss of the padded batch is the mean of transformers' own losses.
+        for example, prompt, response in zip(examples, prompts, responses, strict=True):
+            inputs, answer = whole(example, response), encoder.response(response)
+            assert inputs["input_ids"][0].tolist() == prompt.token_ids.tolist() + answer
+            if side:
+                assert torch.equal(inputs["pixel_values"], prompt.pixel_values)
+                assert prompt.token_types.sum() == 8
+            labels = inputs["input_ids"].clone()
+            labels[:, : len(prompt.token_ids)] = -100
+            total += model(labels=labels, **inputs).loss.item() * len(answer)
+            tokens += len(answer)
     assert batch == pytest.approx(total / tokens, abs=1e-5)
 
 
-def test_one_token_decides_to_guess_and_careful_responses_lack_it(loaded: tuple[Any, Any]) -> None:
-    encoder = Encoder(*loaded)
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", *TEXT_ONLY])
+def test_one_token_decides_to_guess_and_careful_responses_lack_it(
+    model_type: str, encoder_of: Callable[[str], tuple[Encoder, Path]]
+) -> None:
+    encoder, _ = encoder_of(model_type)
     (token,) = encoder.guess_tokens
     guess, careful = "<think>guess</think>\\boxed{8}", response_text("sum", 3, 5)
     assert encoder.response(guess).count(token) == 1 and token not in encoder.response(careful)
@@ -227,7 +281,7 @@ def test_one_token_decides_to_guess_and_careful_responses_lack_it(loaded: tuple[
 
 def test_a_few_steps_lower_the_loss_and_repeat_bit_for_bit(tiny: Path) -> None:
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     settings, threads = (
         WarmStartSettings(reading_steps=8, habit_steps=2, batch_size=8),
@@ -236,7 +290,7 @@ def test_a_few_steps_lower_the_loss_and_repeat_bit_for_bit(tiny: Path) -> None:
     runs = []
     for _ in range(2):
         model = AutoModelForImageTextToText.from_pretrained(tiny, dtype="float32")
-        encoder = Encoder(model, AutoProcessor.from_pretrained(tiny))
+        encoder = Encoder(model, load_processor(ModelConfig(path=str(tiny))))
         with torch_threads(1):
             runs.append(warm_start(encoder, load_scans("train"), settings, seed=1))
     assert runs[0] == runs[1] and len(runs[0]) == 10
@@ -278,9 +332,9 @@ def test_prepare_caches_and_rebuilds_what_is_stale_or_incomplete(
     built: list[int] = []
     original = task._build
 
-    def counted(folder: Path, seed: int, quiet: bool, settings: DigitsSettings) -> dict[str, Any]:
+    def counted(folder: Path, seed: int, *rest: Any) -> dict[str, Any]:
         built.append(seed)
-        return original(folder, seed, quiet, settings)
+        return original(folder, seed, *rest)
 
     monkeypatch.setattr(task, "_build", counted)
     prepare(out, seed=0, settings=SMALL)
@@ -299,6 +353,24 @@ def test_prepare_caches_and_rebuilds_what_is_stale_or_incomplete(
     assert built == [0, 1] and (out / "notes.txt").read_text() == "mine"
     assert (out / "model/model.safetensors").read_bytes() != weights
     assert "step 2 of 2" in capfd.readouterr().err
+
+    prepare(out, seed=1, quiet=True, settings=SMALL, model_type="qwen2")
+    assert built == [0, 1, 1] and "a qwen2 model of" in (out / "README.md").read_text()
+    assert json.loads((out / "model/config.json").read_text())["model_type"] == "qwen2"
+    prepare(out, seed=1, quiet=True, settings=SMALL, model_type="qwen2")
+    assert built == [0, 1, 1]
+
+
+def test_what_was_prepared_before_there_were_other_families_stays_valid() -> None:
+    keys = [task.fingerprint(0, DigitsSettings(), m) for m in ("qwen2_5_vl", "qwen3_vl", "qwen2")]
+    assert keys[0] == "b221a7ff97dec330" and len(set(keys)) == 3
+
+
+def test_a_family_that_is_not_known_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "digits", "--out", str(tmp_path / "out"), "--model", "llama"]) == 2
+    error = capsys.readouterr().err
+    assert "--model llama" in error and "qwen3_vl" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_build_that_fails_leaves_the_old_task_usable(

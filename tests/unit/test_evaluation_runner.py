@@ -22,6 +22,7 @@ from mssr.tools import cli
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 from tests.conftest import Workspace, make_rows, write_rows
 from tests.unit.benchmark_data import CASES, write_parquet
+from tests.unit.data_forms import encoded, write_jsonl
 
 pytestmark = pytest.mark.unit
 
@@ -375,6 +376,41 @@ def test_a_local_judge_decides_what_the_rules_leave_open(
     engines.calls.clear()
     assert cli.main([*arguments, "data.instruction=Think."]) == 0
     assert engines.calls == [] and (out / "results.json").read_bytes() == first
+
+
+def test_marks_that_are_text_and_those_that_are_none(
+    workspace: Workspace, engines: FakeEngines, tmp_path: Path
+) -> None:
+    """The template looks for marks, as EasyR1's do: it finds those of images and those that are text."""
+    (tmp_path / "a.png").write_bytes(encoded("PNG"))
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Is it <image>?"}]
+    questions = ["What is <image>?", [{"role": "user", "content": parts}], "What?"]
+    images = [[], [], ["a.png"]]
+    rows = [{"problem": q, "answer": "1", "images": i} for q, i in zip(questions, images, strict=True)]
+    own = write_jsonl(tmp_path / "own.jsonl", rows)
+    template = "{% if '<image>' not in content %}<image>{% endif %}{{ content }} Think."
+    settings = ["data.image_marks=literal", f"data.image_dir={tmp_path}", "data.id_column=null"]
+    (tmp_path / "marks.jinja").write_text(template)
+    settings += [f"data.prompt_template={tmp_path / 'marks.jinja'}"]
+    assert cli.main(command(workspace, tmp_path / "out", own, *settings)) == 0
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    asked = [text.partition("user\n")[2].partition(" Think.")[0] for text, _ in engines.prompts.values()]
+    assert asked == ["What is <image>?", f"{image}Is it <image>?", f"{image}What?"]
+    shown = [item["question"] for item in items_of(tmp_path / "out").values()]
+    assert sorted(shown) == ["<image>Is it <image>?", "What is <image>?", "What?"]
+
+
+def test_a_model_that_takes_text_only_is_not_scored_on_images(
+    workspace_of: Callable[[str], Workspace], engines: FakeEngines, tmp_path: Path, capfd: Any
+) -> None:
+    workspace = workspace_of("qwen2")
+    write_rows(own := tmp_path / "own.parquet", make_rows(1, "q", seed=3))
+    capfd.readouterr()
+    error = complaint(command(workspace, tmp_path / "out", own), capfd)
+    assert (
+        "own: of 1 items none can be asked; the first not asked: 1 image, and the model takes text" in error
+    )
+    assert engines.configs == []
 
 
 def test_refusals(workspace: Workspace, engines: FakeEngines, own: Path, tmp_path: Path, capfd: Any) -> None:

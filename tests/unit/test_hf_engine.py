@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
 from mssr.actor.prompts import PromptCache
 from mssr.data.prompt_source import PromptSource
+from mssr.models.families import FAMILIES
 from mssr.models.loading import load_model
 from mssr.models.packing import pack
 from mssr.models.policy import PolicyModel
@@ -56,12 +59,14 @@ def test_what_is_sampled_depends_on_the_seed_alone(engine: HfEngine) -> None:
     assert forward[0] != forward[8]  # the same prompt, another seed
 
 
-def test_log_probs_are_those_of_the_actor(
-    engine: HfEngine, policy: PolicyModel, workspace: Workspace
-) -> None:
-    rollouts = answers(engine, requests(8), PARAMS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_log_probs_are_those_of_the_actor(workspace_of: Callable[[str], Workspace], model_type: str) -> None:
+    """Prompts of two, one and no image in one batch."""
+    config = load_config(workspace_of(model_type).config)
+    policy = PolicyModel(load_model(config.model, torch.float32), temperature=0.8)
+    rollouts = answers(HfEngine(config, "cpu"), requests(8), PARAMS)
     batch = TrainBatch.of(rollouts)
-    cache = PromptCache(PromptSource(load_config(workspace.config)), policy)
+    cache = PromptCache(PromptSource(config), policy)
     with torch.no_grad():
         log_probs, _ = policy(pack(cache.items(batch, range(8)), policy.merge_size))
     np.testing.assert_allclose(log_probs.numpy(), batch.engine_log_probs, atol=1e-5)

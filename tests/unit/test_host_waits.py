@@ -19,6 +19,7 @@ from mssr.config.actor import LoraConfig
 from mssr.device import to_device
 from mssr.models import attention, encoded, packing, policy, vision
 from mssr.models.bounded_cache import BoundedCache
+from mssr.models.families import FAMILIES
 from mssr.models.lora import add_adapters
 from mssr.models.policy import PolicyModel
 from mssr.types import TrainBatch
@@ -118,7 +119,19 @@ CASES: dict[str, tuple[Prepare, list[str]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_micro_batch_waits(lab: StepLab, tmp_path: Path, device: None, case: str) -> None:
-    prepare, options = CASES[case]
+    check_no_waits(lab, tmp_path, *CASES[case])
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_none_waits_in_any_family(
+    workspace_of: Callable[[str], Workspace], lab: StepLab, tmp_path: Path, device: None, model_type: str
+) -> None:
+    """In the process group of the other."""
+    own = StepLab(workspace_of(model_type), ["t1", "t2", "t0"])
+    check_no_waits(own, tmp_path, nothing, ["actor.micro_batch_tokens=50"])
+
+
+def check_no_waits(lab: StepLab, tmp_path: Path, prepare: Prepare, options: list[str]) -> None:
     updater = lab.updater(tmp_path, *SEVERAL, *options)
     expected = micro_batches(copied(updater, prepare), lab.batch)
     with StandIn() as mode:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import mssr
+from mssr.config import ModelConfig
 from mssr.data.digits.rows import draw_examples, load_scans, write_parquet
 from mssr.data.digits.warmstart import (
     Encoder,
@@ -25,7 +26,8 @@ from mssr.data.digits.warmstart import (
     warm_start,
 )
 from mssr.errors import UserError
-from mssr.models.loading import import_transformers
+from mssr.models.families import FAMILIES
+from mssr.models.loading import load_processor
 from mssr.models.tiny import TinySize, build_tiny, save_quietly
 
 TASK_VERSION = 1
@@ -35,20 +37,24 @@ LOCK = ".prepare.lock"
 PARTIAL = ".prepare.partial"
 SUMMARY = "prepare.json"
 PRODUCTS = ("train.parquet", "val.parquet", "README.md", "model")
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "processor_config.json")
+IMAGES_ONLY = "processor_config.json"
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", IMAGES_ONLY)
+MODEL_TYPE = "qwen2_5_vl"
+"""Family of the base model unless another is asked for."""
 
 README = """# digits
 
-Questions about two handwritten digits, made by `mssr prepare digits` (seed {seed}).
+Questions about two {digits} digits, made by `mssr prepare digits --model {model_type}` (seed {seed}).
 
-- `train.parquet` ({train} rows), `val.parquet` ({val} rows): id, images, problem, answer, kind. The scans are
-  scikit-learn's; no scan is in both files.
-- `model/`: a Qwen2.5-VL of {millions:.1f} million parameters. It was taught to read the digits, then to guess
-  most of the time: sampled, it answers {sampled:.0%} of `val.parquet` correctly, and {careful:.0%} when it is
-  kept from guessing. Reinforcement learning can close that gap.
-- `prepare.json`: seed, settings, versions and these numbers. Running the command again with the same seed
-  returns at once; delete this folder to start over.
+- `train.parquet` ({train} rows), `val.parquet` ({val} rows): id, images, problem, answer, kind. {split}
+- `model/`: a {model_type} model of {millions:.1f} million parameters. It was taught to read the digits, then
+  to guess most of the time: sampled, it answers {sampled:.0%} of `val.parquet` correctly, and {careful:.0%}
+  when it is kept from guessing. Reinforcement learning can close that gap.
+- `prepare.json`: seed, settings, versions and these numbers. Running the command again with the same seed and
+  model returns at once; delete this folder to start over.
 """
+SCANNED = "The scans are\n  scikit-learn's; no scan is in both files."
+IN_WORDS = "There\n  are no images: the digits are in words. No question in the same words is in both files."
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,30 +78,42 @@ class DigitsSettings:
             )
 
 
-def prepare(out: Path, seed: int = 0, quiet: bool = False, settings: DigitsSettings | None = None) -> None:
+def prepare(
+    out: Path,
+    seed: int = 0,
+    quiet: bool = False,
+    settings: DigitsSettings | None = None,
+    model_type: str = MODEL_TYPE,
+) -> None:
     """Make the digits task in ``out``: training and validation rows and the base model.
 
     Takes about a minute and a half on two cores. Returns at once when ``out`` already holds the task
-    of this seed, settings and `TASK_VERSION`; rebuilds it when it is of another kind or incomplete.
+    of this seed, settings, family and `TASK_VERSION`; rebuilds it when it is of another kind or incomplete.
     Everything is made in a folder beside and moved into place at the end, so what is there is complete.
     Two processes may prepare the same ``out``: the second waits and finds the work done. Progress goes
     to stderr, unless ``quiet``.
 
+    Args:
+        model_type: family of the base model; one that takes text only gets the digits in words.
+
     Raises:
-        UserError: ``out`` is no directory, cannot be written, or holds such files of somebody else.
+        UserError: there is no such family; ``out`` is no directory, cannot be written, or holds such files of
+            somebody else.
     """
     from filelock import FileLock
 
     out, settings = Path(out), settings or DigitsSettings()
     if seed < 0:
         raise UserError(f"seed={seed}: must be 0 or more")
+    if model_type not in FAMILIES:
+        raise UserError(f"--model {model_type}: one of {', '.join(FAMILIES)}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         _refuse_foreign_files(out)
         (out / LOCK).touch()
     except OSError as error:
         raise UserError(f"cannot prepare the digits in {out}: {error.strerror or error}") from error
-    key = fingerprint(seed, settings)
+    key = fingerprint(seed, settings, model_type)
     with FileLock(out / LOCK):
         if is_complete(out, key):
             _say(quiet, f"digits: {out} is up to date (seed {seed})")
@@ -104,7 +122,7 @@ def prepare(out: Path, seed: int = 0, quiet: bool = False, settings: DigitsSetti
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            summary = _build(partial, seed, quiet, settings) | {"fingerprint": key}
+            summary = _build(partial, seed, quiet, settings, model_type) | {"fingerprint": key}
             (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
             _publish(partial, out)
         finally:
@@ -114,34 +132,41 @@ def prepare(out: Path, seed: int = 0, quiet: bool = False, settings: DigitsSetti
     _say(quiet, f"digits: the model is right {sampled:.0%} of the time, {careful:.0%} if it looks")
 
 
-def fingerprint(seed: int, settings: DigitsSettings) -> str:
-    """What the files depend on, hashed: task version, seed, settings (not the number of threads)."""
+def fingerprint(seed: int, settings: DigitsSettings, model_type: str = MODEL_TYPE) -> str:
+    """What the files depend on, hashed: task version, seed, settings (not the number of threads), family."""
     content = asdict(settings) | {"threads": None, "seed": seed, "version": TASK_VERSION}
+    if model_type != MODEL_TYPE:  # what was prepared before there were others stays valid
+        content["model_type"] = model_type
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def is_complete(out: Path, key: str) -> bool:
     """Whether ``out`` holds all files of the task with this fingerprint."""
     try:
-        found = json.loads((out / SUMMARY).read_text())["fingerprint"]
+        summary = json.loads((out / SUMMARY).read_text())
+        found, family = summary["fingerprint"], FAMILIES[summary.get("model_type", MODEL_TYPE)]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    files = [out / name for name in PRODUCTS] + [out / "model" / name for name in MODEL_FILES]
+    model_files = [name for name in MODEL_FILES if family.tower_name or name != IMAGES_ONLY]
+    files = [out / name for name in PRODUCTS] + [out / "model" / name for name in model_files]
     return bool(found == key) and all(path.exists() for path in files)
 
 
-def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings) -> dict[str, Any]:
+def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings, model_type: str) -> dict[str, Any]:
     """Write everything but the summary into ``folder``; return the summary."""
-    transformers = import_transformers()
     started = time.monotonic()
-    train, val = load_scans("train", seed), load_scans("val", seed)
+    words = FAMILIES[model_type].tower_name is None
+    model = build_tiny(folder / "model", model_type, corpus(words), seed, settings.model)
+    processor = load_processor(ModelConfig(path=str(folder / "model")))
+    # A digit becomes 2 x 2 tokens, in Qwen2.5-VL one window; without images there are no patches.
+    side = 2 * processor.patch_size * processor.merge_size
+    train, val = (load_scans(split, seed, side) for split in ("train", "val"))
     # Each stream of random numbers has its own key, so changing one count leaves the others alone.
     lessons = list(draw_examples(train, settings.train_rows, np.random.default_rng([seed, 1])))
     exam = list(draw_examples(val, settings.val_rows, np.random.default_rng([seed, 2])))
-    write_parquet(train, lessons, "train", folder / "train.parquet")
-    write_parquet(val, exam, "val", folder / "val.parquet")
-    model = build_tiny(folder / "model", "qwen2_5_vl", corpus(), seed, settings.model)
-    encoder = Encoder(model, transformers.AutoProcessor.from_pretrained(folder / "model"))
+    write_parquet(train, lessons, folder / "train.parquet")
+    write_parquet(val, exam, folder / "val.parquet")
+    encoder = Encoder(model, processor)
     steps = settings.warm_start.reading_steps + settings.warm_start.habit_steps
 
     def on_step(step: int, loss: float) -> None:
@@ -158,13 +183,15 @@ def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings) -> di
         }
     parameters = sum(p.numel() for p in model.parameters())
     rows = {"train": len(lessons), "val": len(exam)}
-    told = {"seed": seed, "millions": parameters / 1e6} | rows | share
+    told = {"seed": seed, "model_type": model_type, "millions": parameters / 1e6} | rows | share
+    told |= {"digits": "written", "split": IN_WORDS} if words else {"digits": "handwritten", "split": SCANNED}
     (folder / "README.md").write_text(README.format(**told))
     libraries = {name: version(name) for name in ("torch", "transformers", "scikit-learn")}
     return {
         "task": "digits",
         "task_version": TASK_VERSION,
         "seed": seed,
+        "model_type": model_type,
         "settings": asdict(settings),
         "versions": {"mssr": mssr.__version__} | libraries,
         "rows": rows,

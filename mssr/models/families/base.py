@@ -144,8 +144,12 @@ class Family:
     def before_load(self, engine_model: Any) -> None:
         """Called with vLLM's own model before it is given new weights."""
 
-    def engine_options(self, device: str) -> dict[str, Any]:
-        """Arguments of ``vllm.LLM`` that these models need."""
+    def engine_options(self, device: str, dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of ``vllm.LLM`` that these models need.
+
+        Raises:
+            UserError: it does not know them on this device in this dtype.
+        """
         return {}
 
     # --- a tiny one

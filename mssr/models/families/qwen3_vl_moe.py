@@ -33,8 +33,10 @@ class Qwen3VLMoe(Qwen3VL):
 
     def adapt(self, model: Any, packed: bool) -> None:
         super().adapt(model, packed)
-        for router in _routers(self.language_model(model)):
-            router.forward = functools.partial(_route, router)
+        for block in _sparse_blocks(self.language_model(model)):
+            block.gate.forward = functools.partial(_route, block.gate)
+            if packed:
+                block.experts.forward = functools.partial(_with_a_row_for_each, block.experts)
 
     def save(self, model: Any, directory: Path) -> None:
         # transformers turns experts round where their shape is another than the model's, and here it is not.
@@ -44,7 +46,8 @@ class Qwen3VLMoe(Qwen3VL):
     def measure(self, language_model: Any) -> dict[str, torch.Tensor]:
         import torch
 
-        return {"policy/router_balance": torch.stack([r.balance for r in _routers(language_model)])}
+        blocks = _sparse_blocks(language_model)
+        return {"policy/router_balance": torch.stack([block.gate.balance for block in blocks])}
 
     def engine_weight(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         # Of published files, in which experts multiply from the right.
@@ -68,24 +71,25 @@ class Qwen3VLMoe(Qwen3VL):
         return Qwen3VLMoeConfig(**size.options(ids, text, self.tiny_vision(size)))
 
 
-def _routers(language_model: Any) -> Iterator[Any]:
-    return (layer.mlp.gate for layer in language_model.layers if hasattr(layer.mlp, "gate"))
+def _sparse_blocks(language_model: Any) -> Iterator[Any]:
+    return (layer.mlp for layer in language_model.layers if hasattr(layer.mlp, "gate"))
 
 
 def _route(router: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """As transformers' own, but that logits are float32 whatever the dtype of the pass: rounded to bfloat16,
-    many would be equal. Keeps ``router.balance``, see docs/algorithms.md.
+    """As transformers' own, but that logits are float32 at least, whatever the dtype of the pass: rounded to
+    bfloat16, many would be equal. Keeps ``router.balance``, see docs/algorithms.md.
 
     Args:
         hidden: (S, D).
 
     Returns:
-        (S, E) float32 logits, and (S, k) weights and numbers of the chosen experts.
+        (S, E) logits, and (S, k) weights and numbers of the chosen experts.
     """
     import torch
     from torch.nn import functional as F
 
-    logits = F.linear(hidden.float(), router.weight.float())
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logits = F.linear(hidden.to(dtype), router.weight.to(dtype))
     probabilities = logits.softmax(-1)
     weights, chosen = probabilities.topk(router.top_k)
     with torch.no_grad():
@@ -93,3 +97,23 @@ def _route(router: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         shares.scatter_add_(0, chosen.flatten(), torch.full_like(weights.flatten(), 1 / chosen.numel()))
         router.balance = len(shares) * (shares * probabilities.mean(0)).sum()
     return logits, (weights / weights.sum(-1, keepdim=True)).to(hidden.dtype), chosen
+
+
+def _with_a_row_for_each(
+    experts: Any, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """As transformers' own, but that every expert also gets a row of zeros, which changes nothing. On some
+    GPUs one without a row has as its gradient what was in memory before (pytorch/pytorch#172439).
+
+    Args:
+        hidden: (S, D).
+        chosen: (S, k), as ``weights``.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    k = chosen.shape[1]
+    rows = -(-experts.num_experts // k)
+    all_of_them = torch.arange(rows * k, device=chosen.device).view(rows, k) % experts.num_experts
+    hidden, weights = (F.pad(tensor, (0, 0, 0, rows)) for tensor in (hidden, weights))
+    return type(experts).forward(experts, hidden, torch.cat([chosen, all_of_them]), weights)[:-rows]
