@@ -101,6 +101,8 @@ def test_a_model_of_text_has_no_images(capsys: pytest.CaptureFixture[str]) -> No
     text, seeing = (RankMemory(p.config, p.shape, "cuda").update() for p in both)
     assert "image features" in seeing.keys() - text.keys()
     assert text["parameters"] < seeing["parameters"]
+    with pytest.raises(UserError, match=r"model\.freeze_vision=true is for models that see images"):
+        planned("Qwen3-8B", "model.freeze_vision=true")
 
 
 def test_a_model_of_experts_holds_all_and_computes_with_some() -> None:
