@@ -21,8 +21,8 @@ KNOWN = {
     "models/published.py": "Qwen",  # names and sizes of published models
     "models/tiny.py": "Qwen2Tokenizer",  # of all of them
     "data/encoder.py": "qwen_vl_utils",  # resizes images for all of them
-    "data/digits/task.py": "qwen",
-    "data/digits/warmstart.py": "qwen",
+    "data/digits/task.py": "qwen2_5_vl",  # of the embedded task unless another is asked for
+    "tools/cli.py": "qwen2_5_vl",  # likewise
 }
 """File -> the family's name that may stand there."""
 
@@ -35,7 +35,11 @@ def code_words(tree: ast.AST) -> Iterator[tuple[int, str]]:
         for field, value in ast.iter_fields(node):
             if isinstance(value, str) and id(node) not in docstrings and field != "type_comment":
                 yield getattr(node, "lineno", 0), value
-        if isinstance(node, ast.Compare | ast.Match) and "model_type" in ast.unparse(node):
+        sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+        if isinstance(node, ast.Match):
+            sides = [node.subject, ast.Constant("")]
+        literal = any(isinstance(side, ast.Constant | ast.Tuple | ast.List | ast.Set) for side in sides)
+        if literal and "model_type" in ast.unparse(node):
             yield node.lineno, f"comparison: {ast.unparse(node)}"
 
 
