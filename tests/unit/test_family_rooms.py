@@ -35,12 +35,13 @@ def code_words(tree: ast.AST) -> Iterator[tuple[int, str]]:
         for field, value in ast.iter_fields(node):
             if isinstance(value, str) and id(node) not in docstrings and field != "type_comment":
                 yield getattr(node, "lineno", 0), value
-        sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
-        if isinstance(node, ast.Match):
-            sides = [node.subject, ast.Constant("")]
-        literal = any(isinstance(side, ast.Constant | ast.Tuple | ast.List | ast.Set) for side in sides)
-        if literal and "model_type" in ast.unparse(node):
+        if isinstance(node, ast.Match) and "model_type" in ast.unparse(node.subject):
             yield node.lineno, f"comparison: {ast.unparse(node)}"
+        elif isinstance(node, ast.Compare) and "model_type" in ast.unparse(node):
+            sides = ast.Tuple([node.left, *node.comparators])
+            literals = (x.value for x in ast.walk(sides) if isinstance(x, ast.Constant))
+            if any(isinstance(x, str) and x != "model_type" for x in literals):
+                yield node.lineno, f"comparison: {ast.unparse(node)}"
 
 
 def found_in(source: str, known: str | None = None) -> list[str]:
