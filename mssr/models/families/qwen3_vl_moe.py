@@ -43,8 +43,8 @@ class Qwen3VLMoe(Qwen3VL):
                 raise UserError(f"model.path: {file} cannot be read ({first_line(error)})") from error
             if inputs - {tree["text_config"]["hidden_size"]}:
                 raise UserError(
-                    f"model.path: {directory} was saved by transformers, with its experts the other way round "
-                    "than published, which vLLM cannot load; load it with transformers and write it with "
+                    f"model.path: {directory} was saved by transformers, with its experts the other way "
+                    "round than published, which vLLM cannot load; load it with transformers and write it with "
                     "mssr.models.families.family_of(model.config).save(model, directory)"
                 )
 
