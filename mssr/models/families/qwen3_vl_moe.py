@@ -44,7 +44,7 @@ class Qwen3VLMoe(Qwen3VL):
             if inputs - {tree["text_config"]["hidden_size"]}:
                 raise UserError(
                     f"model.path: {directory} was saved by transformers, with its experts the other way "
-                    "round than published, which vLLM cannot load; load it with transformers and write it with "
+                    "round than published, which vLLM cannot load; open it with transformers and write it by "
                     "mssr.models.families.family_of(model.config).save(model, directory)"
                 )
 
