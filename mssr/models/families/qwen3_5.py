@@ -101,23 +101,18 @@ def _by_sequence(
 
     if cu_seq_lens_q is None:
         return forward(hidden_states, **kwargs)
-    if _kernels_take(hidden_states):
+    if _kernels_on(hidden_states.device.type):  # untried
         return forward(hidden_states, cu_seq_lens_q=cu_seq_lens_q.long(), seq_idx=seq_idx, **kwargs)
     lengths = cu_seq_lens_q.diff().tolist()
     return torch.cat([forward(part, **kwargs) for part in hidden_states.split(lengths, dim=1)], dim=1)
 
 
-def _kernels_take(hidden_states: torch.Tensor) -> bool:
-    """Whether transformers computes a layer with kernels that know of sequences. Untried."""
-    return hidden_states.is_cuda and _has_kernels()
-
-
 @functools.cache
-def _has_kernels() -> bool:
-    """For the convolution and for the delta rule; where transformers cannot import one, it does without."""
+def _kernels_on(device: str) -> bool:
+    """Whether transformers has kernels that know of sequences, for the convolution and for the delta rule."""
     try:
         importlib.import_module("causal_conv1d").causal_conv1d_fn  # noqa: B018
         importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule  # noqa: B018
-    except Exception:  # whatever keeps transformers from them
+    except Exception:  # whatever keeps transformers from them, too
         return False
-    return True
+    return device == "cuda"
