@@ -56,9 +56,7 @@ class Qwen35(Qwen2VL):
         return Qwen3VL().tower_positions(tower, grids, device)
 
     def engine_options(self, device: str, dtype: torch.dtype) -> dict[str, Any]:
-        import torch
-
-        if device == "cpu" and dtype != torch.bfloat16:
+        if device == "cpu" and str(dtype) != "torch.bfloat16":
             raise UserError(
                 "model.dtype: on a CPU vLLM computes Qwen3.5 in bfloat16 only; set model.dtype=bfloat16, or "
                 "rollout.engine=hf"
@@ -70,13 +68,10 @@ class Qwen35(Qwen2VL):
         from transformers import Qwen3_5Config
 
         text = size.text(ids, interleaved=True) | {"head_dim": 64, "mamba_ssm_dtype": "float32"}
-        # A quarter of the 32 pairs of a head turns.
-        text["rope_parameters"] |= {"mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25}
-        # What random heads of 128 values, fewer than which vLLM does not know, say is little: with the usual
-        # 1e-6 the norm after them makes ten times as much of rounding as the layers of other families do.
+        text["rope_parameters"] |= {"mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25}  # of 32 pairs
+        # With 1e-6, the norm after random heads, which say little, makes ten times as much of rounding.
         text |= {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "rms_norm_eps": 1e-5}
-        vision = size.vision() | {"num_position_embeddings": 64}
-        return Qwen3_5Config(**size.options(ids, text, vision))
+        return Qwen3_5Config(**size.options(ids, text, size.vision() | {"num_position_embeddings": 64}))
 
     def tiny_processor(self, tokenizer: Any, pixels: Mapping[str, int]) -> Any:
         return Qwen3VL().tiny_processor(tokenizer, pixels)
