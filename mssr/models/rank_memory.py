@@ -236,7 +236,7 @@ class RankMemory:
             kept += (norm - c) * (q + t.kv_width)  # what they put out are queries and keys
         if self.device == "cpu":
             kept += c * q  # the parts of attention's output, and the whole
-        kept += max(len(linear) for _, linear in t.linear) * self.config.actor.lora.rank * c
+        kept += max(len(linear) for _, linear, _ in t.kinds) * self.config.actor.lora.rank * c
         return kept * tokens, c * (2 * f + 2 * max(d, chosen)) * tokens
 
     def _text_kept(self) -> float:

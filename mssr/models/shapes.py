@@ -13,45 +13,17 @@ from typing import Any, TypeVar
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeltaShape:
-    """Layers with the gated delta rule in place of attention: a state for each head of values."""
+@dataclass(frozen=True, slots=True)
+class StateLayers:
+    """Decoder layers that carry a state along in place of attention."""
 
-    layers: int
-    linear_num_key_heads: int
-    linear_num_value_heads: int
-    linear_key_head_dim: int
-    linear_value_head_dim: int
-    linear_conv_kernel_dim: int
-
-    @property
-    def values(self) -> int:
-        """Of a token in a layer."""
-        return self.linear_num_value_heads * self.linear_value_head_dim
-
-    @property
-    def convolved(self) -> int:
-        """Queries, keys and values of a token."""
-        return 2 * self.linear_num_key_heads * self.linear_key_head_dim + self.values
-
-    def linear(self, d: int) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of the linear layers of one, in a model of width d."""
-        v, heads = self.values, self.linear_num_value_heads
-        inputs = {"in_proj_qkv": self.convolved, "in_proj_z": v, "in_proj_b": heads, "in_proj_a": heads}
-        return {name: (d, width) for name, width in inputs.items()} | {"out_proj": (v, d)}
-
-    @property
-    def vectors(self) -> int:
-        """Parameters of one that are in no linear layer: kernels, two for each head, and a norm."""
-        kernels = self.linear_conv_kernel_dim * self.convolved
-        return kernels + 2 * self.linear_num_value_heads + self.linear_value_head_dim
-
-    @property
-    def multiplied(self) -> int:
-        """Multiplications of a token beside those with linear layers, in chunks of 64 tokens."""
-        k, v = self.linear_key_head_dim, self.linear_value_head_dim
-        rule = self.linear_num_value_heads * (2 * 64 * k + 64 * v + 3 * k * v)
-        return self.linear_conv_kernel_dim * self.convolved + rule
+    count: int
+    linear: Mapping[str, tuple[int, int]]
+    """Inputs and outputs of the linear layers of one, without its MLP."""
+    vectors: int
+    """Parameters of one that are in none of these, nor a norm of every decoder layer."""
+    multiplied: int
+    """Multiplications of a token in one, without those in these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +49,8 @@ class TextShape:
     """Layers with an MLP in a model of experts."""
     gated_queries: bool = False
     """A gate for each value of attention's output comes with the queries."""
-    delta: DeltaShape | None = None
-    """Of the layers that have no attention, where there are such."""
+    states: StateLayers | None = None
+    """The layers that have no attention, where there are such."""
 
     def __post_init__(self) -> None:
         if not self.head_dim:
@@ -104,20 +76,21 @@ class TextShape:
     @property
     def attending(self) -> int:
         """Layers with attention."""
-        return self.num_hidden_layers - (self.delta.layers if self.delta else 0)
+        return self.num_hidden_layers - (self.states.count if self.states else 0)
 
     @property
-    def linear(self) -> list[tuple[int, dict[str, tuple[int, int]]]]:
-        """Decoder layers of a kind, and inputs and outputs of their linear layers; one or two kinds.
-
-        Experts are no such layers, and no router is.
-        """
+    def kinds(self) -> list[tuple[int, dict[str, tuple[int, int]], int]]:
+        """Decoder layers of a kind, of one the inputs and outputs of its linear layers, and what other
+        parameters it has. Experts and their router are in neither."""
         d, q, kv, f = self.hidden_size, self.q_width, self.kv_width, self.intermediate_size
         queries = 2 * q if self.gated_queries else q
         attention = {"q_proj": (d, queries), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
         mlp = {} if self.num_experts else {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
-        found = [(self.attending, attention | mlp)]
-        return [*found, (self.delta.layers, self.delta.linear(d) | mlp)] if self.delta else found
+        vectors = (q + 2 * kv if self.qkv_bias else 0) + (2 * self.head_dim if self.qk_norm else 0)
+        found = [(self.attending, attention | mlp, vectors + 2 * d)]
+        if self.states:
+            found.append((self.states.count, {**self.states.linear, **mlp}, self.states.vectors + 2 * d))
+        return found
 
     @property
     def _experts(self) -> list[int]:
@@ -135,12 +108,8 @@ class TextShape:
     @property
     def _sizes(self) -> list[tuple[int, int]]:
         """Decoder layers of a kind, and parameters of one."""
-        vectors = (self.q_width + 2 * self.kv_width) if self.qkv_bias else 0
-        others = [vectors + (2 * self.head_dim if self.qk_norm else 0)]
-        others += [self.delta.vectors] if self.delta else []
-        both = sum(self._experts) + 2 * self.hidden_size
-        kinds = zip(self.linear, others, strict=True)
-        return [(n, sum(i * o for i, o in linear.values()) + own + both) for (n, linear), own in kinds]
+        experts = sum(self._experts)
+        return [(n, sum(i * o for i, o in linear.values()) + own + experts) for n, linear, own in self.kinds]
 
     @property
     def layers(self) -> int:
@@ -158,15 +127,15 @@ class TextShape:
         """Elements of each weight of the layers that is not a vector."""
         dense = [self.hidden_size * self.intermediate_size] * 3 * self.dense_layers
         experts = self._experts * (self.num_hidden_layers - self.dense_layers)
-        found = [i * o for n, linear in self.linear for i, o in linear.values() for _ in range(n)]
+        found = [i * o for n, linear, _ in self.kinds for i, o in linear.values() for _ in range(n)]
         return found + experts + dense
 
     @property
     def multiplied(self) -> int:
         """Weights that a token is multiplied with on its way through all layers."""
         d = self.hidden_size
-        found = sum(n * i * o for n, linear in self.linear for i, o in linear.values())
-        found += self.delta.layers * self.delta.multiplied if self.delta else 0
+        found = sum(n * i * o for n, linear, _ in self.kinds for i, o in linear.values())
+        found += self.states.count * self.states.multiplied if self.states else 0
         if self.num_experts:
             sparse = self.num_hidden_layers - self.dense_layers
             found += sparse * d * (3 * self.mlp_width + self.num_experts)
@@ -285,7 +254,7 @@ class ModelShape:
         """Elements of the adapters' matrices; no targets means all linear layers."""
         return [
             rank * width
-            for n, linear in self.text_config.linear
+            for n, linear, _ in self.text_config.kinds
             for name, pair in linear.items()
             if not targets or name in targets
             for width in pair * n

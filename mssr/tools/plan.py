@@ -14,6 +14,7 @@ from mssr.config import Config
 from mssr.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from mssr.models import gpus
 from mssr.models.host_memory import checkpoint_bytes, disk_bytes, host_memory
+from mssr.models.loading import check_sight
 from mssr.models.memory import PHASES, GpuMemory, totals, utilization
 from mssr.models.published import read_shape
 from mssr.models.rank_memory import GIB, Workload, assumed_workload, longest
@@ -108,6 +109,7 @@ def make_plan(
 ) -> Plan:
     """The plan of a config for machines, see `plan`."""
     shape = read_shape(config.model)
+    check_sight(config, shape.vision_config is not None)
     work = assumed_workload(config, shape, image, response)
     count, kind = gpus.parse(gpus_text) if gpus_text else _here()
     decision = decide(config, "cuda", kind.memory_bytes)

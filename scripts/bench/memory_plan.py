@@ -61,6 +61,7 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "2 ranks": ("60m", 2, []),
     "checkpointing, large": ("200m", 1, [CHECKPOINTING]),
     "LoRA, bfloat16, large": ("200m", 1, [BF16, "actor.lora.rank=32", "actor.vision_cache_gib=0"]),
+    "Qwen3-VL-MoE, tiny": ("tiny-qwen3_vl_moe", 1, []),
     "Qwen2-VL": ("20m-qwen2_vl", 1, []),
     "Qwen3-VL": ("20m-qwen3_vl", 1, []),
     "Qwen3-VL, checkpointing": ("20m-qwen3_vl", 1, [CHECKPOINTING]),

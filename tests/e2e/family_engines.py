@@ -6,12 +6,14 @@ A name is a family's, with ``-untied`` after it for one whose head is not its em
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import shutil
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +25,7 @@ from PIL import Image
 
 from mssr.config import Config
 from mssr.config.run import to_dict
-from mssr.errors import UserError
+from mssr.errors import TransferInterruptedError, UserError
 from mssr.models.families import FAMILIES, Family
 from mssr.models.files import sha256
 from mssr.models.loading import import_transformers, load_model
@@ -138,6 +140,18 @@ class FamilyEngine:
         loaded = self.engine.load_weights(InMemory(weights), version, check=True)
         assert all(process.held for process in loaded)
         return differences(checksums(weights), loaded)
+
+    def break_off(self, weights: dict[str, torch.Tensor]) -> None:
+        """Begin to load, and have no more to load in the midst of the layers."""
+
+        class Ending(InMemory):
+            def tensors(self, *where: Any) -> Generator[tuple[str, torch.Tensor]]:
+                yield from itertools.islice(self.weights.items(), 3 * len(self.weights) // 4)
+                raise TransferInterruptedError("the rank is gone")
+
+        with contextlib.suppress(TransferInterruptedError):
+            self.engine.load_weights(Ending(weights), version=-1, check=True)
+            raise AssertionError("nobody was told")
 
     def answers(self, params: SamplingParams, each: int = 1) -> list[Rollout]:
         asked = [RolloutRequest(i, k, seed=97 * k + 5) for k in range(each) for i in self.ids]
@@ -309,6 +323,7 @@ def examine(name: str, workspace: Path, out: Path) -> dict[str, Any]:
     found["mismatch"], found["not_loaded"] = [at.mismatch()], []
     for version in (1, 2):
         at.update()
+        at.break_off({name: 2 * weight for name, weight in at.weights().items()})
         found["not_loaded"] += at.load(at.weights(), version)
         found["mismatch"].append(at.mismatch())
     found["placeholders"] = shouting(at)

@@ -66,7 +66,7 @@ def test_an_engine_is_given_what_vllm_would_prepare(name: str, examined: Callabl
 
 
 def test_engine_and_actor_agree_after_two_updates(name: str, examined: Callable[[str], Found]) -> None:
-    """Of all weights, the tower's included, with the same images each time."""
+    """Of all weights, the tower's included, with the same images, after transfers that broke off."""
     found = examined(name)
     assert found["not_loaded"] == []
     assert len(found["mismatch"]) == 3

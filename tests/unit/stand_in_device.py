@@ -8,6 +8,7 @@ that is not pinned. The kernels that CPUs lack are written down from their docum
 
 from __future__ import annotations
 
+import itertools
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -133,6 +134,7 @@ class StandIn(TorchDispatchMode):
         sized = kwargs.get("output_size") is not None or kwargs.get("unsafe") is True
         masks = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
         fills = name.startswith("index_put") and args[2].numel() == 1  # becomes masked_fill
+        sized |= name == "histc" and args[2:3] < args[3:4]  # else it looks for the least and the largest
         if name in ASKS and not sized:
             self._wait(name)
         elif not fills and any(m is not None and m.dtype in (torch.bool, torch.uint8) for m in masks):
@@ -181,7 +183,23 @@ def _attend_backward(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, star
         return thread.submit(work).result()
 
 
+def _count_whole_numbers(values: torch.Tensor, *bins: Any) -> torch.Tensor:
+    return torch.histc(values.double(), *bins).to(values.dtype)
+
+
+def _multiply_groups(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows of ``a`` times matrices of ``b``; or, where neither has several, columns times rows."""
+    assert ends.dtype == torch.int32 and a.dim() == 2
+    bounds = [0, *ends.tolist()]
+    groups = [slice(start, end) for start, end in itertools.pairwise(bounds)]
+    if b.dim() == 2:
+        return torch.stack([a[:, group] @ b[group] for group in groups])
+    return torch.cat([a[group] @ b[k] for k, group in enumerate(groups)])
+
+
 KERNELS = {
+    aten._grouped_mm.default: _multiply_groups,
+    aten.histc.default: _count_whole_numbers,
     aten.mm.dtype: _narrow_product,
     aten.addmm.dtype_out: _add_narrow_product,
     torch.ops.torch_attn._varlen_attn.default: _attend,

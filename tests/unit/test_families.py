@@ -55,9 +55,11 @@ class Lab:
         processor = load_processor(self.config.model)
         self.family = processor.family
         self.encoder = PromptEncoder(processor, self.config.data)
+        # float32 rounds more than 1e-5 off where a state adds it up: transformers' own model, too.
+        self.dtype = torch.float64 if self.family.experimental else torch.float32
         path, transformers = self.config.model.path, import_transformers()
         kind = getattr(transformers, self.family.auto_class)
-        self.plain = kind.from_pretrained(path, dtype=torch.float32).eval()
+        self.plain = kind.from_pretrained(path, dtype=torch.float32).to(self.dtype).eval()
         self.processor = transformers.AutoProcessor.from_pretrained(path)
         self.policy = self.load()
         sees = self.family.tower_name is not None
@@ -71,7 +73,7 @@ class Lab:
 
     def load(self, implementation: str = "auto") -> PolicyModel:
         section = dataclasses.replace(self.config.model, attn_implementation=implementation)
-        return PolicyModel(load_model(section, torch.float32), TEMPERATURE)
+        return PolicyModel(load_model(section, torch.float32).to(self.dtype), TEMPERATURE)
 
     def packed(self, which: Any) -> PackedBatch:
         return pack([self.items[k] for k in which], self.policy.merge_size)
@@ -271,7 +273,8 @@ def test_positions_in_images_are_those_that_transformers_works_out(
     for name in [name for name in vars(module) if name.startswith(("get_vision_", "get_max_seqlen"))]:
         monkeypatch.setattr(module, name, functools.partial(recorded, getattr(module, name)))
     thw = torch.tensor(grids)
-    pixels = torch.randn(int(thw.prod(-1).sum()), tower.patch_embed.proj.weight[0].numel())
+    weight = tower.patch_embed.proj.weight
+    pixels = torch.randn(int(thw.prod(-1).sum()), weight[0].numel(), dtype=weight.dtype)
     positions = seeing.family.tower_positions(tower, grids, torch.device("cpu"))
     results = []
     with torch.no_grad():

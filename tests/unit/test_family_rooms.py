@@ -21,8 +21,8 @@ KNOWN = {
     "models/published.py": "Qwen",  # names and sizes of published models
     "models/tiny.py": "Qwen2Tokenizer",  # of all of them
     "data/encoder.py": "qwen_vl_utils",  # resizes images for all of them
-    "data/digits/task.py": "qwen",
-    "data/digits/warmstart.py": "qwen",
+    "data/digits/task.py": "qwen2_5_vl",  # of the embedded task unless another is asked for
+    "tools/cli.py": "qwen2_5_vl",  # likewise
 }
 """File -> the family's name that may stand there."""
 
@@ -35,8 +35,13 @@ def code_words(tree: ast.AST) -> Iterator[tuple[int, str]]:
         for field, value in ast.iter_fields(node):
             if isinstance(value, str) and id(node) not in docstrings and field != "type_comment":
                 yield getattr(node, "lineno", 0), value
-        if isinstance(node, ast.Compare | ast.Match) and "model_type" in ast.unparse(node):
+        if isinstance(node, ast.Match) and "model_type" in ast.unparse(node.subject):
             yield node.lineno, f"comparison: {ast.unparse(node)}"
+        elif isinstance(node, ast.Compare) and "model_type" in ast.unparse(node):
+            sides = ast.Tuple([node.left, *node.comparators])
+            literals = (x.value for x in ast.walk(sides) if isinstance(x, ast.Constant))
+            if any(isinstance(x, str) and x != "model_type" for x in literals):
+                yield node.lineno, f"comparison: {ast.unparse(node)}"
 
 
 def found_in(source: str, known: str | None = None) -> list[str]:

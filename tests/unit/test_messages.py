@@ -142,6 +142,7 @@ def test_turns_reach_the_model(rows, workspace: Workspace) -> None:
     assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
     sizes = [source.size() for source in row.images]
     assert len(encoder.encode(row).token_ids) == encoder.length(row, sizes)
+    assert encoder.chat_text(row.without_images()) == text.replace(image, "")
     (row,), _ = rows([{"messages": [user("one"), {"role": "assistant", "content": "a"}, user("two")],
                        "answer": "1", "images": ["a.png"]}])  # fmt: skip
     assert f"user\n{image}one" in encoder.chat_text(row)

@@ -13,13 +13,13 @@ from mssr.config import Config, ModelConfig
 from mssr.errors import UserError
 from mssr.models.gpus import KINDS
 from mssr.models.host_memory import host_memory
-from mssr.models.memory import colocated_fits, totals
+from mssr.models.memory import EngineMemory, colocated_fits, totals
 from mssr.models.published import read_shape
 from mssr.models.rank_memory import GIB, Pass, RankMemory, Workload
 from mssr.models.step_time import step_time
 from mssr.runs.config import load_config
 from mssr.tools.cli import main
-from mssr.tools.plan import make_plan
+from mssr.tools.plan import Plan, make_plan
 from mssr.trainer import fit
 
 pytestmark = pytest.mark.unit
@@ -86,6 +86,41 @@ def test_what_does_not_fit_is_refused_and_fits_with_what_is_named(
     assert "does not fit: rank + engine: update takes" in problems
     assert "  actor.activation_checkpointing=true\n" in settings
     assert main([*command, *settings.split()]) == 0
+
+
+def planned(name: str, *settings: str) -> Plan:
+    return make_plan(load_config(SEVEN, [f"model.path=Qwen/{name}", *settings]), "8xH200-141GB", 1)
+
+
+def test_a_model_of_text_has_no_images(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(SEVEN), "model.path=Qwen/Qwen3-8B", "--gpus", "8xH100-80GB"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Qwen/Qwen3-8B: 8.19e9 parameters, no vision tower\n")
+    assert "assumed: 0 tokens an image" in out and "encoded prompts" not in out
+    both = planned("Qwen3-8B"), planned("Qwen3-VL-8B-Instruct", "model.freeze_vision=true")
+    text, seeing = (RankMemory(p.config, p.shape, "cuda").update() for p in both)
+    assert "image features" in seeing.keys() - text.keys()
+    assert text["parameters"] < seeing["parameters"]
+    with pytest.raises(UserError, match=r"model\.freeze_vision=true is for models that see images"):
+        planned("Qwen3-8B", "model.freeze_vision=true")
+
+
+def test_a_model_of_experts_holds_all_and_computes_with_some() -> None:
+    dense, experts = planned("Qwen3-VL-32B-Instruct"), planned("Qwen3-VL-30B-A3B-Instruct")
+    assert experts.memory.engine.weights > 0.9 * dense.memory.engine.weights
+    assert sum(RankMemory(experts.config, experts.shape, "cuda").update().values()) > 60 * GIB
+    assert experts.shape.text_config.multiplied < dense.shape.text_config.multiplied / 9
+    assert experts.time().update < dense.time().update / 4
+    assert experts.time().generate < 0.6 * dense.time().generate
+
+
+def test_features_for_deeper_layers_take_memory_of_an_engine() -> None:
+    made = planned("Qwen3-VL-8B-Instruct")
+    vision = made.shape.vision_config
+    assert vision is not None and vision.levels == 3
+    plain = dataclasses.replace(made.shape, vision_config=dataclasses.replace(vision, levels=0))
+    engines = [EngineMemory.of(made.config, s, H100.memory_bytes, True) for s in (made.shape, plain)]
+    assert engines[0].work - engines[1].work == pytest.approx(2 * 16384 * 4096 * 3)
 
 
 def test_where_nothing_helps_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

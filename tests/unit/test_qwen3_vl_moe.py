@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +14,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from mssr.actor.worker import PolicyWorker
 from mssr.config import LoraConfig, ModelConfig
 from mssr.errors import UserError
 from mssr.models.families import FAMILIES
-from mssr.models.loading import import_transformers, load_model
+from mssr.models.loading import check_model_path, import_transformers, load_model
 from mssr.models.lora import add_adapters
 from mssr.models.tiny import TinySize, train_tokenizer
-from tests.conftest import CORPUS
+from mssr.runs.config import load_config
+from tests.conftest import CORPUS, Workspace
+from tests.e2e.ranks import make_batch
 
 pytestmark = pytest.mark.unit
 FAMILY: Any = FAMILIES["qwen3_vl_moe"]
@@ -100,6 +106,30 @@ def test_the_balance_is_that_of_transformers_over_the_experts_of_a_token(block: 
     weight, hidden = (torch.randn(n, block.gate.hidden_dim, generator=generator) * 0.3 for n in (5, 40))
     expected = load_balancing_loss_func((hidden @ weight.T,), num_experts=5, top_k=2)
     assert balance(block, weight, hidden) == pytest.approx(float(expected) / 2, rel=1e-5) != 1
+
+
+def test_the_balance_of_all_passes_is_reported(
+    workspace_of: Callable[[str], Workspace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that train, each once, though with recomputed activations routers run twice."""
+    workspace, found, measure = workspace_of("qwen3_vl_moe"), [], FAMILY.measure
+
+    def recorded(language_model: Any) -> dict[str, torch.Tensor]:
+        found.append(measure(language_model)["policy/router_balance"])
+        return {"policy/router_balance": found[-1]}
+
+    monkeypatch.setattr(FAMILY, "measure", recorded)
+    sizes = ["rollout.rollouts_per_step=4", "actor.micro_batch_tokens=128", "actor.updates_per_step=1"]
+    overrides = [*sizes, "actor.num_ranks=1", "actor.activation_checkpointing=true"]
+    batch = make_batch(workspace, ["t0", "t1", "t2", "t3"])
+    worker = PolicyWorker(load_config(workspace.config, overrides), 0, f"file://{tmp_path}/rendezvous")
+    try:
+        passes = len(worker.updater.plan(batch, 0).updates[0].ranks[0])
+        metrics = worker.update(batch, 0)
+    finally:
+        worker.close()
+    assert passes > 1 and {len(values) for values in found} == {3}  # the fourth layer has no experts
+    assert metrics["policy/router_balance"] == pytest.approx(torch.stack(found[:passes]).mean().item())
 
 
 # --- experts -----------------------------------------------------------------------------------------------
@@ -188,3 +218,14 @@ def test_experts_are_packed_anew_on_cpu_alone(device: str) -> None:
     FAMILY.before_load(nn.Sequential(other, nn.Sequential(experts), nn.ReLU()))
     assert experts.quant_method.moe_kernel == (None if device == "cpu" else "kernel")
     assert vars(other.quant_method) == {}
+
+
+def test_an_expert_is_shared_out_over_devices_or_refused(tmp_path: Path) -> None:
+    tree = tiny_config().to_dict()
+    (tmp_path / FILE).touch()
+    for width in (96, 90):
+        tree["text_config"]["moe_intermediate_size"] = width
+        (tmp_path / "config.json").write_text(json.dumps(tree))
+        fails = pytest.raises(UserError, match="tensor_parallel=4 does not divide moe_intermediate_size=90")
+        with fails if width == 90 else contextlib.nullcontext():
+            check_model_path(ModelConfig(path=str(tmp_path)), tensor_parallel=4)

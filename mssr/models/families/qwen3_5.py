@@ -11,7 +11,7 @@ from mssr.errors import UserError
 from mssr.models.families.base import Grid
 from mssr.models.families.qwen2_vl import Qwen2VL
 from mssr.models.families.qwen3_vl import Qwen3VL
-from mssr.models.shapes import DeltaShape, TextShape, VisionShape, take
+from mssr.models.shapes import StateLayers, TextShape, VisionShape, take
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +28,16 @@ class Qwen35(Qwen2VL):
     experimental = "on CPU its engine knows bfloat16 only, and on a GPU it has not run yet"
 
     def text_shape(self, text: Mapping[str, Any]) -> TextShape:
-        delta = take(DeltaShape, text, layers=list(text["layer_types"]).count("linear_attention"))
-        return take(TextShape, text, qk_norm=True, gated_queries=True, delta=delta)
+        d, heads = text["hidden_size"], text["linear_num_value_heads"]
+        k, v = text["linear_key_head_dim"], text["linear_value_head_dim"]
+        convolved = 2 * text["linear_num_key_heads"] * k + heads * v
+        inputs = {"in_proj_qkv": convolved, "in_proj_z": heads * v, "in_proj_b": heads, "in_proj_a": heads}
+        linear = {name: (d, width) for name, width in inputs.items()} | {"out_proj": (heads * v, d)}
+        kernels = text["linear_conv_kernel_dim"] * convolved
+        rule = heads * (2 * 64 * k + 64 * v + 3 * k * v)  # in chunks of 64 tokens
+        count = list(text["layer_types"]).count("linear_attention")
+        states = StateLayers(count, linear, kernels + 2 * heads + v, kernels + rule)
+        return take(TextShape, text, qk_norm=True, gated_queries=True, states=states)
 
     def vision_shape(self, vision: Mapping[str, Any]) -> VisionShape:
         return Qwen3VL().vision_shape(dict(vision) | {"deepstack_visual_indexes": ()})
@@ -94,15 +102,20 @@ def _by_sequence(
 
     if cu_seq_lens_q is None:
         return forward(hidden_states, **kwargs)
-    if hidden_states.is_cuda and _has_kernels():  # untried
+    if _kernels_take(hidden_states):
         return forward(hidden_states, cu_seq_lens_q=cu_seq_lens_q.long(), seq_idx=seq_idx, **kwargs)
     lengths = cu_seq_lens_q.diff().tolist()
     return torch.cat([forward(part, **kwargs) for part in hidden_states.split(lengths, dim=1)], dim=1)
 
 
+def _kernels_take(hidden_states: torch.Tensor) -> bool:
+    """Whether transformers computes a layer with kernels that know of sequences. Untried."""
+    return hidden_states.is_cuda and _has_kernels()
+
+
 @functools.cache
 def _has_kernels() -> bool:
-    """Whether transformers has found those that know of sequences, for the convolution and the delta rule."""
+    """For the convolution and for the delta rule; where transformers cannot import one, it does without."""
     try:
         importlib.import_module("causal_conv1d").causal_conv1d_fn  # noqa: B018
         importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule  # noqa: B018

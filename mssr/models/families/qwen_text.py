@@ -33,7 +33,7 @@ class QwenText(Family):
         return 1
 
     def placeholder_ids(self, config: Any) -> list[int]:
-        return []
+        return []  # their tokenizers have <|image_pad|>, which stands for nothing here
 
     def rope_positions(self, model: Any, prompt: EncodedPrompt) -> torch.Tensor:
         import torch
