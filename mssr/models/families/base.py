@@ -36,6 +36,8 @@ class Family:
     """Of the module that makes features of pixels; None in a family that takes text only."""
     language_model_name: ClassVar[str] = "model.language_model"
     """Of the module with embedding, decoder layers and last norm."""
+    shared_out: ClassVar[Sequence[str]] = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    """Of what in the language model each device of an engine has a part, by names in config.json."""
 
     # --- config.json
 

@@ -24,6 +24,7 @@ class Qwen35(Qwen2VL):
     """``Qwen3_5ForConditionalGeneration``"""
 
     model_type = "qwen3_5"
+    shared_out = (*Qwen2VL.shared_out, "linear_num_key_heads", "linear_num_value_heads")
     experimental = "on CPU its engine knows bfloat16 only, and on a GPU it has not run yet"
 
     def text_shape(self, text: Mapping[str, Any]) -> TextShape:

@@ -21,6 +21,7 @@ class Qwen3VLMoe(Qwen3VL):
     """``Qwen3VLMoeForConditionalGeneration``"""
 
     model_type = "qwen3_vl_moe"
+    shared_out = (*Qwen3VL.shared_out, "moe_intermediate_size")
 
     def text_shape(self, text: Mapping[str, Any]) -> TextShape:
         if not text.get("norm_topk_prob", True):
