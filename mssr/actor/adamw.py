@@ -137,7 +137,7 @@ class AdamW8bit(LocalAdamW):
         block = block_size(parameter)
         if block is None:
             return {name: torch.zeros_like(parameter) for name in MOMENTS}
-        row_blocks = parameter.flatten(1)[:, : parameter[0].numel() // block]
+        row_blocks = parameter.flatten(1)[:, : parameter.shape[1:].numel() // block]
         # As long as the scales are 0 any code means 0.
         state = {}
         for name in MOMENTS:

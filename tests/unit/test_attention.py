@@ -6,12 +6,16 @@ The flash kernel itself runs on a GPU only. Here a function with its signature s
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from mssr.config import ModelConfig
 from mssr.data.prompt_source import PromptSource
 from mssr.errors import UserError
 from mssr.models import attention
@@ -166,19 +170,13 @@ def test_padding_is_refused(varlen: PolicyModel) -> None:
         varlen.model(input_ids=torch.ones(1, 4, dtype=torch.int64), attention_mask=torch.ones(1, 4))
 
 
-def test_layers_with_a_sliding_window_keep_their_mask(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import transformers
-
-    load = transformers.AutoModelForImageTextToText.from_pretrained
-
-    def sliding(*args: Any, **kwargs: Any) -> Any:
-        model = load(*args, **kwargs)
-        model.config.text_config.use_sliding_window = True
-        return model
-
-    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", sliding)
-    assert make_policy(workspace, "auto").model.config.text_config._attn_implementation == "sdpa"
+def test_layers_with_a_sliding_window_keep_their_mask(workspace: Workspace, tmp_path: Path) -> None:
+    model = shutil.copytree(workspace.path / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    del config["text_config"]["layer_types"]  # as in files of older releases
+    config["text_config"] |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+    (model / "config.json").write_text(json.dumps(config))
+    loaded = load_model(ModelConfig(path=str(model)), torch.float32)
+    assert loaded.config.text_config._attn_implementation == "sdpa"
     with pytest.raises(UserError, match="sliding window"):
-        make_policy(workspace, "varlen")
+        load_model(ModelConfig(path=str(model), attn_implementation="varlen"), torch.float32)
