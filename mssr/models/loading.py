@@ -33,12 +33,12 @@ def check_model_path(config: ModelConfig, tensor_parallel: int = 1) -> None:
         raise UserError(
             f"model.path: {config.path} is no Hugging Face model (config.json: {error})"
         ) from error
-    family_named(model_config.get("model_type"), config.path)
+    family = family_named(model_config.get("model_type"), config.path)
     if not any(path.glob("*.safetensors")):
         raise UserError(f"model.path: {config.path} holds no *.safetensors weights")
+    family.check_files(model_config, path)
     text = model_config | model_config.get("text_config", {})
-    widths = ("intermediate_size", "moe_intermediate_size")
-    for name in ("num_attention_heads", "num_key_value_heads", *widths):
+    for name in family.shared_out:
         # A head of keys and values may also be on several devices.
         count = text.get(name, tensor_parallel)
         several = name == "num_key_value_heads" and tensor_parallel % count == 0

@@ -57,10 +57,16 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) ->
     else:
         state = model.state_dict()
         load_model_state(state, str(path / "actor"))
-    stored = transformers.AutoConfig.from_pretrained(config.model.path).dtype or torch.float32
-    model.to(stored if dtype is None else getattr(torch, dtype))
+    family = family_of(model.config)
+    if dtype is None:
+        published = transformers.AutoConfig.from_pretrained(config.model.path)
+        # Where Qwen3-VL's says it, of the language model alone.
+        stored = published.dtype or family.text_config(published).dtype or torch.float32
+    else:
+        stored = getattr(torch, dtype)
+    model.to(stored)
     out.mkdir(parents=True, exist_ok=True)
-    family_of(model.config).save(model, out)
+    family.save(model, out)
     load_processor(config.model).save(out)
     give_usual_modes(out)
     print(f"mssr: {path} exported to {out}")

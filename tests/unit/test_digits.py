@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from mssr.data.digits.warmstart import (
     warm_start,
 )
 from mssr.errors import UserError
+from mssr.models.families import FAMILIES
 from mssr.models.loading import load_processor
 from mssr.models.tiny import SPECIAL_TOKENS, TinySize, build_tiny
 from mssr.tools.cli import main
@@ -359,6 +361,19 @@ def test_prepare_caches_and_rebuilds_what_is_stale_or_incomplete(
     assert json.loads((out / "model/config.json").read_text())["model_type"] == "qwen2"
     prepare(out, seed=1, quiet=True, settings=SMALL, model_type="qwen2")
     assert built == [0, 1, 1]
+
+
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name not in ("qwen2_5_vl", "qwen2")])
+def test_every_family_can_be_prepared(model_type: str, tmp_path: Path) -> None:
+    prepare(tmp_path, quiet=True, settings=replace(SMALL, model=TinySize()), model_type=model_type)
+    summary = json.loads((tmp_path / "prepare.json").read_text())
+    assert (
+        summary["model_type"] == model_type
+        and f"a {model_type} model" in (tmp_path / "README.md").read_text()
+    )
+    assert task.is_complete(tmp_path, summary["fingerprint"])
+    (tmp_path / "model/tokenizer.json").unlink()
+    assert not task.is_complete(tmp_path, summary["fingerprint"])
 
 
 def test_what_was_prepared_before_there_were_other_families_stays_valid() -> None:

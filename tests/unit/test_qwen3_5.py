@@ -131,7 +131,7 @@ def test_native_kernels_would_be_told_the_sequences(
             monkeypatch.setattr(
                 modeling, name, lambda *x, k=kernel, t=taken, **o: k(*x, **{n: o[n] for n in o if n in t})
             )
-        monkeypatch.setattr(family, "_kernels_take", lambda hidden_states: True)
+        monkeypatch.setattr(family, "_kernels_on", lambda device: True)
         torch.testing.assert_close(policy(batch)[0], expected, atol=1e-5, rtol=0)
     assert calls == {"conv": 3, "rule": 3}
 

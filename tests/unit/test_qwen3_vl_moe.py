@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from torch import nn
 from mssr.actor.worker import PolicyWorker
 from mssr.config import LoraConfig, ModelConfig
 from mssr.errors import UserError
-from mssr.models.families import FAMILIES
+from mssr.models.families import FAMILIES, family_of
 from mssr.models.loading import check_model_path, import_transformers, load_model
 from mssr.models.lora import add_adapters
 from mssr.models.tiny import TinySize, train_tokenizer
@@ -220,9 +221,26 @@ def test_experts_are_packed_anew_on_cpu_alone(device: str) -> None:
     assert vars(other.quant_method) == {}
 
 
-def test_an_expert_is_shared_out_over_devices_or_refused(tmp_path: Path) -> None:
-    tree = tiny_config().to_dict()
-    (tmp_path / FILE).touch()
+def test_what_transformers_saved_is_refused(saved: Path, tmp_path: Path) -> None:
+    """vLLM would end in shapes that do not fit."""
+    section = ModelConfig(path=str(tmp_path))
+    model = load_model(ModelConfig(path=str(saved)), torch.float32)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"^model\.path: {tmp_path} was saved by transformers, .*\.save\("
+    ) as said:
+        check_model_path(section)
+    assert "\n" not in str(said.value)
+    family_of(load_model(section, torch.float32).config).save(model, tmp_path)
+    check_model_path(section)
+    (tmp_path / FILE).write_bytes(b"not much")
+    with pytest.raises(UserError, match=rf"^model\.path: {tmp_path / FILE} cannot be read"):
+        check_model_path(section)
+
+
+def test_an_expert_is_shared_out_over_devices_or_refused(saved: Path, tmp_path: Path) -> None:
+    tree = json.loads((saved / "config.json").read_text())
+    shutil.copy(saved / FILE, tmp_path)
     for width in (96, 90):
         tree["text_config"]["moe_intermediate_size"] = width
         (tmp_path / "config.json").write_text(json.dumps(tree))

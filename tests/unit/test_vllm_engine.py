@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib.util
 import itertools
+import json
 import os
 import threading
 import types
@@ -18,8 +19,9 @@ import torch
 
 from mssr.cluster import local
 from mssr.cluster.ray_workers import RayRolloutWorker
-from mssr.config import Config
+from mssr.config import Config, ModelConfig
 from mssr.errors import EngineError, UserError
+from mssr.models.families import FAMILIES
 from mssr.models.loading import check_model_path
 from mssr.rollout import vllm_engine
 from mssr.rollout.checksums import Loaded
@@ -197,6 +199,17 @@ def test_tensor_parallel_is_refused_where_it_cannot_be(workspace: Workspace) -> 
         check_model_path(model, devices)
     with pytest.raises(UserError, match=r"rollout\.tensor_parallel=3 does not divide num_attention_heads=4"):
         check_model_path(model, 3)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_devices_share_of_each_family_must_be_divisible(model_type: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    names = FAMILIES[model_type].shared_out
+    for odd in (None, *names):
+        text = dict.fromkeys(names, 8) | ({odd: 3} if odd else {})
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "text_config": text}))
+        with pytest.raises(UserError, match=f"does not divide {odd}=3") if odd else contextlib.nullcontext():
+            check_model_path(ModelConfig(path=str(tmp_path)), 4)
 
 
 def test_the_allocator_is_set_where_memory_is_not_shared(

@@ -36,6 +36,8 @@ class Family:
     """Of the module that makes features of pixels; None in a family that takes text only."""
     language_model_name: ClassVar[str] = "model.language_model"
     """Of the module with embedding, decoder layers and last norm."""
+    shared_out: ClassVar[Sequence[str]] = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    """Of what in the language model each device of an engine has a part, by names in config.json."""
 
     # --- config.json
 
@@ -68,6 +70,13 @@ class Family:
         """Tokens that stand for pixels. A policy that samples one breaks every later forward pass."""
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         return sorted({int(i) for n in names if (i := getattr(config, n, None)) is not None})
+
+    def check_files(self, tree: Mapping[str, Any], directory: Path) -> None:
+        """Refuse weights that are laid out otherwise than published ones, without importing torch.
+
+        Raises:
+            UserError: says how to write them anew.
+        """
 
     # --- the modules of a model
 

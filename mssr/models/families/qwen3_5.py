@@ -24,6 +24,7 @@ class Qwen35(Qwen2VL):
     """``Qwen3_5ForConditionalGeneration``"""
 
     model_type = "qwen3_5"
+    shared_out = (*Qwen2VL.shared_out, "linear_num_key_heads", "linear_num_value_heads")
     experimental = "on CPU its engine knows bfloat16 only, and on a GPU it has not run yet"
 
     def text_shape(self, text: Mapping[str, Any]) -> TextShape:
@@ -56,9 +57,7 @@ class Qwen35(Qwen2VL):
         return Qwen3VL().tower_positions(tower, grids, device)
 
     def engine_options(self, device: str, dtype: torch.dtype) -> dict[str, Any]:
-        import torch
-
-        if device == "cpu" and dtype != torch.bfloat16:
+        if device == "cpu" and str(dtype) != "torch.bfloat16":
             raise UserError(
                 "model.dtype: on a CPU vLLM computes Qwen3.5 in bfloat16 only; set model.dtype=bfloat16, or "
                 "rollout.engine=hf"
@@ -70,13 +69,10 @@ class Qwen35(Qwen2VL):
         from transformers import Qwen3_5Config
 
         text = size.text(ids, interleaved=True) | {"head_dim": 64, "mamba_ssm_dtype": "float32"}
-        # A quarter of the 32 pairs of a head turns.
-        text["rope_parameters"] |= {"mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25}
-        # What random heads of 128 values, fewer than which vLLM does not know, say is little: with the usual
-        # 1e-6 the norm after them makes ten times as much of rounding as the layers of other families do.
+        text["rope_parameters"] |= {"mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25}  # of 32 pairs
+        # With 1e-6, the norm after random heads, which say little, makes ten times as much of rounding.
         text |= {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "rms_norm_eps": 1e-5}
-        vision = size.vision() | {"num_position_embeddings": 64}
-        return Qwen3_5Config(**size.options(ids, text, vision))
+        return Qwen3_5Config(**size.options(ids, text, size.vision() | {"num_position_embeddings": 64}))
 
     def tiny_processor(self, tokenizer: Any, pixels: Mapping[str, int]) -> Any:
         return Qwen3VL().tiny_processor(tokenizer, pixels)
@@ -101,23 +97,18 @@ def _by_sequence(
 
     if cu_seq_lens_q is None:
         return forward(hidden_states, **kwargs)
-    if _kernels_take(hidden_states):
+    if _kernels_on(hidden_states.device.type):  # untried
         return forward(hidden_states, cu_seq_lens_q=cu_seq_lens_q.long(), seq_idx=seq_idx, **kwargs)
     lengths = cu_seq_lens_q.diff().tolist()
     return torch.cat([forward(part, **kwargs) for part in hidden_states.split(lengths, dim=1)], dim=1)
 
 
-def _kernels_take(hidden_states: torch.Tensor) -> bool:
-    """Whether transformers computes a layer with kernels that know of sequences. Untried."""
-    return hidden_states.is_cuda and _has_kernels()
-
-
 @functools.cache
-def _has_kernels() -> bool:
-    """For the convolution and for the delta rule; where transformers cannot import one, it does without."""
+def _kernels_on(device: str) -> bool:
+    """Whether transformers has kernels that know of sequences, for the convolution and for the delta rule."""
     try:
         importlib.import_module("causal_conv1d").causal_conv1d_fn  # noqa: B018
         importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule  # noqa: B018
-    except Exception:  # whatever keeps transformers from them
+    except Exception:  # whatever keeps transformers from them, too
         return False
-    return True
+    return device == "cuda"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mssr.errors import UserError
+from mssr.errors import UserError, first_line
 from mssr.models.families.qwen3_vl import Qwen3VL
 from mssr.models.shapes import TextShape, take
 
@@ -21,6 +21,7 @@ class Qwen3VLMoe(Qwen3VL):
     """``Qwen3VLMoeForConditionalGeneration``"""
 
     model_type = "qwen3_vl_moe"
+    shared_out = (*Qwen3VL.shared_out, "moe_intermediate_size")
 
     def text_shape(self, text: Mapping[str, Any]) -> TextShape:
         if not text.get("norm_topk_prob", True):
@@ -30,6 +31,23 @@ class Qwen3VLMoe(Qwen3VL):
         # The one is the name in published files, the other in those that transformers writes.
         experts = text.get("num_experts", text.get("num_local_experts"))
         return take(TextShape, text, qk_norm=True, num_experts=experts, dense_layers=len(dense))
+
+    def check_files(self, tree: Mapping[str, Any], directory: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        for file in directory.glob("*.safetensors"):
+            try:
+                with safe_open(file, "np") as tensors:
+                    experts = [n for n in tensors.keys() if n.endswith(".gate_up_proj")]  # noqa: SIM118
+                    inputs = {tensors.get_slice(name).get_shape()[1] for name in experts}
+            except SafetensorError as error:
+                raise UserError(f"model.path: {file} cannot be read ({first_line(error)})") from error
+            if inputs - {tree["text_config"]["hidden_size"]}:
+                raise UserError(
+                    f"model.path: {directory} was saved by transformers, with its experts the other way "
+                    "round than published, which vLLM cannot load; open it with transformers and write it by "
+                    "mssr.models.families.family_of(model.config).save(model, directory)"
+                )
 
     def adapt(self, model: Any, packed: bool) -> None:
         super().adapt(model, packed)
