@@ -108,7 +108,7 @@ class FamilyEngine:
         self.dtype = engine_dtype(self.family)
         self.ids = write_prompts(out / "rows.parquet", self.family.tower_name is not None)
         small = ["rollout.max_num_seqs=16", "rollout.max_num_batched_tokens=1024"]
-        # Else no prompt would fill a block, and what was computed of one before new weights be kept for later.
+        # Else no prompt would fill a block, of which what was computed is kept until new weights come.
         small.append("rollout.engine_options={block_size: 32}")
         options = [f"data.train={out / 'rows.parquet'}", "data.val=null", *small]
         options.append(f"model.dtype={str(self.dtype).removeprefix('torch.')}")
