@@ -7,8 +7,10 @@ config.json where they come from there; the rest says what layers are like, see 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
+
+from mssr.errors import UserError
 
 _T = TypeVar("_T")
 
@@ -262,6 +264,13 @@ class ModelShape:
 
 
 def take(kind: type[_T], tree: Mapping[str, Any], **known: Any) -> _T:
-    """A shape from the part of config.json that has its fields by their names, and what is known besides."""
-    names = {f.name for f in fields(kind)} - known.keys()  # type: ignore[arg-type]
-    return kind(**{name: tree[name] for name in names if tree.get(name) is not None}, **known)
+    """A shape from the part of config.json that has its fields by their names, and what is known besides.
+
+    Raises:
+        UserError: a field without default is not there.
+    """
+    sizes = fields(kind)  # type: ignore[arg-type]
+    found = {f.name: tree[f.name] for f in sizes if tree.get(f.name) is not None} | known
+    if missing := [f.name for f in sizes if f.default is MISSING and f.name not in found]:
+        raise UserError(f"model.path: its config.json does not say {', '.join(missing)}")
+    return kind(**found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ import yaml
 
 from mssr.config import Config
 from mssr.config.options import describe
+from mssr.models.published import published
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "cluster"
@@ -167,7 +169,7 @@ def test_two_machines_with_a_token_pass_the_doctor(tmp_path: Path) -> None:
     (tmp_path / "mssr").write_text(MSSR)
     (tmp_path / "mssr").chmod(0o755)
     (tmp_path / "model.safetensors").touch()
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    (tmp_path / "config.json").write_text(json.dumps(published()["Qwen/Qwen2.5-VL-7B-Instruct"]))
     (tmp_path / "c.yaml").write_text(f"model: {{path: {tmp_path}}}\ndata: {{train: a/b, val: a/b}}\n")
     few = "--num-cpus=1 --num-gpus=1 --object-store-memory=100000000 --min-worker-port=0 --max-worker-port=0"
     # Short, because the path of a socket may have a hundred characters.

@@ -20,7 +20,7 @@ from mssr.cluster.ray_start import init_ray
 from mssr.config import Config
 from mssr.errors import UserError
 from mssr.models.host_memory import disk_bytes
-from mssr.models.published import read_shape
+from mssr.models.published import published, read_shape
 from mssr.runs.config import load_config
 from mssr.tools import doctor, gpu_checks
 from mssr.tools.cli import main
@@ -116,7 +116,7 @@ def test_table_json_and_exit_codes(
 def put_model(directory: Path) -> None:
     directory.mkdir()
     (directory / "model.safetensors").touch()
-    (directory / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    (directory / "config.json").write_text(json.dumps(published()["Qwen/Qwen2.5-VL-7B-Instruct"]))
 
 
 @pytest.mark.usefixtures("quick")

@@ -18,7 +18,6 @@ pytestmark = pytest.mark.unit
 ROOT = Path(mssr.__file__).parent
 NAMES = re.compile(r"qwen|deepstack|visual|comparison: ", re.IGNORECASE)
 KNOWN = {
-    "models/published.py": "Qwen",  # names and sizes of published models
     "models/tiny.py": "Qwen2Tokenizer",  # of all of them
     "data/encoder.py": "qwen_vl_utils",  # resizes images for all of them
     "data/digits/task.py": "qwen2_5_vl",  # of the embedded task unless another is asked for

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mssr.errors import UserError
 from mssr.models.families import FAMILIES
 from mssr.models.loading import import_transformers
 from mssr.models.memory import colocated_fits
@@ -54,6 +55,13 @@ PARAMETERS = {
 def test_published_models_have_as_many_parameters_as_their_weights_on_the_hub() -> None:
     found = {name.removeprefix("Qwen/"): shape_of(tree).parameters for name, tree in published().items()}
     assert found == PARAMETERS
+
+
+def test_sizes_that_a_config_leaves_out_are_named() -> None:
+    tree = copy.deepcopy(published()["Qwen/Qwen3-VL-8B-Instruct"])
+    del tree["text_config"]["vocab_size"], tree["text_config"]["hidden_size"]
+    with pytest.raises(UserError, match=r"config\.json does not say vocab_size, hidden_size$"):
+        shape_of(tree)
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,10 @@ def _route(router: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
     probabilities = logits.softmax(-1)
     weights, chosen = probabilities.topk(router.top_k)
     with torch.no_grad():
-        shares = torch.zeros_like(probabilities[0])
-        shares.scatter_add_(0, chosen.flatten(), torch.full_like(weights.flatten(), 1 / chosen.numel()))
-        router.balance = len(shares) * (shares * probabilities.mean(0)).sum()
+        # Whole numbers, whose sum does not depend on their order.
+        counts = torch.zeros_like(probabilities[0])
+        counts.scatter_add_(0, chosen.flatten(), torch.ones_like(weights.flatten()))
+        router.balance = len(counts) * (counts / chosen.numel() * probabilities.mean(0)).sum()
     return logits, (weights / weights.sum(-1, keepdim=True)).to(hidden.dtype), chosen
 
 
