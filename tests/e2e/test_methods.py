@@ -158,20 +158,6 @@ def short(digits: Path, run_dir: Path) -> list[str | Path]:
     return ["train", DIGITS_CONFIG, *data, *where, "trainer.steps=5"]
 
 
-def test_mssr_learns_digits_in_bfloat16(
-    run_mssr: Callable[..., subprocess.CompletedProcess[str]], digits: Path, tmp_path: Path
-) -> None:
-    """What a GPU does by default: engine and passes of two ranks in bfloat16, on float32 parameters."""
-    bfloat16 = ["model.dtype=bfloat16", "rollout.rollouts_per_step=128", "rollout.workers=1"]
-    done = run_mssr(*short(digits, tmp_path), *bfloat16, "trainer.val_every=0", "trainer.save_every=0")
-    assert done.returncode == 0, done.stderr
-    records = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()][1:]
-    assert records[-1]["reward/accuracy"] >= records[0]["reward/accuracy"] + 0.2
-    # Engine and ranks round differently, which changes a log-prob by a percent or so; in float32 by 1e-6.
-    assert 1e-7 < max(r["rollout/mismatch_kl"] for r in records) < 1e-3
-    assert all(r["policy/skipped_updates"] == 0 for r in records)
-
-
 def test_mssr_learns_digits(
     run_mssr: Callable[..., subprocess.CompletedProcess[str]], digits: Path, tmp_path: Path
 ) -> None:

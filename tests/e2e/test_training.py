@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from mssr.runs.checkpoint import read_state
 from mssr.tools.cli import main
@@ -208,54 +206,3 @@ def test_one_rank_goes_on_from_two_and_two_from_one(
     assert repr(states[0]["sampler"]) == repr(states[1]["sampler"])
     trackers = [s["estimator"]["algorithm"] for s in states]
     assert repr(trackers[0]["baseline"]["keys"]) == repr(trackers[1]["baseline"]["keys"])
-
-
-def test_a_policy_that_wants_image_tokens_trains_on(
-    workspace: Workspace, run_mssr: RunMssr, tmp_path: Path
-) -> None:
-    """The most likely token everywhere is <|image_pad|>; it is never sampled and nothing crashes. In one
-    process, with the engine and the update that Ray's workers have too."""
-    model_dir = tmp_path / "model"
-    shutil.copytree(workspace.path / "model", model_dir)
-    prefer_image_pad(model_dir, workspace)
-    run_dir = tmp_path / "run"
-    done = run_mssr(
-        "train",
-        workspace.config,
-        f"model.path={model_dir}",
-        "trainer.steps=2",
-        "algorithm.kl.coef=0.01",
-        "cluster.launcher=local",
-        "actor.num_ranks=1",
-        f"trainer.run_dir={run_dir}",
-    )
-    assert done.returncode == 0, done.stderr
-    records = metrics_of(run_dir)
-    # The actor gives the token probability 0: one of them in a response would show here as 1e30.
-    assert max(r["rollout/mismatch_max"] for r in records[1:]) < 1e-4
-    assert all(r["policy/skipped_updates"] == 0 for r in records[1:])
-
-
-def prefer_image_pad(model_dir: Path, workspace: Workspace) -> None:
-    """Turn the token's output embedding towards what the model's hidden states have in common."""
-    from mssr.data.prompt_source import PromptSource
-    from mssr.models.loading import load_model
-    from mssr.runs.config import load_config
-
-    config = load_config(workspace.config, [f"model.path={model_dir}"])
-    model = load_model(config.model, torch.float32)
-    source = PromptSource(config)
-    hidden = []
-    with torch.no_grad():
-        for prompt_id in ("t2", "t6"):
-            ids = source.encoder.encode(source.row(prompt_id)).token_ids
-            hidden.append(model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0])
-    image_pad = int(model.config.image_token_id)
-    weights = load_file(model_dir / "model.safetensors")
-    [name] = [n for n in weights if n.endswith("embed_tokens.weight")]
-    weights[name][image_pad] = torch.cat(hidden).mean(0) * 100
-    save_file(weights, model_dir / "model.safetensors", metadata={"format": "pt"})
-    shouting = load_model(config.model, torch.float32)
-    with torch.no_grad():
-        top = shouting(input_ids=ids[None], use_cache=False).logits[0].argmax(-1)
-    assert (top == image_pad).float().mean() > 0.5
