@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from PIL import Image
@@ -85,6 +86,16 @@ def engine_dtype(family: Family) -> torch.dtype:
     return torch.float32
 
 
+class Interrupted(InMemory):
+    """Of a transfer, only half arrives."""
+
+    def tensors(
+        self, device: torch.device, process: int, kept: dict[str, Any]
+    ) -> Generator[tuple[str, torch.Tensor]]:
+        yield from list(self.weights.items())[: len(self.weights) // 2]
+        raise TransferInterruptedError("the sender died")
+
+
 class FamilyEngine:
     """The engine and the policy of a family, both with the weights of an export.
 
@@ -97,6 +108,8 @@ class FamilyEngine:
         self.dtype = engine_dtype(self.family)
         self.ids = write_prompts(out / "rows.parquet", self.family.tower_name is not None)
         small = ["rollout.max_num_seqs=16", "rollout.max_num_batched_tokens=1024"]
+        # Else no prompt would fill a block, of which what was computed is kept until new weights come.
+        small.append("rollout.engine_options={block_size: 32}")
         options = [f"data.train={out / 'rows.parquet'}", "data.val=null", *small]
         options.append(f"model.dtype={str(self.dtype).removeprefix('torch.')}")
         base = load_config(workspace, options)
@@ -323,6 +336,8 @@ def examine(name: str, workspace: Path, out: Path) -> dict[str, Any]:
     found["mismatch"], found["not_loaded"] = [at.mismatch()], []
     for version in (1, 2):
         at.update()
+        with pytest.raises(TransferInterruptedError):
+            at.engine.load_weights(Interrupted(at.weights()), version, check=True)
         at.break_off({name: 2 * weight for name, weight in at.weights().items()})
         found["not_loaded"] += at.load(at.weights(), version)
         found["mismatch"].append(at.mismatch())

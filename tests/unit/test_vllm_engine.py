@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mssr.cluster import local
 from mssr.cluster.ray_workers import RayRolloutWorker
@@ -203,10 +204,10 @@ def test_tensor_parallel_is_refused_where_it_cannot_be(workspace: Workspace) -> 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_what_devices_share_of_each_family_must_be_divisible(model_type: str, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").touch()
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     names = FAMILIES[model_type].shared_out
     for odd in (None, *names):
-        text = dict.fromkeys(names, 8) | ({odd: 3} if odd else {})
+        text = {"hidden_size": 8} | dict.fromkeys(names, 8) | ({odd: 3} if odd else {})
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "text_config": text}))
         with pytest.raises(UserError, match=f"does not divide {odd}=3") if odd else contextlib.nullcontext():
             check_model_path(ModelConfig(path=str(tmp_path)), 4)
