@@ -67,6 +67,12 @@ class Workspace:
     def config(self) -> Path:
         return self.path / "config.yaml"
 
+    @property
+    def instead(self) -> list[str]:
+        """Overrides of another one's config that put model and data of this one in their place."""
+        files = {"model.path": "model", "data.train": "train.parquet", "data.val": "val.parquet"}
+        return [f"{key}={self.path / name}" for key, name in files.items()]
+
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     import datasets

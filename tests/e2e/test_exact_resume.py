@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mssr.models.families import FAMILIES
 from tests.conftest import Workspace
 from tests.e2e.run_states import SMALL, read_run, train_each
 
@@ -25,13 +28,16 @@ VARIANTS: dict[str, tuple[int | None, list[str]]] = {
 """Name -> (step after which it is stopped, overrides)."""
 
 
-def test_stopped_and_resumed_equals_straight_bitwise(workspace: Workspace, tmp_path: Path) -> None:
-    """Every method and sampler, on one rank with the transformers engine."""
-    common = [*SMALL, "cluster.launcher=local"]
-    train_each(
-        workspace.config, tmp_path, {name: (at, [*common, *own]) for name, (at, own) in VARIANTS.items()}
-    )
-    for name, (at, _) in VARIANTS.items():
+def test_stopped_and_resumed_equals_straight_bitwise(
+    workspace: Workspace, workspace_of: Callable[[str], Workspace], tmp_path: Path
+) -> None:
+    """Every method and sampler, and every family, on one rank with the transformers engine."""
+    common, variants = [*SMALL, "cluster.launcher=local"], {}
+    pairs = zip(itertools.cycle(VARIANTS.items()), itertools.cycle(FAMILIES))
+    for (name, (at, own)), family in itertools.islice(pairs, max(len(VARIANTS), len(FAMILIES))):
+        variants[f"{name}-{family}"] = at, [*common, *workspace_of(family).instead, *own]
+    train_each(workspace.config, tmp_path, variants)
+    for name, (at, _) in variants.items():
         straight, stopped = (read_run(tmp_path / f"{name}-{kind}") for kind in ("straight", "stopped"))
         assert (tmp_path / f"{name}-stopped/checkpoints/step-{at:06d}").is_dir(), name
         for key in straight:

@@ -23,11 +23,10 @@ def test_gradient_and_checkpoint_depend_neither_on_passes_nor_on_ranks(
     and whole on each."""
 
     def job(model_type: str, *overrides: str, **more: Any) -> dict[str, Any]:
-        there = workspace_of(model_type).path
-        options = [f"model.path={there}/model", f"data.train={there}/train.parquet"]
-        options += [f"data.val={there}/val.parquet", "actor.updates_per_step=1"]
-        batch = make_batch(workspace_of(model_type), ["t1", "t2", "t6", "t2", "t6", "t2"])
-        return {"batch": batch, "overrides": [*options, "rollout.rollouts_per_step=6", *overrides], **more}
+        own = workspace_of(model_type)
+        sizes = ["actor.updates_per_step=1", "rollout.rollouts_per_step=6"]
+        batch = make_batch(own, ["t1", "t2", "t6", "t2", "t6", "t2"])
+        return {"batch": batch, "overrides": [*own.instead, *sizes, *overrides], **more}
 
     passes, whole = "actor.micro_batch_tokens=70", "actor.micro_batch_tokens=100000"
     jobs = []
