@@ -1,8 +1,8 @@
 """Prompts as a model takes them: what the encoder makes, engines are given and ranks pack.
 
-Pixels are kept as the bytes that they are, and made numbers where a vision tower takes them: it sees the
-frame of an image twice, which in bfloat16 takes four times the memory of the bytes, in float32 eight times,
-in the caches of the workers, between processes, and on the way to the device.
+Pixels are kept as the bytes that they are, and made numbers where a vision tower takes them: the frame of
+an image is seen twice, which in bfloat16 takes four times the memory of the bytes, in float32 eight
+times, in the caches of the workers, between processes, and on the way to the device.
 """
 
 from __future__ import annotations

@@ -96,6 +96,16 @@ class Interrupted(InMemory):
         raise TransferInterruptedError("the sender died")
 
 
+def lose(worker: Any) -> None:
+    """What a GPU loses of a model while its engine sleeps: all but the buffers of its modules."""
+    model = worker.get_model()
+    lists = [value for module in model.modules() for value in vars(module).values() if type(value) is list]
+    tensors = [x for x in itertools.chain(*lists) if isinstance(x, torch.Tensor)]
+    with torch.inference_mode():
+        for tensor in (*model.parameters(), *tensors):
+            tensor.fill_(float("nan"))
+
+
 class FamilyEngine:
     """The engine and the policy of a family, both with the weights of an export.
 
@@ -149,7 +159,8 @@ class FamilyEngine:
         return {name: weight.to(self.dtype) for name, weight in self.policy.model.state_dict().items()}
 
     def load(self, weights: dict[str, torch.Tensor], version: int) -> list[str]:
-        """Returns the names of tensors that the engine does not have as they were sent."""
+        """After a sleep. Returns the names of tensors that the engine does not have as they were sent."""
+        self.engine._engine.collective_rpc(lose)
         loaded = self.engine.load_weights(InMemory(weights), version, check=True)
         assert all(process.held for process in loaded)
         return differences(checksums(weights), loaded)
@@ -166,8 +177,8 @@ class FamilyEngine:
             self.engine.load_weights(Ending(weights), version=-1, check=True)
             raise AssertionError("nobody was told")
 
-    def answers(self, params: SamplingParams, each: int = 1) -> list[Rollout]:
-        asked = [RolloutRequest(i, k, seed=97 * k + 5) for k in range(each) for i in self.ids]
+    def answers(self, params: SamplingParams, each: int = 1, ids: Sequence[str] = ()) -> list[Rollout]:
+        asked = [RolloutRequest(i, k, seed=97 * k + 5) for k in range(each) for i in ids or self.ids]
         found: dict[int, Rollout] = {}
         for part in self.engine.generate(RequestQueue(enumerate(asked)), params):
             found.update(part)
@@ -175,7 +186,8 @@ class FamilyEngine:
 
     def mismatch(self) -> dict[str, float]:
         """Differences of log-probs of what the engine samples, against the policy."""
-        rollouts = self.answers(SAMPLED, each=2)
+        # First one without images by itself: where no image is, what it computes with is that of before.
+        rollouts = self.answers(SAMPLED, ids=self.ids[2:3]) + self.answers(SAMPLED, each=2)
         items = [self.item(r.prompt_id, torch.from_numpy(r.response_token_ids).long()) for r in rollouts]
         batch = pack(items, self.policy.merge_size)
         with torch.no_grad():

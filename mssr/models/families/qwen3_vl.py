@@ -65,6 +65,15 @@ class Qwen3VL(Qwen2VL):
         deeper = {"visual_pos_masks": index, "deepstack_visual_embeds": levels}
         return super().place(embeds, index, first) | deeper
 
+    def before_load(self, engine_model: Any) -> None:
+        import torch
+
+        with torch.inference_mode():
+            # vLLM adds these to every token's states and takes them for zeros where no image is. As they are
+            # no module's buffers, an engine that slept has anything there.
+            for level in getattr(engine_model, "deepstack_input_embeds", ()):
+                level.zero_()
+
     def tiny_config(self, ids: Mapping[str, int], size: TinySize) -> Any:
         from transformers import Qwen3VLConfig
 

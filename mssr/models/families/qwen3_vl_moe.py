@@ -72,6 +72,7 @@ class Qwen3VLMoe(Qwen3VL):
         return weight.transpose(1, 2) if ".experts." in name else weight
 
     def before_load(self, engine_model: Any) -> None:
+        super().before_load(engine_model)
         for module in engine_model.modules():
             method: Any = getattr(module, "quant_method", None)
             if hasattr(method, "moe_kernel") and next(module.parameters()).device.type == "cpu":
