@@ -9,7 +9,7 @@ from typing import Any
 from mssr.config import Config, ModelConfig
 from mssr.config.options import describe, in_yaml, values
 from mssr.errors import UserError, first_line
-from mssr.models.families import Family, family_named, family_of
+from mssr.models.families import family_named, family_of
 from mssr.models.processor import Processor
 
 
@@ -78,7 +78,7 @@ def load_processor(config: ModelConfig) -> Processor:
         loaded = auto.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers raises many types for an incomplete directory
         raise UserError(f"model.path: {config.path} has no processor ({first_line(error)})") from error
-    model_config = _read_config(config)
+    model_config = read_config(config)
     family = family_of(model_config)
     if family.tower_name and not hasattr(loaded, "image_processor"):
         raise UserError(f"model.path: {config.path} has no processor for images")
@@ -122,7 +122,7 @@ def load_model(config: ModelConfig, dtype: Any, packed: bool = True, empty: bool
         "trust_remote_code": config.trust_remote_code,
     }
     try:
-        model_config = _read_config(config)
+        model_config = read_config(config)
         family = family_of(model_config)
         kind = getattr(import_transformers(), family.auto_class)
         if empty:
@@ -144,12 +144,8 @@ def load_model(config: ModelConfig, dtype: Any, packed: bool = True, empty: bool
     return model.eval()
 
 
-def model_family(config: ModelConfig) -> Family:
-    """Of the model at ``model.path``, wherever that is."""
-    return family_of(_read_config(config))
-
-
-def _read_config(config: ModelConfig) -> Any:
+def read_config(config: ModelConfig) -> Any:
+    """The transformers config of the model, wherever that is."""
     auto = import_transformers().AutoConfig
     return auto.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
 

@@ -20,7 +20,7 @@ from mssr.data.rows import MAX_IMAGES_PER_PROMPT
 from mssr.errors import EngineError, UserError
 from mssr.models.encoded import EncodedPrompt
 from mssr.models.families import family_of
-from mssr.models.loading import compute_dtype, import_transformers, model_family
+from mssr.models.loading import compute_dtype, import_transformers, read_config
 from mssr.models.memory import utilization
 from mssr.rollout.checksums import Loaded, all_loaded
 from mssr.rollout.encoding import EncodingAhead
@@ -279,7 +279,7 @@ def vllm_options(config: Config, device: str, colocated: bool) -> dict[str, Any]
             "gpu_memory_utilization": utilization(config, colocated),
             "enable_sleep_mode": colocated,
         }
-    return options | model_family(config.model).engine_options(device, dtype) | own
+    return options | family_of(read_config(config.model)).engine_options(device, dtype) | own
 
 
 def _reason(error: Exception) -> str:

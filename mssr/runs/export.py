@@ -36,14 +36,13 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) ->
     import torch
 
     from mssr.models.families import family_of
-    from mssr.models.loading import check_model_path, import_transformers, load_model, load_processor
-
-    transformers = import_transformers()
-
-    from mssr.actor.checkpoint import load_model_state
+    from mssr.models.loading import check_model_path, load_model, load_processor, read_config
 
     check_model_path(config.model)
     model = load_model(config.model, torch.float32)
+
+    from mssr.actor.checkpoint import load_model_state  # after transformers, see `import_transformers`
+
     lora = config.actor.lora
     if lora.rank:
         from mssr.models.lora import add_adapters, is_adapter, peft_config, remove_adapters, save_adapter
@@ -59,7 +58,7 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) ->
         load_model_state(state, str(path / "actor"))
     family = family_of(model.config)
     if dtype is None:
-        published = transformers.AutoConfig.from_pretrained(config.model.path)
+        published = read_config(config.model)
         # Where Qwen3-VL's says it, of the language model alone.
         stored = published.dtype or family.text_config(published).dtype or torch.float32
     else:

@@ -254,6 +254,7 @@ def test_transformers_is_told_what_the_config_says(trust: bool, monkeypatch: pyt
         return SimpleNamespace(
             model_type="qwen2_5_vl",
             name_or_path=path,
+            tokenizer="x",
             chat_template="x",
             image_token="x",
             image_token_id=1,
