@@ -23,11 +23,14 @@ from pathlib import Path
 import psutil
 
 from mssr.cluster.machine import Machine, describe
+from mssr.models.families import FAMILIES
 from scripts.acceptance.parts import NotPossible, Place, Told
 
 MARK = "MSSR_ACCEPTANCE"
 """Environment variable by which every process of a part is known."""
 REPORTS = Path("docs/gpu_reports")
+OTHERS = [name for name in FAMILIES if name != "qwen2_5_vl"]
+"""Families beside the one that the other parts run."""
 PARTS: dict[str, tuple[int, str]] = {
     "doctor": (300, ""),
     "attention": (300, ""),
@@ -39,6 +42,7 @@ PARTS: dict[str, tuple[int, str]] = {
     "transport colocated object_store": (900, "part of the digits run"),
     "transport apart broadcast": (900, "part of the digits run"),
     "transport apart object_store": (900, "what all tests use"),
+    **{f"family {name}": (900, "what test_family_engines.py does") for name in OTHERS},
     "digits colocated": (3600, ""),
     "digits apart": (3600, ""),
     "memory": (300, ""),

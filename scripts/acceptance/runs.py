@@ -56,14 +56,24 @@ def check_agreement(place: Place, steps: Sequence[dict[str, Any]]) -> Told:
 
 
 def transport(place: Place, placement: str, kind: str) -> Told:
-    """Three steps with vision tower and tied head trained; checksums after every transfer."""
-    config = place.scratch / "workspace" / "config.yaml"
+    """`three_steps` of Qwen2.5-VL with weights that go another way."""
+    options = [*layout(place, placement), f"cluster.weight_transfer={kind}"]
+    return three_steps(place, f"transport-{placement}-{kind}", "qwen2_5_vl", options)
+
+
+def family(place: Place, model_type: str) -> Told:
+    """`three_steps` of another family."""
+    return three_steps(place, f"family-{model_type}", model_type, layout(place, "colocated"))
+
+
+def three_steps(place: Place, name: str, model_type: str, options: Sequence[str]) -> Told:
+    """With a tiny model whose vision tower and tied head are trained; checksums after every transfer."""
+    config = place.scratch / f"workspace-{model_type}" / "config.yaml"
     if not config.exists():
         config.parent.mkdir()
-        make_workspace(config.parent)
-    where = layout(place, placement)
-    options = [*where, f"cluster.weight_transfer={kind}", "rollout.check_weights=always"]
-    steps = train(place, f"transport-{placement}-{kind}", config, [*options, "trainer.val_every=0"])
+        make_workspace(config.parent, model_type)
+    every = ["rollout.check_weights=always", "trainer.val_every=0"]
+    steps = train(place, name, config, [*options, *every])
     sync = statistics.median(r["timing/sync_s"] for r in steps)
     return check_agreement(place, steps) | {"transfer": f"{sync:.2f} s"}
 
