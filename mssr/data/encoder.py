@@ -69,9 +69,7 @@ class PromptEncoder:
             what = f"{len(row.images)} image{'s' * (len(row.images) > 1)}, and the model takes text only"
             raise ValueError(f"{what} (data.images_column=null leaves a column of images out)")
         text = self._render(self._messages(row))
-        if self.processor.image_token is None:
-            return text
-        placeholders = text.count(self.processor.image_token)
+        placeholders = text.count(token) if (token := self.processor.image_token) else 0
         if placeholders != len(row.images):
             numbers = {"image": len(row.images), "placeholder": placeholders}
             counts = ", ".join(f"{number} {what}{'s' * (number != 1)}" for what, number in numbers.items())

@@ -136,11 +136,8 @@ def _question(
     Args:
         known: sizes of images by content: each is decoded once, to see that engines can.
     """
-    images, sizes, notes = [], [], []
-    for k, image in enumerate(item.images):
-        if not encoder.processor.sees_images:
-            images.append(image)  # and not read: the encoder refuses the row
-            continue
+    images, sizes, notes, sees = [], [], [], encoder.processor.sees_images
+    for k, image in enumerate(item.images if sees else ()):
         try:
             data = image.read()
             key = _digest(data)
@@ -158,7 +155,7 @@ def _question(
     row = replace(
         asked,
         id=question.prompt_id,
-        images=tuple(images),
+        images=tuple(images) if sees else item.images,  # unread: the encoder refuses the row
         problem=question_text(asked.problem, images, asked.mark) if notes else asked.problem,
         answer=asked.answer if asked.answer.strip() else NO_ANSWER,
     )

@@ -27,18 +27,17 @@ def read_shape(model: ModelConfig) -> ModelShape:
     Raises:
         UserError: there is no config.json to be read, or it is of no family that is known.
     """
-    if (tree := published().get(model.path)) is None or Path(model.path).exists():
-        try:
-            tree = json.loads(_config_file(model.path).read_text())
-            return shape_of(tree, model.path)
-        except UserError:
-            raise
-        except Exception as error:  # the hub's client raises many types
-            raise UserError(
-                f"model.path: the config.json of {model.path} cannot be read ({first_line(error)}); give a "
-                "directory with it, or one of " + ", ".join(published())
-            ) from error
-    return shape_of(tree, model.path)
+    if (tree := published().get(model.path)) is not None and not Path(model.path).exists():
+        return shape_of(tree, model.path)
+    try:
+        return shape_of(json.loads(_config_file(model.path).read_text()), model.path)
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client raises many types
+        raise UserError(
+            f"model.path: the config.json of {model.path} cannot be read ({first_line(error)}); give a "
+            "directory with it, or one of " + ", ".join(published())
+        ) from error
 
 
 def _config_file(path: str) -> Path:
