@@ -91,7 +91,7 @@ class PromptEncoder:
     def _try_chat_template(self) -> str:
         """Render a prompt; returns what of the generation prompt belongs to the response."""
         for name in self.config.chat_template_kwargs:
-            template = self.texts["chat_template"] or self.processor.chat_template
+            template = str(self.texts["chat_template"] or self.processor.chat_template)  # it may be several
             if not re.search(rf"\b{re.escape(name)}\b", template):
                 raise UserError(f"data.chat_template_kwargs.{name}: {self._template_name} does not read it")
         question = "2 + 3 = ?"
