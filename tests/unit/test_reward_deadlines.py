@@ -45,8 +45,9 @@ def busy_machine() -> Iterator[None]:
 
 
 def test_a_busy_machine_costs_no_score(tmp_path: Path, busy_machine: None) -> None:
-    """On two cores each of these takes far longer than its limit by the clock."""
-    batch = score(tmp_path, "f", ["burn 0.5"] * 2, limit=1.0)
+    """Beside those that take all they get. How long it takes by the clock depends on who else is there: sixty
+    times as long is still no reason; that the clock does not count is in the last test."""
+    batch = score(tmp_path, "f", ["burn 0.5"] * 2, limit=3.0)
     assert batch.scores.tolist() == [0.5] * 2 and batch.errors == 0
 
 
