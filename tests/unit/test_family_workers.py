@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from mssr.actor.worker import PolicyWorker
 from mssr.cluster.base import join_log_probs
 from mssr.config import ModelConfig, to_dict
 from mssr.models.families import FAMILIES
@@ -19,11 +17,12 @@ from mssr.models.loading import load_model
 from mssr.models.packing import pack
 from mssr.models.policy import PolicyModel
 from mssr.runs import export as export_tool
-from mssr.runs.config import load_config
 from tests.conftest import Workspace
 from tests.e2e.ranks import make_batch
+from tests.unit.worker_lab import open_worker, weights_of
 
 pytestmark = pytest.mark.unit
+ONE_UPDATE = ["actor.updates_per_step=1", "actor.lr=0.003"]
 IDS = ["t0", "t1", "t2", "t3"]
 
 
@@ -32,29 +31,12 @@ def family_workspace(request: pytest.FixtureRequest, workspace_of: Callable[[str
     return workspace_of(request.param)
 
 
-@contextlib.contextmanager
-def open_worker(workspace: Workspace, path: Path, *overrides: str) -> Iterator[PolicyWorker]:
-    sizes = ["actor.num_ranks=1", "rollout.rollouts_per_step=4", "actor.updates_per_step=1"]
-    config = load_config(workspace.config, [*sizes, "actor.lr=0.003", *overrides])
-    worker = PolicyWorker(config, 0, f"file://{path}/rendezvous-{len(list(path.iterdir()))}")
-    try:
-        yield worker
-    finally:
-        worker.close()
-
-
-def weights_of(worker: PolicyWorker) -> dict[str, torch.Tensor]:
-    weights = worker.export_weights()
-    assert weights is not None
-    return weights
-
-
 def test_training_resumes_bitwise_and_its_export_is_what_was_trained(
     family_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The exported directory gives the log-probs of the policy."""
     batch, saved = make_batch(family_workspace, IDS), str(tmp_path / "saved" / "actor")
-    with open_worker(family_workspace, tmp_path) as worker:
+    with open_worker(family_workspace, tmp_path, *ONE_UPDATE) as worker:
         start = weights_of(worker)
         worker.update(batch, 0)
         worker.checkpoint.begin(saved)
@@ -65,7 +47,7 @@ def test_training_resumes_bitwise_and_its_export_is_what_was_trained(
         metrics = worker.update(batch, 1)
         onward = weights_of(worker)
     assert [name for name in start if torch.equal(start[name], trained[name])] == []
-    with open_worker(family_workspace, tmp_path) as worker:
+    with open_worker(family_workspace, tmp_path, *ONE_UPDATE) as worker:
         worker.checkpoint.load(saved)
         loaded = weights_of(worker)
         again = worker.update(batch, 1)
@@ -87,7 +69,7 @@ def test_training_resumes_bitwise_and_its_export_is_what_was_trained(
 def test_a_frozen_tower_stays(family_workspace: Workspace, tmp_path: Path) -> None:
     """Policy and reference share it, and the features that it gave; a model without one trains as it is."""
     overrides = ["model.freeze_vision=true", "algorithm.kl.coef=0.1"]
-    with open_worker(family_workspace, tmp_path, *overrides) as worker:
+    with open_worker(family_workspace, tmp_path, *ONE_UPDATE, *overrides) as worker:
         start, family = weights_of(worker), worker.policy.family
         worker.update(make_batch(family_workspace, IDS), 0)
         after, tower = weights_of(worker), worker.policy.tower

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,27 +24,11 @@ from mssr.runs import export as export_tool
 from mssr.runs.config import load_config
 from tests.conftest import Workspace
 from tests.e2e.ranks import make_batch
+from tests.unit.worker_lab import open_worker, weights_of
 
 pytestmark = pytest.mark.unit
 
-LORA = ["actor.lora.rank=4", "actor.lr=0.01", "algorithm.kl.coef=0.1", "actor.num_ranks=1"]
-
-
-@contextlib.contextmanager
-def make_worker(workspace: Workspace, path: Path, *overrides: str) -> Iterator[PolicyWorker]:
-    config = load_config(workspace.config, [*LORA, "rollout.rollouts_per_step=4", *overrides])
-    rendezvous = path / f"rendezvous-{len(list(path.iterdir()))}"
-    worker = PolicyWorker(config, 0, f"file://{rendezvous}")
-    try:
-        yield worker
-    finally:
-        worker.close()
-
-
-def weights_of(worker: PolicyWorker) -> dict[str, torch.Tensor]:
-    weights = worker.export_weights()
-    assert weights is not None
-    return weights
+LORA = ["actor.lora.rank=4", "actor.lr=0.01", "algorithm.kl.coef=0.1"]
 
 
 def all_log_probs(worker: PolicyWorker, batch: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +51,7 @@ def test_the_policy_moves_and_the_reference_does_not(workspace: Workspace, tmp_p
     """Reference = the model before training; engine = actor, with the adapters merged, by plain names."""
     batch = make_batch(workspace, ["t0", "t1", "t2", "t3"])
     base = load_model(load_config(workspace.config).model, torch.float32).state_dict()
-    with make_worker(workspace, tmp_path) as worker:
+    with open_worker(workspace, tmp_path, *LORA) as worker:
         before = weights_of(worker)
         assert before.keys() == base.keys()
         assert all(torch.equal(before[n], base[n]) for n in base)  # every B is 0
@@ -103,7 +85,7 @@ def test_a_checkpoint_holds_the_adapters_alone_and_exports_merged(
     batch = make_batch(workspace, ["t0", "t1", "t2", "t3"])
     # Features that are kept were computed beside other images than those of a resumed run: equal to rounding.
     bitwise = "actor.vision_cache_gib=0"
-    with make_worker(workspace, tmp_path, bitwise) as worker:
+    with open_worker(workspace, tmp_path, *LORA, bitwise) as worker:
         worker.update(batch, 0)
         worker.checkpoint.begin(str(tmp_path / "saved" / "actor"))
         worker.checkpoint.result()
@@ -113,7 +95,7 @@ def test_a_checkpoint_holds_the_adapters_alone_and_exports_merged(
     names = SafeReader(str(tmp_path / "saved" / "actor")).read_metadata().state_dict_metadata
     assert names and all(is_adapter(name) for name in names)
     assert any(name.startswith("optimizer") for name in names)
-    with make_worker(workspace, tmp_path, bitwise) as worker:
+    with open_worker(workspace, tmp_path, *LORA, bitwise) as worker:
         worker.checkpoint.load(str(tmp_path / "saved" / "actor"))
         loaded = weights_of(worker)
         worker.update(batch, 1)
@@ -146,13 +128,13 @@ def test_a_checkpoint_holds_the_adapters_alone_and_exports_merged(
 )
 def test_a_run_that_is_resumed_goes_on_bitwise(workspace: Workspace, tmp_path: Path, options: str) -> None:
     batch, directory = make_batch(workspace, ["t0", "t1", "t2", "t3"]), str(tmp_path / "saved")
-    with make_worker(workspace, tmp_path, *options.split()) as worker:
+    with open_worker(workspace, tmp_path, *LORA, *options.split()) as worker:
         worker.update(batch, 0)
         worker.checkpoint.begin(directory)
         worker.checkpoint.result()
         worker.update(batch, 1)
         onward = weights_of(worker)
-    with make_worker(workspace, tmp_path, *options.split()) as worker:
+    with open_worker(workspace, tmp_path, *LORA, *options.split()) as worker:
         worker.checkpoint.load(directory)
         worker.update(batch, 1)
         resumed = weights_of(worker)
@@ -163,7 +145,7 @@ def test_every_option_reaches_the_weights(workspace: Workspace, tmp_path: Path) 
     batch = make_batch(workspace, ["t0", "t1", "t2", "t3"])
 
     def train(*overrides: str) -> dict[str, torch.Tensor]:
-        with make_worker(workspace, tmp_path, *overrides) as worker:
+        with open_worker(workspace, tmp_path, *LORA, *overrides) as worker:
             for step in range(2):
                 worker.update(batch, step)
             return weights_of(worker)
