@@ -24,11 +24,9 @@ from mssr.runs import export as export_tool
 from mssr.runs.config import load_config
 from tests.conftest import Workspace
 from tests.e2e.ranks import make_batch
-from tests.unit.worker_lab import open_worker, weights_of
+from tests.unit.worker_lab import LORA, open_worker, weights_of
 
 pytestmark = pytest.mark.unit
-
-LORA = ["actor.lora.rank=4", "actor.lr=0.01", "algorithm.kl.coef=0.1"]
 
 
 def all_log_probs(worker: PolicyWorker, batch: Any) -> tuple[np.ndarray, np.ndarray]:

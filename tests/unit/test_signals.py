@@ -23,8 +23,8 @@ from mssr.trainer.collect import with_signal
 from mssr.types import Rollout, TrainBatch
 from tests.conftest import Workspace
 from tests.e2e.ranks import make_batch
-from tests.unit.test_lora import make_worker, weights_of
 from tests.unit.test_recovery import drive, never, world  # noqa: F401
+from tests.unit.worker_lab import LORA, open_worker, weights_of
 
 pytestmark = pytest.mark.unit
 FOUR = ["t0", "t1", "t2", "t3"]
@@ -47,7 +47,7 @@ def test_dropout_is_not_taken_for_a_move_of_the_policy(
     """The old log-probs are those of the policy that sampled, which dropped nothing."""
     batch = make_batch(workspace, FOUR)
     options = ["actor.lora.dropout=0.5", f"actor.updates_per_step={updates}", "actor.vision_cache_gib=0"]
-    with make_worker(workspace, tmp_path, *options) as worker:
+    with open_worker(workspace, tmp_path, *LORA, *options) as worker:
         worker.update(batch, 0)  # adapters that are 0 have nothing to drop
         sampled = dataclasses.replace(batch, engine_log_probs=log_probs(worker, batch))
         worker.config.actor.lr = 1e-30
@@ -69,7 +69,7 @@ def test_what_the_loss_knows_is_not_in_the_dtype_of_the_pass(
         return call(loss, *given)
 
     monkeypatch.setattr(MicroBatchLoss, "__call__", spy)
-    with make_worker(workspace, tmp_path, *PLAIN, "model.dtype=bfloat16") as worker:
+    with open_worker(workspace, tmp_path, *LORA, *PLAIN, "model.dtype=bfloat16") as worker:
         worker.update(make_batch(workspace, FOUR), 0)
     assert seen == {torch.float32}
 
@@ -77,7 +77,7 @@ def test_what_the_loss_knows_is_not_in_the_dtype_of_the_pass(
 def test_what_is_held_out_is_measured_and_not_trained_on(workspace: Workspace, tmp_path: Path) -> None:
     batch = make_batch(workspace, FOUR)
     held_out = [*PLAIN, "actor.kl_probe=held_out", "actor.kl_probe_fraction=0.25"]
-    with make_worker(workspace, tmp_path, *held_out) as worker:
+    with open_worker(workspace, tmp_path, *LORA, *held_out) as worker:
         [index] = [s for micro in worker.updater.plan(batch, 0).probe[0] for s in micro.sequences]
         before = log_probs(worker, batch)
         metrics = worker.update(batch, 0)
@@ -86,10 +86,10 @@ def test_what_is_held_out_is_measured_and_not_trained_on(workspace: Workspace, t
         assert metrics["policy/kl_update"] == pytest.approx(expected, rel=1e-3) and expected > 1e-5
         weights = weights_of(worker)
     batch.advantages[index] += 100.0
-    with make_worker(workspace, tmp_path, *held_out) as worker:
+    with open_worker(workspace, tmp_path, *LORA, *held_out) as worker:
         worker.update(batch, 0)
         assert all(torch.equal(weights[n], w) for n, w in weights_of(worker).items())
-    with make_worker(workspace, tmp_path, *PLAIN) as worker:
+    with open_worker(workspace, tmp_path, *LORA, *PLAIN) as worker:
         worker.update(batch, 0)
         assert not all(torch.equal(weights[n], w) for n, w in weights_of(worker).items())
 
@@ -110,7 +110,7 @@ def test_a_micro_batch_without_response_tokens_trains_on(
     options += [f"algorithm.loss.name={loss}", "algorithm.kl.coef=0"]
     results = []
     for keep in (without_response(batch, 2), without_sequence(batch, 2)):
-        with make_worker(workspace, tmp_path, *options) as worker:
+        with open_worker(workspace, tmp_path, *LORA, *options) as worker:
             metrics = worker.update(keep, 0)
             results.append((metrics, weights_of(worker)))
     (emptied, weights), (left_out, expected) = results

@@ -12,6 +12,9 @@ from mssr.actor.worker import PolicyWorker
 from mssr.runs.config import load_config
 from tests.conftest import Workspace
 
+LORA = ["actor.lora.rank=4", "actor.lr=0.01", "algorithm.kl.coef=0.1"]
+"""Adapters that move enough in one update to be seen."""
+
 
 @contextlib.contextmanager
 def open_worker(workspace: Workspace, path: Path, *overrides: str) -> Iterator[PolicyWorker]:
