@@ -15,7 +15,9 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
+from transformers import TrainerCallback
 
+from mssr.algorithms import Algorithm
 from mssr.models.tiny import build_tiny
 
 torch.set_num_threads(1)
@@ -25,7 +27,11 @@ ROWS = 8
 
 
 def make_model(path: Path) -> Path:
+    """A tiny Qwen2.5-VL, of whose tokens every sixth ends a response, so that lengths differ."""
     build_tiny(path, "qwen2_5_vl", CORPUS, seed=0)
+    file = path / "generation_config.json"
+    generation = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**generation, "eos_token_id": list(range(0, 256, 6))}))
     return path
 
 
@@ -61,7 +67,7 @@ class Rewards:
         scores = [
             None if i == self.missing else sum(c) % 4 / 3 for i, c in zip(id, completion_ids, strict=True)
         ]
-        self.calls.append({"ids": id, "rewards": scores, "lengths": [len(c) for c in completion_ids]})
+        self.calls.append({"ids": id, "rewards": scores, "tokens": completion_ids})
         return scores
 
 
@@ -102,5 +108,23 @@ def history(trainer: Any, key: str) -> list[float]:
     return [log[key] for log in trainer.state.log_history if key in log]
 
 
-def dump(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value))
+class Steps(TrainerCallback):
+    """What each generation was trained on, by row."""
+
+    def __init__(self) -> None:
+        self.advantages: list[list[float]] = []
+        self.trainer: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % args.updates_per_generation == 0:
+            self.advantages.append(list(self.trainer._logs["advantages"]))
+
+
+def by_hand(method: Algorithm, call: dict[str, Any], kl: float) -> tuple[np.ndarray, dict[str, float]]:
+    """(B,) advantages and the metrics of a generation, from `mssr.algorithms` alone."""
+    scored = [i for i, reward in enumerate(call["rewards"]) if reward is not None]
+    ids, rewards = [call["ids"][i] for i in scored], [np.float32(call["rewards"][i]) for i in scored]
+    advantages = np.zeros(len(call["ids"]), np.float32)
+    advantages[scored], metrics = method.advantages(ids, rewards, [len(call["tokens"][i]) for i in scored])
+    method.observe(ids, rewards, kl)
+    return advantages, {**metrics, **method.metrics()}

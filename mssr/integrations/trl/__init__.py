@@ -15,9 +15,7 @@ try:
 except metadata.PackageNotFoundError:
     raise ImportError(f"mssr.integrations.trl needs TRL: pip install '{VERSIONS}'") from None
 if _version.split(".")[:2] != ["1", "16"]:
-    raise ImportError(
-        f"mssr.integrations.trl is made for {VERSIONS}, not {_version}: pip install '{VERSIONS}'"
-    )
+    raise ImportError(f"mssr.integrations.trl needs {VERSIONS}, and this is {_version}")
 
 from mssr.integrations.trl.config import MSSRConfig  # noqa: E402
 from mssr.integrations.trl.trainer import MSSRTrainer  # noqa: E402
