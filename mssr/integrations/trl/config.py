@@ -24,10 +24,7 @@ class MSSRConfig(GRPOConfig):
         ValueError: a setting makes no sense with one response for each prompt, or would be without effect.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *GRPOConfig._VALID_DICT_FIELDS,
-        "method_options",
-    ]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*GRPOConfig._VALID_DICT_FIELDS, "method_options"]
 
     num_generations: int | None = _option(1, "Always 1: a response is compared with its prompt's history.")
     num_generations_eval: int | None = _option(1, "Responses for each prompt in an evaluation.")

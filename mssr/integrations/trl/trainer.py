@@ -8,7 +8,6 @@ All ranks hold the same method in the same state: what it is told is gathered fr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,7 +39,6 @@ class MSSRTrainer(GRPOTrainer):
             the method does not take, a response with a placeholder, a checkpoint within a generation.
     """
 
-    generation_kwargs: dict[str, Any]
     _tag_names: ClassVar[list[str]] = ["trl", "mssr"]
     _name = "MSSR"
     _paper: ClassVar[dict[str, str]] = {"title": "MSSR", "id": "2512.18215"}
@@ -58,22 +56,15 @@ class MSSRTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *rest, **named)
         _check_ids(self.train_dataset, args.id_column)
         self.banned = batches.placeholder_ids(self.model.config)
-        self._ban_placeholders()
+        engine: Any = self.vllm_generation if self.use_vllm else self
+        engine.generation_kwargs = batches.ban(engine.generation_kwargs, self.banned, vllm=self.use_vllm)
+        if not self.use_vllm:
+            self.generation_config.suppress_tokens = engine.generation_kwargs.get("suppress_tokens")
         self.add_callback(_Steps(self))
-
-    def _ban_placeholders(self) -> None:
-        if self.use_vllm:
-            engine = self.vllm_generation
-            engine.generation_kwargs = batches.ban(engine.generation_kwargs, self.banned, vllm=True)
-        else:
-            self.generation_kwargs = batches.ban(self.generation_kwargs, self.banned, vllm=False)
-            self.generation_config.suppress_tokens = self.generation_kwargs.get("suppress_tokens")
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         self.sampler = EpochSampler(super()._get_train_sampler(dataset))
         return self.sampler
-
-    # --- advantages
 
     def _generate(self, prompts: list) -> tuple:
         generated = super()._generate(prompts)
@@ -124,8 +115,6 @@ class MSSRTrainer(GRPOTrainer):
             rewards = np.where(np.abs(rewards - nearest) < 1e-6, nearest, rewards)
         return np.where(np.isnan(each).all(axis=1), np.nan, rewards)
 
-    # --- the loss
-
     def _compute_loss(self, model: Any, inputs: Batch) -> torch.Tensor:
         plain, self._in_loss = inputs["advantages"], inputs if self.model.training else None
         try:
@@ -154,8 +143,6 @@ class MSSRTrainer(GRPOTrainer):
         mean, fraction = self._token_means(loss_mask(batch), bonus, from_entropy)
         self._tell({"shaping/mean": mean, "shaping/entropy_branch_fraction": fraction})
         return plain + bonus
-
-    # --- the end of a generation
 
     def end_generation(self) -> None:
         """After its last update: the method learns from rewards and KL."""
@@ -194,8 +181,6 @@ class MSSRTrainer(GRPOTrainer):
     def _tell(self, metrics: dict[str, float]) -> None:
         for key, value in metrics.items():
             self._metrics["train"][key].append(value)
-
-    # --- checkpoints
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
@@ -257,7 +242,7 @@ class _Steps(transformers.TrainerCallback):
 
 def _check_ids(dataset: Any, column: str) -> None:
     """Every row has an id of its own. (That of a stream is seen when the row comes.)"""
-    names: Sequence[str] | None = getattr(dataset, "column_names", None)
+    names = getattr(dataset, "column_names", None)
     if dataset is None or (names is not None and column not in names):
         raise ValueError(
             f"the data has no column {column!r}, which tells prompts apart: name another as id_column, or"
