@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=REPO / "runs/peer")
     args = parser.parse_args()
     args.updates = {"speed": 1, "curves": 4}[args.what]  # optimizer steps a step
-    subprocess.run([HERE / "trl_environment.sh"], check=True)
+    subprocess.run([REPO / "scripts/test_plugins.sh", "--install", "trl"], check=True)
     args.work = args.work.absolute()
     args.work.mkdir(parents=True, exist_ok=True)
     how = {
