@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from mssr.config import easyr1_keys
+from mssr.config.options import in_yaml
 
 NO_LIMIT = 1_000_000
 """A number that no run reaches; as an interval of steps: before the first and after the last only."""
@@ -141,3 +142,31 @@ _EASYR1 = {f"data.{key}": Key(note=reason) for key, reason in easyr1_keys.WITHOU
 for _key, (_ours, _default) in easyr1_keys.RENAMED.items():
     _EASYR1[f"data.{_key}"] = Key("val" if _ours == "data.val" else _ours, _default)
 SYSTEMS = {"EasyR1": _EASYR1 | _table(0), "verl": _table(1)}
+
+
+def reference() -> str:
+    """The tables of docs/convert.md, from here: ``python -m mssr.tools.convert_keys``."""
+    lines = [MARK]
+    for system, table in SYSTEMS.items():
+        lines += ["", f"## {system}", "", "| key | by default | here |", "| --- | --- | --- |"]
+        for key, about in table.items():
+            use = f"; {'else' if about.only or about.to else ''} {about.note}".replace(";  ", "; ")
+            if about.to:
+                options = ", ".join(f"`{o}`" for o in FACTS.get(about.to, about.to).split(", "))
+                values = VALUES.get(about.to, ({}, ""))[0]
+                known = ", ".join(
+                    f"`{in_yaml(a)}`" + (f" as `{in_yaml(b)}`" if a != b else "") for a, b in values.items()
+                )
+                row = f"`{in_yaml(about.default)}` | {options}" + (f": {known}{use}" if known else "")
+            elif about.only:
+                row = f" | as here: {', '.join(f'`{in_yaml(v)}`' for v in about.only)}{use}"
+            else:
+                row = f" | without effect: {about.note}"
+            lines.append(f"| `{key}` | {row} |")
+    return "\n".join(lines) + "\n"
+
+
+MARK = "<!-- From here on written by `python -m mssr.tools.convert_keys`. -->"
+
+if __name__ == "__main__":
+    print(reference(), end="")
