@@ -131,12 +131,19 @@ def test_what_is_scored_again_is_random_and_the_same_in_every_run(actor: Any, tm
     told(actor)
     runs = []
     for run in ("a", "b"):
-        settings = ("data.seed=3", "trainer.save_freq=-1", "algorithm.mssr.kl_probe_fraction=0.5")
-        fit(lab.make_trainer(lab.config(tmp_path / run, *settings), actor, steps=3), lab.Rollouts())
+        composed = lab.config(
+            tmp_path / run,
+            "data.seed=3",
+            "trainer.save_freq=-1",
+            "algorithm.mssr.kl_probe_fraction=0.3",
+            "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=false",
+            "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2",
+        )
+        fit(lab.make_trainer(composed, actor, steps=3), lab.Rollouts())
         scored, _ = told(actor)
         runs.append([set(of_step) for of_step in scored])
     assert runs[0] == runs[1]  # although keys and order differ
-    assert all(len(of_step) == 4 and 0 not in of_step for of_step in runs[0])
+    assert all(len(of_step) == 4 and 0 not in of_step for of_step in runs[0])  # 2 ranks, micro-batches of 2
     assert len({tuple(sorted(of_step)) for of_step in runs[0]}) == 3
 
 

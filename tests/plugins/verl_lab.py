@@ -111,7 +111,7 @@ class Actor(Worker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def plugin(self) -> tuple[bool, bool, bool]:
-        """Whether our package and our trainer are imported in this process, and whether verl knows our names."""
+        """Whether our package and our trainer are imported here, and whether verl knows our names."""
         loaded = [f"mssr.integrations.verl{part}" in sys.modules for part in ("", ".trainer")]
         from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
