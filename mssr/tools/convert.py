@@ -12,6 +12,7 @@ import yaml
 from mssr.config import Config, checks
 from mssr.config.loading import merge
 from mssr.config.options import describe, in_yaml
+from mssr.config.secrets import redact
 from mssr.errors import EXIT_OK, EXIT_USER_ERROR, UserError, did_you_mean
 from mssr.tools.convert_keys import FACTS, SYSTEMS, VALUES, Key
 from mssr.tools.convert_options import Options
@@ -160,14 +161,14 @@ def _open(value: Any) -> bool:
 def convert(config_file: str, overrides: Sequence[str], out: Path | None = None) -> int:
     """Write a config of EasyR1 or verl as one of ours; the exit code is 2 where it trains otherwise."""
     found = Conversion(*read(config_file, overrides))
-    text = found.yaml(config_file)
+    text = redact(found.yaml(config_file))
     if out is None:
         print(text, end="")
     else:
         out.write_text(text)
-        print("\n".join([*found.lines(READ), *found.lines(NONE), f"written: {out}"]))
+        print(redact("\n".join([*found.lines(READ), *found.lines(NONE), f"written: {out}"])))
     for line in (*found.lines(UNKNOWN), *found.lines(LOST)):
-        print(line, file=sys.stderr)
+        print(redact(line), file=sys.stderr)
     try:
         checks.validate(merge([(config_file, yaml.safe_load(text))], (), lambda line: None))
     except UserError as error:
