@@ -1,3 +1,3 @@
 """mssr: single-rollout reinforcement learning from verifiable rewards for vision-language models."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

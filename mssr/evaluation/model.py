@@ -13,6 +13,7 @@ from mssr.config import Config, ModelConfig, to_dict
 from mssr.config.data import DataConfig
 from mssr.config.loading import Layer, file_layers, from_dict
 from mssr.config.options import READ, UNREAD, describe, nearest
+from mssr.config.recipes import find
 from mssr.data.images import reason
 from mssr.errors import UserError
 from mssr.models.files import sha256
@@ -93,7 +94,7 @@ def open_model(
                 f"{manifests.FILE}) and no run directory (no checkpoints)"
             )
         layers: list[Layer] = [("mssr eval", DEFAULTS)]
-        layers += file_layers(config_file) if config_file else []
+        layers += file_layers(find(config_file)) if config_file else []
         layers += [("--model", {"model": {"path": name}}), fixed]
         config = merge_layers(layers, overrides, note)
         return EvaluatedModel(name, config, None, None, _model_identity(config.model))

@@ -23,9 +23,7 @@ def check_model_path(config: ModelConfig, tensor_parallel: int = 1) -> None:
         UserError: names the directory and what is missing.
     """
     path = Path(config.path)
-    if not path.exists():
-        if path.is_absolute() or config.path.count("/") != 1 or config.path.startswith("."):
-            raise UserError(f"model.path: directory {config.path} does not exist")
+    if not is_there(config.path):
         return
     try:
         model_config = json.loads((path / "config.json").read_text())
@@ -47,6 +45,22 @@ def check_model_path(config: ModelConfig, tensor_parallel: int = 1) -> None:
                 f"rollout.tensor_parallel={tensor_parallel} does not divide {name}={count} of "
                 f"{config.path}; powers of 2 mostly do"
             )
+
+
+def is_there(name: str) -> bool:
+    """Whether a model path exists; if not it may be a hub name.
+
+    Raises:
+        UserError: it may not.
+    """
+    path = Path(name)
+    if path.exists() or not (path.is_absolute() or name.count("/") != 1 or name.startswith(".")):
+        return path.exists()
+    # The embedded task, as the recipes name its directories: data/digits, data/digits-<family>.
+    task, _, family = path.parent.name.partition("-")
+    how = f"; mssr prepare digits --out {path.parent}{family and f' --model {family}'} makes it"
+    made = (task, path.name) == ("digits", "model")
+    raise UserError(f"model.path: directory {name} does not exist{how if made else ''}")
 
 
 def check_sight(config: Config, sees_images: bool) -> None:

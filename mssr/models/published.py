@@ -11,6 +11,7 @@ from typing import Any
 from mssr.config import ModelConfig
 from mssr.errors import UserError, first_line
 from mssr.models.families import family_named
+from mssr.models.loading import is_there
 from mssr.models.shapes import ModelShape
 
 
@@ -41,7 +42,7 @@ def read_shape(model: ModelConfig) -> ModelShape:
 
 
 def _config_file(path: str) -> Path:
-    if Path(path).exists():
+    if is_there(path):
         return Path(path) / "config.json"
     from huggingface_hub import hf_hub_download
 

@@ -9,6 +9,7 @@ from mssr import rewards
 from mssr.config import Config
 from mssr.config import checks as own
 from mssr.config.loading import Layer, file_layers, merge
+from mssr.config.recipes import find
 from mssr.data.sources import parse_sources
 from mssr.data.validation_sets import validation_sets
 
@@ -19,13 +20,14 @@ def load_config(
     """Merge a YAML file (over its ``base``) and ``key=value`` overrides over the defaults; check the result.
 
     Args:
+        path: of the file, or the name of a recipe, see `mssr.config.recipes`.
         note: told in which sense EasyR1's keys were taken, a line a file.
 
     Raises:
         UserError: a file is missing or no YAML, a key is unknown, a value has the wrong type or is a
             secret, or values contradict each other.
     """
-    return merge_layers(file_layers(path), overrides, note)
+    return merge_layers(file_layers(find(path)), overrides, note)
 
 
 def merge_layers(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mssr import __version__
+from mssr.config.recipes import SETS
 from mssr.errors import EXIT_FAILURE, EXIT_OK, EXIT_SIGINT, EXIT_USER_ERROR, TrainingError, UserError
 
 
@@ -28,9 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.overrides = [*args.overrides, *rest]
     arguments = vars(args)
-    module, _, name = arguments.pop("command").partition(":")
     try:
-        result = getattr(importlib.import_module(module), name)(**arguments)
+        result = _call(arguments.pop("command"), arguments)
         return result if isinstance(result, int) else EXIT_OK
     except (UserError, TrainingError) as error:
         from mssr.config.secrets import redact
@@ -42,6 +42,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return EXIT_FAILURE
+
+
+_OF_THE_TRAINER = frozenset(
+    "PIL datasets filelock jinja2 math_verify matplotlib pebble psutil pyarrow qwen_vl_utils ray rich "
+    "safetensors sklearn tokenizers torch torchvision transformers".split()
+)
+"""What ``pip install mssr`` alone does not bring."""
+
+
+def _call(command: str, arguments: dict[str, Any]) -> Any:
+    module, _, name = command.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)(**arguments)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _OF_THE_TRAINER:
+            raise
+        raise UserError(
+            f'this command needs the trainer, and {package} is not installed: pip install "mssr[train,cpu]", '
+            'or "mssr[train,gpu]" where there are GPUs'
+        ) from error
 
 
 def prepare(task: str, **options: Any) -> None:
@@ -75,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         return command.add_argument
 
+    option = add("init", "mssr.config.recipes:init", "write recipes to a directory, to change them")
+    option("name", choices=list(SETS))
+    option("directory", type=Path, nargs="?", metavar="DIR", help="to write; configs/<name> by default")
+
     _add_training(add)
     option = add("prepare", "mssr.tools.cli:prepare", "make the embedded task: data and base model")
     option("task", choices=["digits"])
@@ -90,6 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     option("--quiet", action="store_true", help="no progress")
 
     _add_eval(add("eval", "mssr.tools.cli:evaluate", "accuracy of a model or checkpoint on benchmarks"))
+
+    option = add("convert", "mssr.tools.convert:convert", "config of EasyR1 or verl -> one of ours")
+    option("config_file", metavar="FILE", help="YAML file, or the script that starts their training")
+    option("overrides", nargs="*", metavar="key=value", help="their keys, as on their command line")
+    option("--out", type=Path, help="file to write, e.g. ours.yaml; else it is printed")
 
     option = add("export", "mssr.runs.export:export", "checkpoint -> Hugging Face directory")
     option("checkpoint", help="a run directory (its latest), or a checkpoint")
@@ -118,7 +148,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_training(add: Callable[..., Callable[..., argparse.Action]]) -> None:
     """A training, and what there is to be asked before one."""
     option = add("train", "mssr.trainer.train:train", "train a model as a config file says")
-    option("config_file", metavar="config", help="YAML file, e.g. configs/digits/mssr.yaml")
+    option(
+        "config_file",
+        metavar="config",
+        help="YAML file, or a recipe: digits, paper/qwen2_5_vl_7b/grpo",
+    )
     option("overrides", nargs="*", metavar="key=value", help="e.g. algorithm.name=grpo")
 
     option = add(

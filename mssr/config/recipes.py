@@ -1,0 +1,60 @@
+"""The configs that come with the package, by name: ``digits/mssr``, ``paper/qwen2_5_vl_7b/grpo``."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from mssr.errors import UserError, did_you_mean
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SETS = {
+    "digits": "mssr prepare digits --out data/digits, and mssr train {}/mssr.yaml",
+    "geometry3k": "mssr plan {}/qwen2_5_vl_3b.yaml --gpus 8xH100-80GB, and mssr train in place of plan",
+    "paper": "mssr train {}/qwen2_5_vl_3b/mssr.yaml",
+}
+"""What to do with the recipes of a set, written to a directory."""
+_MEANT = {"digits": "digits/mssr", "geometry3k": "geometry3k/qwen2_5_vl_3b"}
+"""Which recipe the name of a set stands for."""
+
+
+def find(name: str | Path) -> Path:
+    """The config file that is meant: the path of one, or the recipe of that name.
+
+    Raises:
+        UserError: it is the name of no recipe, or of several, or of one and of something here.
+    """
+    path, text = Path(name), str(name).rstrip("/")
+    if path.is_file() or path.is_absolute() or path.suffix in (".yaml", ".yml"):
+        return path
+    recipes = {str(file.relative_to(RECIPES).with_suffix("")): file for file in _files(RECIPES)}
+    if file := recipes.get(_MEANT.get(text, text)):
+        for here in (Path(f"{text}.yaml"), *_files(path)):
+            if here.is_file():
+                raise UserError(f"{name} may be {here} or the recipe {file}; give the path of one of them")
+        return file
+    if several := [one for one in recipes if one.startswith(f"{text}/")]:
+        raise UserError(f"{name} is several recipes; name one of {', '.join(several)}")
+    hint = did_you_mean(text, recipes)
+    raise UserError(f"config {name} is neither a file nor a recipe{hint}; recipes: {', '.join(recipes)}")
+
+
+def init(name: str, directory: Path | None = None) -> None:
+    """`mssr init`: write a set of recipes to a directory, ``configs/<name>`` by default.
+
+    Raises:
+        UserError: a file of it is there.
+    """
+    source, target = RECIPES / name, directory or Path("configs") / name
+    files = {file: target / file.relative_to(source) for file in _files(source)}
+    for to in files.values():
+        if to.exists():
+            raise UserError(f"{to} exists, and nothing was written; name another directory")
+    for file, to in files.items():
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, to)
+    print(f"{len(files)} configs are in {target}; next: {SETS[name].format(target)}")
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(directory.rglob("*.yaml"))

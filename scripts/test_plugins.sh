@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Test the plugins for TRL and verl, each in an environment of its own, which is made first where it is not up to date.
+#
+#   scripts/test_plugins.sh [--install] [trl] [verl]     both by default; --install makes environments and tests nothing
+#
+# .venv-trl has TRL with our versions of torch and transformers, .venv-verl what verl's driver imports.
+set -euo pipefail
+
+TITLE=plugins
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$REPO"
+unset PYTHONDONTWRITEBYTECODE # see scripts/test.sh
+
+install_trl() {
+    pip_install -r tests/plugins/trl-requirements.txt -e ".[trl]" -c constraints.txt "${TORCH_CPU[@]}"
+}
+
+install_verl() {
+    pip_install -r tests/plugins/verl-requirements.txt "${TORCH_CPU[@]}"
+    # Its other requirements (wandb, peft, Ray's dashboard) are for what the tests do not do.
+    pip_install --no-deps -e . verl==0.9.1
+}
+
+# In a process of its own, with which the lock of set-ups ends.
+environment() (
+    KIND=$1 MADE_FROM=(scripts/test_plugins.sh "tests/plugins/$1-requirements.txt")
+    STAMP=$VENV/mssr-setup.stamp LOG=$VENV/mssr-setup.log SECONDS=0
+    if up_to_date; then exit; fi
+    wait_for_others
+    if up_to_date; then exit; fi
+    rm -rf "$VENV"
+    make_venv
+    find_torch_cpu
+    "install_$1"
+    repair
+    write_stamp "$("$VENV/bin/python" -c "import torch, $1; print(f'torch {torch.__version__}, $1 {$1.__version__}')")"
+)
+
+test_plugin() {
+    # The other tests' conftest wants more than these environments have.
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false \
+        "$VENV/bin/python" -m pytest --noconftest -q --durations=10 tests/plugins/test_"$1"*.py
+}
+
+TESTS=1
+if [[ ${1:-} == --install ]]; then TESTS=0 && shift; fi
+(($#)) || set -- trl verl
+for plugin in "$@"; do
+    [[ $plugin == trl || $plugin == verl ]] || die "unknown argument $plugin; usage: scripts/test_plugins.sh [--install] [trl] [verl]"
+    VENV=$REPO/.venv-$plugin
+    environment "$plugin"
+    if ((TESTS)); then test_plugin "$plugin"; fi
+done
