@@ -46,8 +46,8 @@ def translate(tree: dict[str, Any], source: str) -> tuple[dict[str, Any], int | 
     theirs = "verl" if "actor_rollout_ref" in tree else "EasyR1" if "worker" in tree else ""
     if theirs or "adv_estimator" in (tree.get("algorithm") or {}):
         raise UserError(
-            f"{source} is a whole config of {theirs or 'EasyR1'}; its section data can be pasted into a config "
-            "of ours if it is EasyR1's, and mssr convert FILE makes a config of ours of all of it"
+            f"{source} is a whole config of {theirs or 'EasyR1'}; its section data can be pasted into a "
+            "config of ours if it is EasyR1's, and mssr convert FILE makes one of all of it"
         )
     given = tree.get("data")
     if not isinstance(given, dict) or not ONLY_EASYR1.intersection(given):

@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from mssr.errors import UserError, first_line
 
-_PIECE = r"""'[^']*' | "(?:\\.|\$\((?:[^()]|\([^()]*\))*\)|[^"\\])*" | \$\((?:[^()]|\([^()]*\))*\) | `[^`]*`
-| \$\{(?:[^{}]|\$\{[^{}]*\})*\} | \$\w+ | \$[@*] | \\[^\n] | [^\s;&|()<>'"`\\]"""
+_SUBSTITUTION = r"\$\((?:[^()]|\([^()]*\))*\) | \$\{(?:[^{}]|\$\{[^{}]*\})*\}"
+_PIECE = rf"""'[^']*' | "(?:\\. | {_SUBSTITUTION} | [^"\\])*" | {_SUBSTITUTION} | `[^`]*` | \$\w+ | \$[@*]
+| \\[^\n] | [^\s;&|()<>'"`\\]"""
 _TOKEN = re.compile(rf"\\\n|[ \t]+|(?<!\S)\#[^\n]*|(?P<word>(?:{_PIECE})+)|(?P<end>[\n;&|()<>])", re.X | re.S)
 _PIECES = re.compile(_PIECE, re.X | re.S)
 _ARRAY = re.compile(r'"?\$\{(\w+)\[[@*]\]\}"?')

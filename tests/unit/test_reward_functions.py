@@ -37,6 +37,11 @@ FORMS = {
     "    return [float(a) for a in kwargs['answer']]",
     "trl_solution_batch": "def f(completions, solution, **kwargs):\n"
     "    assert completions == ['a', 'bb', '']\n    return [float(s) for s in solution]",
+    "trl_log_batch": "def f(completions, solution, log_extra, log_metric=None, trainer_state=None, **kw):\n"
+    "    log_extra('solution', solution)\n    log_metric('mean', 0.5)\n    assert trainer_state is None\n"
+    "    return [float(s) for s in solution]",
+    "verl_reward_model": "def f(data_source, solution_str, ground_truth, extra_info, reward_model=0, **kw):\n"
+    "    assert reward_model == 0\n    return {'score': float(ground_truth), 'acc': 1.0, 'pred': 'x'}",
     "format_batch": "def f(completions, **kwargs):\n"
     "    return [{'a': 1.0, 'bb': 0.5}.get(c, 0.0) for c in completions]",
     "torch": "import torch\ndef f(response, answer): return torch.tensor([[float(answer)]])",
@@ -91,7 +96,7 @@ def test_every_form_gives_each_response_its_score(tmp_path: Path, form: str) -> 
     results = [result for call in calls for result in reward.call(call)]
     assert [r.score for r in results] == [1.0, 0.5, 0.0]
     parts = [dict(r.parts) for r in results]
-    if form == "verl":
+    if form in ("verl", "verl_reward_model"):
         assert parts == [{"acc": 1}] * 3
     elif form == "torch_part":
         assert parts == [{"length": 1}, {"length": 2}, {"length": 0}]
