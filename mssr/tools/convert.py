@@ -136,7 +136,9 @@ class Conversion:
                 if section not in node:
                     lines.append(f"{'  ' * depth}{section}:")
                 node = node.setdefault(section, {})
-            value = yaml.safe_dump(self.options[option], default_flow_style=True, width=10**6)
+            value = yaml.safe_dump(
+                self.options[option], default_flow_style=True, width=10**6, sort_keys=False
+            )
             keys = ", ".join(self.keys.get(option, [])) or f"{self.system}'s default"
             lines.append(f"{'  ' * len(sections)}{leaf}: {value.removesuffix(_END).strip()}  # {keys}")
         for kind in (UNKNOWN, LOST, NONE):

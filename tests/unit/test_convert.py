@@ -407,8 +407,10 @@ DATA=(
 )
 DATA+=(data.train_batch_size=$((8 * 4)))
 EXTRA=()
+declare -a MORE=(data.shuffle=False) OTHER
+EXTRA+=x; OTHER+=(y)
 nohup python3 -m verl.trainer.main_ppo --config-name=ppo_trainer \\
-    "${DATA[@]}" ${EXTRA[@]} \\
+    "${DATA[@]}" "${MORE[@]}" ${EXTRA[@]} \\
     actor_rollout_ref.model.path="$MODEL" \\
     ++actor_rollout_ref.rollout.n=4 ~data.seed \\
     actor_rollout_ref.rollout.tensor_model_parallel_size=${TP} \\
@@ -426,6 +428,7 @@ def test_a_script_is_read_as_a_shell_would(tmp_path: Path, monkeypatch: pytest.M
         "algorithm.adv_estimator": "grpo",
         "data.train_files": ["/home/user/geo3k/a.parquet", "/home/user/geo3k/b.parquet"],
         "data.train_batch_size": "$((8 * 4))",
+        "data.shuffle": False,
         "actor_rollout_ref.model.path": "/home/user/models/vl",
         "actor_rollout_ref.rollout.n": 4,
         "actor_rollout_ref.rollout.tensor_model_parallel_size": 4,
