@@ -94,6 +94,8 @@ def digits(place: Place, placement: str) -> Told:
         options += ["trainer.steps=3", "trainer.val_every=3"] if tiny else ["trainer.steps=20"]
     if tiny:
         options += ["rollout.rollouts_per_step=16", "rollout.max_response_length=8"]
+        if placement == "colocated":
+            options += ["rollout.engine=hf"]  # starts sooner than vLLM, which the other placement has
     found = train(place, f"digits-{placement}", Path("configs/digits/mssr.yaml"), options)
     accuracies = [r["val/accuracy"] for r in found if "val/accuracy" in r]
     steps = [r for r in found if r["step"]]
