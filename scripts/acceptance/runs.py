@@ -87,15 +87,13 @@ def digits(place: Place, placement: str) -> Told:
     prepare(place.scratch / "digits", quiet=True, settings=settings)
     data = [f"data.{split}={place.scratch}/digits/{split}.parquet" for split in ("train", "val")]
     # On the CPU this is also how engines are given weights in the way that is not the usual one.
-    transfer = [] if place.gpus or placement == "colocated" else ["cluster.weight_transfer=broadcast"]
+    transfer = [] if place.gpus else ["cluster.weight_transfer=broadcast"]
     options = [*layout(place, placement), *data, f"model.path={place.scratch}/digits/model", *transfer]
     options += ["rollout.check_weights=always"]
     if place.quick:
         options += ["trainer.steps=3", "trainer.val_every=3"] if tiny else ["trainer.steps=20"]
     if tiny:
         options += ["rollout.rollouts_per_step=16", "rollout.max_response_length=8"]
-        if placement == "colocated":
-            options += ["rollout.engine=hf"]  # starts sooner than vLLM, which the other placement has
     found = train(place, f"digits-{placement}", Path("configs/digits/mssr.yaml"), options)
     accuracies = [r["val/accuracy"] for r in found if "val/accuracy" in r]
     steps = [r for r in found if r["step"]]
@@ -207,8 +205,7 @@ def kill(place: Place) -> Told:
     directory.mkdir()
     workspace = make_workspace(directory)
     run = Run(directory / "course", workspace.config)
-    placement = "colocated" if place.gpus else "apart"
-    run.extra = [*layout(place, placement), f"cluster.device={place.device}", "actor.lr=1.0e-3"]
+    run.extra = [*layout(place, "colocated"), f"cluster.device={place.device}", "actor.lr=1.0e-3"]
     if not place.gpus:
         run.extra += ["rollout.engine=hf"]  # starts sooner than vLLM
     told = {}

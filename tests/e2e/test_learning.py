@@ -16,8 +16,8 @@ from mssr.runs.checkpoint import read_state
 
 pytestmark = pytest.mark.e2e
 CONFIGS = Path(__file__).parents[2] / "configs/digits"
-# A base model that reads less well than that of the command, whose settings tests/unit/test_digits.py holds: it
-# is made in a third of the time, by the same code. One thread, so that it is the same on every machine.
+# A base model that reads less well than that of the command, whose settings tests/unit/test_digits.py holds.
+# The same code makes it in a third of the time. One thread, so that it is the same on every machine.
 SMALL = DigitsSettings(
     train_rows=1280,
     val_rows=128,
