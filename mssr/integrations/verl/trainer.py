@@ -27,8 +27,7 @@ from mssr.integrations.verl.estimators import ESTIMATE, Pair
 from mssr.integrations.verl.settings import MODE, read
 
 Metrics = dict[str, Any]
-STATE = "mssr.npz"
-"""In a checkpoint of verl's, beside what it keeps of the actor."""
+STATE = "mssr.npz"  # in a checkpoint of verl's, beside what it keeps of the actor
 
 
 @register_trainer(MODE)
