@@ -16,10 +16,10 @@ install_trl() {
 }
 
 install_verl() {
-    pip_install -r tests/plugins/verl-requirements.txt "${TORCH_CPU[@]}"
-    # Its other requirements (wandb, peft, Ray's dashboard) are for what the tests do not do.
-    pip_install --no-deps -e . verl==0.9.1
+    pip_install --no-deps -r tests/plugins/verl-requirements.txt -e . "${TORCH_CPU[@]}"
 }
+
+VERSIONS='import sys, importlib.metadata as m; print(", ".join(f"{name} {m.version(name)}" for name in sys.argv[1:]))'
 
 # In a process of its own, with which the lock of set-ups ends.
 environment() (
@@ -33,7 +33,7 @@ environment() (
     find_torch_cpu
     "install_$1"
     repair
-    write_stamp "$("$VENV/bin/python" -c "import torch, $1; print(f'torch {torch.__version__}, $1 {$1.__version__}')")"
+    write_stamp "$("$VENV/bin/python" -c "$VERSIONS" torch transformers "$1")"
 )
 
 test_plugin() {

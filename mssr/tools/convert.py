@@ -12,8 +12,9 @@ import yaml
 from mssr.config import Config, checks
 from mssr.config.loading import merge
 from mssr.config.options import describe, in_yaml
+from mssr.config.secrets import redact
 from mssr.errors import EXIT_OK, EXIT_USER_ERROR, UserError, did_you_mean
-from mssr.tools.convert_keys import FACTS, SWAPPED, SYSTEMS, VALUES, Key
+from mssr.tools.convert_keys import FACTS, SYSTEMS, VALUES, Key
 from mssr.tools.convert_options import Options
 from mssr.tools.convert_sources import read
 
@@ -43,9 +44,11 @@ class Conversion:
         """Of an option or a fact, the keys that set it."""
         for key, value in self.given.items():
             self._take(key, value)
-        for about in self.table.values():
+        for key, about in self.table.items():
             if about.to and about.to not in self.facts:
-                self.facts[about.to] = self._translated(about, about.default)[0]
+                self.facts[about.to], known = self._translated(about, about.default)
+                if not known:
+                    self._lost(f"{key}={about.default}, the default", VALUES[about.to][1])
         made = Options(self.facts, self.system, self._lost)
         self.options = made.options()
         if made.reward_of:
@@ -71,22 +74,19 @@ class Conversion:
 
     def _translated(self, about: Key, value: Any) -> tuple[Any, bool]:
         """A value as ours, and whether there is one."""
-        if about.to in VALUES:
-            values = VALUES[about.to][0]
-            known = isinstance(value, str | bool | None) and value in values
-            return (values[value] if known else None), known
-        swapped = SWAPPED.get(about.to, {})
-        return (swapped[value] if not isinstance(value, list | dict) and value in swapped else value), True
+        values, use = VALUES.get(about.to, ({}, ""))
+        if not isinstance(value, list | dict) and value in values:
+            return values[value], True
+        number = isinstance(about.default, int | float)
+        known = not use and (not number or isinstance(value, int | float | None))
+        return (value if known else None), known
 
     def _take(self, key: str, value: Any) -> None:
         about = self.about(key)
         if about and about.to and not _open(value):
-            number = isinstance(about.default, int | float) and about.to not in VALUES
-            if number and value is not None and not isinstance(value, int | float):
-                raise UserError(f"{key}={in_yaml(value)} is no number; correct it")
-            if number and value is None and None not in SWAPPED.get(about.to, {}):
-                return
             ours, _ = self._translated(about, value)
+            if ours is None and about.default is not None and about.to not in VALUES:
+                return  # so the default holds
             if ours or about.to not in self.facts:  # of two keys that say the same, the one that says it
                 self.facts[about.to] = ours
 
@@ -106,7 +106,8 @@ class Conversion:
             use = "the running script decides it; give key=value after FILE"
             self._lost(setting, use, about.trains and about.to != "experiment_name")
         elif about.to and not self._translated(about, value)[1]:
-            self._lost(setting, about.note)
+            instead = f"set {FACTS.get(about.to, about.to)}"
+            self._lost(setting, VALUES.get(about.to, ({}, ""))[1] or instead)
         elif about.to:
             options = [o for o in FACTS.get(about.to, about.to).split(", ") if o in self.options]
             for option in options:
@@ -137,7 +138,9 @@ class Conversion:
                 if section not in node:
                     lines.append(f"{'  ' * depth}{section}:")
                 node = node.setdefault(section, {})
-            value = yaml.safe_dump(self.options[option], default_flow_style=True, width=10**6)
+            value = yaml.safe_dump(
+                self.options[option], default_flow_style=True, width=10**6, sort_keys=False
+            )
             keys = ", ".join(self.keys.get(option, [])) or f"{self.system}'s default"
             lines.append(f"{'  ' * len(sections)}{leaf}: {value.removesuffix(_END).strip()}  # {keys}")
         for kind in (UNKNOWN, LOST, NONE):
@@ -162,14 +165,14 @@ def _open(value: Any) -> bool:
 def convert(config_file: str, overrides: Sequence[str], out: Path | None = None) -> int:
     """Write a config of EasyR1 or verl as one of ours; the exit code is 2 where it trains otherwise."""
     found = Conversion(*read(config_file, overrides))
-    text = found.yaml(config_file)
+    text = redact(found.yaml(config_file))
     if out is None:
         print(text, end="")
     else:
         out.write_text(text)
-        print("\n".join([*found.lines(READ), *found.lines(NONE), f"written: {out}"]))
+        print(redact("\n".join([*found.lines(READ), *found.lines(NONE), f"written: {out}"])))
     for line in (*found.lines(UNKNOWN), *found.lines(LOST)):
-        print(line, file=sys.stderr)
+        print(redact(line), file=sys.stderr)
     try:
         checks.validate(merge([(config_file, yaml.safe_load(text))], (), lambda line: None))
     except UserError as error:

@@ -11,7 +11,7 @@ from mssr.config import Config
 from mssr.config.options import describe
 from mssr.tools.convert_keys import NO_LIMIT
 
-BUILT_IN = {
+BUILT_IN: dict[str, dict[str, Any]] = {
     "hiyouga/geometry3k": {"name": "math", "format": "weighted", "format_weight": 0.1},
     "lighteval/MATH": {"name": "math", "format": "none"},
     "DigitalLearningGmbH/MATH-lighteval": {"name": "math", "format": "none"},
@@ -36,16 +36,9 @@ class Options:
 
     def options(self) -> dict[str, Any]:
         """By dotted key; those that nothing would read are left out."""
-        for step in (
-            self._data,
-            self._batches,
-            self._method,
-            self._kl,
-            self._loss,
-            self._actor,
-            self._trainer,
-        ):
+        for step in (self._data, self._batches, self._method, self._kl, self._loss, self._actor):
             step()
+        self._trainer()
         self._reward()
         return self.o
 
@@ -57,26 +50,23 @@ class Options:
         f, o = self.f, self.o
         if self.verl:
             o["data.answer_column"] = "reward_model.ground_truth"
-            o["data.min_pixels"], o["data.max_pixels"] = (
-                (65536, 16777216) if f["patch"] == 16 else (3136, 12845056)
-            )
+            bounds = (65536, 16777216) if f["patch"] == 16 else (3136, 12845056)  # Qwen3-VL's, Qwen2.5-VL's
+            o["data.min_pixels"], o["data.max_pixels"] = bounds
             if f["truncation"] != "error" and not f["filter"]:
                 self.lost(f"data.truncation={f['truncation']}", "longer prompts are left out, not cut")
         if not o.get("data.prompt_template"):
             o["data.instruction"] = ""  # the bare question, as there
-        for key, value in (("data.train", o["data.train"]), ("val", f["val"])):
-            files = value if isinstance(value, list) else [value]
-            files = [str(Path(name).expanduser()) if name[:1] == "~" else name for name in files if name]
-            o["data.train" if key == "data.train" else "data.val"] = (
-                files if len(files) > 1 else (files or [None])[0]
-            )
+        for key, value in (("data.train", o["data.train"]), ("data.val", f["val"])):
+            files = value if isinstance(value, list) else [value] if value else []
+            files = [str(Path(name).expanduser()) if name[0] == "~" else name for name in files]
+            o[key] = files if len(files) > 1 else files[0] if files else None
         chosen = dict(f.get("val_options") or {})
         n = chosen.pop("n", f.get("val_n", 1))
         temperature = chosen.pop("temperature", f.get("val_temperature", o["rollout.temperature"]))
         if chosen.pop("top_p", 1.0) != 1.0 or chosen:
-            rest = self.f["val_options"]
-            self.lost(f"validation with {rest}", "it samples by temperature, of all tokens", trains=False)
-        if o["data.val"] and (n > 1 or temperature != 0):
+            with_ = f["val_options"]
+            self.lost(f"validation with {with_}", "it samples by temperature, of all tokens", trains=False)
+        if o["data.val"] and temperature != 0:  # one greedy response is as good as several
             o["data.val"] = {"val": {"path": o["data.val"], "n": n, "temperature": temperature}}
 
     def _batches(self) -> None:
@@ -107,21 +97,14 @@ class Options:
             o["algorithm.name"] = name
             least = algorithms.get(name).min_n
             if o["rollout.n"] < least:
-                self.lost(
-                    f"{name} with {o['rollout.n']} response",
-                    f"set rollout.n to {least} or more, or algorithm.name to mssr, which needs one",
-                )
+                use = f"set rollout.n to {least} or more, or algorithm.name to mssr, which needs one"
+                self.lost(f"{name} with {o['rollout.n']} response", use)
         if not o["sampler.dynamic"]:
             self._drop("sampler.max_draws")
-        elif self.verl and f["filter_key"] not in ("reward", "score", "seq_reward", "seq_final_reward"):
-            self.lost(
-                f"filter by {f['filter_key']}", "groups are drawn again where their rewards are all equal"
-            )
-        elif not self.verl:
-            self.lost(
-                f"filter by the mean of {f['filter_key']} in ({f['filter_low']}, {f['filter_high']})",
-                "groups are drawn again where their rewards are all equal, whatever their mean",
-            )
+        elif not self.verl or f["filter_key"] not in ("reward", "score", "seq_reward", "seq_final_reward"):
+            by = f"{f['filter_key']}" if self.verl else f"a mean {f['filter_key']} in ({f['filter_low']}, "
+            by += "" if self.verl else f"{f['filter_high']})"
+            self.lost(f"filter by {by}", "prompts whose rewards are all equal are left out and others drawn")
         if o.get("algorithm.correction.weight") in (None, "none"):
             self._drop("algorithm.correction.max_weight")
 
@@ -130,9 +113,7 @@ class Options:
         in_loss = bool(f["kl_in_loss"]) and not f.get("kl_off")
         in_reward = bool(f["kl_in_reward"]) if self.verl else not (f["kl_off"] or f["kl_in_loss"])
         if in_loss and in_reward:
-            self.lost(
-                "KL in the loss and in the reward", "it is in the loss; algorithm.kl.placement says where"
-            )
+            self.lost("KL in the loss and in the reward", "algorithm.kl.placement is one of them: loss")
             in_reward = False
         coef = f.get("kl_loss_coef" if in_loss and self.verl else "kl_coef") if in_loss or in_reward else 0.0
         o["algorithm.kl.coef"] = coef
@@ -148,22 +129,17 @@ class Options:
 
     def _loss(self) -> None:
         o = self.o
-        name, verl_sapo = o["algorithm.loss.name"], self.verl and o["algorithm.loss.name"] == "sapo"
-        if name is None:
+        name = o["algorithm.loss.name"] or "ppo"
+        if o["algorithm.loss.name"] is None:
             self._drop("algorithm.loss.name")
-        taken = algorithms.policy_losses.loss_options(name or "ppo")
-        self._drop(
-            *(
-                f"algorithm.loss.{option}"
-                for option in ("clip_low", "clip_high", "dual_clip", "tau_positive", "tau_negative")
-                if option not in taken
-            )
-        )
+        for option in ("clip_low", "clip_high", "dual_clip", "tau_positive", "tau_negative"):
+            if option not in algorithms.policy_losses.loss_options(name):
+                self._drop(f"algorithm.loss.{option}")
         if o.get("algorithm.loss.clip_low") == 0:
             o["algorithm.loss.clip_low"] = 1e-9  # which must be above 0; in float32 the bound is the same
-        aggregation = (
-            "sequence_mean" if verl_sapo else o["algorithm.loss.aggregation"]
-        )  # verl's sapo has no other
+        aggregation = o["algorithm.loss.aggregation"]
+        if self.verl and name == "sapo":
+            aggregation = "sequence_mean"  # whatever verl's loss_agg_mode
         length = o.pop("algorithm.loss.constant_length", None) or o["rollout.max_response_length"]
         if aggregation and aggregation.startswith("constant_length"):
             o["algorithm.loss.constant_length"] = 1 if aggregation.endswith(" 1") else length
@@ -172,13 +148,12 @@ class Options:
     def _actor(self) -> None:
         f, o = self.f, self.o
         low = {"bf16": "bfloat16", "fp32": "float32"}.get(f["dtype"] or "fp32", f["dtype"])
+        o["actor.master_dtype"] = "float32"
         if low == "bfloat16" and f["optimizer"] == "adamw_bf16":
             o["actor.master_dtype"], o["actor.rounding"] = "bfloat16", "kahan"
         elif (low, f["optimizer"]) != ("float32", "adamw"):
-            self.lost(
-                f"optimizer {f['optimizer']} of {low} parameters",
-                "set actor.master_dtype=bfloat16 and actor.rounding; float32 is written",
-            )
+            use = "set actor.master_dtype=bfloat16 and actor.rounding; it is float32 now"
+            self.lost(f"optimizer {f['optimizer']} of {low} parameters", use)
         o["actor.offload"] = "all" if f["offload_all"] else "optimizer" if f["offload_optimizer"] else "none"
         lora = o["actor.lora.rank"]
         if f["offload_reference"] and o["algorithm.kl.coef"] and not f["offload_all"] and not lora:
@@ -200,10 +175,8 @@ class Options:
         if (warmup is None or warmup < 0 or (self.verl and warmup == 0)) and (ratio := f["warmup_ratio"]):
             warmup = int(ratio * steps) if steps else None
             if not steps:
-                self.lost(
-                    f"warm-up over {ratio} of the steps",
-                    "set actor.warmup_steps, or give their number of steps in place of epochs after FILE",
-                )
+                use = "set actor.warmup_steps, or give a number of steps in place of epochs after FILE"
+                self.lost(f"warm-up over {ratio} of the steps", use)
         o["actor.warmup_steps"] = max(warmup or 0, 0)
         for key in ("trainer.val_every", "trainer.save_every"):
             if o[key] <= 0:  # EasyR1 validates and saves after the last step in any case
@@ -220,17 +193,13 @@ class Options:
         elif file:
             o["reward.name"] = file if ":" in file else f"{file}:main"
         elif self.verl and (names := _data_sources(o["data.train"])) and names <= BUILT_IN.keys():
-            rules: list[dict[str, Any]] = [BUILT_IN[name] for name in sorted(names)]
+            rules = [BUILT_IN[name] for name in sorted(names)]
             o |= {f"reward.{key}": value for key, value in rules[0].items()}
             self.reward_of = f"data_source={', '.join(sorted(names))} of data.train_files"
             if any(rule != rules[0] for rule in rules):
-                self.lost(
-                    f"rewards by data_source {sorted(names)}", "set reward.name to a file that calls each"
-                )
+                self.lost(f"rewards by data_source {sorted(names)}", "set reward.name to a file of yours")
         else:
-            self.lost(
-                "the reward", "set reward.name; docs/convert.md says what stands for verl's by data_source"
-            )
+            self.lost("the reward", "set reward.name; docs/convert.md says what verl's by data_source are")
         if (overlong := f.get("overlong") or {}).get("enable"):
             o["reward.overlong_buffer"] = overlong.get("len", 0)
             o["reward.overlong_penalty"] = overlong.get("penalty_factor", 1.0)

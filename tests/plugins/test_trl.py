@@ -365,6 +365,8 @@ def test_what_would_spoil_a_run_is_refused_before_or_within_it(model: Path, tmp_
     trainer.state.global_step = 1
     with pytest.raises(ValueError, match="the checkpoint's step=1 must be a multiple of the 2 updates"):
         trainer._save_checkpoint(trainer.model, None)
+    with pytest.raises(ValueError, match="the checkpoint's step=1 must be a multiple of the 2 updates"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
     def five(completion_ids: list[Any], **_: Any) -> list[float]:
         return [5.0] * len(completion_ids)

@@ -18,6 +18,7 @@ pytest.importorskip("verl")
 import ray
 import torch
 import transfer_queue as tq
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from mssr import algorithms
 from mssr.algorithms.losses import kl_penalty
@@ -100,7 +101,7 @@ def test_five_steps_with_a_resume_give_what_the_algorithms_give(actor: Any, tmp_
     scored, trained = told(actor)  # the ranks forget what they have learned
 
     second = lab.make_trainer(lab.config(tmp_path), actor, steps=5)
-    assert second.global_steps == 3
+    assert second.global_steps == 3 and type(second.replay_buffer) is ReplayBuffer
     logged += fit(second, rollouts[1])
     for all_of_it, rest in zip((scored, trained), told(actor), strict=True):
         all_of_it += rest
@@ -121,6 +122,7 @@ def test_five_steps_with_a_resume_give_what_the_algorithms_give(actor: Any, tmp_
         assert metrics["shaping/sign_flip_fraction"] == 0 < metrics["shaping/entropy_branch_fraction"]
     state = load_state(tmp_path / "global_step_5" / "mssr.npz")
     np.testing.assert_allclose(state["discount"]["kls"], method.state_dict()["discount"]["kls"], rtol=1e-4)
+    assert not (tmp_path / "global_step_5" / "transfer_queue").exists()  # as in verl's mode "sync"
     ids = [prompt_id(i) for i in range(12)]
     np.testing.assert_allclose(second.method.baseline.values(ids), method.baseline.values(ids), rtol=1e-5)
 
@@ -129,13 +131,24 @@ def test_what_is_scored_again_is_random_and_the_same_in_every_run(actor: Any, tm
     told(actor)
     runs = []
     for run in ("a", "b"):
-        settings = ("data.seed=3", "trainer.save_freq=-1", "algorithm.mssr.kl_probe_fraction=0.5")
-        fit(lab.make_trainer(lab.config(tmp_path / run, *settings), actor, steps=3), lab.Rollouts())
-        scored, _ = told(actor)
-        runs.append([set(of_step) for of_step in scored])
+        composed = lab.config(
+            tmp_path / run,
+            "data.seed=5",
+            "trainer.save_freq=-1",
+            "algorithm.mssr.kl_probe_fraction=0.2",
+            "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=false",
+            "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2",
+        )
+        rollouts = lab.Rollouts()
+        fit(lab.make_trainer(composed, actor, steps=3), rollouts)
+        places = []
+        for rows, scored in zip(rollouts.steps, told(actor)[0], strict=True):
+            assert len(scored) == 4 and 0 not in scored  # 2 ranks with micro-batches of 2; no padding
+            order = sorted(rows, key=prompt_id)
+            places.append(sorted(order.index(token - 20) for token in scored))
+        runs.append(places)
     assert runs[0] == runs[1]  # although keys and order differ
-    assert all(len(of_step) == 4 and 0 not in of_step for of_step in runs[0])
-    assert len({tuple(sorted(of_step)) for of_step in runs[0]}) == 3
+    assert runs[0][0] != runs[0][1] != runs[0][2]
 
 
 def test_all_rows_may_be_scored_again(actor: Any, tmp_path: Path) -> None:
@@ -201,8 +214,8 @@ def test_a_checkpoint_is_named_the_latest_only_when_it_holds_the_method(actor: A
     assert not (tmp_path / "latest_checkpointed_iteration.txt").exists()
 
 
-def test_ray_workers_know_the_plugin_and_import_the_trainer_on_demand(actor: Any) -> None:
-    assert actor.plugin() == [(True, False, "MSSRTrainer")] * lab.RANKS
+def test_ray_workers_have_the_plugin_and_do_not_import_the_trainer(actor: Any) -> None:
+    assert actor.execute_rank_zero_sync("plugin") == (True, False, True)
 
 
 def test_an_import_of_verl_is_not_slower_and_a_plugin_that_fails_is_heard_of() -> None:
@@ -234,15 +247,15 @@ def test_the_names_are_of_no_use_to_other_trainers() -> None:
     ("override", "message"),
     [
         ("trainer.use_v1=false", "trainer.use_v1=false"),
-        ("algorithm.adv_estimator=grpo", "adv_estimator=grpo: trainer_mode=mssr_sync is for mssr, mvsr, spo"),
+        ("algorithm.adv_estimator=grpo", "adv_estimator=grpo: mssr_sync is for mssr, mvsr, spo"),
         ("algorithm.adv_estimator=reinforce_pp", "adv_estimator=reinforce_pp"),
         ("actor_rollout_ref.rollout.n=2", "rollout.n=2: a prompt has one response here"),
         ("algorithm.use_kl_in_reward=true", "use_kl_in_reward=true: rewards must stay in"),
         ("algorithm.rollout_correction.bypass_mode=true", "bypass_mode=true: verl keeps no entropy"),
         ("algorithm.filter_groups.enable=true", "filter_groups.enable=true"),
         ("trainer.critic_warmup=5", "critic_warmup=5"),
-        ("algorithm.adv_estimator=spo", "kl_source=last_visit: here eta follows the KL of the update"),
-        ("algorithm.mssr.kl_source=reference", "kl_source=reference"),
+        ("algorithm.adv_estimator=spo", "kl_source='last_visit': here eta follows the KL of the update"),
+        ("algorithm.mssr.kl_source=reference", "algorithm.mssr: kl_source='reference'"),
         ("algorithm.mssr.init_rollouts=8", "algorithm.mssr: init_rollouts"),
         ("algorithm.mssr.kl_targt=0.1", "algorithm.mssr: .*kl_targt.*kl_target"),
         ("algorithm.mssr.eta_min=low", "algorithm.mssr: "),

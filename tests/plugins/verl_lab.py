@@ -110,12 +110,12 @@ class Actor(Worker):
         return told
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def plugin(self) -> tuple[bool, bool, str]:
-        """Whether our package and our trainer are imported in this process, and what verl finds of us."""
+    def plugin(self) -> tuple[bool, bool, bool]:
+        """Whether our package and our trainer are imported here, and whether verl knows our names."""
         loaded = [f"mssr.integrations.verl{part}" in sys.modules for part in ("", ".trainer")]
-        from verl.trainer.ppo.v1 import get_trainer_cls
+        from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
-        return (*loaded, get_trainer_cls("mssr_sync").__name__)
+        return (*loaded, "mssr" in ADV_ESTIMATOR_REGISTRY)
 
 
 def _of_token(tokens: torch.Tensor, factor: float) -> torch.Tensor:

@@ -27,8 +27,7 @@ from mssr.integrations.trl import batches
 from mssr.integrations.trl.batches import Batch, EpochSampler, loss_mask
 from mssr.integrations.trl.config import MSSRConfig
 
-STATE_FILE = "mssr.npz"
-"""In a checkpoint: what the method has learned."""
+STATE_FILE = "mssr.npz"  # in a checkpoint: what the method has learned
 
 
 class MSSRTrainer(GRPOTrainer):
@@ -226,6 +225,7 @@ class _Steps(transformers.TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        args.check_end("the checkpoint's step", state.global_step)  # which may be of other settings
         if args.save_strategy == "steps":
             args.check_end("save_steps", state.save_steps)
             args.check_end("max_steps", state.max_steps)
@@ -233,7 +233,7 @@ class _Steps(transformers.TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # accelerate's set_epoch does not reach the sampler where several processes skip batches to resume.
         if self._trainer.sampler is not None:
-            self._trainer.sampler.epoch = int(state.epoch)
+            self._trainer.sampler.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % args.updates_per_generation == 0:

@@ -19,8 +19,7 @@ ESTIMATE: ContextVar[Callable[[Tensor, Tensor], Pair] | None] = ContextVar("ESTI
 def _advantages(token_level_rewards: Tensor, response_mask: Tensor, **_: Any) -> Pair:
     estimate = ESTIMATE.get()
     if estimate is None:
-        names = ", ".join(METHODS)
-        raise ValueError(f"algorithm.adv_estimator: {names} need use_v1=true and v1.trainer_mode={MODE}")
+        raise ValueError(f"adv_estimator: {', '.join(METHODS)} need use_v1=true and v1.trainer_mode={MODE}")
     return estimate(token_level_rewards, response_mask)
 
 

@@ -11,8 +11,7 @@ from mssr.algorithms import Algorithm
 from mssr.algorithms.checks import check_number
 from mssr.integrations import base
 
-VERSION = "0.9.1"
-MODE = "mssr_sync"
+VERSION, MODE = "0.9.1", "mssr_sync"
 METHODS = tuple(name for name in base.METHODS if name != "reinforce_pp")  # verl has its own
 
 
@@ -48,28 +47,23 @@ def read(config: DictConfig, version: str) -> tuple[Algorithm, Settings]:
     options: dict[str, Any] = dict(config.algorithm.get("mssr") or {})
     ours = {key: options.pop(key) for key in Settings.__dataclass_fields__ if key in options}
     try:
-        settings = Settings(**ours)
-        method = base.create(config.algorithm.adv_estimator, options)
+        return base.create(config.algorithm.adv_estimator, options), Settings(**ours)
     except (TypeError, ValueError) as error:  # TypeError: a word where a number is needed
         raise ValueError(f"algorithm.mssr: {error}") from None
-    if method.kl_source != "update":
-        raise ValueError(
-            f"algorithm.mssr.kl_source={method.kl_source}: here eta follows the KL of the update; give"
-            " +algorithm.mssr.kl_source=update (spo: and +algorithm.mssr.eta_rule=monotone)"
-        )
-    return method, settings
 
 
 def _check(config: DictConfig, version: str) -> None:
     algorithm, trainer, n = config.algorithm, config.trainer, config.actor_rollout_ref.rollout.n
-    name, names = algorithm.adv_estimator, ", ".join(METHODS)
-    in_reward, warmup = algorithm.use_kl_in_reward, trainer.critic_warmup
+    name, in_reward, warmup = algorithm.adv_estimator, algorithm.use_kl_in_reward, trainer.critic_warmup
     bypass = OmegaConf.select(algorithm, "rollout_correction.bypass_mode")
     groups = OmegaConf.select(algorithm, "filter_groups.enable")
     for wrong, why in (
         (version != VERSION, f"verl {version}: this plugin is for verl {VERSION}, install that one"),
         (not trainer.use_v1, f"trainer.use_v1=false: {MODE} is of verl's V1 trainers, set it to true"),
-        (name not in METHODS, f"algorithm.adv_estimator={name}: trainer_mode={MODE} is for {names}"),
+        (
+            name not in METHODS,
+            f"algorithm.adv_estimator={name}: {MODE} is for {', '.join(METHODS)}",
+        ),
         (n != 1, f"actor_rollout_ref.rollout.n={n}: a prompt has one response here, set it to 1"),
         (in_reward, "algorithm.use_kl_in_reward=true: rewards must stay in [0, 1], set it to false"),
         (bypass, "algorithm.rollout_correction.bypass_mode=true: verl keeps no entropy, set it to false"),

@@ -27,8 +27,7 @@ from mssr.integrations.verl.estimators import ESTIMATE, Pair
 from mssr.integrations.verl.settings import MODE, read
 
 Metrics = dict[str, Any]
-STATE = "mssr.npz"
-"""In a checkpoint of verl's, beside what it keeps of the actor."""
+STATE = "mssr.npz"  # in a checkpoint of verl's, beside what it keeps of the actor
 
 
 @register_trainer(MODE)
@@ -36,8 +35,7 @@ class MSSRTrainer(PPOTrainerSync):
     """`PPOTrainerSync` whose advantages come from the history of each prompt.
 
     Raises:
-        ValueError: by the constructor, as `read`; in a step, a prompt without an id of its own or with
-            several responses, or a reward that is not in [0, 1].
+        ValueError: as `read`; in a step, as `prompt_ids`, or a reward is not in [0, 1].
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -55,8 +53,6 @@ class MSSRTrainer(PPOTrainerSync):
     def _compute_advantage(self, batch: KVBatchMeta, metrics: Metrics) -> KVBatchMeta:
         fields = ["data_source", "extra_info", "prompts", "entropy"]
         rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        if "entropy" not in rows:
-            raise ValueError("verl has kept no entropy of the policy before the update")
         real = [i for i, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
         columns = [list(rows[name]) for name in fields[:2]] + [rows["prompts"].unbind()]
         ids = prompt_ids(*([column[i] for i in real] for column in columns))
@@ -79,19 +75,17 @@ class MSSRTrainer(PPOTrainerSync):
         lengths = tokens[real].sum(-1).numpy()
         of_rows, reported = self.method.advantages(list(self._ids.values()), self._rewards, lengths)
         advantages = torch.zeros(mask.shape)
-        advantages[real] = torch.from_numpy(of_rows)[:, None]
-        advantages *= tokens
+        advantages[real] = torch.from_numpy(of_rows)[:, None] * tokens[real]
         if self.shaping:
             coef, divisor = self.settings.shaping_coef, self.settings.shaping_divisor
             bonus = entropy_bonus(advantages, entropy, coef, divisor)
-            shaped = advantages + bonus
             for name, value in (
                 ("shaping/mean", bonus),
                 ("shaping/entropy_branch_fraction", coef * entropy <= advantages.abs() / divisor),
-                ("shaping/sign_flip_fraction", (advantages < 0) & (shaped > 0)),
+                ("shaping/sign_flip_fraction", (advantages < 0) & (advantages + bonus > 0)),
             ):
                 reported[name] = value[tokens].double().mean().item()
-            advantages = shaped
+            advantages = advantages + bonus
         metrics.update(reported)
         return advantages, rewards * tokens
 
@@ -116,13 +110,11 @@ class MSSRTrainer(PPOTrainerSync):
         unit = micro * (1 + max(self.actor_rollout_wg._dispatch_info["actor"]))
         count = unit * int(np.ceil(self.settings.kl_probe_fraction * len(rows) / unit))
         probe = batch.select_keys([*drawn, *(key for key in batch.keys if key not in self._ids)][:count])
-        how = {"calculate_entropy": False, "compute_loss": False, "temperature": rollout.temperature}
-        probe.extra_info = how
+        probe.extra_info = dict(calculate_entropy=False, compute_loss=False, temperature=rollout.temperature)
         self.actor_rollout_wg.compute_log_prob(probe)  # into log_probs; old_log_probs stay
-        keys = [key for key in probe.keys if key in self._ids]
         fields = ["log_probs", "old_log_probs", "response_mask"]
-        data = tq.kv_batch_get(keys=keys, partition_id=probe.partition_id, select_fields=fields)
-        mask = data["response_mask"]
+        data = tq.kv_batch_get(keys=probe.keys, partition_id=probe.partition_id, select_fields=fields)
+        mask = data["response_mask"]  # 0 in padding
         after = response_from_nested(data["log_probs"], mask).values()
         kls = kl_penalty(data["old_log_probs"].values(), after)[mask.values().bool()]
         return kls.double().mean().item() if len(kls) else 0.0
@@ -137,9 +129,9 @@ class MSSRTrainer(PPOTrainerSync):
         super()._load_checkpoint()
         if not self.global_steps:
             return
-        trainer = self.config.trainer
-        folder = Path(trainer.default_local_dir, f"global_step_{self.global_steps}")
-        path = Path(trainer.resume_from_path if trainer.resume_mode == "resume_path" else folder, STATE)
+        trainer, folder = self.config.trainer, f"global_step_{self.global_steps}"
+        given = trainer.resume_mode == "resume_path"
+        path = Path(trainer.resume_from_path if given else Path(trainer.default_local_dir, folder), STATE)
         if not path.exists():
             raise ValueError(f"{path} is missing: only what {MODE} has saved can be resumed by it")
         self.method.load_state_dict(base.load_state(path))
