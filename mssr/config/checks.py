@@ -130,6 +130,12 @@ def _check_method(config: Config) -> None:
             f"sampler.dynamic=true draws again for groups of equal rewards; {chosen} has one response per "
             "prompt"
         )
+    weights = config.reward.weights or [1.0] * len(config.reward.names)
+    if estimator.bounded_rewards and (min(weights, default=0) < 0 or sum(weights) > 1 + 1e-6):
+        raise UserError(
+            f"reward.weights={in_yaml(config.reward.weights)}: {chosen} takes rewards in [0, 1] only, so the "
+            "weights (null is 1 each) must not be negative and sum to at most 1"
+        )
     if config.kl_in_reward and estimator.bounded_rewards:
         raise UserError(
             f"algorithm.kl.placement=reward: the Beta baseline of {chosen} takes rewards in [0, 1] only; use "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mssr.algorithms.plugins import is_spec
-from mssr.config.options import FREE, LISTED, UNREAD, option
+from mssr.config.options import FREE, LISTED, UNREAD, option, section
 
 PAPER_INSTRUCTION = (
     "First think about the reasoning process inside <think> </think> tags, "
@@ -78,15 +78,65 @@ class DataConfig:
         return {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
 
 
+JUDGE, REMOTE = "judge", "remote"
+"""The rewards that ask a server."""
+
+
+@dataclass
+class JudgeConfig:
+    """A language model that says whether a response is right, where ``reward.name`` has judge."""
+
+    model: str = option("")
+    """MODEL@http://host:8000/v1, any server with OpenAI's chat completions, or MODEL at OpenAI's address. The
+    key is read from MSSR_JUDGE_API_KEY or OPENAI_API_KEY in the environment."""
+    prompt_template: str | None = option(None)
+    """Jinja template of the request, text or a file, with the variables `question`, `answer` and `response`;
+    the reply's last "Verdict: correct" or "Verdict: incorrect" counts. null: as of `mssr eval --judge`."""
+    cache: str | None = option(None, resume=FREE, first_values=False)
+    """File of verdicts that are not asked for again; null is judge.jsonl in the run directory."""
+
+
+@dataclass
+class ServerConfig:
+    """How the rewards judge and remote ask their server."""
+
+    concurrency: int = option(16, "> 0")
+    """Requests at the same time."""
+    time_limit_s: float = option(60.0, "> 0")
+    """Seconds for a request with its reply."""
+    attempts: int = option(3, "> 0")
+    """How often a request is sent where it fails for a reason that may pass (no connection, time-out, status
+    408, 409, 429, 5xx), with a pause between that doubles. Then its responses have no score."""
+    max_requests: int | None = option(None, "> 0")
+    """Requests that a reward may send, attempts and the verdicts that the judge's cache begins with included;
+    when they are spent, the run stops. null: any number."""
+
+
 @dataclass
 class RewardConfig:
-    """Which function turns a response into a score, and what is taken off it."""
+    """Which functions turn a response into a score, and what is taken off it."""
 
-    name: str = option("exact_match")
-    """exact_match, math, choice, number, or path/to/file.py:function."""
+    name: Any = option("exact_match")
+    """exact_match, math, choice, number, path/to/file.py:function, judge (a language model) or remote (a
+    server of rewards). Or a list of these, whose scores are added up."""
+    weights: list[float] | None = option(None, read_if="name has several")
+    """Of the names, in their order; null is 1 for each."""
     options: dict[str, Any] = option({})
-    """Keyword arguments of the function, for example {tolerance: 0.01} of number."""
-    format: str = option("gate", choices="gate, weighted, none", read_if="name names no file")
+    """Keyword arguments of the function, for example {tolerance: 0.01} of number. Of several names a section
+    for each, called like the name or, of a file, its function: {number: {tolerance: 0.01}}."""
+    url: str | None = option(None, read_if="name has remote")
+    """Where the remote reward is asked, in OpenRLHF's form: docs/data.md has request and reply. The key is
+    read from MSSR_REWARD_API_KEY in the environment."""
+    batch_size: int = option(32, "> 0", read_if="name has remote")
+    """Responses of one such request at most."""
+    judge: JudgeConfig = section(JudgeConfig, read_if="reward.name has judge")
+    server: ServerConfig = section(
+        ServerConfig,
+        read_if="reward.name has judge or reward.name has remote",
+        resume=FREE,
+        first_values=False,
+    )
+    format: str = option("gate", choices="gate, weighted, none", read_if="name has rule")
     """What <think></think> and one box are worth (the named rules only): gate (no credit without), weighted
     ((1 - format_weight) * accuracy + format_weight * format), or none."""
     format_weight: float = option(0.1, "[0, 1]", read_if="format = weighted")
@@ -109,6 +159,27 @@ class RewardConfig:
     """Processes that score; null takes the machine's cores, at most 8."""
 
     @property
+    def names(self) -> list[str]:
+        return list(map(str, self.name)) if isinstance(self.name, list) else [str(self.name)]
+
+    @property
+    def labels(self) -> list[str]:
+        """What the names are called in metrics and options: path/to/file.py:function like the function."""
+        return [name.rpartition(":")[2] if is_spec(name) else name for name in self.names]
+
+    @property
     def rule(self) -> str:
-        """Name of the rule that compares texts; empty for a function of the user."""
-        return "" if is_spec(self.name) else self.name
+        """The first name that compares texts, a rule's or the judge; empty if none does."""
+        return next((name for name in self.names if not is_spec(name) and name != REMOTE), "")
+
+    @property
+    def takes_cells(self) -> bool:
+        """Whether some reward gets answers as the data has them, and not as text."""
+        return any(is_spec(name) or name == REMOTE for name in self.names)
+
+    def each(self) -> list[RewardConfig]:
+        """The section of every reward, with a name and options of its own."""
+        if not isinstance(self.name, list):
+            return [self]
+        options = [self.options.get(label, {}) for label in self.labels]
+        return [replace(self, name=n, options=o) for n, o in zip(self.names, options, strict=True)]

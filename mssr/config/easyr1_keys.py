@@ -6,18 +6,19 @@ from typing import Any
 
 from mssr.errors import UserError
 
-RENAMED = {
-    "train_files": "data.train",
-    "val_files": "data.val",
-    "prompt_key": "data.problem_column",
-    "answer_key": "data.answer_column",
-    "image_key": "data.images_column",
-    "format_prompt": "data.prompt_template",
-    "override_chat_template": "data.chat_template",
-    "max_response_length": "rollout.max_response_length",
-    "seed": "seed",
+RENAMED: dict[str, tuple[str, Any]] = {
+    "train_files": ("data.train", ""),
+    "val_files": ("data.val", ""),
+    "prompt_key": ("data.problem_column", "prompt"),
+    "answer_key": ("data.answer_column", "answer"),
+    "image_key": ("data.images_column", "images"),
+    "format_prompt": ("data.prompt_template", None),
+    "override_chat_template": ("data.chat_template", None),
+    "max_response_length": ("rollout.max_response_length", 512),
+    "seed": ("seed", 1),
 }
-"""Keys of EasyR1's data section -> ours. Those with the same name in both are not listed."""
+"""Keys of EasyR1's data section -> ours, and their default there. Those with the same name in both are not
+listed."""
 
 WITHOUT_EFFECT = {
     "video_key": "there are no videos here",
@@ -42,17 +43,18 @@ def translate(tree: dict[str, Any], source: str) -> tuple[dict[str, Any], int | 
         UserError: a key is set under both names, or asks for what is not done here; or it is a whole config
             of EasyR1.
     """
-    if "worker" in tree or "adv_estimator" in (tree.get("algorithm") or {}):
+    theirs = "verl" if "actor_rollout_ref" in tree else "EasyR1" if "worker" in tree else ""
+    if theirs or "adv_estimator" in (tree.get("algorithm") or {}):
         raise UserError(
-            f"{source} is a whole config of EasyR1; its section data can be pasted into a config of ours "
-            "(configs/), where model.path, algorithm.name, rollout.n, reward.name and trainer.epochs are set"
+            f"{source} is a whole config of {theirs or 'EasyR1'}; its section data can be pasted into a "
+            "config of ours if it is EasyR1's, and mssr convert FILE makes one of all of it"
         )
     given = tree.get("data")
     if not isinstance(given, dict) or not ONLY_EASYR1.intersection(given):
         return tree, None, []
     tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
     data, notes = tree["data"], []
-    for key, ours in RENAMED.items():
+    for key, (ours, _) in RENAMED.items():
         if key in given:
             section, _, leaf = ours.rpartition(".")
             target = tree.setdefault(section, {}) if section else tree

@@ -1,8 +1,9 @@
 """What there is to know of an option, at its field: the docstring says its meaning, the metadata all else.
 
 A condition of ``read_if`` is ``KEY = VALUE`` or ``KEY != VALUE`` (several joined by ``or``); or ``KEY takes
-it``, for a method or loss that has a parameter of the option's name; or ``KEY names no file``. KEY is of the
-same section, or dotted from the top. Where it is null, what null means there counts.
+it``, for a method or loss that has a parameter of the option's name; or, of a name or a list of them, ``KEY
+has NAME``, ``KEY has rule``, ``KEY has several``. KEY is of the same section, or dotted from the top. Where
+it is null, what null means there counts.
 """
 
 from __future__ import annotations
@@ -194,8 +195,10 @@ def _unmet(condition: str, key: str, effective: Mapping[str, Any]) -> list[str]:
             holds = name in algorithms.options(value)
         elif relation == "takes":
             holds = name in algorithms.policy_losses.loss_options(value)  # needs torch
-        elif relation == "names":
-            holds = not is_spec(value)
+        elif relation == "has":
+            names = list(map(str, value)) if isinstance(value, list) else [str(value)]
+            is_rule = any(not is_spec(one) and one not in ("judge", "remote") for one in names)
+            holds = {"rule": is_rule, "several": len(names) > 1}.get(wanted, wanted in names)
         else:
             holds = (value == yaml.safe_load(wanted)) == (relation == "=")
         if holds:

@@ -11,10 +11,10 @@ from mssr.config import Config
 from mssr.data.encoder import PromptEncoder
 from mssr.data.rows import IMAGE_MARK, Row
 from mssr.errors import UserError
-from mssr.evaluation import judge as judges
 from mssr.evaluation.model import engine_config
 from mssr.evaluation.prompts import NO_ANSWER, prompt_data, save_rows
 from mssr.models.loading import check_model_path, load_processor
+from mssr.rewards import judge as judges
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
 CACHE = "judge.jsonl"
@@ -32,7 +32,7 @@ def make(spec: str, config: Config, out: Path, scratch: Path, launch: Launch) ->
     """The judge that ``--judge`` means; its verdicts are kept in the output directory.
 
     Args:
-        spec: see `mssr.evaluation.judge.from_spec`; or ``local:`` and a Hugging Face directory or hub name.
+        spec: see `mssr.rewards.judge.from_spec`; or ``local:`` and a Hugging Face directory or hub name.
         config: of the evaluation, for engine, number of engines and machines.
         scratch: where its prompts lie while it works.
 

@@ -56,6 +56,7 @@ class Own(Benchmark):
         self.numbers_repeats = self.config.id_column is None
         self.rewarded = reward is not None
         self._compares_text = reward is None or bool(reward.rule)
+        self._takes_cells = reward is not None and reward.takes_cells
         self._opened = source
         path, split = split_name(source)
         self.name = f"{path.stem}@{split}" if split else path.stem
@@ -88,17 +89,19 @@ class Own(Benchmark):
         return scoring.math(answer, unwrap(item.answer))
 
     def rewarded_verdict(self, response: str, accuracy: float, truncated: bool) -> Verdict:
-        """The verdict of a response that training's reward has scored."""
+        """The verdict of a response that training's reward has scored; an accuracy of NaN is no score."""
         answer = scoring.final_text(response, truncated=truncated)
         status: Status = "right" if accuracy >= 1 else "wrong" if answer else "extraction_failed"
         if truncated and status != "right":
             status = "truncated"
+        if accuracy != accuracy:
+            status = "judge_failed"
         return Verdict(status == "right", answer, status, "reward")
 
-    def reward_input(self, item: Item, response: str, tokens: int) -> RewardInput:
+    def reward_input(self, item: Item, response: str, tokens: int, prefix: str) -> RewardInput:
         """What training's reward gets: functions of a user the answer as the data has it."""
-        answer = item.answer if self._compares_text else item.metadata["truth"]
-        return RewardInput(response, answer, tokens, f"{self.name}/{item.id}")
+        answer = item.metadata["truth"] if self._takes_cells else item.answer
+        return RewardInput(response, answer, tokens, f"{self.name}/{item.id}", prefix)
 
     def undecided(self, item: Item, verdict: Verdict) -> bool:
         return not self.rewarded and super().undecided(item, verdict)

@@ -150,7 +150,12 @@ class _Evaluation:
             stop = stack.enter_context(StopRequest(progress.note, "stopping; responses so far are kept"))
             book = stack.enter_context(
                 VerdictBook(
-                    self.config, questions, self.request.reward, encoder.response_prefix, progress.announce
+                    self.config,
+                    questions,
+                    self.request.reward,
+                    encoder.response_prefix,
+                    progress.announce,
+                    self.out,
                 )
             )
             events = EventLog(self.out, progress.announce, self.config.trainer.max_restarts)

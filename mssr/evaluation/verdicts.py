@@ -9,16 +9,19 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mssr.config import Config
-from mssr.evaluation import judge as judges
+from mssr.config.data import JUDGE
 from mssr.evaluation import results
 from mssr.evaluation.base import Benchmark, Counts
-from mssr.evaluation.items import STATUSES, Item, Verdict
+from mssr.evaluation.items import STATUSES, Item, Status, Verdict
 from mssr.evaluation.own import Own
 from mssr.evaluation.prompts import Question
 from mssr.evaluation.responses import Key, Response
 from mssr.evaluation.statistics import count_right
 from mssr.rewards import RowAccess, Scorer
+from mssr.rewards.judge import Judge, JudgeInput
 from mssr.rewards.rows import NO_ROWS
 
 FLAWS = {
@@ -36,6 +39,7 @@ class VerdictBook:
         reward: score own data with the config's reward, in processes that a hanging function cannot stop.
         prefix: what the rules see before a response, see `PromptEncoder.response_prefix`.
         tell: called with one sentence when those processes or their function fail.
+        directory: where the verdicts of a judge are kept, if the reward has one.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class VerdictBook:
         reward: bool,
         prefix: str = "",
         tell: Callable[[str], None] | None = None,
+        directory: Path | None = None,
     ) -> None:
         self._prefix = prefix
         self._reward_prefix = prefix if config.reward.rule else ""
@@ -54,10 +59,12 @@ class VerdictBook:
         self._scorer: Scorer | None = None
         if reward:
             own = [b for b, _ in self.by_benchmark() if isinstance(b, Own) and b.rewarded]
-            asks_for_rows = own and not config.reward.rule
+            asks_for_rows = own and (config.reward.takes_cells or JUDGE in config.reward.names)
             rows = RowAccess.of([b.rows() for b in own], config.model) if asks_for_rows else NO_ROWS
             length = config.rollout.max_response_length
-            self._scorer = Scorer(config.reward, length, rows=rows, on_restart=tell, on_failure=tell)
+            self._scorer = Scorer(
+                config.reward, length, rows=rows, on_restart=tell, on_failure=tell, directory=directory
+            )
 
     def __enter__(self) -> VerdictBook:
         return self
@@ -80,9 +87,9 @@ class VerdictBook:
             return
         assert self._scorer is not None
         scored = self._scorer.score(
-            [own.reward_input(item, self._reward_prefix + r.text, r.tokens) for r, item, own in rewarded]
+            [own.reward_input(item, r.text, r.tokens, self._reward_prefix) for r, item, own in rewarded]
         )
-        accuracies = scored.parts.get("accuracy", scored.scores)
+        accuracies = np.where(scored.unscored, np.nan, scored.parts.get("accuracy", scored.scores))
         for (r, _, own), accuracy in zip(rewarded, accuracies, strict=True):
             verdict = own.rewarded_verdict(self._prefix + r.text, float(accuracy), r.truncated)
             self._answers[r.key] = r, verdict
@@ -103,11 +110,11 @@ class VerdictBook:
         for benchmark, questions in groupby(self.questions, lambda q: q.benchmark):
             yield benchmark, list(questions)
 
-    def judge(self, judge: judges.Judge, n: int) -> str | None:
+    def judge(self, judge: Judge, n: int) -> str | None:
         """Let a judge decide what the rules leave open; returns its last problem, if verdicts failed."""
         asked = [(q, *self.of(q, k)) for q in self.questions if q.asked for k in range(n)]
         answers = [(q.benchmark, q.item, self._prefix + r.text, verdict) for q, r, verdict in asked]
-        judged = judges.apply(judge, answers)
+        judged = apply(judge, answers)
         self._answers |= {r.key: (r, verdict) for (_, r, _), verdict in zip(asked, judged, strict=True)}
         failed = sum(verdict.status == "judge_failed" for verdict in judged)
         return f"{failed} verdicts failed, the last because {judge.problem}" if failed else None
@@ -169,6 +176,25 @@ class VerdictBook:
             for name, count in counts.items()
             if count
         ]
+
+
+def apply(judge: Judge, answers: Sequence[tuple[Benchmark, Item, str, Verdict]]) -> list[Verdict]:
+    """The verdicts with the judge's in place of those that the rules leave open; as many, in the same order.
+
+    "correct" makes one right, "incorrect" leaves its status; without a verdict it is ``judge_failed``.
+
+    Args:
+        answers: items of benchmarks, responses to them, and what the rules say of those.
+    """
+    result = [verdict for *_, verdict in answers]
+    asked: dict[int, JudgeInput] = {}
+    for k, (benchmark, item, response, verdict) in enumerate(answers):
+        if benchmark.undecided(item, verdict):
+            asked[k] = JudgeInput(*benchmark.judged(item), response)
+    for k, correct in zip(asked, judge.verdicts(list(asked.values())), strict=True):
+        status: Status = "judge_failed" if correct is None else "right" if correct else result[k].status
+        result[k] = Verdict(bool(correct), result[k].extracted, status, "judge")
+    return result
 
 
 def _add(total: Counts, counts: Counts) -> None:

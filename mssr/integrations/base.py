@@ -29,7 +29,13 @@ def create(name: str, options: Mapping[str, Any]) -> algorithms.Algorithm:
     if options.get("init_rollouts"):
         raise ValueError("init_rollouts: there is no pass over the data before training here; leave it out")
     taken = {"init_rollouts": 0} if "init_rollouts" in algorithms.options(name) else {}
-    return algorithms.create(name, **{**options, **taken})
+    method = algorithms.create(name, **{**options, **taken})
+    if method.kl_source != "update":
+        raise ValueError(
+            f"kl_source={method.kl_source!r}: here eta follows the KL of the update; give kl_source=update"
+            " (spo: and eta_rule=monotone)"
+        )
+    return method
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +21,20 @@ class RewardInput:
     """One response to score. Example: ``RewardInput("<think></think>\\\\boxed{8}", "8", 14)``"""
 
     response: str
-    """The model's text, without special tokens."""
+    """The model's text, as it was generated but without special tokens."""
     answer: Any
     """The row's ground truth; text, or for a user's function the cell as the data has it."""
     response_length: int
     """Tokens of the response, the end token included."""
     prompt_id: str = ""
     """Which row of the data, for functions that ask for what is in it."""
+    prefix: str = ""
+    """What stands in the prompt and belongs to the response, which the named rules see before it."""
+
+    @property
+    def whole(self) -> str:
+        """The response with what belongs to it."""
+        return self.prefix + self.response
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,13 @@ class RewardResult:
     score: float
     """What the algorithm learns from: finite; in [0, 1] for the methods with a Beta baseline."""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Named numbers that are only reported, finite."""
+    """Named numbers that are only reported: finite, or NaN for the score of one of several rewards that gave
+    none."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A response that got no score. Example: ``Failure("no score within 10 s", timeout=True)``"""
+    """A response that could not be scored. Example: ``Failure("no score within 10 s", timeout=True)``"""
 
     reason: str
     """One line."""
@@ -50,9 +58,13 @@ class Failure:
     """Of the exception, if there was one."""
     timeout: bool = False
     """Whether the time limit ended it."""
+    unscored: bool = False
+    """Whether it has no score, which says nothing of the response, and is left out. Else it scores 0."""
 
 
 Outcome = RewardResult | Failure
+NONE = Failure("it gave None", unscored=True)
+"""Of a function of TRL's that has nothing to say of a response."""
 
 
 def as_result(value: object) -> RewardResult:
@@ -74,6 +86,26 @@ def as_result(value: object) -> RewardResult:
         parts = {str(k): n for k, v in value.items() if k != key and _is_number(n := _single(v))}
         value = _single(value[key])
     return RewardResult(_number("score", value), {key: _number(key, part) for key, part in parts.items()})
+
+
+def combined(outcomes: Sequence[tuple[str, float, Outcome]]) -> Outcome:
+    """What several rewards say of one response together: label, weight and outcome of each.
+
+    The score is the weighted sum; of those that are `NONE` it is the sum without them. Any other failure is
+    one of the whole. Parts are the score of each under its label, and its own as ``label/part``; one without
+    a label is a sum already.
+    """
+    failures = [o for _, _, o in outcomes if isinstance(o, Failure) and o != NONE]
+    if failures:
+        return min(failures, key=lambda failure: failure.unscored)
+    score, parts, found = 0.0, dict[str, float](), False
+    for label, weight, outcome in outcomes:
+        if isinstance(outcome, RewardResult):
+            score, found = score + weight * outcome.score, True
+            parts |= {f"{label}/{key}" if label else key: part for key, part in outcome.parts.items()}
+        if label:
+            parts[label] = outcome.score if isinstance(outcome, RewardResult) else math.nan
+    return RewardResult(score, parts) if found else NONE
 
 
 def _single(value: object) -> object:

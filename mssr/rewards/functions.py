@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from mssr.algorithms import plugins
 from mssr.errors import UserError, did_you_mean
-from mssr.rewards.base import RewardInput, RewardResult, as_result
+from mssr.rewards.base import NONE, Outcome, RewardInput, as_result
 from mssr.rewards.rows import NO_ROWS, RowAccess, RowView
 from mssr.rewards.rules import RULES, score
 
@@ -65,8 +65,8 @@ _MEANINGS: Mapping[str, Getter] = {
     **_OF_ITEM,
     **_OF_IMAGES,
     **dict.fromkeys(("prompt", "problem", "question"), RowView.question),
-    "data_source": lambda view: view.cells.get("data_source", view.source_name()),
-    "extra_info": lambda view: view.cells.get("extra_info", {}),
+    "data_source": RowView.data_source,
+    "extra_info": RowView.extra_info,
 }
 _OF_TRL: Mapping[str, Getter] = {
     "prompts": lambda view: view.conversation() or view.question(),
@@ -74,6 +74,9 @@ _OF_TRL: Mapping[str, Getter] = {
         [{"role": "assistant", "content": view.item.response}] if view.conversation() else view.item.response
     ),
 }
+
+
+_OF_RULE: tuple[Getter, ...] = (lambda view: view.item.whole, lambda view: view.answer_text())
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class LoadedReward:
     """What was taken for what."""
     access: RowAccess = NO_ROWS
     """Where the rows are, if it asks for something of them."""
+    may_be_none: bool = False
+    """Whether None says that there is no score, as in TRL; else it is an error like other things."""
 
     @property
     def is_async(self) -> bool:
@@ -102,23 +107,29 @@ class LoadedReward:
             function = function.func
         return any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))  # an object's call
 
-    def call(self, items: Sequence[RewardInput]) -> list[RewardResult]:
-        """Score items (one unless ``batch``); whatever the function raises comes through.
+    def call(self, items: Sequence[RewardInput]) -> list[Outcome]:
+        """Score items; whatever the function raises comes through.
 
         Raises:
             TypeError, ValueError: it returned something that is no score, or not as many as items.
         """
+        if not self.batch and len(items) != 1:
+            return [outcome for item in items for outcome in self.call([item])]
         value = self.ask(items)
         if inspect.isawaitable(value):
             value = self.loop.run_until_complete(value)
         if not self.batch:
-            return [as_result(value)]
+            return [self.result(value)]
         if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
             raise TypeError(f"a reward of many responses must return a list, not {value!r:.100}")
-        results = [as_result(v) for v in value]
+        results = [self.result(v) for v in value]
         if len(results) != len(items):
             raise ValueError(f"{len(results)} scores were returned for {len(items)} responses")
         return results
+
+    def result(self, value: object) -> Outcome:
+        """What a value that was returned for one response means; raises as `as_result`."""
+        return NONE if value is None and self.may_be_none else as_result(value)
 
     @functools.cached_property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -126,7 +137,8 @@ class LoadedReward:
         return asyncio.new_event_loop()
 
     def ask(self, items: Sequence[RewardInput]) -> Any:
-        """What the function itself returns for items, unchecked; of an async one a coroutine."""
+        """What the function itself returns for items (one unless ``batch``), unchecked; of an async one a
+        coroutine."""
         views = [RowView(item, self.access) for item in items]
 
         def values(get: Getter) -> Any:
@@ -137,7 +149,7 @@ class LoadedReward:
 
 
 def load(config: RewardConfig, access: RowAccess | None = NO_ROWS) -> LoadedReward:
-    """The reward that ``config.name`` and ``config.options`` mean.
+    """The reward that ``config.name``, a single one, and ``config.options`` mean.
 
     Args:
         access: the rows that there are; None if that is not known yet, when any name may be a column's.
@@ -159,12 +171,12 @@ def load(config: RewardConfig, access: RowAccess | None = NO_ROWS) -> LoadedRewa
         known = reward.options
     elif name in RULES:
         rule = functools.partial(score, name, format=config.format, format_weight=config.format_weight)
-        reward = bind(rule, {}, NO_ROWS)
+        reward = LoadedReward(rule, False, _OF_RULE)
         known = dict.fromkeys([*inspect.signature(RULES[name]).parameters][2:], False)
     else:
         raise UserError(
-            f"reward.name: unknown reward {name!r}{did_you_mean(name, RULES)}: one of {sorted(RULES)} or "
-            "path/to/file.py:function"
+            f"reward.name: unknown reward {name!r}{did_you_mean(name, RULES)}: one of {sorted(RULES)}, "
+            "judge, remote or path/to/file.py:function"
         )
     for key in options:
         if key not in known and not ("**" in known and key.isidentifier()):
@@ -202,6 +214,10 @@ def bind(function: Callable[..., Any], options: Mapping[str, Any], access: RowAc
     columns = (access or NO_ROWS).columns
     meanings, batch, note = _meanings(parameters, options, columns)
     getters: dict[str, Getter] = {}
+    if "completions" in meanings:  # TRL's for tables and metrics: a dict with parts does that here
+        unheard = {name: _ignore for name in ("log_extra", "log_metric") if name in parameters}
+        function = functools.partial(function, **unheard)
+        parameters = {name: p for name, p in parameters.items() if name not in unheard}
     for name, parameter in parameters.items():
         getter = _getter(name, meanings, batch, access or NO_ROWS)
         if getter is not None and (name not in options or getter in _OF_ITEM.values()):
@@ -227,6 +243,7 @@ def bind(function: Callable[..., Any], options: Mapping[str, Any], access: RowAc
         sized=bool(of_images & {"row", "resized_image_sizes"}),
         note=note,
         access=access if access and of_row else NO_ROWS,
+        may_be_none="completions" in meanings,
     )
 
 
@@ -285,6 +302,9 @@ def _getter(name: str, meanings: Mapping[str, str], batch: bool, access: RowAcce
             return _column(name)
         raise ValueError(f"takes one response and many {name}; call it {meaning}")
     return _MEANINGS[meaning]
+
+
+def _ignore(*_: Any) -> None: ...
 
 
 def _column(name: str) -> Getter:

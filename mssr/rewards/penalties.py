@@ -56,7 +56,7 @@ def penalised(
         taken["penalty_length"] = length_penalty(item.response_length, max_length, config.length_penalty)
     if config.repetition_penalty:
         taken["penalty_repetition"] = repetition_penalty(
-            item.response, config.repetition_ngram, config.repetition_penalty
+            item.whole, config.repetition_ngram, config.repetition_penalty
         )
     if not taken:
         return result

@@ -103,6 +103,14 @@ class RowView:
             raise LookupError("there is no row with images here")
         return self._dataset.row(self.item.prompt_id)
 
+    def answer_text(self) -> str:
+        """The answer as text: a user's function beside may want the cell."""
+        if isinstance(self.item.answer, str):
+            return self.item.answer
+        from mssr.data.rows import answer_text
+
+        return answer_text(self.item.answer)
+
     def column(self, name: str) -> Any:
         """A cell; of images, as `images`, or the one where the cell is no list."""
         cell = self.cells[name]
@@ -110,8 +118,17 @@ class RowView:
             return cell
         return self.images() if isinstance(cell, list) else next(iter(self.images()), None)
 
-    def source_name(self) -> str:
-        return "" if self._dataset is None else self._dataset.source_name(self.item.prompt_id)
+    def data_source(self) -> Any:
+        """The column of that name; without, what the user called the source."""
+        name = "" if self._dataset is None else self._dataset.source_name(self.item.prompt_id)
+        return self.cells.get("data_source", name)
+
+    def extra_info(self) -> Any:
+        return self.cells.get("extra_info", {})
+
+    def prompt(self) -> str:
+        """As the model saw it, with one placeholder for each image."""
+        return "" if self._dataset is None else self._access.encoder.chat_text(self._row)
 
     def question(self) -> str:
         return "" if self._dataset is None else self._row.question

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from mssr.config.data import JUDGE, REMOTE
 from mssr.config.options import check_read, check_values
 from mssr.errors import TrainingError, UserError
 from mssr.rewards import functions
-from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult
+from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult, combined
 from mssr.rewards.pool import RewardPool
 from mssr.rewards.rows import NO_ROWS, RowAccess
+from mssr.rewards.servers import ServerReward, open_server
 from mssr.rewards.worker import Job
 
 if TYPE_CHECKING:
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 MAX_WORKERS = 8
 """Processes if the config does not say how many."""
+METRICS = ("accuracy", "score", "score_raw", "errors", "timeouts", "failed")
+"""What none of several rewards may be called."""
 MIN_BATCH = 8
 """Smaller batches never stop a run, whatever failed."""
 
@@ -36,13 +42,19 @@ class ScoredBatch:
     """The scores of B responses."""
 
     scores: npt.NDArray[np.float32]
-    """(B,) finite; 0 where the function failed."""
+    """(B,) 0 where the function failed; NaN where there is no score, which is no part of any mean."""
     parts: dict[str, npt.NDArray[np.float32]]
-    """(B,) for every part that any response had; 0 where a response lacks it."""
+    """(B,) for every part that any response had; 0 where a response lacks it, NaN for the score of one of
+    several rewards that gave none."""
     errors: int
     """Responses on which the function raised, gave no usable score, died or took too long."""
     timeouts: int = 0
     """Those of the errors that the time limit ended."""
+
+    @property
+    def unscored(self) -> npt.NDArray[np.bool_]:
+        """(B,) where there is no score."""
+        return np.isnan(self.scores)
 
 
 class Scorer(AbstractContextManager["Scorer"]):
@@ -56,8 +68,9 @@ class Scorer(AbstractContextManager["Scorer"]):
         rows: Where the rows are; without, a function that asks for images is refused, and prompts are empty.
         on_restart: Called with one sentence, how it died, each time the process that owns the workers has
             to be started again, from another thread. If it raises, `score` raises the same.
-        on_failure: Called with one sentence when responses of a batch failed, the first time and whenever
-            the share of them is four times what was told.
+        on_failure: Called with one sentence when responses of a batch failed, or have no score, the first
+            time and whenever the share of them is four times what was told.
+        directory: Where the verdicts of a judge are kept; None for nowhere.
 
     Raises:
         UserError: The function cannot be had, or an option has no meaning; see `check`.
@@ -72,40 +85,59 @@ class Scorer(AbstractContextManager["Scorer"]):
         rows: RowAccess = NO_ROWS,
         on_restart: Callable[[str], None] | None = None,
         on_failure: Callable[[str], None] | None = None,
+        directory: Path | None = None,
     ) -> None:
-        reward = check(config, rows)
+        loaded = check(config, rows)
         if config.overlong_buffer > max_response_length:
             raise UserError(
                 f"reward.overlong_buffer={config.overlong_buffer} exceeds "
                 f"rollout.max_response_length={max_response_length}"
             )
-        self.name = config.name
-        self.takes_cells = not config.rule
+        self.name = ", ".join(config.names)
+        self.takes_cells = config.takes_cells
         """Whether answers are to be the data's cells as they are; else they are text."""
+        self.labels = config.labels if isinstance(config.name, list) else []
+        """Of several rewards."""
         self._on_failure = on_failure
         self._told = 0.0  # share of failures
-        job = Job(
+        every = zip(self.labels or [""], config.weights or [1.0] * len(loaded), config.each(), strict=True)
+        sections = [(*one, reward) for one, reward in zip(every, loaded, strict=True)]
+        own = [reward for reward in loaded if reward is not None]
+        self.job = Job(
             config,
+            tuple((label, weight, one) for label, weight, one, reward in sections if reward is not None),
             max_response_length,
             clip,
             workers=config.workers or min(MAX_WORKERS, len(os.sched_getaffinity(0))),
-            together=reward.batch or reward.is_async,
-            rows=reward.access,
-            sized=reward.sized,
+            together=any(reward.batch or reward.is_async for reward in own),
+            rows=next((reward.access for reward in own if reward.access.sources), NO_ROWS),
+            sized=any(reward.sized for reward in own),
+            partial=len(own) < len(loaded),
         )
-        self.pool = RewardPool(job, on_restart)
+        self.pool = RewardPool(self.job, on_restart) if own else None
+        self.sources: list[tuple[str, float, RewardPool | ServerReward]] = [
+            (label, weight, ServerReward(one, rows, directory))
+            for label, weight, one, reward in sections
+            if reward is None
+        ]
+        """Label, weight and what scores: the processes for all functions together, and each server."""
+        if self.pool is not None:
+            self.sources.append(("", 1.0, self.pool))
 
     def score(self, inputs: Sequence[RewardInput]) -> ScoredBatch:
         """Score B responses.
 
         A response on which the function raises, dies, hangs, or gives NaN, an infinity or something
-        that is no score, gets 0 and is counted; the first traceback of this scorer is logged. With
+        that is no score, gets 0 and is counted; the first traceback of this scorer is logged. One for
+        which the function gives None, or a server no usable reply, has no score. With
         penalties, the score before them is the part ``score_raw`` (and ``accuracy``, if the function
-        has no such part).
+        has no such part). Of several rewards each is a part, ``accuracy`` is that of the first that gave a
+        score, and other parts are ``label/part``.
 
         Raises:
-            TrainingError: All of at least `MIN_BATCH` responses failed, or the processes cannot be kept
-                running. (A parser that trips over most of an untrained model's responses is still a reward.)
+            TrainingError: All of at least `MIN_BATCH` responses failed (a parser that trips over most of an
+                untrained model's responses is still a reward); the processes cannot be kept running; or
+                a server may be asked no more.
             ValueError: the scorer is closed.
         """
         with ScoringStream(self) as stream:
@@ -114,18 +146,29 @@ class Scorer(AbstractContextManager["Scorer"]):
             return stream.result()
 
     def close(self) -> None:
-        """End the processes; may be called again."""
-        self.pool.close()
+        """End the processes and threads; may be called again."""
+        for _, _, source in self.sources:
+            source.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def submit(self, item: RewardInput) -> list[Future[Outcome]]:
+        """Have a response scored by every source."""
+        return [source.submit(item) for _, _, source in self.sources]
+
+    def outcome(self, item: RewardInput, outcomes: Sequence[Outcome]) -> Outcome:
+        """What those of `submit` come to."""
+        labels, weights, _ = zip(*self.sources, strict=True)
+        outcome = combined(list(zip(labels, weights, outcomes, strict=True)))
+        return self.job.final(item, outcome) if self.job.partial else outcome
 
     def tell(self, inputs: Sequence[RewardInput], failures: dict[int, Failure]) -> None:
         """Say which responses of a batch failed, by their place in it; TrainingError where all did."""
         i, first = next(iter(failures.items()))
         if not self._told:
             _log.warning(
-                "reward %r failed on response %d (score 0; further failures are only counted): %.200r\n%s",
+                "reward %r failed on response %d (further failures are only counted): %.200r\n%s",
                 self.name,
                 i,
                 inputs[i].response,
@@ -137,8 +180,12 @@ class Scorer(AbstractContextManager["Scorer"]):
         share = len(failures) / len(inputs)
         if share >= 4 * self._told:
             self._told = share
+            unscored = sum(failure.unscored for failure in failures.values())
+            mixed = f"of which {unscored} have no score and are left out, and the others score 0"
+            none = "which have no score and are left out"
+            what = {0: "which score 0", len(failures): none}.get(unscored, mixed)
             if self._on_failure is not None:
-                self._on_failure(f"{told}, which score 0 ({first.reason}); the log has the first traceback")
+                self._on_failure(f"{told}, {what} ({first.reason}); the log has the first traceback")
 
 
 class ScoringStream(AbstractContextManager["ScoringStream"]):
@@ -149,46 +196,88 @@ class ScoringStream(AbstractContextManager["ScoringStream"]):
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
-        self._scored: dict[int, tuple[RewardInput, Future[Outcome]]] = {}
+        self._scored: dict[int, tuple[RewardInput, list[Future[Outcome]]]] = {}
 
     def add(self, index: int, item: RewardInput) -> None:
         """A response has come; ``index`` is its place in the batch."""
-        self._scored[index] = item, self._scorer.pool.submit(item)
+        self._scored[index] = item, self._scorer.submit(item)
 
     def result(self) -> ScoredBatch:
         """The scores of all, when all have come and are scored; raises as `Scorer.score`."""
-        scored = [self._scored[i] for i in range(len(self._scored))]
-        outcomes = [future.result() for _, future in scored]
+        scorer, scored = self._scorer, [self._scored[i] for i in range(len(self._scored))]
+        items = [item for item, _ in scored]
+        outcomes = [scorer.outcome(item, [f.result() for f in futures]) for item, futures in scored]
         failures = {i: o for i, o in enumerate(outcomes) if isinstance(o, Failure)}
         if failures:
-            self._scorer.tell([item for item, _ in scored], failures)
-        results = [RewardResult(0.0) if isinstance(o, Failure) else o for o in outcomes]
+            scorer.tell(items, failures)
+        errors = [failure for failure in failures.values() if not failure.unscored]
+        results = [
+            RewardResult(math.nan if o.unscored else 0.0) if isinstance(o, Failure) else o for o in outcomes
+        ]
         keys = sorted({key for result in results for key in result.parts})
+        parts = {key: np.array([r.parts.get(key, 0.0) for r in results], np.float32) for key in keys}
+        if scorer.labels and parts:
+            parts["accuracy"] = np.full(len(results), np.nan, np.float32)
+            for label in reversed(scorer.labels):
+                own = parts.get(f"{label}/accuracy", parts[label])
+                parts["accuracy"] = np.where(np.isnan(parts[label]), parts["accuracy"], own)
         return ScoredBatch(
             scores=np.array([result.score for result in results], np.float32),
-            parts={key: np.array([r.parts.get(key, 0.0) for r in results], np.float32) for key in keys},
-            errors=len(failures),
-            timeouts=sum(f.timeout for f in failures.values()),
+            parts=parts,
+            errors=len(errors),
+            timeouts=sum(failure.timeout for failure in errors),
         )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
+        if kind is None:
+            return
+        for scored in self._scored.values():
+            for future in scored[1]:
+                future.cancel()
+        if self._scorer.pool is not None:
             self._scorer.pool.reset()
 
 
-def check(config: RewardConfig, rows: RowAccess | None = None) -> functions.LoadedReward:
-    """The function of a section; refuses what cannot mean what it says.
+def check(config: RewardConfig, rows: RowAccess | None = None) -> list[functions.LoadedReward | None]:
+    """The functions of a section, None for those of a server; refuses what cannot mean what it says.
 
     Args:
         rows: None while the data is not open: then a function may name any column.
 
     Raises:
-        UserError: One line. A value is out of its range; the function cannot be had, or does not take
-            the options; an option was set that nothing reads.
+        UserError: One line. A value is out of its range; a function or server cannot be had, or does not
+            take the options; an option was set that nothing reads; several names cannot be told apart.
     """
     check_values(config, "reward.")
     check_read(config, "reward.")
-    return functions.load(config, rows)
+    if isinstance(config.name, list):
+        _check_several(config)
+    loaded: list[functions.LoadedReward | None] = []
+    for one in config.each():
+        if one.name not in (JUDGE, REMOTE):
+            loaded.append(functions.load(one, rows))
+            continue
+        if one.options:
+            raise UserError(f"reward.options: {one.name} takes none; reward.{one.name} and reward.server")
+        open_server(one)
+        loaded.append(None)
+    return loaded
+
+
+def _check_several(config: RewardConfig) -> None:
+    labels, weights = config.labels, config.weights
+    if not labels:
+        raise UserError("reward.name=[] names no reward")
+    if taken := {label for label in labels if labels.count(label) > 1 or label in METRICS}:
+        raise UserError(f"reward.name: {min(taken)} is the name of two things in metrics; rename a function")
+    if weights is not None and len(weights) != len(labels):
+        raise UserError(f"reward.weights={weights} must be {len(labels)} numbers, one for each reward.name")
+    for key, value in config.options.items():
+        if key not in labels or not isinstance(value, dict):
+            raise UserError(
+                f"reward.options.{key}: of several rewards each has a section of options, under one of "
+                f"{', '.join(labels)}: reward.options.{labels[0]}.{key}={value}"
+            )
 
 
 def advice(config: RewardConfig, bounded: bool) -> list[str]:
@@ -198,8 +287,9 @@ def advice(config: RewardConfig, bounded: bool) -> list[str]:
         bounded: whether the method takes rewards in [0, 1] only, as the Beta baseline does.
     """
     lines = []
-    if note := functions.load(config, access=None).note:
-        lines.append(f"reward.name={config.name}: {note}")
+    for one in config.each():
+        if one.name not in (JUDGE, REMOTE) and (note := functions.load(one, access=None).note):
+            lines.append(f"reward.name={one.name}: {note}")
     if bounded and config.format == "weighted" and config.format_weight > 0:
         lines.append(
             f"reward.format=weighted: a wrong answer in the right format scores {config.format_weight:g}, so "

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pebble
 
 from mssr.rewards import functions
-from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult, as_result
+from mssr.rewards.base import Failure, Outcome, RewardInput, combined
 from mssr.rewards.penalties import penalised
 from mssr.rewards.rows import NO_ROWS, RowAccess
 
@@ -54,25 +54,37 @@ class Job:
     """What the workers are to do."""
 
     config: RewardConfig
+    rewards: tuple[tuple[str, float, RewardConfig], ...]
+    """Label, weight and section of each function, see `mssr.rewards.base.combined`."""
     max_response_length: int
     clip: bool
     """Whether penalties take a score no lower than 0."""
     workers: int
     together: bool
-    """Whether the function takes several responses at a time: a list, or by being async."""
+    """Whether a function takes several responses at a time: a list, or by being async."""
     rows: RowAccess = NO_ROWS
-    """Where the rows are, if the function asks for what is in them."""
+    """Where the rows are, if a function asks for what is in them."""
     sized: bool = False
-    """Whether it asks for the sizes to which images are resized."""
+    """Whether one asks for the sizes to which images are resized."""
+    partial: bool = False
+    """Whether other rewards are to be added before the penalties are taken off."""
 
     @property
     def wall_limit_s(self) -> float:
         """Seconds by the clock of one call."""
         return WALL_FACTOR * self.config.time_limit_s
 
-    def outcome(self, item: RewardInput, result: RewardResult) -> Outcome:
-        """That of what the function gave."""
-        return penalised(result, item, self.config, self.max_response_length, self.clip)
+    def outcome(self, item: RewardInput, outcomes: Sequence[Outcome]) -> Outcome:
+        """That of what the functions gave."""
+        labels, weights, _ = zip(*self.rewards, strict=True)
+        outcome = combined(list(zip(labels, weights, outcomes, strict=True)))
+        return outcome if self.partial else self.final(item, outcome)
+
+    def final(self, item: RewardInput, outcome: Outcome) -> Outcome:
+        """Less the penalties."""
+        if isinstance(outcome, Failure):
+            return outcome
+        return penalised(outcome, item, self.config, self.max_response_length, self.clip)
 
     def too_long(self) -> Failure:
         """That of what took longer than `wall_limit_s`."""
@@ -110,9 +122,12 @@ def _end(*_: object) -> NoReturn:
 
 def _prepare(job: Job) -> Failure | None:
     """Have what all workers share: what the named rules import, and the data, if the reward asks for them."""
-    if job.config.rule:
-        warm_up = RewardInput("<think>\n</think>\\boxed{\\sqrt{12}}", r"2\sqrt{3}", 1)  # reaches math-verify
-        functions.load(job.config).call([warm_up])
+    for _, _, config in job.rewards:
+        if config.rule:
+            warm_up = RewardInput(
+                "<think>\n</think>\\boxed{\\sqrt{12}}", r"2\sqrt{3}", 1
+            )  # reaches math-verify
+            functions.load(config).call([warm_up])
     try:
         job.rows.open(job.sized)
         return None
@@ -203,14 +218,14 @@ async def _call(pool: pebble.ProcessPool, job: Job, items: list[RewardInput]) ->
         _end()
 
 
-_reward: functions.LoadedReward | Failure
+_rewards: list[functions.LoadedReward] | Failure
 _job: Job
 _end_after: Callable[[float], None]
 
 
 def _begin(job: Job, failure: Failure | None, driver: int, parent: int) -> None:
-    """Make this process a worker: it loads the function, and dies with its parent."""
-    global _reward, _job, _end_after
+    """Make this process a worker: it loads the functions, and dies with its parent."""
+    global _rewards, _job, _end_after
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # what the function starts is killed with the worker
     ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
@@ -225,9 +240,9 @@ def _begin(job: Job, failure: Failure | None, driver: int, parent: int) -> None:
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     _job, _end_after = job, _cpu_timer()
     try:
-        _reward = failure or functions.load(job.config, job.rows)
+        _rewards = failure or [functions.load(config, job.rows) for _, _, config in job.rewards]
     except BaseException as error:
-        _reward = _failure(error)
+        _rewards = _failure(error)
 
 
 def score_call(items: Sequence[RewardInput]) -> list[Outcome] | Failure:
@@ -235,13 +250,17 @@ def score_call(items: Sequence[RewardInput]) -> list[Outcome] | Failure:
 
     If the CPU time of this process exceeds the limit, the system ends it, whatever the function is at.
     """
-    if isinstance(_reward, Failure):
-        return _reward
+    if isinstance(_rewards, Failure):
+        return _rewards
     _end_after(_job.config.time_limit_s * len(items))
     try:
-        if _reward.is_async and not _reward.batch:
-            return _reward.loop.run_until_complete(_together(_reward, items))
-        return list(map(_job.outcome, items, _reward.call(items)))
+        found = [
+            reward.loop.run_until_complete(_together(reward, items))
+            if reward.is_async and not reward.batch
+            else reward.call(items)
+            for reward in _rewards
+        ]
+        return list(map(_job.outcome, items, zip(*found, strict=True)))
     except BaseException as error:  # sys.exit() in a user's function is an error as any other
         return _failure(error)
     finally:
@@ -273,7 +292,7 @@ async def _together(reward: functions.LoadedReward, items: Sequence[RewardInput]
         timeout = asyncio.timeout(_job.wall_limit_s)
         try:
             async with timeout:
-                return _job.outcome(item, as_result(await reward.ask([item])))
+                return reward.result(await reward.ask([item]))
         except BaseException as error:
             return _job.too_long() if timeout.expired() else _failure(error)
 

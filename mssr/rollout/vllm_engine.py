@@ -6,6 +6,8 @@ vLLM rebinds threads and claims memory, so this belongs in a process of its own.
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -47,18 +49,7 @@ class VllmEngine:
 
     def __init__(self, config: Config, device: str, colocated: bool = False) -> None:
         _prepare_environment(config, device, colocated)
-        import_transformers()  # before vLLM does
-        try:
-            import vllm
-        except ImportError as error:
-            raise UserError(
-                f"rollout.engine=vllm: vLLM cannot be imported ({error}); install mssr[cpu] or mssr[gpu], or "
-                "set rollout.engine=hf"
-            ) from error
-
-        if not vllm.__version__.startswith(SUPPORTED_VLLM + "."):
-            raise UserError(f"vLLM {vllm.__version__} is installed; mssr works with {SUPPORTED_VLLM}.x")
-        self._vllm = vllm
+        self._vllm = vllm = _import_vllm(device)
         self._version = 0
         self._device, self._sleeps = device, colocated and device == "cuda"
         self._dtype = compute_dtype(config.model.dtype, device)
@@ -292,6 +283,34 @@ def _reason(error: Exception) -> str:
     return (line[:300] or type(error).__name__) + (f"; {MEMORY_HINT}" if out else "")
 
 
+def _import_vllm(device: str) -> Any:
+    """The library, with the parts that it loads only when they are used.
+
+    Raises:
+        UserError: it cannot be imported, or is of another version.
+    """
+    import_transformers()  # before vLLM does
+    worker = "cpu_worker" if device == "cpu" else "gpu_worker"
+    # What is made here stays: to look through all of it for garbage, again and again, is a sixth of the time.
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        vllm = importlib.import_module("vllm")
+        if not vllm.__version__.startswith(SUPPORTED_VLLM + "."):
+            raise UserError(f"vLLM {vllm.__version__} is installed; mssr works with {SUPPORTED_VLLM}.x")
+        for part in ("entrypoints.llm", "v1.engine.core", f"v1.worker.{worker}"):
+            importlib.import_module(f"vllm.{part}")
+    except ImportError as error:
+        raise UserError(
+            f"rollout.engine=vllm: vLLM cannot be imported ({error}); install mssr[cpu] or mssr[gpu], or "
+            "set rollout.engine=hf"
+        ) from error
+    finally:
+        if collected:
+            gc.enable()
+    return vllm
+
+
 def _prepare_environment(config: Config, device: str, colocated: bool) -> None:
     """Settings that vLLM and torch read from the environment."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -309,5 +328,9 @@ def _prepare_environment(config: Config, device: str, colocated: bool) -> None:
         os.environ[allocator[0]] = "expandable_segments:True"
     if device == "cpu":
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.rollout.kv_cache_gib)
+        # Every process would run a C++ compiler for a small function or two at its first response. (Read from
+        # the environment when torch._dynamo is imported, as it is here and will be in the children.)
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+        torch._dynamo.config.disable = os.environ["TORCH_COMPILE_DISABLE"] == "1"
         # Thread counts are ours (cluster.threads_per_rollout); vLLM would pin one thread a core.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

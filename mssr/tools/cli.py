@@ -116,6 +116,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_eval(add("eval", "mssr.tools.cli:evaluate", "accuracy of a model or checkpoint on benchmarks"))
 
+    option = add("convert", "mssr.tools.convert:convert", "config of EasyR1 or verl -> one of ours")
+    option("config_file", metavar="FILE", help="YAML file, or the script that starts their training")
+    option("overrides", nargs="*", metavar="key=value", help="their keys, as on their command line")
+    option("--out", type=Path, help="file to write, e.g. ours.yaml; else it is printed")
+
     option = add("export", "mssr.runs.export:export", "checkpoint -> Hugging Face directory")
     option("checkpoint", help="a run directory (its latest), or a checkpoint")
     option("--out", required=True, help="directory to write")

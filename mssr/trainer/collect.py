@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -88,7 +89,8 @@ class RolloutCollector:
             stoppable: as in `Cluster.generate`.
 
         Raises:
-            TrainingError: dynamic sampling found too few groups with a signal.
+            TrainingError: dynamic sampling found too few groups with a signal, or too few responses have a
+                score.
         """
         wanted, n = self.config.prompts_per_step, self.config.responses_per_prompt
         sampling = self.config.sampler
@@ -115,6 +117,8 @@ class RolloutCollector:
                     "is too easy or too hard for this policy, or sampler.dynamic is to be off"
                 )
             prompt_ids = self.sampler.next(missing)
+        if scored.unscored.any():
+            kept = self._with_scores(rollouts, scored, kept)
         self.lengths.observe(rollouts)
         metrics = rollout_metrics(rollouts, scored)
         metrics["rollout/policy_lag"] = float(np.mean([step - r.policy_version for r in rollouts]))
@@ -128,6 +132,24 @@ class RolloutCollector:
             self.sampler.epoch,
             [log_probs[i] for i in kept] if self._early else None,
         )
+
+    def _with_scores(self, rollouts: Sequence[Rollout], scored: ScoredBatch, kept: np.ndarray) -> np.ndarray:
+        """Those of ``kept`` that have a score, of prompts with as many of them as the method compares.
+
+        Raises:
+            TrainingError: they are not enough for the updates of a step.
+        """
+        config, kept = self.config, kept[~scored.unscored[kept]]
+        count = Counter(rollouts[i].prompt_id for i in kept)
+        kept = kept[[count[rollouts[i].prompt_id] >= config.method.min_n for i in kept]]
+        prompts = len({rollouts[i].prompt_id for i in kept})
+        held = math.ceil(config.kl_probe_fraction * prompts) if config.holds_out else 0
+        if len(kept) - held * config.responses_per_prompt < config.actor.updates_per_step:
+            raise TrainingError(
+                f"{scored.unscored.sum()} of {len(rollouts)} responses have no score, and the others are not "
+                f"enough for actor.updates_per_step={config.actor.updates_per_step}; see events.jsonl"
+            )
+        return kept
 
     def requests(
         self, prompt_ids: Sequence[str], step: int, n: int, earlier: Iterable[Rollout] = ()
@@ -188,17 +210,20 @@ class RolloutCollector:
 def with_signal(rollouts: Sequence[Rollout], scores: np.ndarray, at_most: int) -> np.ndarray:
     """Indices of the rollouts of prompts whose (B,) scores differ, all of a prompt next to one another.
 
-    A prompt that was drawn again has one group of all its responses, as for the estimators.
+    A prompt that was drawn again has one group of all its responses, as for the estimators. Responses without
+    a score (NaN) decide nothing, and stay in their group.
 
     Args:
         at_most: so many indices; a group that no longer fits as a whole is left out.
     """
     groups = group_indices([r.prompt_id for r in rollouts])
     members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
-    constant = constant_groups(scores, groups)
+    known = np.flatnonzero(~np.isnan(scores))
+    constant = constant_groups(scores[known], groups[known]) if len(known) else np.empty(0, bool)
+    differing = set(groups[known[~constant]].tolist())
     kept: list[int] = []
-    for group in members:
-        if not constant[group[0]] and len(kept) + len(group) <= at_most:
+    for number, group in enumerate(members):
+        if number in differing and len(kept) + len(group) <= at_most:
             kept += group.tolist()
     return np.array(kept, np.int64)
 
@@ -222,7 +247,7 @@ def reward_inputs(
 
 
 def _reward_input(rollout: Rollout, answer: Any, prefix: str) -> RewardInput:
-    return RewardInput(prefix + rollout.text, answer, len(rollout.response_token_ids), rollout.prompt_id)
+    return RewardInput(rollout.text, answer, len(rollout.response_token_ids), rollout.prompt_id, prefix)
 
 
 def join_scores(batches: Sequence[ScoredBatch]) -> ScoredBatch:
@@ -240,9 +265,12 @@ def join_scores(batches: Sequence[ScoredBatch]) -> ScoredBatch:
 
 
 def mean_scores(scored: ScoredBatch) -> dict[str, float]:
-    """``score`` is what is learned from; ``accuracy`` is the reward's part of that name, if any."""
+    """``score`` is what is learned from; ``accuracy`` is the reward's part of that name, if any. What has no
+    score counts in ``failed`` alone."""
     parts = {"accuracy": scored.scores, "score": scored.scores} | scored.parts
-    return {name: float(values.mean()) for name, values in parts.items()}
+    known = {name: values[~(scored.unscored | np.isnan(values))] for name, values in parts.items()}
+    means = {name: float(values.mean()) if len(values) else math.nan for name, values in known.items()}
+    return means | {"failed": float(scored.unscored.sum())}
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], scored: ScoredBatch) -> dict[str, float]:

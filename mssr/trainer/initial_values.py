@@ -52,16 +52,18 @@ def initialize_values(
         rollouts, rewards, _ = collector.generate(requests)
         for k in range(0, len(rollouts), n):
             prompt_id, texts = rollouts[k].prompt_id, [r.text for r in rollouts[k : k + n]]
-            known[prompt_id] = rewards.scores[k : k + n].tolist()
+            known[prompt_id] = [s if s == s else None for s in rewards.scores[k : k + n].tolist()]
             append_record(file, {"id": prompt_id, "scores": known[prompt_id], "responses": texts})
         note(f"first values: {len(ids) - len(missing) + min(start + part, len(missing))}/{len(ids)} prompts")
-    successes = np.array([sum(known[i]) for i in ids])
-    algorithm.initialize(ids, successes, np.full(len(ids), n))
-    note(f"first values: mean reward of the base model {successes.mean() / n:.3f} ({len(ids)} prompts x {n})")
+    scores = {i: found for i in ids if (found := [s for s in known[i] if s is not None])}
+    successes, trials = np.array([(sum(found), len(found)) for found in scores.values()]).T
+    algorithm.initialize(list(scores), successes, trials)
+    mean = successes.sum() / trials.sum()
+    note(f"first values: mean reward of the base model {mean:.3f} ({len(ids)} prompts x {n})")
 
 
-def _known_scores(file: Path, fingerprint: str) -> dict[str, list[float]]:
-    """What init_rollouts.jsonl has by prompt, under a first line that says what it depends on."""
+def _known_scores(file: Path, fingerprint: str) -> dict[str, list[float | None]]:
+    """Scores by prompt, null for none; the first line of the file says what they depend on."""
     header = {"fingerprint": fingerprint}
     records = read_records(file, skip_damaged=True) if file.is_file() else []
     if records[:1] != [header]:
@@ -80,6 +82,7 @@ def _fingerprint(config: Config) -> str:
         for key, value in flatten(to_dict(config)).items()
         if (option := nearest(known, key)) and option.first_values
     }
-    if plugins.is_spec(config.reward.name):
-        tree["reward file"] = Path(config.reward.name.rpartition(":")[0]).read_text()
+    files = [name.rpartition(":")[0] for name in config.reward.names if plugins.is_spec(name)]
+    if files:
+        tree["reward file"] = "".join(Path(file).read_text() for file in files)
     return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()

@@ -260,7 +260,7 @@ class Trainer:
                 "question": row.question,
                 "response": rollout.text,
                 "answer": row.answer,
-                "score": float(score),
+                "score": None if np.isnan(score) else float(score),
                 "finish_reason": rollout.finish_reason,
                 "response_tokens": len(rollout.response_token_ids),
             }

@@ -58,6 +58,7 @@ def run_session(config: Config, terminal: TextIO) -> int:
                 rows=data.access,
                 on_restart=lambda how: events.restart("reward_pool_died", how),
                 on_failure=lambda what: events.record("reward_failed", what),
+                directory=config.run_dir,
             )
         )
         log = MetricsLog(config, step_of(checkpoint))

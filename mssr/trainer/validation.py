@@ -75,8 +75,8 @@ def _by_reward(
         right = scored.parts.get("accuracy", scored.scores)
         sources = np.array([dataset.source_of(r.prompt_id) for r in rollouts])
         for label in dataset.labels:
-            if (sources == label).any():
-                metrics[f"{label}/accuracy"] = float(right[sources == label].mean())
+            if (asked := (sources == label) & ~scored.unscored).any():
+                metrics[f"{label}/accuracy"] = float(right[asked].mean())
     return scored.scores, metrics
 
 
@@ -153,7 +153,9 @@ class Validation:
         scores, metrics = prompts.score(rollouts, self._scorer)
         metrics["response_length"] = float(np.mean([len(r.response_token_ids) for r in rollouts]))
         if one.n > 1:
-            metrics[f"pass_at_{one.n}"] = float((scores.reshape(-1, one.n) >= 1).any(axis=1).mean())
+            by_prompt = scores.reshape(-1, one.n)
+            asked = by_prompt[~np.isnan(by_prompt).all(axis=1)]
+            metrics[f"pass_at_{one.n}"] = float((asked >= 1).any(axis=1).mean())
         named = {f"{one.key}/{key}": value for key, value in metrics.items()}
         if prompts is self.sets[0]:
             named |= {f"val/{key}": metrics[key] for key in ("accuracy", "response_length")}

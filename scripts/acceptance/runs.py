@@ -87,7 +87,7 @@ def digits(place: Place, placement: str) -> Told:
     prepare(place.scratch / "digits", quiet=True, settings=settings)
     data = [f"data.{split}={place.scratch}/digits/{split}.parquet" for split in ("train", "val")]
     # On the CPU this is also how engines are given weights in the way that is not the usual one.
-    transfer = [] if place.gpus or placement == "colocated" else ["cluster.weight_transfer=broadcast"]
+    transfer = [] if place.gpus else ["cluster.weight_transfer=broadcast"]
     options = [*layout(place, placement), *data, f"model.path={place.scratch}/digits/model", *transfer]
     options += ["rollout.check_weights=always"]
     if place.quick:
@@ -205,8 +205,7 @@ def kill(place: Place) -> Told:
     directory.mkdir()
     workspace = make_workspace(directory)
     run = Run(directory / "course", workspace.config)
-    placement = "colocated" if place.gpus else "apart"
-    run.extra = [*layout(place, placement), f"cluster.device={place.device}", "actor.lr=1.0e-3"]
+    run.extra = [*layout(place, "colocated"), f"cluster.device={place.device}", "actor.lr=1.0e-3"]
     if not place.gpus:
         run.extra += ["rollout.engine=hf"]  # starts sooner than vLLM
     told = {}

@@ -228,15 +228,15 @@ def curves(args: argparse.Namespace) -> list[str]:
                 of_side.append([record["reward"] for record in told])
             else:
                 of_side.append([record["reward/accuracy"] for record in metrics(args.work / name)])
-    return curve_table(rewards)
+    return curve_table(rewards["trl"], rewards["grpo"])
 
 
-def curve_table(rewards: dict[str, list[list[float]]], window: int = 5) -> list[str]:
+def curve_table(trl_runs: list[list[float]], our_runs: list[list[float]], window: int = 5) -> list[str]:
     """The two sides' means over seeds, and their difference in standard errors of it.
 
     Seeds are few, so the error of a side is that of single runs pooled over all windows and both sides.
     """
-    runs = np.array([rewards["trl"], rewards["grpo"]])
+    runs = np.array([trl_runs, our_runs])
     starts = range(0, runs.shape[-1], window)
     means = np.stack([runs[..., k : k + window].mean(-1) for k in starts])  # (windows, sides, seeds)
     pooled = means.var(-1, ddof=1).mean() ** 0.5

@@ -10,7 +10,7 @@ import pytest
 
 from mssr.models.families import FAMILIES
 from tests.conftest import Workspace
-from tests.e2e.run_states import SMALL, read_run, train_each
+from tests.e2e.run_states import SMALL, STEPS, read_run, train_each
 
 pytestmark = pytest.mark.e2e
 
@@ -21,9 +21,29 @@ VARIANTS: dict[str, tuple[int | None, list[str]]] = {
     "grpo": (3, ["algorithm.name=grpo", "rollout.n=3"]),
     "rloo_adaptive_kl": (1, ["algorithm.name=rloo", "rollout.n=3", "algorithm.kl.target=0.01"]),
     "reinforce_pp": (2, ["algorithm.name=reinforce_pp"]),
-    # Draws uncertain prompts first, and remembers the last response of each.
-    "spo": (3, ["algorithm.name=spo", "sampler.name=uncertainty", "algorithm.baseline.init_rollouts=0"]),
-    "dynamic": (2, ["algorithm.name=grpo", "rollout.n=3", "sampler.dynamic=true", "sampler.max_draws=50"]),
+    # Draws uncertain prompts first, and remembers first values and the last response of each.
+    "spo": (
+        3,
+        [
+            "algorithm.name=spo",
+            "sampler.name=uncertainty",
+            "algorithm.baseline.init_rollouts=2",
+            "algorithm.kl.target=0.001",
+            "algorithm.kl.horizon=20",
+        ],
+    ),
+    # Groups that are drawn again, and an adaptive weight of rewards for each token.
+    "dynamic": (
+        2,
+        [
+            "algorithm.name=reinforce_pp_baseline",
+            "algorithm.kl.placement=reward",
+            "algorithm.kl.target=0.01",
+            "rollout.n=3",
+            "sampler.dynamic=true",
+            "sampler.max_draws=50",
+        ],
+    ),
 }
 """Name -> (step after which it is stopped, overrides)."""
 
@@ -42,3 +62,8 @@ def test_stopped_and_resumed_equals_straight_bitwise(
         assert (tmp_path / f"{name}-stopped/checkpoints/step-{at:06d}").is_dir(), name
         for key in straight:
             assert straight[key] == stopped[key], f"{name}: {key}"
+        steps = straight["metrics"][1:]
+        if name.startswith("dynamic"):
+            assert any(r["sampler/draws"] > 1 for r in steps)
+        if name.startswith("spo"):
+            assert len({r["policy/kl_coef"] for r in steps}) == STEPS  # it adapts

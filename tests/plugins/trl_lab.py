@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from mssr.algorithms import Algorithm
 from mssr.models.tiny import build_tiny
 
 torch.set_num_threads(1)
+logging.set_verbosity_error()
 QUESTION = "What is the sum of the two digits?"
 CORPUS = [QUESTION, "<think>3 and 5</think>\\boxed{8}", "<think>guess</think>\\boxed{1}", "larger"] * 3
 ROWS = 8

@@ -1,10 +1,10 @@
-"""A small server of chat completions that answers, refuses, is silent or talks nonsense, as it is told."""
+"""A small server of chat completions or rewards that answers, refuses, is silent or talks nonsense."""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -15,6 +15,8 @@ class Server:
 
     def __init__(self) -> None:
         self.mode = "correct"
+        self.answer: Callable[[dict[str, Any]], Any] | None = None
+        """In place of the mode: what is replied to a request, as JSON."""
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.fail_first = 0
@@ -35,6 +37,8 @@ class Server:
             handler.send_header("Location", "/v1/chat/completions")
             handler.send_header("Content-Length", "0")
             handler.end_headers()
+        elif self.answer is not None:
+            self._send(handler, json.dumps(self.answer(json.loads(body))).encode())
         elif self.mode == "silent":
             self.release.wait()
         elif self.mode == "drip":

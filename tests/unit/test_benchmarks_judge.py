@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from mssr.errors import UserError
-from mssr.evaluation import judge as judging
 from mssr.evaluation import registry
 from mssr.evaluation.items import Item, Verdict
-from mssr.evaluation.judge import HttpJudge, Judge, JudgeInput, VerdictCache
+from mssr.evaluation.verdicts import apply
+from mssr.rewards import judge as judging
+from mssr.rewards.judge import HttpJudge, Judge, JudgeInput, VerdictCache
 from tests.unit.benchmark_data import CASES, T, write_parquet
 from tests.unit.judge_server import Server, serving
 
@@ -55,7 +56,7 @@ def by_rules(
 
 def applied(judge: Judge, by_rules: tuple[list[Item], list[str], list[Verdict]]) -> list[Verdict]:
     benchmark = registry.get("mathverse")
-    return judging.apply(judge, [(benchmark, *answer) for answer in zip(*by_rules, strict=True)])
+    return apply(judge, [(benchmark, *answer) for answer in zip(*by_rules, strict=True)])
 
 
 OPEN = [3, 7, 11]

@@ -360,7 +360,9 @@ def test_prepare_caches_and_rebuilds_what_is_stale_or_incomplete(
     assert built == [0, 1, 1] and "a qwen2 model of" in (out / "README.md").read_text()
     assert json.loads((out / "model/config.json").read_text())["model_type"] == "qwen2"
     prepare(out, seed=1, quiet=True, settings=SMALL, model_type="qwen2")
-    assert built == [0, 1, 1]
+    monkeypatch.setattr(task, "DigitsSettings", lambda: SMALL)
+    assert main(["prepare", "digits", "--out", str(out), "--seed", "1", "--model", "qwen2"]) == 0
+    assert built == [0, 1, 1] and "up to date" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("model_type", [name for name in FAMILIES if name not in ("qwen2_5_vl", "qwen2")])

@@ -34,6 +34,7 @@ import pytest
 
 from mssr.cluster.base import OnFinished
 from mssr.data.dataset import PromptDataset
+from mssr.errors import TrainingError
 from mssr.rewards import Scorer
 from mssr.runs.config import load_config
 from mssr.trainer.loop import Trainer
@@ -64,7 +65,8 @@ class ScriptedCluster:
 
     ranks_idle_in_rollout = False
 
-    def __init__(self) -> None:
+    def __init__(self, rewards: Sequence[dict[str, list[Any]]]) -> None:
+        self.rewards = rewards
         self.batches: list[TrainBatch] = []
 
     def generate(
@@ -74,7 +76,7 @@ class ScriptedCluster:
         on_finished: OnFinished,
         stoppable: bool = True,
     ) -> list[Rollout]:
-        rewards = REWARDS[len(self.batches)]
+        rewards = self.rewards[len(self.batches)]
         one, log_probs = np.ones(1, np.int32), np.zeros(1, np.float32)
         rollouts = [
             Rollout(
@@ -107,11 +109,18 @@ class ScriptedCluster:
         return {}
 
 
-def drive(workspace: Workspace, directory: Path, **options: Any) -> tuple[list[TrainBatch], list[dict]]:
-    """The batches that the actor was given, and the records of the steps."""
+def drive(
+    workspace: Workspace,
+    directory: Path,
+    rewards: Sequence[dict[str, list[Any]]] = REWARDS,
+    **options: Any,
+) -> tuple[list[TrainBatch], list[dict]]:
+    """The batches that the actor was given, and the records of the steps. A reward of None is no score."""
     rows = [row | {"id": letter} for row, letter in zip(make_rows(3, "", seed=3), "ABC", strict=True)]
     write_rows(directory / "abc.parquet", rows)
-    (directory / "reward.py").write_text("def scripted(response, answer):\n    return float(response)\n")
+    (directory / "reward.py").write_text(
+        "def scripted(completions):\n    return [None if c == 'None' else float(c) for c in completions]\n"
+    )
     settings = {
         "data.train": directory / "abc.parquet",
         "data.shuffle": False,
@@ -126,7 +135,7 @@ def drive(workspace: Workspace, directory: Path, **options: Any) -> tuple[list[T
         **options,
     }
     config = load_config(workspace.config, [f"{k}={v}" for k, v in settings.items()])
-    cluster, log = ScriptedCluster(), MagicMock()
+    cluster, log = ScriptedCluster(rewards), MagicMock()
     train = PromptDataset(config.data.train, config.data)
     with Scorer(config.reward, config.rollout.max_response_length, clip=True) as scorer:
         run = MagicMock(config=config, log=log, stop=MagicMock(requested=False))
@@ -168,3 +177,39 @@ def test_without_a_baseline_the_advantages_are_others(workspace: Workspace, tmp_
     for batch, expected in zip(batches, whitened, strict=True):
         np.testing.assert_allclose(batch.advantages, expected, atol=1e-5)
     assert all("baseline/eta" not in r for r in records)
+
+
+def test_what_has_no_score_is_as_if_it_had_not_been_there(workspace: Workspace, tmp_path: Path) -> None:
+    """Neither a 0 in batch and baseline, nor in a mean.
+
+    step 1  of A B C A the second has none: D = .5 -.5 -.5; B stays unseen. eta .926, mean reward 1/3.
+            A  (.5, .5) -> (1.354738, 1.428738)  C  (.5, .5) -> (.463, 1.463)
+    step 2  of B C A B the first has none: v(B) is the mean so far, 1/3; r = 0 1 0
+    """
+    rewards = [{"A": [1, 0], "B": [None], "C": [0]}, {"A": [1], "B": [None, 0], "C": [0]}, REWARDS[2]]
+    batches, records = drive(workspace, tmp_path, rewards)
+    assert ["".join(b.prompt_ids) for b in batches] == ["ACA", "CAB", "CABC"]
+    assert [r["reward/failed"] for r in records] == [1, 1, 0]
+    assert [r["reward/errors"] for r in records] == [0, 0, 0]
+    assert [r["reward/accuracy"] for r in records] == pytest.approx([1 / 3, 1 / 3, 0.75])
+    d = np.array([0.5, -0.5, -0.5])
+    np.testing.assert_allclose(batches[0].advantages, (d - d.mean()) / d.std(), atol=1e-5)
+    d = np.array([-0.240395, 1 - 0.486707, -1 / 3])
+    np.testing.assert_allclose(batches[1].advantages, (d - d.mean()) / d.std(), atol=1e-5)
+    assert [r["baseline/unseen_fraction"] for r in records] == pytest.approx([1, 1 / 3, 0])
+
+
+def test_a_group_keeps_those_with_a_score_if_there_are_two(workspace: Workspace, tmp_path: Path) -> None:
+    rewards = [
+        {"A": [1, None, 0], "B": [None, None, 1], "C": [0, 0, 0]},
+        {"A": [1, 0, 0], "B": [0, None, 1], "C": [None] * 3},
+        {"A": [None] * 3, "B": [None] * 3, "C": [1, None, None]},
+    ]
+    options = {"algorithm.name": "rloo", "rollout.n": 3, "rollout.rollouts_per_step": 9}
+    options |= {"actor.updates_per_step": 1, "data.shuffle": False}
+    with pytest.raises(TrainingError, match="8 of 9 responses have no score, and the others are not enough"):
+        drive(workspace, tmp_path, rewards, **options)
+    batches, _ = drive(workspace, tmp_path, rewards[:2], **options, **{"trainer.steps": 2})
+    assert ["".join(sorted(b.prompt_ids)) for b in batches] == ["AACCC", "AAABB"]
+    by_prompt = dict(zip(batches[0].prompt_ids, batches[0].advantages, strict=True))
+    assert sorted(batches[0].advantages.tolist()) == [-1, 0, 0, 0, 1] and by_prompt["C"] == 0

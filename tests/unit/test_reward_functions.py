@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 
 from mssr.config.data import RewardConfig
 from mssr.errors import UserError
-from mssr.rewards import RewardInput, Scorer, functions
+from mssr.rewards import RewardInput, ScoredBatch, Scorer, functions
 from tests.unit.reward_lab import inputs, score, write
 
 pytestmark = pytest.mark.unit
@@ -37,6 +39,11 @@ FORMS = {
     "    return [float(a) for a in kwargs['answer']]",
     "trl_solution_batch": "def f(completions, solution, **kwargs):\n"
     "    assert completions == ['a', 'bb', '']\n    return [float(s) for s in solution]",
+    "trl_log_batch": "def f(completions, solution, log_extra, log_metric=None, trainer_state=None, **kw):\n"
+    "    log_extra('solution', solution)\n    log_metric('mean', 0.5)\n    assert trainer_state is None\n"
+    "    return [float(s) for s in solution]",
+    "verl_reward_model": "def f(data_source, solution_str, ground_truth, extra_info, reward_model=0, **kw):\n"
+    "    assert reward_model == 0\n    return {'score': float(ground_truth), 'acc': 1.0, 'pred': 'x'}",
     "format_batch": "def f(completions, **kwargs):\n"
     "    return [{'a': 1.0, 'bb': 0.5}.get(c, 0.0) for c in completions]",
     "torch": "import torch\ndef f(response, answer): return torch.tensor([[float(answer)]])",
@@ -91,7 +98,7 @@ def test_every_form_gives_each_response_its_score(tmp_path: Path, form: str) -> 
     results = [result for call in calls for result in reward.call(call)]
     assert [r.score for r in results] == [1.0, 0.5, 0.0]
     parts = [dict(r.parts) for r in results]
-    if form == "verl":
+    if form in ("verl", "verl_reward_model"):
         assert parts == [{"acc": 1}] * 3
     elif form == "torch_part":
         assert parts == [{"length": 1}, {"length": 2}, {"length": 0}]
@@ -194,12 +201,19 @@ def f(responses, answers):
 """
 
 
-@pytest.mark.parametrize("trouble", ["raise", "exit", "hang", "few", "nan", "text"])
-def test_a_batch_loses_only_the_culprit(tmp_path: Path, trouble: str) -> None:
-    items = inputs(*["fine"] * 6, trouble, *["fine"] * 6)
-    batch = score(write(tmp_path, BATCH_TROUBLE), items, time_limit_s=0.3)
+def among_fine_ones(trouble: str) -> list[RewardInput]:
+    return inputs(*["fine"] * 6, trouble, *["fine"] * 6)
+
+
+def check_only_the_culprit_is_lost(batch: ScoredBatch, timeout: bool = False) -> None:
     assert batch.scores.tolist() == [0.5] * 6 + [0] + [0.5] * 6
-    assert (batch.errors, batch.timeouts) == (1, int(trouble == "hang"))
+    assert (batch.errors, batch.timeouts) == (1, int(timeout))
+
+
+@pytest.mark.parametrize("trouble", ["raise", "exit", "few", "nan", "text"])
+def test_a_batch_loses_only_the_culprit(tmp_path: Path, trouble: str) -> None:
+    name = write(tmp_path, BATCH_TROUBLE)
+    check_only_the_culprit_is_lost(score(name, among_fine_ones(trouble), time_limit_s=0.3))
 
 
 ASYNC_TROUBLE = """
@@ -222,12 +236,24 @@ async def f(response, answer):
 """
 
 
-@pytest.mark.parametrize("trouble", ["await", "deaf", "block", "raise", "exit", "sysexit"])
+@pytest.mark.parametrize("trouble", ["raise", "exit", "sysexit"])
 def test_async_functions_lose_only_the_culprit(tmp_path: Path, trouble: str) -> None:
-    items = inputs(*["fine"] * 6, trouble, *["fine"] * 6)
-    batch = score(write(tmp_path, ASYNC_TROUBLE), items, time_limit_s=0.3)
-    assert batch.scores.tolist() == [0.5] * 6 + [0] + [0.5] * 6
-    assert (batch.errors, batch.timeouts) == (1, int(trouble in ("await", "deaf", "block")))
+    name = write(tmp_path, ASYNC_TROUBLE)
+    check_only_the_culprit_is_lost(score(name, among_fine_ones(trouble), time_limit_s=0.3))
+
+
+def test_what_waits_for_ever_loses_only_the_culprit(tmp_path: Path) -> None:
+    """In a batch and in async functions. All at the same time, for nothing but the clock ends them."""
+    troubles = {"hang": BATCH_TROUBLE} | dict.fromkeys(("await", "deaf", "block"), ASYNC_TROUBLE)
+    with ExitStack() as stack:
+        threads, running = stack.enter_context(ThreadPoolExecutor(len(troubles))), []
+        for trouble, body in troubles.items():
+            (tmp_path / trouble).mkdir()
+            config = RewardConfig(name=write(tmp_path / trouble, body), workers=1, time_limit_s=0.3)
+            scorer = stack.enter_context(Scorer(config, 10))
+            running.append(threads.submit(scorer.score, among_fine_ones(trouble)))
+        for one in running:
+            check_only_the_culprit_is_lost(one.result(), timeout=True)
 
 
 def test_async_functions_wait_together(tmp_path: Path) -> None:

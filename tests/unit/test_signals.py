@@ -185,9 +185,8 @@ def test_dynamic_sampling_has_the_groups_of_the_estimators() -> None:
     """A prompt that is drawn twice in a step has one group of all its responses."""
 
     def kept(prompts: str, scores: str, at_most: int) -> list[int]:
-        return with_signal(
-            rollouts_of(prompts), np.array([*map(float, scores)], np.float32), at_most
-        ).tolist()
+        numbers = [np.nan if s == "?" else float(s) for s in scores]
+        return with_signal(rollouts_of(prompts), np.array(numbers, np.float32), at_most).tolist()
 
     assert kept("aabb", "0110", 4) == [0, 1, 2, 3]
     assert kept("aabb", "0111", 4) == [0, 1]
@@ -196,6 +195,12 @@ def test_dynamic_sampling_has_the_groups_of_the_estimators() -> None:
     assert kept("bbaacc" + "aa", "011101" + "00", 6) == [0, 1, 2, 3, 6, 7]
     assert kept("bbccaa" + "aa", "010100" + "11", 6) == [0, 1, 2, 3]  # a's four do not fit, and are not cut
     assert kept("aa", "00", 2) == []
+    assert kept("bbaaacc", "1101?0?", 5) == [
+        2,
+        3,
+        4,
+    ]  # what has no score decides nothing, and keeps its place
+    assert kept("aabb", "????", 4) == []
 
 
 def test_with_a_lag_the_epoch_is_that_of_what_was_trained_on(world: Any, tmp_path: Path) -> None:  # noqa: F811

@@ -127,10 +127,13 @@ class FakeVllm:
 def fake(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVllm]:
     """Also restores the environment and what the engine replaces in torch."""
     fake, before = FakeVllm(workspace), dict(os.environ)
-    monkeypatch.setitem(__import__("sys").modules, "vllm", fake)
+    workers = ["v1.worker.cpu_worker", "v1.worker.gpu_worker"]
+    for part in ("", *(f".{name}" for name in ("entrypoints.llm", "v1.engine.core", *workers))):
+        monkeypatch.setitem(__import__("sys").modules, f"vllm{part}", fake)
     monkeypatch.setattr(vllm_engine, "_engine_input", lambda prompt, merge_size, dtype: prompt)
     monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)
     yield fake
+    torch._dynamo.config.disable = False
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)

@@ -8,16 +8,10 @@ from __future__ import annotations
 
 from importlib import metadata
 
-VERSIONS = "trl>=1.16,<1.17"
+if (_version := metadata.version("trl")).split(".")[:2] != ["1", "16"]:
+    raise ImportError(f"mssr.integrations.trl needs trl>=1.16,<1.17, and this is {_version}")
 
-try:
-    _version = metadata.version("trl")
-except metadata.PackageNotFoundError:
-    raise ImportError(f"mssr.integrations.trl needs TRL: pip install '{VERSIONS}'") from None
-if _version.split(".")[:2] != ["1", "16"]:
-    raise ImportError(f"mssr.integrations.trl needs {VERSIONS}, and this is {_version}")
-
-from mssr.integrations.trl.config import MSSRConfig  # noqa: E402
-from mssr.integrations.trl.trainer import MSSRTrainer  # noqa: E402
+from mssr.integrations.trl.config import MSSRConfig
+from mssr.integrations.trl.trainer import MSSRTrainer
 
 __all__ = ["MSSRConfig", "MSSRTrainer"]

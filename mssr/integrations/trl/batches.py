@@ -7,33 +7,36 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
 from trl.trainer.utils import RepeatSampler, split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 Batch = dict[str, Any]
 """Of B rows: tensors and lists of B, tensors of all images of the rows, numbers of the whole generation."""
-
-_PLACEHOLDERS = tuple(
-    [f"{kind}_token_{form}" for kind in ("image", "video", "audio") for form in ("id", "index")]
-    + ["vision_start_token_id", "vision_end_token_id"]
-)
-_OF_IMAGES = (
-    *("pixel_values", "pixel_attention_mask", "spatial_shapes", "num_images", "num_tiles"),
-    *("image_grid_thw", "image_position_ids", "image_sizes"),
-)
-FORWARD = (*_OF_IMAGES, "token_type_ids", "mm_token_type_ids")
+FORWARD = (
+    "pixel_values pixel_attention_mask image_grid_thw image_position_ids image_sizes num_images num_tiles"
+    " spatial_shapes token_type_ids mm_token_type_ids"
+).split()
 """What a batch may have, beside the tokens, that a forward pass takes."""
+_PLACEHOLDERS = (
+    "image_token_id image_token_index video_token_id video_token_index audio_token_id audio_token_index"
+    " vision_start_token_id vision_end_token_id"
+).split()
 
 
-class EpochSampler(RepeatSampler):
-    """`RepeatSampler`, whose order follows from seed and epoch alone. TRL's depends on the epochs that the
-    process has seen, so that a run resumed in epoch k has the order of epoch 0 again."""
+class EpochSampler(Sampler):
+    """TRL's `RepeatSampler` in an order that follows from seed and epoch; its own, from the epochs that
+    the process saw: resumed in epoch k, it is that of epoch 0 again."""
 
-    epoch = 0
+    def __init__(self, plain: RepeatSampler) -> None:
+        self.plain, self.epoch = plain, 0
 
     def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            self.generator.manual_seed((self.seed or 0) + self.epoch)
-        return super().__iter__()
+        if self.plain.shuffle:
+            self.plain.generator.manual_seed((self.plain.seed or 0) + self.epoch)
+        return iter(self.plain)
+
+    def __len__(self) -> int:
+        return len(self.plain)
 
 
 def placeholder_ids(config: Any) -> list[int]:
@@ -55,9 +58,8 @@ def ban(kwargs: dict[str, Any], banned: Sequence[int], *, vllm: bool) -> dict[st
 
 
 def loss_mask(batch: Batch) -> torch.Tensor:
-    """(B, T) 1 for the tokens of the responses that the policy gave and the loss counts."""
-    mask: torch.Tensor = batch["completion_mask"]
-    return mask if batch.get("tool_mask") is None else mask * batch["tool_mask"]
+    """(B, T) 1 for the tokens that the policy gave and the loss counts."""
+    return batch["completion_mask"] * batch.get("tool_mask", 1)
 
 
 def first_rows(batch: Batch, share: float) -> Batch:

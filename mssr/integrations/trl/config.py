@@ -36,23 +36,20 @@ class MSSRConfig(GRPOConfig):
     shaping: bool | None = _option(None, "Entropy-shaped advantages; None: for mssr and no other method.")
     shaping_coef: float = _option(0.4, "Multiplies the entropy, in nats.")
     shaping_divisor: float = _option(2.0, "Bounds the bonus by |A| / divisor.")
-    kl_probe_fraction: float = _option(
-        0.25, "Share of the rollouts scored again for eta, after the last update."
-    )
+    kl_probe_fraction: float = _option(0.25, "Share of the rollouts scored again after the updates, for eta.")
 
     def __post_init__(self) -> None:
-        if self.num_generations != 1:
-            raise ValueError(
-                f"num_generations={self.num_generations}: a method here compares a prompt's one response with"
-                " its history; for groups of responses take TRL's GRPOTrainer"
-            )
+        _refuse(
+            self.num_generations != 1,
+            f"num_generations={self.num_generations}: a method here compares a prompt's one response with its"
+            " history; for groups of responses take TRL's GRPOTrainer",
+        )
         self.num_generations = 2  # for TRL's checks only, which let no 1 pass
         try:
             super().__post_init__()
-        except ValueError as error:
-            if (self.generation_batch_size or 0) % 2:
-                rollouts = f"a generation of {self.generation_batch_size} rollouts"
-                raise ValueError(f"{rollouts}: TRL's checks demand an even number") from error
+        except ValueError:
+            size = self.generation_batch_size
+            _refuse((size or 0) % 2, f"a generation of {size} rollouts: TRL's checks demand an even number")
             raise
         finally:
             self.num_generations = 1
@@ -60,7 +57,7 @@ class MSSRConfig(GRPOConfig):
         self.shaping = method.shapes_entropy if self.shaping is None else self.shaping
         check_number("shaping_coef", self.shaping_coef, ">= 0")
         check_number("shaping_divisor", self.shaping_divisor)
-        self._refuse(method)
+        self._check(method)
 
     def make_method(self) -> Algorithm:
         """The method, without a history; ValueError if it does not take the options."""
@@ -72,42 +69,38 @@ class MSSRConfig(GRPOConfig):
         """Optimizer steps from one generation to the next."""
         return int(self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
 
-    def _refuse(self, method: Algorithm) -> None:
-        passes = self.steps_per_generation * self.num_iterations
-        sequence = self.importance_sampling_level == "sequence"
-        for refused, reason in (
-            (
-                method.kl_source != "update",
-                f"kl_source={method.kl_source!r}: here eta follows the KL of the update; give method_options"
-                " kl_source='update' (spo: and eta_rule='monotone')",
-            ),
-            (
-                passes % self.gradient_accumulation_steps,
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} must divide the {passes}"
-                " passes of a generation (steps_per_generation * num_iterations): its last update ends it",
-            ),
-            (
-                not 0 < self.kl_probe_fraction <= 1,
-                f"kl_probe_fraction={self.kl_probe_fraction} must be in (0, 1]",
-            ),
-            (
-                self.scale_rewards != "group",
-                "scale_rewards is for groups of responses and has no effect here: leave it out",
-            ),
-            (
-                self.multi_objective_aggregation != "sum_then_normalize",
-                "multi_objective_aggregation='normalize_then_sum' is of groups of responses: weigh"
-                " the rewards with reward_weights",
-            ),
-            (
-                self.shaping and sequence,
-                "importance_sampling_level='sequence' gives the tokens of a response one weight, in which"
-                " shaping is lost: set shaping=False, or importance_sampling_level='token'",
-            ),
-            (
-                self.remove_unused_columns,
-                f"remove_unused_columns=True would remove {self.id_column!r}, which names the prompts",
-            ),
-        ):
-            if refused:
-                raise ValueError(reason)
+    def check_end(self, name: str, steps: int) -> None:
+        """ValueError unless so many updates are whole generations: within one, no checkpoint is exact."""
+        each = self.updates_per_generation
+        _refuse(steps % each, f"{name}={steps} must be a multiple of the {each} updates of a generation")
+
+    def _check(self, method: Algorithm) -> None:
+        passes, accumulation = (
+            self.steps_per_generation * self.num_iterations,
+            self.gradient_accumulation_steps,
+        )
+        _refuse(
+            method.kl_source != "update",
+            f"kl_source={method.kl_source!r}: here eta follows the KL of the update; set method_options"
+            " kl_source='update' (spo: and eta_rule='monotone', which is mvsr)",
+        )
+        _refuse(
+            passes % accumulation,
+            f"gradient_accumulation_steps={accumulation} must divide the {passes} passes of a generation"
+            " (steps_per_generation * num_iterations), so that it ends with an update",
+        )
+        _refuse(
+            self.shaping and self.importance_sampling_level == "sequence",
+            "importance_sampling_level='sequence' gives a response's tokens one weight, in which shaping is"
+            " lost: set shaping=False, or 'token'",
+        )
+        share, aggregation = self.kl_probe_fraction, self.multi_objective_aggregation
+        _refuse(not 0 < share <= 1, f"kl_probe_fraction={share} must be in (0, 1]")
+        _refuse(self.scale_rewards != "group", "scale_rewards is of groups and without effect: leave it out")
+        _refuse(aggregation != "sum_then_normalize", f"{aggregation} is of groups: use reward_weights")
+        _refuse(self.remove_unused_columns, f"remove_unused_columns=True would remove {self.id_column!r}")
+
+
+def _refuse(refused: Any, reason: str) -> None:
+    if refused:
+        raise ValueError(reason)

@@ -7,8 +7,7 @@ All ranks hold the same method in the same state: what it is told is gathered fr
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,10 +27,7 @@ from mssr.integrations.trl import batches
 from mssr.integrations.trl.batches import Batch, EpochSampler, loss_mask
 from mssr.integrations.trl.config import MSSRConfig
 
-STATE_FILE = "mssr.npz"
-"""In a checkpoint: what the method has learned."""
-_ROUNDING = 1e-6
-"""How far outside [0, 1] a weighted sum of rewards within it may come."""
+STATE_FILE = "mssr.npz"  # in a checkpoint: what the method has learned
 
 
 class MSSRTrainer(GRPOTrainer):
@@ -42,48 +38,32 @@ class MSSRTrainer(GRPOTrainer):
             the method does not take, a response with a placeholder, a checkpoint within a generation.
     """
 
-    generation_kwargs: dict[str, Any]
     _tag_names: ClassVar[list[str]] = ["trl", "mssr"]
     _name = "MSSR"
     _paper: ClassVar[dict[str, str]] = {"title": "MSSR", "id": "2512.18215"}
 
     def __init__(
-        self, model: Any, reward_funcs: Any = None, args: Any = None, train_dataset: Any = None, *rest: Any,
-        **named: Any,
-    ) -> None:  # fmt: skip
+        self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **named: Any
+    ) -> None:
         if not isinstance(args, MSSRConfig):
             raise ValueError(f"args must be an MSSRConfig, not {type(args).__name__}")
-        _check_ids(train_dataset, args.id_column)
         self.method = args.make_method()
-        self._rewards: torch.Tensor | None = None
-        self._observed: tuple[list[str], np.ndarray] | None = None
+        self.sampler: EpochSampler | None = None
+        self._rewards = torch.empty(0)
+        self._observed: tuple[list[str], np.ndarray] = [], np.empty(0)
         self._in_loss: Batch | None = None
-        super().__init__(model, reward_funcs, args, train_dataset, *rest, **named)
+        super().__init__(model, reward_funcs, args, *rest, **named)
+        _check_ids(self.train_dataset, args.id_column)
         self.banned = batches.placeholder_ids(self.model.config)
-        self._ban_placeholders()
+        engine: Any = self.vllm_generation if self.use_vllm else self
+        engine.generation_kwargs = batches.ban(engine.generation_kwargs, self.banned, vllm=self.use_vllm)
+        if not self.use_vllm:
+            self.generation_config.suppress_tokens = engine.generation_kwargs.get("suppress_tokens")
         self.add_callback(_Steps(self))
 
-    def _ban_placeholders(self) -> None:
-        if self.use_vllm:
-            engine = self.vllm_generation
-            engine.generation_kwargs = batches.ban(engine.generation_kwargs, self.banned, vllm=True)
-        else:
-            self.generation_kwargs = batches.ban(self.generation_kwargs, self.banned, vllm=False)
-            self.generation_config.suppress_tokens = self.generation_kwargs.get("suppress_tokens")
-
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
-        plain = super()._get_train_sampler(dataset)
-        self.sampler = EpochSampler(
-            plain.data_source,
-            plain.mini_repeat_count,
-            plain.batch_size,
-            plain.repeat_count,
-            plain.shuffle,
-            plain.seed,
-        )
+        self.sampler = EpochSampler(super()._get_train_sampler(dataset))
         return self.sampler
-
-    # --- advantages
 
     def _generate(self, prompts: list) -> tuple:
         generated = super()._generate(prompts)
@@ -104,18 +84,20 @@ class MSSRTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return output
-        ids = gather_object([_row_id(row, self.args.id_column) for row in inputs])
+        ids = gather_object([row.get(self.args.id_column) for row in inputs])
+        if None in ids:
+            raise ValueError(
+                f"a row has nothing in column {self.args.id_column!r}, which tells prompts apart"
+            )
         rewards = self._summed_rewards()
         lengths = self.accelerator.gather(loss_mask(output).sum(1)).cpu().numpy()
         scored = np.flatnonzero(~np.isnan(rewards))
         advantages = np.zeros(len(ids), np.float32)
-        self._observed = [ids[i] for i in scored], rewards[scored]
+        self._observed = [str(ids[i]) for i in scored], rewards[scored]
         if len(scored):
             advantages[scored], metrics = self.method.advantages(*self._observed, lengths[scored])
             score = float(rewards[scored].mean())
-            self._tell(
-                {**metrics, "reward/score": score, "reward/accuracy": score}
-            )  # as of a reward without parts
+            self._tell({**metrics, "reward/score": score, "reward/accuracy": score})
         first = self.accelerator.process_index * len(inputs)
         local = torch.from_numpy(advantages[first : first + len(inputs)])
         output["advantages"] = local.to(self.accelerator.device)
@@ -125,35 +107,29 @@ class MSSRTrainer(GRPOTrainer):
 
     def _summed_rewards(self) -> np.ndarray:
         """(B,) float64 weighted rewards of all ranks' rows; NaN where no function gave one."""
-        assert self._rewards is not None
         each = self._rewards.cpu().numpy().astype(np.float64)
         rewards = np.nansum(each * (self.args.reward_weights or [1.0] * each.shape[1]), axis=1)
-        if self.method.bounded_rewards:
+        if self.method.bounded_rewards:  # weights such as 0.7, 0.2 and 0.1 may add up to a little more than 1
             nearest = np.clip(rewards, 0.0, 1.0)
-            rewards = np.where(np.abs(rewards - nearest) < _ROUNDING, nearest, rewards)
+            rewards = np.where(np.abs(rewards - nearest) < 1e-6, nearest, rewards)
         return np.where(np.isnan(each).all(axis=1), np.nan, rewards)
 
-    # --- the loss
-
     def _compute_loss(self, model: Any, inputs: Batch) -> torch.Tensor:
-        if not self.model.training:
-            return super()._compute_loss(model, inputs)
-        self._in_loss = dict(inputs)
+        plain, self._in_loss = inputs["advantages"], inputs if self.model.training else None
         try:
-            loss: torch.Tensor = super()._compute_loss(model, self._in_loss)
-            # On policy TRL keeps none, but the KL of the update needs them.
-            inputs.setdefault("log_probs_before", self._in_loss["log_probs_before"])
+            return super()._compute_loss(model, inputs)
         finally:
-            self._in_loss = None
-        return loss
+            self._in_loss, inputs["advantages"] = None, plain
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **named: Any) -> tuple:
         found = super()._get_per_token_logps_and_entropies(*args, **named)
-        if (batch := self._in_loss) is not None:  # what follows in TRL's loss reads the advantages from it
+        if (batch := self._in_loss) is not None:
             log_probs, entropy, _ = found
-            old = batch.get("old_per_token_logps")
+            old = batch.get(
+                "old_per_token_logps"
+            )  # on policy TRL keeps none, but the KL of the update needs them
             batch.setdefault("log_probs_before", log_probs.detach() if old is None else old)
-            if self.args.shaping:
+            if self.args.shaping:  # TRL's loss has asked for the entropies and reads the advantages next
                 batch["advantages"] = self._shaped(batch, entropy.detach().float())
         return found
 
@@ -167,49 +143,37 @@ class MSSRTrainer(GRPOTrainer):
         self._tell({"shaping/mean": mean, "shaping/entropy_branch_fraction": fraction})
         return plain + bonus
 
-    # --- the end of a generation
-
     def end_generation(self) -> None:
         """After its last update: the method learns from rewards and KL."""
-        if self._observed is None or not len(self._observed[0]):
-            return
-        kl = 0.0
-        if self.method.baseline is not None:
+        ids, rewards = self._observed
+        if ids and self.method.baseline is not None:
             kl = self._kl_of_update()
-            self._tell({"policy/kl_update": kl})
-        self.method.observe(*self._observed, kl)
-        self._observed = None
-        self._tell(self.method.metrics())
+            self.method.observe(ids, rewards, kl)
+            self._tell({"policy/kl_update": kl, **self.method.metrics()})
 
     @torch.no_grad()
     def _kl_of_update(self) -> float:
         """Token mean of k3 of the policy before the generation's updates against the one after them, over a
         share of all ranks' rows; 0 if it is not finite: nothing was learned then."""
-        sums, masks = [], []
+        kls, masks = [], []
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             for batch in self._buffered_inputs:
                 part = batches.first_rows(batch, self.args.kl_probe_fraction)
-                after = self._log_probs(part)
-                sums.append(kl_penalty(part["log_probs_before"].float(), after.float(), kind="k3").flatten())
+                after, _, _ = self._get_per_token_logps_and_entropies(
+                    self.model,
+                    torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1),
+                    torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1),
+                    part["completion_ids"].size(1),
+                    **{key: part[key] for key in batches.FORWARD if part.get(key) is not None},
+                )
+                kls.append(kl_penalty(part["log_probs_before"].float(), after.float(), kind="k3").flatten())
                 masks.append(loss_mask(part).flatten())
-        (kl,) = self._token_means(torch.cat(masks), torch.cat(sums))
+        (kl,) = self._token_means(torch.cat(masks), torch.cat(kls))
         return kl if np.isfinite(kl) else 0.0
-
-    def _log_probs(self, batch: Batch) -> torch.Tensor:
-        """(B, T) of the responses under the policy of now."""
-        found, _, _ = self._get_per_token_logps_and_entropies(
-            self.model,
-            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-            batch["completion_ids"].size(1),
-            batch_size=self.args.per_device_train_batch_size,
-            **{key: batch[key] for key in batches.FORWARD if batch.get(key) is not None},
-        )
-        return found
 
     def _token_means(self, mask: torch.Tensor, *values: torch.Tensor) -> list[float]:
         """Of the tokens of all ranks; the same on each."""
-        local = torch.stack([mask.sum().double(), *((v.double() * mask).sum() for v in values)])
+        local = torch.stack([mask.sum().float(), *((v * mask).sum() for v in values)])
         count, *sums = self.accelerator.gather(local[None]).sum(0).tolist()
         return [x / max(count, 1.0) for x in sums]
 
@@ -217,22 +181,13 @@ class MSSRTrainer(GRPOTrainer):
         for key, value in metrics.items():
             self._metrics["train"][key].append(value)
 
-    # --- checkpoints
-
-    @property
-    def _checkpoint(self) -> str:
-        return f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.state.global_step % self.args.updates_per_generation:
-            raise ValueError(
-                f"a checkpoint after update {self.state.global_step}, within a generation of"
-                f" {self.args.updates_per_generation}, could not be resumed exactly; save at its end"
-            )
+        step = self.state.global_step
+        self.args.check_end("the checkpoint's step", step)
         if self.args.should_save:
             # First, so that no checkpoint is without it, whenever a run is killed.
-            directory = Path(self._get_output_dir(trial=trial)) / self._checkpoint
-            os.makedirs(directory, exist_ok=True)
+            directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            directory.mkdir(parents=True, exist_ok=True)
             save_state(directory / STATE_FILE, {"method": self.method.state_dict()})
         super()._save_checkpoint(model, trial)
 
@@ -241,23 +196,26 @@ class MSSRTrainer(GRPOTrainer):
         if checkpoint is not None:
             path = Path(checkpoint) / STATE_FILE
             if not path.exists():
-                raise ValueError(
-                    f"{checkpoint} is of another trainer, without {STATE_FILE}: begin with its weights"
-                )
+                raise ValueError(f"{checkpoint} has no {STATE_FILE}: begin with its weights")
             self.method.load_state_dict(load_state(path)["method"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """All weights, whichever names transformers saved them under. (Its own finds none and only warns.)"""
         target = self.model if model is None else model
         if self.is_fsdp_enabled or is_peft_model(target):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            _load_weights(target, resume_from_checkpoint)
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        widest = max((p.dtype for p in target.parameters()), key=lambda dtype: dtype.itemsize)
+        options = {"dtype": widest, "output_loading_info": True}
+        saved, found = type(target).from_pretrained(resume_from_checkpoint, **options)
+        if lost := [*found["missing_keys"], *found["mismatched_keys"]]:
+            raise ValueError(f"{resume_from_checkpoint} lacks {len(lost)} of the weights, such as {lost[0]}")
+        target.load_state_dict(saved.state_dict(), strict=True)
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or is_peft_model(self.model):
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         else:
-            _load_weights(self.model, self.state.best_model_checkpoint)
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class _Steps(transformers.TrainerCallback):
@@ -267,50 +225,30 @@ class _Steps(transformers.TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        updates = args.updates_per_generation
-        if args.save_strategy != "steps":
-            return
-        for name, steps in (("save_steps", state.save_steps), ("max_steps", state.max_steps)):
-            if steps % updates:
-                raise ValueError(
-                    f"{name}={steps} must be a multiple of the {updates} updates of a generation: within it a"
-                    " checkpoint could not be resumed exactly"
-                )
+        args.check_end("the checkpoint's step", state.global_step)  # which may be of other settings
+        if args.save_strategy == "steps":
+            args.check_end("save_steps", state.save_steps)
+            args.check_end("max_steps", state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # accelerate's set_epoch does not reach the sampler where several processes skip batches to resume.
-        self._trainer.sampler.epoch = int(state.epoch)
+        if self._trainer.sampler is not None:
+            self._trainer.sampler.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % args.updates_per_generation == 0:
             self._trainer.end_generation()
 
 
-def _load_weights(model: Any, directory: str) -> None:
-    """Those of a checkpoint, every one of them, whichever names transformers saved them under."""
-    widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
-    saved, info = type(model).from_pretrained(directory, dtype=widest, output_loading_info=True)
-    if lost := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
-        raise ValueError(f"{directory} lacks {len(lost)} of the model's weights, such as {lost[0]}")
-    model.load_state_dict(saved.state_dict(), strict=True)
-
-
 def _check_ids(dataset: Any, column: str) -> None:
     """Every row has an id of its own. (That of a stream is seen when the row comes.)"""
-    names: Sequence[str] | None = getattr(dataset, "column_names", None)
+    names = getattr(dataset, "column_names", None)
     if dataset is None or (names is not None and column not in names):
         raise ValueError(
             f"the data has no column {column!r}, which tells prompts apart: name another as id_column, or"
             " number the rows with data.map(lambda row, i: {'id': str(i)}, with_indices=True)"
         )
     if names is not None and hasattr(dataset, "__len__"):
-        ids = [str(i) for i in dataset[column]]
-        if len(set(ids)) < len(ids):
-            twice = next(i for i in ids if ids.count(i) > 1)
-            raise ValueError(f"column {column!r} has {twice!r} twice: two prompts would share a baseline")
-
-
-def _row_id(row: dict[str, Any], column: str) -> str:
-    if row.get(column) is None:
-        raise ValueError(f"a row has nothing in column {column!r}, which tells prompts apart")
-    return str(row[column])
+        twice = [i for i, count in Counter(map(str, dataset[column])).items() if count > 1]
+        if twice:
+            raise ValueError(f"column {column!r} has {twice[0]!r} twice: two prompts would share a baseline")

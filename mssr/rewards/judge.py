@@ -1,33 +1,35 @@
-"""An optional language model that decides where the rules do not, see `Benchmark.undecided`.
+"""A language model that says whether a response is right: as a reward, or where an evaluation's rules do not.
 
-A judge gives True, False or None. None (no answer, or none that can be read) is ``judge_failed``: the item
-stays in the denominator and is not right. True and False are kept on disk and not asked for again.
+A judge gives True, False or None: no answer, or none that can be read. An evaluation counts that as
+``judge_failed``, in the denominator and not right; as a reward it is no score, and the response is left out
+of what is trained on. True and False are kept on disk and not asked for again.
 
 - `Judge` asks any function from prompts to replies, which `local_judge` makes of an engine of our own.
 - `HttpJudge` asks any server with OpenAI's chat completions: the public one, or one such as ``vllm serve``.
   The key is only read from the environment.
+
+The picture that a question is about is not shown.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import re
-import time
-import urllib.error
-import urllib.request
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from mssr.data.cache import digest_of
-from mssr.errors import UserError
-from mssr.evaluation.base import Benchmark
-from mssr.evaluation.items import Item, Status, Verdict
+from mssr.errors import TrainingError, UserError
+from mssr.rewards.endpoint import CallError, Endpoint
 from mssr.rewards.extraction import outside_thinking
 
 PROMPT_VERSION = "1"
@@ -39,8 +41,6 @@ TAIL = 3_000
 """Characters at the end of a response that the judge sees; thinking is left out where it ends."""
 MAX_REPLY = 512
 """Tokens."""
-LARGEST_REPLY = 2**20
-"""Bytes."""
 
 _PROMPT = """\
 You compare the final answer of a student with the reference answer to a question. The picture that the \
@@ -72,13 +72,18 @@ class JudgeInput:
     answer: str
     response: str
 
-    def prompt(self) -> str:
+    def prompt(self, template: str | None = None) -> str:
+        """What a model is asked: ours, or a Jinja template with the three as variables."""
         visible = outside_thinking(self.response).strip() or self.response.strip()
-        return _PROMPT.format(question=self.question, answer=self.answer, response=visible[-TAIL:])
+        values = {"question": self.question, "answer": self.answer, "response": visible[-TAIL:]}
+        if template is None:
+            return _PROMPT.format(**values)
+        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+        return environment.from_string(template).render(values)
 
-    def key(self, model: str) -> str:
+    def key(self, model: str, template: str | None = None) -> str:
         """A hash of all that a verdict depends on."""
-        return digest_of(model, PROMPT_VERSION, self.question, self.answer, self.response)
+        return digest_of(model, template or PROMPT_VERSION, self.question, self.answer, self.response)
 
 
 def parse_reply(reply: str) -> bool | None:
@@ -127,22 +132,38 @@ class Judge:
     Args:
         ask: prompts -> replies, one for each; may raise or return too few, which are no verdicts.
         cache: file of earlier verdicts.
+        template: see `JudgeInput.prompt`.
+
+    Raises:
+        UserError: the template cannot be rendered, or leaves one of the variables out.
     """
 
     def __init__(
-        self, model: str, ask: Callable[[list[str]], Sequence[str | None]], cache: Path | None = None
+        self,
+        model: str,
+        ask: Callable[[list[str]], Sequence[str | None]],
+        cache: Path | None = None,
+        template: str | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.template = model, template
+        try:
+            tried = JudgeInput("2 + 3 = ?", "5.0", "It is five.").prompt(template)
+        except jinja2.TemplateError as error:
+            raise UserError(f"reward.judge.prompt_template cannot be rendered: {error}") from error
+        if not all(text in tried for text in ("5.0", "It is five.")):
+            raise UserError(
+                "reward.judge.prompt_template leaves out what is judged: use {{ answer }} and {{ response }}"
+            )
         self.cache = VerdictCache(cache)
         self.problem: str | None = None
         """The last reason why there was no reply, in one line."""
         self._ask = ask
 
     def verdicts(self, inputs: Sequence[JudgeInput]) -> list[bool | None]:
-        """One for each input, in order; equal inputs are asked once. Raises nothing."""
-        keys = [question.key(self.model) for question in inputs]
+        """One for each input, in order; equal inputs are asked once. Raises only what ends a run."""
+        keys = [question.key(self.model, self.template) for question in inputs]
         fresh = {k: q for k, q in zip(keys, inputs, strict=True) if k not in self.cache}
-        prompts = [question.prompt() for question in fresh.values()]
+        prompts = [question.prompt(self.template) for question in fresh.values()]
         for key, reply in zip(fresh, self._replies(prompts), strict=True):
             verdict = parse_reply(reply) if isinstance(reply, str) else None
             if verdict is not None:
@@ -154,6 +175,8 @@ class Judge:
     def _replies(self, prompts: list[str]) -> list[str | None]:
         try:
             replies = list(self._ask(prompts)) if prompts else []
+        except TrainingError:
+            raise
         except Exception as error:  # whatever an engine may raise: no verdict
             self.problem = f"{type(error).__name__}: {error}".splitlines()[0]
             return [None] * len(prompts)
@@ -166,14 +189,12 @@ class Judge:
 class HttpJudge(Judge):
     """A judge behind OpenAI's ``POST /chat/completions``.
 
-    What may pass (no connection, a time-out, status 408, 409, 429 or 5xx) is tried again, up to ``attempts``
-    times in all. Status 401 or 403 stops all further requests: the key will not get better.
+    Status 401 or 403 stops all further requests of a call: the key will not get better.
 
     Args:
         url: up to and with ``/v1``.
-        time_limit_s: for one request with its reply.
         concurrency: requests at a time.
-        pause_s: before the second attempt; it doubles with each.
+        limits: those of `Endpoint`; ``max_requests`` counts the verdicts that the cache has, too.
     """
 
     def __init__(
@@ -182,113 +203,60 @@ class HttpJudge(Judge):
         url: str = OPENAI_URL,
         *,
         cache: Path | None = None,
-        time_limit_s: float = 60.0,
-        attempts: int = 3,
+        template: str | None = None,
         concurrency: int = 16,
-        pause_s: float = 1.0,
+        **limits: Any,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"the judge's address {url!r} does not begin with http:// or https://")
-        super().__init__(model, self._ask_all, cache)
-        self.url = url.rstrip("/")
-        self._time_limit_s, self._attempts, self._concurrency = time_limit_s, attempts, concurrency
-        self._pause_s = pause_s
-        self._key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
-        self._opener = urllib.request.build_opener(_NoRedirects())
-        self._refused = False
+        super().__init__(model, self._ask_all, cache, template)
+        self.url, self._concurrency = url.rstrip("/"), concurrency
+        self.endpoint = Endpoint(self.url, KEY_VARIABLES, path="/chat/completions", **limits)
+        self.endpoint.requests = len(self.cache)
 
     def _ask_all(self, prompts: list[str]) -> list[str | None]:
-        self._refused = False
-        with ThreadPoolExecutor(self._concurrency) as threads:
-            return list(threads.map(self._ask_one, prompts))
+        refused = threading.Event()
 
-    def _ask_one(self, prompt: str) -> str | None:
-        for attempt in range(self._attempts):
-            if self._refused:
-                return None
-            if attempt:
-                time.sleep(min(self._pause_s * 2 ** (attempt - 1), 30.0))
+        def ask(prompt: str) -> str | None:
             try:
-                return self._request(prompt)
-            except urllib.error.HTTPError as error:
-                self.problem = f"{self.url} answers with status {error.code}"
-                error.close()
-                self._refused = self._refused or error.code in (401, 403)
-                if error.code not in (408, 409, 429) and error.code < 500:
-                    return None
-            except (OSError, http.client.HTTPException) as error:  # no connection, a time-out, a broken reply
-                self._problem_is(error)
-            except (ValueError, KeyError, IndexError, TypeError) as error:  # a reply that is no completion
-                self._problem_is(error)
+                return None if refused.is_set() else self._completion(prompt)
+            except CallError as error:
+                self.problem = str(error)
+                if error.refused:
+                    refused.set()
                 return None
-        return None
 
-    def _problem_is(self, error: Exception) -> None:
-        self.problem = f"{self.url}: {type(error).__name__}: {error}".splitlines()[0]
+        with ThreadPoolExecutor(self._concurrency) as threads:
+            return list(threads.map(ask, prompts))
 
-    def _request(self, prompt: str) -> str:
+    def _completion(self, prompt: str) -> str:
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": 0,
             "max_tokens": MAX_REPLY,
         }
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(
-            f"{self.url}/chat/completions", json.dumps(body).encode(), headers, method="POST"
-        )
-        end = time.monotonic() + self._time_limit_s
-        with self._opener.open(request, timeout=self._time_limit_s) as response:
-            data = b""
-            while block := response.read1(65536):
-                data += block
-                if time.monotonic() > end:  # the socket's own limit starts anew with every byte
-                    raise TimeoutError("the reply took too long")
-                if len(data) > LARGEST_REPLY:
-                    raise ValueError("the reply is too long")
-        content = json.loads(data)["choices"][0]["message"]["content"]
-        if not isinstance(content, str):
-            raise TypeError("the reply has no text")
+        reply = self.endpoint.post(body)
+        try:
+            content = reply["choices"][0]["message"]["content"]
+            if not isinstance(content, str):
+                raise TypeError("the reply has no text")
+        except (KeyError, IndexError, TypeError) as error:  # a reply that is no completion
+            raise self.endpoint.complaint(error) from error
         return content
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the key to another server."""
+def from_spec(spec: str, cache: Path | None = None, option: str = "--judge ", **options: Any) -> HttpJudge:
+    """``MODEL`` at OpenAI's address, or ``MODEL@http://host:8000/v1``.
 
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-def from_spec(spec: str, cache: Path | None = None) -> HttpJudge:
-    """``--judge MODEL`` at OpenAI's address, or ``--judge MODEL@http://host:8000/v1``.
+    Args:
+        option: what was set to it, for messages.
+        options: those of `HttpJudge`.
 
     Raises:
         UserError: there is no model, or the address is none; or OpenAI's is meant and there is no key.
     """
     model, at, url = spec.rpartition("@") if "@http" in spec else (spec, "", "")
     if not model.strip() or "://" in model:
-        raise UserError(f"--judge {spec!r} is not of the form MODEL or MODEL@http://host:8000/v1")
+        raise UserError(f"{option}{spec!r} is not of the form MODEL or MODEL@http://host:8000/v1")
     if not at and not any(os.environ.get(name) for name in KEY_VARIABLES):
-        raise UserError(f"--judge {spec}: {OPENAI_URL} needs a key in {' or '.join(KEY_VARIABLES)}")
-    return HttpJudge(model, url or OPENAI_URL, cache=cache)
-
-
-def apply(judge: Judge, answers: Sequence[tuple[Benchmark, Item, str, Verdict]]) -> list[Verdict]:
-    """The verdicts with the judge's in place of those that the rules leave open; as many, in the same order.
-
-    "correct" makes one right, "incorrect" leaves its status; without a verdict it is ``judge_failed``.
-
-    Args:
-        answers: items of benchmarks, responses to them, and what the rules say of those.
-    """
-    result = [verdict for *_, verdict in answers]
-    asked: dict[int, JudgeInput] = {}
-    for k, (benchmark, item, response, verdict) in enumerate(answers):
-        if benchmark.undecided(item, verdict):
-            asked[k] = JudgeInput(*benchmark.judged(item), response)
-    for k, correct in zip(asked, judge.verdicts(list(asked.values())), strict=True):
-        status: Status = "judge_failed" if correct is None else "right" if correct else result[k].status
-        result[k] = Verdict(bool(correct), result[k].extracted, status, "judge")
-    return result
+        raise UserError(f"{option}{spec}: {OPENAI_URL} needs a key in {' or '.join(KEY_VARIABLES)}")
+    return HttpJudge(model, url or OPENAI_URL, cache=cache, **options)
