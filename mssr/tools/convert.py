@@ -44,9 +44,11 @@ class Conversion:
         """Of an option or a fact, the keys that set it."""
         for key, value in self.given.items():
             self._take(key, value)
-        for about in self.table.values():
+        for key, about in self.table.items():
             if about.to and about.to not in self.facts:
-                self.facts[about.to] = self._translated(about, about.default)[0]
+                self.facts[about.to], known = self._translated(about, about.default)
+                if not known:
+                    self._lost(f"{key}={about.default}, the default", VALUES[about.to][1])
         made = Options(self.facts, self.system, self._lost)
         self.options = made.options()
         if made.reward_of:
@@ -75,17 +77,16 @@ class Conversion:
         values, use = VALUES.get(about.to, ({}, ""))
         if not isinstance(value, list | dict) and value in values:
             return values[value], True
-        return (None, False) if use else (value, True)
+        number = isinstance(about.default, int | float)
+        known = not use and (not number or isinstance(value, int | float | None))
+        return (value if known else None), known
 
     def _take(self, key: str, value: Any) -> None:
         about = self.about(key)
         if about and about.to and not _open(value):
             ours, _ = self._translated(about, value)
-            number = isinstance(about.default, int | float) and not VALUES.get(about.to, ({}, ""))[1]
-            if number and not isinstance(ours, int | float | None):
-                raise UserError(f"{key}={in_yaml(value)} is no number; correct it")
-            if value is None and ours is None and about.default is not None:
-                return
+            if ours is None and about.default is not None and about.to not in VALUES:
+                return  # so the default holds
             if ours or about.to not in self.facts:  # of two keys that say the same, the one that says it
                 self.facts[about.to] = ours
 
@@ -105,7 +106,8 @@ class Conversion:
             use = "the running script decides it; give key=value after FILE"
             self._lost(setting, use, about.trains and about.to != "experiment_name")
         elif about.to and not self._translated(about, value)[1]:
-            self._lost(setting, VALUES[about.to][1])
+            instead = f"set {FACTS.get(about.to, about.to)}"
+            self._lost(setting, VALUES.get(about.to, ({}, ""))[1] or instead)
         elif about.to:
             options = [o for o in FACTS.get(about.to, about.to).split(", ") if o in self.options]
             for option in options:
@@ -136,7 +138,9 @@ class Conversion:
                 if section not in node:
                     lines.append(f"{'  ' * depth}{section}:")
                 node = node.setdefault(section, {})
-            value = yaml.safe_dump(self.options[option], default_flow_style=True, width=10**6)
+            value = yaml.safe_dump(
+                self.options[option], default_flow_style=True, width=10**6, sort_keys=False
+            )
             keys = ", ".join(self.keys.get(option, [])) or f"{self.system}'s default"
             lines.append(f"{'  ' * len(sections)}{leaf}: {value.removesuffix(_END).strip()}  # {keys}")
         for kind in (UNKNOWN, LOST, NONE):

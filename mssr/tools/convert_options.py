@@ -11,7 +11,7 @@ from mssr.config import Config
 from mssr.config.options import describe
 from mssr.tools.convert_keys import NO_LIMIT
 
-BUILT_IN = {
+BUILT_IN: dict[str, dict[str, Any]] = {
     "hiyouga/geometry3k": {"name": "math", "format": "weighted", "format_weight": 0.1},
     "lighteval/MATH": {"name": "math", "format": "none"},
     "DigitalLearningGmbH/MATH-lighteval": {"name": "math", "format": "none"},
@@ -148,6 +148,7 @@ class Options:
     def _actor(self) -> None:
         f, o = self.f, self.o
         low = {"bf16": "bfloat16", "fp32": "float32"}.get(f["dtype"] or "fp32", f["dtype"])
+        o["actor.master_dtype"] = "float32"
         if low == "bfloat16" and f["optimizer"] == "adamw_bf16":
             o["actor.master_dtype"], o["actor.rounding"] = "bfloat16", "kahan"
         elif (low, f["optimizer"]) != ("float32", "adamw"):
@@ -192,7 +193,7 @@ class Options:
         elif file:
             o["reward.name"] = file if ":" in file else f"{file}:main"
         elif self.verl and (names := _data_sources(o["data.train"])) and names <= BUILT_IN.keys():
-            rules: list[dict[str, Any]] = [BUILT_IN[name] for name in sorted(names)]
+            rules = [BUILT_IN[name] for name in sorted(names)]
             o |= {f"reward.{key}": value for key, value in rules[0].items()}
             self.reward_of = f"data_source={', '.join(sorted(names))} of data.train_files"
             if any(rule != rules[0] for rule in rules):

@@ -27,6 +27,7 @@ _ARRAY = re.compile(r'"?\$\{(\w+)\[[@*]\]\}"?')
 _VARIABLE = re.compile(r"\$(?:(\w+|[@*])|\{(\w+)(?:(:?-)((?:[^{}]|\$\{[^{}]*\})*))?\})")
 _ASSIGNMENT = re.compile(r"(\w+)(\+?=)(.*)", re.S)
 _OPEN, _CLOSE = [["if"], ["case"], ["for"], ["while"], ["until"], ["{"]], [["fi"], ["esac"], ["done"], ["}"]]
+_BEFORE = ("then", "else", "do", "export", "local", "declare", "readonly")
 _SETTING = re.compile(r"(\+{0,2}[A-Za-z_]\w*(\.\w+)+=|~[A-Za-z_])")
 
 
@@ -126,9 +127,9 @@ def _command(script: Path, notes: list[str]) -> list[str]:
     """The words of the command that starts the training."""
     known: dict[str, Any] = {**os.environ, "PWD": os.getcwd()}
     depth, left, found = 0, set[str](), list[list[str]]()
-    text = script.read_text()
+    text = script.read_text(errors="replace")
     for words in _statements(text):
-        while words and words[0] in ("then", "else", "do", "export", "local", "declare", "readonly"):
+        while words and (words[0] in _BEFORE or words[0][0][0] == "-"):  # declare -a NAME=(...)
             words = words[1:]
         depth += (words[:1] in _OPEN) - (words[:1] in _CLOSE)
         while words and (
@@ -139,7 +140,8 @@ def _command(script: Path, notes: list[str]) -> list[str]:
             if depth:
                 left |= {name} if isinstance(value, str) or any(map(_SETTING.match, value)) else set()
             else:
-                known[name] = known.get(name, type(value)()) + value if how == "+=" else value
+                more = how == "+=" and isinstance(known.get(name), type(value))
+                known[name] = known[name] + value if more else value
             words = words[1:]
         expanded = [] if depth else _words(words, known)
         if expanded and _SETTING.match(expanded[0]):
@@ -180,11 +182,12 @@ def _statements(text: str) -> Iterator[list[Any]]:
     yield words
 
 
-def _words(written: Sequence[str], known: Mapping[str, Any]) -> list[str]:
+def _words(written: Sequence[Any], known: Mapping[str, Any]) -> list[str]:
     expanded: list[str] = []
-    for word in written:
+    for word in (word for word in written if isinstance(word, str)):
         array = _ARRAY.fullmatch(word)
-        expanded += known.get(array[1], []) if array else [_expand(word, known)]
+        found = known.get(array[1], []) if array else _expand(word, known)
+        expanded += [found] if isinstance(found, str) else found
     return list(filter(None, expanded))
 
 

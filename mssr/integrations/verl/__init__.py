@@ -1,8 +1,7 @@
 """The methods in verl 0.9.1: ``trainer.v1.trainer_mode=mssr_sync algorithm.adv_estimator=mssr``.
 
 verl loads this module with every ``import verl``, in Ray's workers too (entry-point group ``verl.plugins``).
-The registries for our names lie in modules that take verl seconds to import, so they are not imported here:
-what registers the names follows as soon as verl itself has imported them.
+Its registries lie in modules that take seconds to import: ours follow once verl itself has imported those.
 """
 
 from __future__ import annotations

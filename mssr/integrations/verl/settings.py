@@ -11,8 +11,7 @@ from mssr.algorithms import Algorithm
 from mssr.algorithms.checks import check_number
 from mssr.integrations import base
 
-VERSION = "0.9.1"
-MODE = "mssr_sync"
+VERSION, MODE = "0.9.1", "mssr_sync"
 METHODS = tuple(name for name in base.METHODS if name != "reinforce_pp")  # verl has its own
 
 

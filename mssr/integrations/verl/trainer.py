@@ -27,8 +27,7 @@ from mssr.integrations.verl.estimators import ESTIMATE, Pair
 from mssr.integrations.verl.settings import MODE, read
 
 Metrics = dict[str, Any]
-STATE = "mssr.npz"
-"""In a checkpoint of verl's, beside what it keeps of the actor."""
+STATE = "mssr.npz"  # in a checkpoint of verl's, beside what it keeps of the actor
 
 
 @register_trainer(MODE)
@@ -113,10 +112,9 @@ class MSSRTrainer(PPOTrainerSync):
         probe = batch.select_keys([*drawn, *(key for key in batch.keys if key not in self._ids)][:count])
         probe.extra_info = dict(calculate_entropy=False, compute_loss=False, temperature=rollout.temperature)
         self.actor_rollout_wg.compute_log_prob(probe)  # into log_probs; old_log_probs stay
-        keys = [key for key in probe.keys if key in self._ids]
         fields = ["log_probs", "old_log_probs", "response_mask"]
-        data = tq.kv_batch_get(keys=keys, partition_id=probe.partition_id, select_fields=fields)
-        mask = data["response_mask"]
+        data = tq.kv_batch_get(keys=probe.keys, partition_id=probe.partition_id, select_fields=fields)
+        mask = data["response_mask"]  # 0 in padding
         after = response_from_nested(data["log_probs"], mask).values()
         kls = kl_penalty(data["old_log_probs"].values(), after)[mask.values().bool()]
         return kls.double().mean().item() if len(kls) else 0.0
