@@ -164,6 +164,8 @@ def _open(value: Any) -> bool:
 
 def convert(config_file: str, overrides: Sequence[str], out: Path | None = None) -> int:
     """Write a config of EasyR1 or verl as one of ours; the exit code is 2 where it trains otherwise."""
+    from mssr.algorithms import policy_losses  # noqa: F401 - for the check below; missed before anything is written
+
     found = Conversion(*read(config_file, overrides))
     text = redact(found.yaml(config_file))
     if out is None:

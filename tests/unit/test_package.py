@@ -56,6 +56,7 @@ COMMANDS = [
     "export run --out out",
     "plot run",
     "compare a b",
+    "convert easyr1.yaml",
 ]
 
 
