@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -241,16 +242,15 @@ def test_requests_that_are_spent_end_the_run(server: tuple[Server, str], tmp_pat
 def test_closing_does_not_wait_for_a_silent_server(server: tuple[Server, str]) -> None:
     state, url = server
     state.mode = "silent"
-    before = threading.active_count()
     with Scorer(section("remote", url, server={"time_limit_s": 1e6}), 10) as scorer:
         scorer.submit(RewardInput("a", "8", 1))
+        before = [thread for thread in threading.enumerate() if thread.name == "remote"]
         while not state.requests:
-            pass
+            time.sleep(0.01)
     state.release.set()
-    for thread in threading.enumerate():
-        if thread.name == "remote":
-            thread.join(30)
-    assert threading.active_count() <= before + 1  # the server's
+    for thread in before:
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def test_the_key_goes_to_the_server_alone(
@@ -327,8 +327,9 @@ def test_none_of_one_function_leaves_the_others(tmp_path: Path) -> None:
         ({"name": "remote", "url": "localhost:1"}, "does not begin with http"),
         (
             {"name": "remote", "url": "http://me:secret@host/x"},
-            "holds no name or password; set MSSR_REWARD_API",
+            "not hold a password or key; set MSSR_REWARD_API",
         ),
+        ({"name": "remote", "url": "http://h/x?api_key=secret"}, "must not hold a password or key"),
         ({"url": "http://host"}, "reward.url=http://host is read by nothing with reward.name=exact_match"),
         ({"server": ServerConfig(attempts=5)}, "reward.server.attempts=5 is read by nothing with"),
         (
