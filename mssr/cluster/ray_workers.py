@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mssr.cluster.base import rss_gib
 from mssr.cluster.shared_prompts import PromptFetcher, PromptOutbox, SharedPrompts
 from mssr.config import Config
+from mssr.models.loading import importing
 from mssr.rollout import heartbeat
 from mssr.rollout.queue import Finished, Numbered, RequestQueue
 from mssr.types import PackedRollouts, RankLogProbs, SamplingParams, TrainBatch
@@ -111,7 +112,8 @@ class RayPolicyWorker(RayWorker):
         allocator = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
         if device == "cuda" and not colocated and not allocator & os.environ.keys():
             os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-        from mssr.actor.worker import PolicyWorker
+        with importing():
+            from mssr.actor.worker import PolicyWorker
 
         self._worker = PolicyWorker(self._config, rank, init_method, device)
 
@@ -215,7 +217,8 @@ class RayRolloutWorker(RayWorker):
 
     def start(self, device: str, colocated: bool) -> int:
         """Returns how many sequences the engine runs at a time."""
-        import torch
+        with importing():
+            import torch
 
         torch.set_num_threads(self._config.cluster.threads_per_rollout)
         from mssr.rollout.engine import make_engine

@@ -114,13 +114,13 @@ class Scorer(AbstractContextManager["Scorer"]):
             sized=any(reward.sized for reward in own),
             partial=len(own) < len(loaded),
         )
-        self.pool = RewardPool(self.job, on_restart) if own else None
         self.sources: list[tuple[str, float, RewardPool | ServerReward]] = [
             (label, weight, ServerReward(one, rows, directory))
             for label, weight, one, reward in sections
             if reward is None
         ]
         """Label, weight and what scores: the processes for all functions together, and each server."""
+        self.pool = RewardPool(self.job, on_restart) if own else None
         if self.pool is not None:
             self.sources.append(("", 1.0, self.pool))
 
@@ -129,7 +129,7 @@ class Scorer(AbstractContextManager["Scorer"]):
 
         A response on which the function raises, dies, hangs, or gives NaN, an infinity or something
         that is no score, gets 0 and is counted; the first traceback of this scorer is logged. One for
-        which the function gives None, or a server no usable reply, has no score. With
+        which a function of TRL gives None, or a server no usable reply, has no score. With
         penalties, the score before them is the part ``score_raw`` (and ``accuracy``, if the function
         has no such part). Of several rewards each is a part, ``accuracy`` is that of the first that gave a
         score, and other parts are ``label/part``.

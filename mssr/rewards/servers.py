@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mssr.config.data import JUDGE, RewardConfig
-from mssr.errors import UserError
+from mssr.errors import TrainingError, UserError, first_line
 from mssr.rewards.base import Failure, Outcome, RewardInput, RewardResult, as_result
-from mssr.rewards.endpoint import CallError, Endpoint
+from mssr.rewards.endpoint import Endpoint
 from mssr.rewards.rows import NO_ROWS, RowAccess, RowView
 
 CACHE = "judge.jsonl"
@@ -61,17 +61,20 @@ class ServerReward:
                 taken = [self._waiting.get()]
                 while len(taken) < self._batch and not self._waiting.empty():
                     taken.append(self._waiting.get())
+            if None in taken:
+                self._waiting.put(None)  # for the other threads
             call = [one for one in taken if one is not None and one[1].set_running_or_notify_cancel()]
             try:
                 outcomes = self._score([item for item, _ in call]) if call else []
-            except Exception as error:
+            except TrainingError as error:
                 for _, future in call:
                     future.set_exception(error)
-            else:
-                for (_, future), outcome in zip(call, outcomes, strict=True):
-                    future.set_result(outcome)
+                continue
+            except Exception as error:  # no reply that could be used, or a row that cannot be read
+                outcomes = [_unscored(first_line(error))] * len(call)
+            for (_, future), outcome in zip(call, outcomes, strict=True):
+                future.set_result(outcome)
             if None in taken:
-                self._waiting.put(None)  # for the other threads
                 return
 
 
@@ -122,12 +125,7 @@ def _ask(endpoint: Endpoint, views: Sequence[RowView]) -> list[Outcome]:
         "ground_truths": answers,
         "extra_infos": [view.extra_info() for view in views],
     }
-    try:
-        return read_reply(endpoint.post(body), len(views))
-    except CallError as error:
-        return [_unscored(error)] * len(views)
-    except (TypeError, ValueError) as error:
-        return [_unscored(endpoint.complaint(error))] * len(views)
+    return read_reply(endpoint.post(body), len(views))
 
 
 def read_reply(reply: Any, count: int) -> list[Outcome]:

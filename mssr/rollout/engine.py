@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from mssr.config import Config
+from mssr.models.loading import importing
 from mssr.rollout.queue import Finished, RequestQueue
 from mssr.types import SamplingParams
 
@@ -75,9 +76,11 @@ def make_engine(config: Config, device: str, colocated: bool = False) -> Rollout
         colocated: an actor rank is on the same device, so the engine must be able to sleep.
     """
     if config.rollout.engine == "vllm":
-        from mssr.rollout.vllm_engine import VllmEngine
+        with importing():
+            from mssr.rollout.vllm_engine import VllmEngine
 
         return VllmEngine(config, device, colocated)
-    from mssr.rollout.hf_engine import HfEngine
+    with importing():
+        from mssr.rollout.hf_engine import HfEngine
 
     return HfEngine(config, device)

@@ -6,7 +6,6 @@ vLLM rebinds threads and claims memory, so this belongs in a process of its own.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import itertools
 import os
@@ -22,7 +21,7 @@ from mssr.data.rows import MAX_IMAGES_PER_PROMPT
 from mssr.errors import EngineError, UserError
 from mssr.models.encoded import EncodedPrompt
 from mssr.models.families import family_of
-from mssr.models.loading import compute_dtype, import_transformers, read_config
+from mssr.models.loading import compute_dtype, import_transformers, importing, read_config
 from mssr.models.memory import utilization
 from mssr.rollout.checksums import Loaded, all_loaded
 from mssr.rollout.encoding import EncodingAhead
@@ -289,25 +288,20 @@ def _import_vllm(device: str) -> Any:
     Raises:
         UserError: it cannot be imported, or is of another version.
     """
-    import_transformers()  # before vLLM does
     worker = "cpu_worker" if device == "cpu" else "gpu_worker"
-    # What is made here stays: to look through all of it for garbage, again and again, is a sixth of the time.
-    collected = gc.isenabled()
-    gc.disable()
-    try:
-        vllm = importlib.import_module("vllm")
-        if not vllm.__version__.startswith(SUPPORTED_VLLM + "."):
-            raise UserError(f"vLLM {vllm.__version__} is installed; mssr works with {SUPPORTED_VLLM}.x")
-        for part in ("entrypoints.llm", "v1.engine.core", f"v1.worker.{worker}"):
-            importlib.import_module(f"vllm.{part}")
-    except ImportError as error:
-        raise UserError(
-            f"rollout.engine=vllm: vLLM cannot be imported ({error}); install mssr[cpu] or mssr[gpu], or "
-            "set rollout.engine=hf"
-        ) from error
-    finally:
-        if collected:
-            gc.enable()
+    with importing():
+        import_transformers()  # before vLLM does
+        try:
+            vllm = importlib.import_module("vllm")
+            if not vllm.__version__.startswith(SUPPORTED_VLLM + "."):
+                raise UserError(f"vLLM {vllm.__version__} is installed; mssr works with {SUPPORTED_VLLM}.x")
+            for part in ("entrypoints.llm", "v1.engine.core", f"v1.worker.{worker}"):
+                importlib.import_module(f"vllm.{part}")
+        except ImportError as error:
+            raise UserError(
+                f"rollout.engine=vllm: vLLM cannot be imported ({error}); install mssr[cpu] or mssr[gpu], or "
+                "set rollout.engine=hf"
+            ) from error
     return vllm
 
 

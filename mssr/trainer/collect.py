@@ -266,10 +266,10 @@ def join_scores(batches: Sequence[ScoredBatch]) -> ScoredBatch:
 
 def mean_scores(scored: ScoredBatch) -> dict[str, float]:
     """``score`` is what is learned from; ``accuracy`` is the reward's part of that name, if any. What has no
-    score counts in ``failed`` alone."""
+    score counts in ``failed`` alone; where nothing has one, there is no mean."""
     parts = {"accuracy": scored.scores, "score": scored.scores} | scored.parts
     known = {name: values[~(scored.unscored | np.isnan(values))] for name, values in parts.items()}
-    means = {name: float(values.mean()) if len(values) else math.nan for name, values in known.items()}
+    means = {name: float(values.mean()) for name, values in known.items() if len(values)}
     return means | {"failed": float(scored.unscored.sum())}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mssr.models.loading import check_model_path
+from mssr.models.loading import check_model_path, importing
 from mssr.runs.config import load_config
 from mssr.runs.console import captured_output
 from mssr.runs.run_directory import prepare_run_directory
@@ -23,6 +23,7 @@ def train(config_file: str | Path, overrides: Sequence[str] = ()) -> int:
         for line in (f"run directory {config.run_dir}", *notes):
             print(f"mssr: {line}", flush=True)
         with captured_output(config.run_dir / "logs" / "driver.log") as terminal:
-            from mssr.trainer.session import run_session
+            with importing():
+                from mssr.trainer.session import run_session
 
             return run_session(config, terminal)

@@ -158,7 +158,7 @@ class Validation:
             metrics[f"pass_at_{one.n}"] = float((asked >= 1).any(axis=1).mean())
         named = {f"{one.key}/{key}": value for key, value in metrics.items()}
         if prompts is self.sets[0]:
-            named |= {f"val/{key}": metrics[key] for key in ("accuracy", "response_length")}
+            named |= {f"val/{k}": metrics[k] for k in ("accuracy", "response_length") if k in metrics}
         return rollouts, scores, named
 
 

@@ -1,7 +1,8 @@
 """MSSR inside TRL beside MSSR here: do they learn alike?
 
     mssr prepare digits --out data/digits
-    python scripts/bench/plugin_trl.py --trl-python DIR/bin/python --out scripts/bench/results/plugin_trl.md
+    scripts/test_plugins.sh --install trl
+    python scripts/bench/plugin_trl.py --out scripts/bench/results/plugin_trl.md
 
 Mean reward over the steps of the digits task from the same base model. Both sides: 128 rollouts of other
 prompts and four updates a step, AdamW with the same learning rate, gradient norm clipped at 1, k3 towards the

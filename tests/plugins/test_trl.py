@@ -120,6 +120,7 @@ def test_the_loss_takes_shaped_advantages_of_exact_entropies(model: Path, tmp_pa
     trainer = make_trainer(model, tmp_path, rows=rows, max_steps=2, learning_rate=0.0, shaping_coef=0.08)
     trainer.train()
     assert 0 < np.mean(lab.history(trainer, "shaping/entropy_branch_fraction")) < 1
+    assert set(lab.history(trainer, "shaping/sign_flip_fraction")) == {0.0}
     for batch in trainer._buffered_inputs:
         log_p = plain_logits(model, batch).log_softmax(-1)
         entropy, plain = -(log_p.exp() * log_p).sum(-1), batch["advantages"].double()[:, None]

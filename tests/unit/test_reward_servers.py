@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,6 +24,7 @@ from mssr.evaluation.verdicts import VerdictBook
 from mssr.rewards import RewardInput, RowAccess, ScoredBatch, Scorer, check
 from mssr.rewards.servers import read_reply
 from mssr.runs.config import load_config
+from mssr.trainer.collect import mean_scores
 from mssr.trainer.data import load_data
 from mssr.trainer.initial_values import initialize_values
 from mssr.types import Rollout
@@ -210,6 +212,18 @@ def test_a_malformed_reply_costs_what_it_is_about(server: tuple[Server, str]) ->
     np.testing.assert_array_equal(scored.scores, [np.nan, 1, 1])
 
 
+def test_a_row_that_is_not_there_costs_its_response(
+    server: tuple[Server, str],
+    access: RowAccess,  # noqa: F811
+) -> None:
+    state, url = server
+    state.mode = "Verdict: correct"
+    items = [RewardInput("x", "8", 1, i) for i in ("0", "nowhere")]
+    with Scorer(section("judge", url), 10, rows=access) as scorer:
+        np.testing.assert_array_equal(scorer.score(items).scores, [1, np.nan])
+    assert "Where is 0?" in state.requests[0]["messages"][0]["content"]
+
+
 def test_requests_that_are_spent_end_the_run(server: tuple[Server, str], tmp_path: Path) -> None:
     state, url = server
     state.mode = "Verdict: correct"
@@ -228,16 +242,15 @@ def test_requests_that_are_spent_end_the_run(server: tuple[Server, str], tmp_pat
 def test_closing_does_not_wait_for_a_silent_server(server: tuple[Server, str]) -> None:
     state, url = server
     state.mode = "silent"
-    before = threading.active_count()
     with Scorer(section("remote", url, server={"time_limit_s": 1e6}), 10) as scorer:
         scorer.submit(RewardInput("a", "8", 1))
+        before = [thread for thread in threading.enumerate() if thread.name == "remote"]
         while not state.requests:
-            pass
+            time.sleep(0.01)
     state.release.set()
-    for thread in threading.enumerate():
-        if thread.name == "remote":
-            thread.join(30)
-    assert threading.active_count() <= before + 1  # the server's
+    for thread in before:
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def test_the_key_goes_to_the_server_alone(
@@ -314,8 +327,9 @@ def test_none_of_one_function_leaves_the_others(tmp_path: Path) -> None:
         ({"name": "remote", "url": "localhost:1"}, "does not begin with http"),
         (
             {"name": "remote", "url": "http://me:secret@host/x"},
-            "holds no name or password; set MSSR_REWARD_API",
+            "not hold a password or key; set MSSR_REWARD_API",
         ),
+        ({"name": "remote", "url": "http://h/x?api_key=secret"}, "must not hold a password or key"),
         ({"url": "http://host"}, "reward.url=http://host is read by nothing with reward.name=exact_match"),
         ({"server": ServerConfig(attempts=5)}, "reward.server.attempts=5 is read by nothing with"),
         (
@@ -393,6 +407,7 @@ def test_no_score_is_no_wrong_answer_of_a_validation_or_an_evaluation(
     np.testing.assert_array_equal(scores, [0.5, np.nan, 0.5, 0.5])
     assert (metrics["accuracy"], metrics["failed"]) == (pytest.approx(2 / 3), 1)
     assert metrics["exact_match"] == pytest.approx(1 / 3) and metrics["score"] == 0.5
+    assert mean_scores(ScoredBatch(np.full(2, np.nan, np.float32), {"a": np.zeros(2)}, 0)) == {"failed": 2}
     own = Own(str(inputs / "good.jsonl"), reward=config.reward, config=config.data)
     questions = [Question(own, item, True) for item in own.load()[:4]]
     with VerdictBook(config, questions, True, data.encoder.response_prefix) as book:

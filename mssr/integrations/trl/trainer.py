@@ -42,9 +42,7 @@ class MSSRTrainer(GRPOTrainer):
     _name = "MSSR"
     _paper: ClassVar[dict[str, str]] = {"title": "MSSR", "id": "2512.18215"}
 
-    def __init__(
-        self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **named: Any
-    ) -> None:
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kw: Any) -> None:
         if not isinstance(args, MSSRConfig):
             raise ValueError(f"args must be an MSSRConfig, not {type(args).__name__}")
         self.method = args.make_method()
@@ -52,7 +50,7 @@ class MSSRTrainer(GRPOTrainer):
         self._rewards = torch.empty(0)
         self._observed: tuple[list[str], np.ndarray] = [], np.empty(0)
         self._in_loss: Batch | None = None
-        super().__init__(model, reward_funcs, args, *rest, **named)
+        super().__init__(model, reward_funcs, args, *rest, **kw)
         _check_ids(self.train_dataset, args.id_column)
         self.banned = batches.placeholder_ids(self.model.config)
         engine: Any = self.vllm_generation if self.use_vllm else self
@@ -98,8 +96,7 @@ class MSSRTrainer(GRPOTrainer):
             advantages[scored], metrics = self.method.advantages(*self._observed, lengths[scored])
             score = float(rewards[scored].mean())
             self._tell({**metrics, "reward/score": score, "reward/accuracy": score})
-        first = self.accelerator.process_index * len(inputs)
-        local = torch.from_numpy(advantages[first : first + len(inputs)])
+        local = torch.from_numpy(advantages).split(len(inputs))[self.accelerator.process_index]
         output["advantages"] = local.to(self.accelerator.device)
         self._logs["advantages"].extend(advantages.tolist())
         self._metrics["train"].pop("frac_reward_zero_std", None)  # always 1 in groups of one
@@ -139,8 +136,10 @@ class MSSRTrainer(GRPOTrainer):
         coef, divisor = self.args.shaping_coef, self.args.shaping_divisor
         bonus = entropy_bonus(plain, entropy, coef, divisor)
         from_entropy = (coef * entropy <= plain.abs() / divisor).float()
-        mean, fraction = self._token_means(loss_mask(batch), bonus, from_entropy)
-        self._tell({"shaping/mean": mean, "shaping/entropy_branch_fraction": fraction})
+        flipped = ((plain < 0) & (plain + bonus > 0)).float()
+        means = self._token_means(loss_mask(batch), bonus, from_entropy, flipped)
+        names = "shaping/mean", "shaping/entropy_branch_fraction", "shaping/sign_flip_fraction"
+        self._tell(dict(zip(names, means, strict=True)))
         return plain + bonus
 
     def end_generation(self) -> None:
