@@ -28,7 +28,6 @@ else
     # what its tests share once; the long files first, so that small ones are left to fill the end.
     phase "tests" pytest tests/e2e tests/unit examples -n 2 --dist loadfile --no-loadscope-reorder --durations=25
     phase "wheel" ./scripts/test_wheel.sh
-    phase "plugin for TRL" ./scripts/test_plugins.sh trl
-    phase "plugin for verl" ./scripts/test_plugins.sh verl
+    phase "plugins" ./scripts/test_plugins.sh
 fi
 echo "[test] all passed in $SECONDS s"

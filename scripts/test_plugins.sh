@@ -36,7 +36,10 @@ environment() (
     write_stamp "$("$VENV/bin/python" -c "$VERSIONS" torch transformers "$1")"
 )
 
-test_plugin() {
+run() {
+    VENV=$REPO/.venv-$1
+    environment "$1"
+    if ((!TESTS)); then return; fi
     # The other tests' conftest wants more than these environments have.
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false \
         "$VENV/bin/python" -m pytest --noconftest -q --durations=10 tests/plugins/test_"$1"*.py
@@ -47,7 +50,32 @@ if [[ ${1:-} == --install ]]; then TESTS=0 && shift; fi
 (($#)) || set -- trl verl
 for plugin in "$@"; do
     [[ $plugin == trl || $plugin == verl ]] || die "unknown argument $plugin; usage: scripts/test_plugins.sh [--install] [trl] [verl]"
-    VENV=$REPO/.venv-$plugin
-    environment "$plugin"
-    if ((TESTS)); then test_plugin "$plugin"; fi
 done
+if (($# == 1)); then
+    run "$1"
+    exit
+fi
+
+# Side by side, because one installs, or waits for its processes, while the other computes.
+LOGS=$(mktemp -d)
+PIDS=()
+trap 'rm -rf "$LOGS"; for pid in "${PIDS[@]}"; do kill -- "-$pid" 2>/dev/null || true; done' EXIT
+trap 'exit 130' INT TERM
+set -m # each a group of processes, which can be ended
+for plugin in "$@"; do
+    run "$plugin" >"$LOGS/$plugin" 2>&1 &
+    PIDS+=($!)
+    say "$plugin has begun; what it says is shown at its end"
+done
+status=0
+for plugin in "$@"; do
+    failed=0
+    wait "${PIDS[0]}" || failed=$?
+    PIDS=("${PIDS[@]:1}")
+    cat "$LOGS/$plugin"
+    if ((failed)); then
+        say "FAILED: $plugin (exit status $failed)" >&2
+        status=$failed
+    fi
+done
+exit "$status"

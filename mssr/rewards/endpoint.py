@@ -11,10 +11,12 @@ import os
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mssr.config.secrets import is_secret_name
 from mssr.errors import TrainingError, UserError
 
 LARGEST_REPLY = 2**24
@@ -43,7 +45,7 @@ class Endpoint:
         max_requests: how often it may be asked, attempts included; None for any number.
 
     Raises:
-        UserError: the address is none, or holds a password.
+        UserError: the address is none, or holds a secret: addresses are written and logged.
     """
 
     def __init__(
@@ -59,8 +61,9 @@ class Endpoint:
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"the address {url!r} does not begin with http:// or https://")
-        if "@" in url.partition("://")[2].partition("/")[0]:
-            raise UserError(f"an address holds no name or password; set {' or '.join(key_variables)}")
+        parts = urllib.parse.urlsplit(url)
+        if "@" in parts.netloc or any(is_secret_name(key) for key, _ in urllib.parse.parse_qsl(parts.query)):
+            raise UserError(f"an address must not hold a password or key; set {' or '.join(key_variables)}")
         self.url, self._target, self.requests, self.closed = url, url + path, 0, threading.Event()
         self._time_limit_s, self._attempts, self._pause_s = time_limit_s, attempts, pause_s
         self._max, self._lock = max_requests, threading.Lock()

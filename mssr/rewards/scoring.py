@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -44,8 +44,8 @@ class ScoredBatch:
     scores: npt.NDArray[np.float32]
     """(B,) 0 where the function failed; NaN where there is no score, which is no part of any mean."""
     parts: dict[str, npt.NDArray[np.float32]]
-    """(B,) for every part that any response had; 0 where a response lacks it, NaN for the score of one of
-    several rewards that gave none."""
+    """(B,) for every part that any response had; 0 where a response lacks it, NaN for those of one of
+    several rewards that gave no score."""
     errors: int
     """Responses on which the function raised, gave no usable score, died or took too long."""
     timeouts: int = 0
@@ -55,6 +55,11 @@ class ScoredBatch:
     def unscored(self) -> npt.NDArray[np.bool_]:
         """(B,) where there is no score."""
         return np.isnan(self.scores)
+
+    @property
+    def accuracies(self) -> npt.NDArray[np.float32]:
+        """(B,) the part ``accuracy``, else the score; NaN where there is no score."""
+        return np.where(self.unscored, self.scores, self.parts.get("accuracy", self.scores))
 
 
 class Scorer(AbstractContextManager["Scorer"]):
@@ -114,13 +119,13 @@ class Scorer(AbstractContextManager["Scorer"]):
             sized=any(reward.sized for reward in own),
             partial=len(own) < len(loaded),
         )
-        self.pool = RewardPool(self.job, on_restart) if own else None
         self.sources: list[tuple[str, float, RewardPool | ServerReward]] = [
             (label, weight, ServerReward(one, rows, directory))
             for label, weight, one, reward in sections
             if reward is None
         ]
         """Label, weight and what scores: the processes for all functions together, and each server."""
+        self.pool = RewardPool(self.job, on_restart) if own else None
         if self.pool is not None:
             self.sources.append(("", 1.0, self.pool))
 
@@ -129,7 +134,7 @@ class Scorer(AbstractContextManager["Scorer"]):
 
         A response on which the function raises, dies, hangs, or gives NaN, an infinity or something
         that is no score, gets 0 and is counted; the first traceback of this scorer is logged. One for
-        which the function gives None, or a server no usable reply, has no score. With
+        which a function of TRL gives None, or a server no usable reply, has no score. With
         penalties, the score before them is the part ``score_raw`` (and ``accuracy``, if the function
         has no such part). Of several rewards each is a part, ``accuracy`` is that of the first that gave a
         score, and other parts are ``label/part``.
@@ -214,9 +219,15 @@ class ScoringStream(AbstractContextManager["ScoringStream"]):
         results = [
             RewardResult(math.nan if o.unscored else 0.0) if isinstance(o, Failure) else o for o in outcomes
         ]
-        keys = sorted({key for result in results for key in result.parts})
-        parts = {key: np.array([r.parts.get(key, 0.0) for r in results], np.float32) for key in keys}
-        if scorer.labels and parts:
+        keys = sorted({key for result in results for key in result.parts}.union(scorer.labels))
+
+        def part(key: str, of: Mapping[str, float]) -> float:
+            label = key.partition("/")[0]
+            silent = of and label in scorer.labels and label not in of
+            return of.get(key, math.nan if silent else 0.0)
+
+        parts = {key: np.array([part(key, r.parts) for r in results], np.float32) for key in keys}
+        if scorer.labels:
             parts["accuracy"] = np.full(len(results), np.nan, np.float32)
             for label in reversed(scorer.labels):
                 own = parts.get(f"{label}/accuracy", parts[label])
