@@ -9,8 +9,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mssr.config import Config
 from mssr.config.data import JUDGE
 from mssr.evaluation import results
@@ -89,8 +87,7 @@ class VerdictBook:
         scored = self._scorer.score(
             [own.reward_input(item, r.text, r.tokens, self._reward_prefix) for r, item, own in rewarded]
         )
-        accuracies = np.where(scored.unscored, np.nan, scored.parts.get("accuracy", scored.scores))
-        for (r, _, own), accuracy in zip(rewarded, accuracies, strict=True):
+        for (r, _, own), accuracy in zip(rewarded, scored.accuracies, strict=True):
             verdict = own.rewarded_verdict(self._prefix + r.text, float(accuracy), r.truncated)
             self._answers[r.key] = r, verdict
 

@@ -44,8 +44,7 @@ class RewardResult:
     score: float
     """What the algorithm learns from: finite; in [0, 1] for the methods with a Beta baseline."""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Named numbers that are only reported: finite, or NaN for the score of one of several rewards that gave
-    none."""
+    """Named numbers that are only reported; finite."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,8 @@ def combined(outcomes: Sequence[tuple[str, float, Outcome]]) -> Outcome:
     """What several rewards say of one response together: label, weight and outcome of each.
 
     The score is the weighted sum; of those that are `NONE` it is the sum without them. Any other failure is
-    one of the whole. Parts are the score of each under its label, and its own as ``label/part``; one without
-    a label is a sum already.
+    one of the whole. Parts are the score of each that gave one under its label, and its own as
+    ``label/part``; one without a label is a sum already.
     """
     failures = [o for _, _, o in outcomes if isinstance(o, Failure) and o != NONE]
     if failures:
@@ -103,8 +102,7 @@ def combined(outcomes: Sequence[tuple[str, float, Outcome]]) -> Outcome:
         if isinstance(outcome, RewardResult):
             score, found = score + weight * outcome.score, True
             parts |= {f"{label}/{key}" if label else key: part for key, part in outcome.parts.items()}
-        if label:
-            parts[label] = outcome.score if isinstance(outcome, RewardResult) else math.nan
+            parts |= {label: outcome.score} if label else {}
     return RewardResult(score, parts) if found else NONE
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -44,8 +44,8 @@ class ScoredBatch:
     scores: npt.NDArray[np.float32]
     """(B,) 0 where the function failed; NaN where there is no score, which is no part of any mean."""
     parts: dict[str, npt.NDArray[np.float32]]
-    """(B,) for every part that any response had; 0 where a response lacks it, NaN for the score of one of
-    several rewards that gave none."""
+    """(B,) for every part that any response had; 0 where a response lacks it, NaN for those of one of
+    several rewards that gave no score."""
     errors: int
     """Responses on which the function raised, gave no usable score, died or took too long."""
     timeouts: int = 0
@@ -55,6 +55,11 @@ class ScoredBatch:
     def unscored(self) -> npt.NDArray[np.bool_]:
         """(B,) where there is no score."""
         return np.isnan(self.scores)
+
+    @property
+    def accuracies(self) -> npt.NDArray[np.float32]:
+        """(B,) the part ``accuracy``, else the score; NaN where there is no score."""
+        return np.where(self.unscored, self.scores, self.parts.get("accuracy", self.scores))
 
 
 class Scorer(AbstractContextManager["Scorer"]):
@@ -214,9 +219,15 @@ class ScoringStream(AbstractContextManager["ScoringStream"]):
         results = [
             RewardResult(math.nan if o.unscored else 0.0) if isinstance(o, Failure) else o for o in outcomes
         ]
-        keys = sorted({key for result in results for key in result.parts})
-        parts = {key: np.array([r.parts.get(key, 0.0) for r in results], np.float32) for key in keys}
-        if scorer.labels and parts:
+        keys = sorted({key for result in results for key in result.parts}.union(scorer.labels))
+
+        def part(key: str, of: Mapping[str, float]) -> float:
+            label = key.partition("/")[0]
+            silent = of and label in scorer.labels and label not in of
+            return of.get(key, math.nan if silent else 0.0)
+
+        parts = {key: np.array([part(key, r.parts) for r in results], np.float32) for key in keys}
+        if scorer.labels:
             parts["accuracy"] = np.full(len(results), np.nan, np.float32)
             for label in reversed(scorer.labels):
                 own = parts.get(f"{label}/accuracy", parts[label])

@@ -84,6 +84,8 @@ class CheckpointStore:
         except OSError:
             self.clean()
             raise
+        if val_accuracy != val_accuracy:  # no response had a score
+            val_accuracy = None
         self._unfinished = Manifest(step, config, val_accuracy), handle
 
     def finish(self) -> Path:

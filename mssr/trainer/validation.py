@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from mssr.rollout.seeds import request_seed
 from mssr.trainer.collect import mean_scores, reward_inputs
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
-Score = Callable[[Sequence[Rollout], Scorer], tuple[np.ndarray, dict[str, float]]]
-"""Rollouts -> (B,) scores for the samples file, and metrics without the set's name."""
+Score = Callable[[Sequence[Rollout], Scorer], tuple[np.ndarray, np.ndarray, dict[str, float]]]
+"""Rollouts -> (B,) scores for the samples file, (B,) accuracies, and metrics without the set's name."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,17 @@ def load_validation(config: Config, encoder: PromptEncoder, bad_rows_file: Path)
 
 def _by_reward(
     dataset: PromptDataset, rollouts: Sequence[Rollout], scorer: Scorer
-) -> tuple[np.ndarray, dict[str, float]]:
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """As the training's; of several sources, each by its own too."""
     scored = scorer.score(reward_inputs(dataset, rollouts, scorer.takes_cells))
     metrics = mean_scores(scored)
+    right = scored.accuracies
     if len(dataset.labels) > 1:
-        right = scored.parts.get("accuracy", scored.scores)
         sources = np.array([dataset.source_of(r.prompt_id) for r in rollouts])
         for label in dataset.labels:
-            if (asked := (sources == label) & ~scored.unscored).any():
+            if (asked := (sources == label) & ~np.isnan(right)).any():
                 metrics[f"{label}/accuracy"] = float(right[asked].mean())
-    return scored.scores, metrics
+    return scored.scores, right, metrics
 
 
 def _benchmark(
@@ -103,7 +104,7 @@ def _benchmark(
 
 def _by_benchmark(
     questions: dict[str, Question], unasked: int, prefix: str, rollouts: Sequence[Rollout], scorer: Scorer
-) -> tuple[np.ndarray, dict[str, float]]:
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """``unasked``: responses that are missing, since their items cannot be asked."""
     verdicts = []
     for r in rollouts:
@@ -113,7 +114,7 @@ def _by_benchmark(
     metrics = {"accuracy": float(scores.sum()) / (len(scores) + unasked)}
     for status in ("extraction_failed", "truncated"):
         metrics[status] = sum(v.status == status for v in verdicts) / len(verdicts)
-    return scores, metrics
+    return scores, scores, metrics
 
 
 class Validation:
@@ -150,12 +151,12 @@ class Validation:
             for k in range(one.n)
         ]
         rollouts = self._cluster.generate(requests, params)
-        scores, metrics = prompts.score(rollouts, self._scorer)
+        scores, right, metrics = prompts.score(rollouts, self._scorer)
         metrics["response_length"] = float(np.mean([len(r.response_token_ids) for r in rollouts]))
         if one.n > 1:
-            by_prompt = scores.reshape(-1, one.n)
-            asked = by_prompt[~np.isnan(by_prompt).all(axis=1)]
-            metrics[f"pass_at_{one.n}"] = float((asked >= 1).any(axis=1).mean())
+            by_prompt = right.reshape(-1, one.n)
+            known = by_prompt[~np.isnan(by_prompt).all(axis=1)]
+            metrics[f"pass_at_{one.n}"] = float((known >= 1).any(axis=1).mean()) if len(known) else math.nan
         named = {f"{one.key}/{key}": value for key, value in metrics.items()}
         if prompts is self.sets[0]:
             named |= {f"val/{k}": metrics[k] for k in ("accuracy", "response_length") if k in metrics}

@@ -67,7 +67,7 @@ def test_old_ones_go_when_the_next_is_complete(tmp_path: Path) -> None:
 
 def test_the_best_by_validation_is_kept_besides(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
-    for step, accuracy in enumerate([0.2, 0.7, None, 0.5, 0.7, 0.1], start=1):
+    for step, accuracy in enumerate([float("nan"), 0.2, 0.7, None, 0.5, 0.7, 0.1]):
         save(store, step, accuracy)
     assert names(store) == ["best", "latest", "step-000005", "step-000006"]
     assert (store.directory / "best").read_text() == "step-000005"  # of equals the later

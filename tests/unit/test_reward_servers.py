@@ -320,6 +320,23 @@ def test_none_of_one_function_leaves_the_others(tmp_path: Path) -> None:
     assert np.isnan(score(RewardConfig(name=names[3], workers=1), ["a"]).scores).all()
 
 
+def test_none_of_every_function_leaves_the_server(server: tuple[Server, str], tmp_path: Path) -> None:
+    state, url = server
+    state.answer = by_length
+    body = (
+        "def f(completions):\n    return [None if c == 'xx' else {'score': 1, 'n': 2} for c in completions]"
+    )
+    with Scorer(section([write(tmp_path, body), "remote"], url, weights=[0.5, 0.5]), 10) as scorer:
+        for responses in (["xx", "y"], ["xx"]):
+            scored = scorer.score([RewardInput(r, "8", 1) for r in responses])
+            own = slice(len(responses))
+            np.testing.assert_allclose(scored.scores, [0.1, 0.55][own], rtol=1e-6)
+            np.testing.assert_allclose(scored.parts["accuracy"], [0.2, 1][own], rtol=1e-6)
+            np.testing.assert_array_equal(scored.parts["f"], [np.nan, 1][own])
+        scored = scorer.score([RewardInput(r, "8", 1) for r in ("xx", "y")])
+        assert (mean_scores(scored)["f"], mean_scores(scored)["f/n"]) == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -403,8 +420,9 @@ def test_no_score_is_no_wrong_answer_of_a_validation_or_an_evaluation(
         for i, text in zip(prompts.ids, texts, strict=False)
     ]
     with Scorer(config.reward, 12, rows=data.access) as scorer:
-        scores, metrics = prompts.score(rollouts, scorer)
+        scores, right, metrics = prompts.score(rollouts, scorer)
     np.testing.assert_array_equal(scores, [0.5, np.nan, 0.5, 0.5])
+    np.testing.assert_array_equal(right, [1, np.nan, 0, 1])
     assert (metrics["accuracy"], metrics["failed"]) == (pytest.approx(2 / 3), 1)
     assert metrics["exact_match"] == pytest.approx(1 / 3) and metrics["score"] == 0.5
     assert mean_scores(ScoredBatch(np.full(2, np.nan, np.float32), {"a": np.zeros(2)}, 0)) == {"failed": 2}

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -141,6 +142,17 @@ def test_accuracy_by_set_and_every_item_of_a_benchmark_counts(
     metrics = asked.ask(sampled)[2]
     assert metrics["val/sampled/accuracy"] == pytest.approx(1 / 5)
     assert metrics["val/sampled/pass_at_3"] == pytest.approx(1 / 5)
+
+
+def test_pass_at_n_counts_right_answers_whatever_the_score_is(config: Config) -> None:
+    """With weights below 1, a penalty or a share for the format a right answer scores less than 1."""
+    accuracy = np.array([1, 0, 0, 0, np.nan, 1], np.float32)
+    prompts = MagicMock(ids=["a", "b", "c"], set=MagicMock(n=2, greedy=False, temperature=1.0, key="val/x"))
+    prompts.score.side_effect = lambda rollouts, _: (accuracy * 0.7, accuracy, {"accuracy": 0.4})
+    asked = Validation(config, [MagicMock(), prompts], MagicMock(), Answers({}))  # type: ignore[arg-type]
+    assert asked.ask(prompts)[2]["val/x/pass_at_2"] == pytest.approx(2 / 3)
+    accuracy[:] = np.nan
+    assert np.isnan(asked.ask(prompts)[2]["val/x/pass_at_2"])
 
 
 def test_several_sources_of_the_only_set_have_their_own_accuracy(
