@@ -6,12 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from mssr.errors import check_version
 
-Ints = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float32]
 _STATE_VERSION = 1
 
 
@@ -26,9 +23,9 @@ class LastVisits:
     """
 
     def __init__(self) -> None:
-        self._visits: dict[str, tuple[Ints, Floats]] = {}
+        self._visits: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-    def previous(self, prompt_ids: Sequence[str]) -> dict[int, tuple[Ints, Floats]]:
+    def previous(self, prompt_ids: Sequence[str]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """Index of each response whose prompt was visited before -> (T,) tokens and (T,) log-probs of then.
 
         Of several responses to one prompt only the first is listed: the others follow it at once.
@@ -37,8 +34,8 @@ class LastVisits:
         return {i: self._visits[prompt_id] for prompt_id, i in firsts.items() if prompt_id in self._visits}
 
     def drift(
-        self, prompt_ids: Sequence[str], now: Mapping[int, Floats], measure: Literal["k3", "abs"]
-    ) -> npt.NDArray[np.float64]:
+        self, prompt_ids: Sequence[str], now: Mapping[int, np.ndarray], measure: Literal["k3", "abs"]
+    ) -> tuple[np.ndarray, dict[str, float]]:
         """Token mean, for each response, of the change of its prompt's previous response.
 
         Args:
@@ -46,7 +43,8 @@ class LastVisits:
             measure: k3, an estimate of KL(policy then || policy now), or abs, the change of a log-prob.
 
         Returns:
-            (B,) float64: NaN at a prompt's first visit, 0 at its second response within a step.
+            (B,) float64: NaN at a prompt's first visit, 0 at its second response within a step;
+            and the metric, their mean, 0 where there is none.
         """
         result = np.zeros(len(prompt_ids))
         for prompt_id, i in _firsts(prompt_ids).items():
@@ -57,10 +55,11 @@ class LastVisits:
                 change = np.clip(now[i].astype(np.float64) - then, -20.0, 20.0)
                 per_token = np.expm1(change) - change if measure == "k3" else np.abs(change)
                 result[i] = per_token.mean()
-        return result
+        finite = result[np.isfinite(result)]
+        return result, {"baseline/drift": float(finite.mean()) if len(finite) else 0.0}
 
     def remember(
-        self, prompt_ids: Sequence[str], tokens: Sequence[Ints], log_probs: Sequence[Floats]
+        self, prompt_ids: Sequence[str], tokens: Sequence[np.ndarray], log_probs: Sequence[np.ndarray]
     ) -> None:
         """Replace what is kept of these prompts; ``log_probs`` are of the policy before the update."""
         for prompt_id, response, values in zip(prompt_ids, tokens, log_probs, strict=True):

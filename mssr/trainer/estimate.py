@@ -120,11 +120,9 @@ class Estimator:
         metrics: dict[str, float] = {}
         if visits is not None:
             now = {i: x.policy for i, x in zip(previous, computed, strict=True)}
-            self._drift = visits.drift(collected.prompt_ids, now, self.algorithm.divergence)
+            self._drift, metrics = visits.drift(collected.prompt_ids, now, self.algorithm.divergence)
             tokens = [r.response_token_ids for r in rollouts]
             visits.remember(collected.prompt_ids, tokens, [x.policy for x in known])
-            finite = self._drift[np.isfinite(self._drift)]
-            metrics["baseline/drift"] = float(finite.mean()) if len(finite) else 0.0
         return TokenLogProbs.join(known), metrics
 
     def _penalties(self, known: TokenLogProbs) -> tuple[np.ndarray, float]:

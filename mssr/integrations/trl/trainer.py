@@ -172,9 +172,8 @@ class MSSRTrainer(GRPOTrainer):
             found = self._log_probs(again).float().cpu().numpy()
             local = [(i, found[row, : len(then[row])]) for row, i in enumerate(places)]
             now = {i: values for i, values in gather_object(local) if i in previous}
-        drift = visits.drift(ids, now, self.method.divergence)
-        finite = drift[np.isfinite(drift)]
-        self._tell({"baseline/drift": float(finite.mean()) if len(finite) else 0.0})
+        drift, metrics = visits.drift(ids, now, self.method.divergence)
+        self._tell(metrics)
         return drift
 
     def _remember(self, visits: LastVisits) -> None:
