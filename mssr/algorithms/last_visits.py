@@ -1,7 +1,4 @@
-"""How far the policy has moved on each prompt: its previous response scored again.
-
-Source: SPO, arXiv 2509.13232.
-"""
+"""How far the policy has moved on each prompt (SPO, arXiv 2509.13232)."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ _STATE_VERSION = 1
 
 
 class LastVisits:
-    """How far the policy has moved on a prompt since it last trained on it (SPO, arXiv 2509.13232).
+    """The change of each prompt's previous response since the policy last trained on the prompt.
 
     Every prompt's most recent response is kept, 8 bytes a token, with its log-probs as the trainer has them
     before the update that trains on it, and at the next visit once more. Without a lag that is

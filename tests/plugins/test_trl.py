@@ -110,7 +110,8 @@ def test_spo_follows_each_prompts_previous_response_and_a_resume_changes_nothing
     """Two epochs of two generations, resumed before the last; a row that never gets a reward is no visit."""
     spo = {"eta_min": 0.0, "eta_max": 1.0, "half_life": 0.5}
     options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 6, "missing": "t3", "method": "spo"}
-    options |= {"method_options": spo, "learning_rate": 3e-4}
+    options |= {"method_options": spo, "learning_rate": 3e-4, "steps_per_generation": 2}
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
     whole, rewards, steps = run(model, tmp_path / "whole", **options)
     resumed, rest, _ = run(model, tmp_path / "resumed", tmp_path / "whole/checkpoint-6", **options)
     assert rest.calls == rewards.calls[3:]

@@ -52,7 +52,6 @@ class MSSRTrainer(GRPOTrainer):
         self.sampler: EpochSampler | None = None
         self._rewards = torch.empty(0)
         self._observed: tuple[list[str], np.ndarray] = [], np.empty(0)
-        self._scored: list[int] = []  # which of all ranks' rows these are
         self._drift = np.empty(0)
         self._in_loss: Batch | None = None
         super().__init__(model, reward_funcs, args, *rest, **kw)
@@ -96,7 +95,7 @@ class MSSRTrainer(GRPOTrainer):
         lengths = self.accelerator.gather(loss_mask(output).sum(1)).cpu().numpy()
         scored = np.flatnonzero(~np.isnan(rewards))
         advantages = np.zeros(len(ids), np.float32)
-        self._observed, self._scored = ([str(ids[i]) for i in scored], rewards[scored]), scored.tolist()
+        self._observed = [str(ids[i]) for i in scored], rewards[scored]
         if len(scored):
             advantages[scored], metrics = self.method.advantages(*self._observed, lengths[scored])
             score = float(rewards[scored].mean())
@@ -104,7 +103,9 @@ class MSSRTrainer(GRPOTrainer):
         local = torch.from_numpy(advantages).split(len(inputs))[self.accelerator.process_index]
         output["advantages"] = local.to(self.accelerator.device)
         if self.visits is not None:  # TRL shuffles the rows next
-            output["row"] = torch.arange(len(ids)).split(len(inputs))[self.accelerator.process_index]
+            places = torch.full((len(ids),), -1)  # among the rows of all ranks that were scored
+            places[scored] = torch.arange(len(scored))
+            output["place"] = places.split(len(inputs))[self.accelerator.process_index]
             self._drift = self._drift_since_last_visits(self.visits, output)
         self._logs["advantages"].extend(advantages.tolist())
         self._metrics["train"].pop("frac_reward_zero_std", None)  # always 1 in groups of one
@@ -158,37 +159,34 @@ class MSSRTrainer(GRPOTrainer):
             self.method.observe(ids, rewards, kl if self.visits is None else self._drift)
             self._tell({"policy/kl_update": kl, **self.method.metrics()})
             if self.visits is not None:
-                seen = self._responses()
-                self.visits.remember(ids, *zip(*(seen[row] for row in self._scored), strict=True))
+                self._remember(self.visits)
 
     def _drift_since_last_visits(self, visits: LastVisits, output: Batch) -> np.ndarray:
         """(B,) of the scored rows of all ranks: the change of each prompt's previous response until now."""
         if "tool_mask" in output:
             raise ValueError(f"{self.args.method} scores responses again, in which no other text may be")
-        ids, rows = self._observed[0], output["row"].tolist()
-        previous, index = visits.previous(ids), {row: i for i, row in enumerate(self._scored)}
-        now: dict[int, np.ndarray] = {}
-        if previous:  # on all ranks, which know all visits, or on none
-            nothing = np.empty(0, np.int32), np.empty(0, np.float32)
-            responses = [previous.get(index.get(row, -1), nothing)[0] for row in rows]
-            padding = self._tokenizer.pad_token_id
-            found = self._log_probs(batches.with_responses(output, responses, padding)).float().cpu().numpy()
-            mine = [(index.get(row), found[i, : len(responses[i])]) for i, row in enumerate(rows)]
-            now = {i: values for i, values in gather_object(mine) if i in previous}
+        ids, places, now = self._observed[0], output["place"].tolist(), {}
+        if previous := visits.previous(ids):  # on all ranks, which know all visits, or on none
+            then = [previous[i][0] if i in previous else np.empty(0, np.int32) for i in places]
+            again = batches.with_responses(output, then, self._tokenizer.pad_token_id)
+            found = self._log_probs(again).float().cpu().numpy()
+            local = [(i, found[row, : len(then[row])]) for row, i in enumerate(places)]
+            now = {i: values for i, values in gather_object(local) if i in previous}
         drift = visits.drift(ids, now, self.method.divergence)
         finite = drift[np.isfinite(drift)]
         self._tell({"baseline/drift": float(finite.mean()) if len(finite) else 0.0})
         return drift
 
-    def _responses(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Row -> (T,) tokens and (T,) log-probs before the updates, of all ranks."""
-        found = []
+    def _remember(self, visits: LastVisits) -> None:
+        """The scored responses of all ranks, with their log-probs before the updates."""
+        local, names = [], ("completion_mask", "completion_ids", "log_probs_before")
         for batch in self._buffered_inputs:
-            mask = batch["completion_mask"].bool()
-            for i, row in enumerate(batch["row"].tolist()):
-                tokens, values = batch["completion_ids"][i, mask[i]], batch["log_probs_before"][i, mask[i]]
-                found.append((row, (tokens.int().cpu().numpy(), values.float().cpu().numpy())))
-        return dict(gather_object(found))
+            mask, tokens, values = (batch[name].cpu() for name in names)
+            for place, m, t, v in zip(batch["place"].tolist(), mask.bool(), tokens, values, strict=True):
+                local.append((place, t[m].int().numpy(), v[m].float().numpy()))
+        seen = {place: pair for place, *pair in gather_object(local)}
+        ids = self._observed[0]
+        visits.remember(ids, *zip(*(seen[i] for i in range(len(ids))), strict=True))
 
     @torch.no_grad()
     def _log_probs(self, batch: Batch) -> torch.Tensor:
