@@ -43,7 +43,7 @@ def init(name: str, directory: Path | None = None) -> None:
     """`mssr init`: write a set of recipes to a directory, ``configs/<name>`` by default.
 
     Raises:
-        UserError: a file of it is there.
+        UserError: a file of it is there, or the directory cannot be written.
     """
     source, target = RECIPES / name, directory or Path("configs") / name
     files = {file: target / file.relative_to(source) for file in _files(source)}
@@ -51,8 +51,11 @@ def init(name: str, directory: Path | None = None) -> None:
         if to.exists():
             raise UserError(f"{to} exists, and nothing was written; name another directory")
     for file, to in files.items():
-        to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, to)
+        try:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, to)
+        except OSError as error:
+            raise UserError(f"{to} cannot be written: {error.strerror}") from error
     print(f"{len(files)} configs are in {target}; next: {SETS[name].format(target)}")
 
 
