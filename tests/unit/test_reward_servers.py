@@ -477,7 +477,8 @@ def test_first_values_are_of_the_responses_with_a_score(workspace: Workspace, tm
 
 
 @pytest.mark.parametrize(
-    ("weights", "allowed"), [("[0.5,0.5]", True), ("null", False), ("[1.5,-0.5]", False)]
+    ("weights", "allowed"),
+    [("[0.5,0.5]", True), ("null", False), ("[1.5,-0.5]", False), ("[0.5000004,0.5]", False)],
 )
 def test_weights_keep_what_is_bounded_bounded(workspace: Workspace, weights: str, allowed: bool) -> None:
     options = ["reward.name=[math,number]", f"reward.weights={weights}"]
