@@ -41,7 +41,8 @@ run() {
     environment "$1"
     if ((!TESTS)); then return; fi
     # The other tests' conftest wants more than these environments have.
-    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false \
+    # Processes that the tests start find tests/plugins by PYTHONPATH.
+    PYTHONPATH=$REPO OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false \
         "$VENV/bin/python" -m pytest --noconftest -q --durations=10 tests/plugins/test_"$1"*.py
 }
 

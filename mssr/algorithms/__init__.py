@@ -4,7 +4,8 @@ Pure: NumPy, torch and the standard library; no Ray, no model, no config. The mo
 are loaded when first used, so that a command that only checks a config does not wait for it. A new
 method is a new module and its line among the imports below, or a user's ``path/to/file.py:Class``.
 
-In the order of a step: ``baseline`` (its prompts in ``id_table``) and ``discount``; ``advantages``, the
+In the order of a step: ``baseline`` (its prompts in ``id_table``) and ``discount`` (each prompt's own from
+``last_visits``); ``advantages``, the
 formulas; ``group``, ``single_rollout`` and ``reinforce_pp``, the methods, each a registered ``Algorithm`` of
 ``base``; ``shaping``, ``policy_losses``, ``losses``, ``correction`` and ``kl_control``, the
 parts of the loss, which ``objective`` puts together. ``plugins``, ``checks`` and ``sequences`` help.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mssr.errors import UserError, did_you_mean
+from mssr.errors import UserError, did_you_mean, first_line
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SETS = {
@@ -27,16 +27,18 @@ def find(name: str | Path) -> Path:
     path, text = Path(name), str(name).rstrip("/")
     if path.is_file() or path.is_absolute() or path.suffix in (".yaml", ".yml"):
         return path
-    recipes = {str(file.relative_to(RECIPES).with_suffix("")): file for file in _files(RECIPES)}
+    recipes = {
+        str(file.relative_to(RECIPES).with_suffix("")): file for file in sorted(RECIPES.rglob("*.yaml"))
+    }
     if file := recipes.get(_MEANT.get(text, text)):
-        for here in (Path(f"{text}.yaml"), *_files(path)):
+        for here in (Path(f"{text}.yaml"), *sorted(path.glob("*.yaml"))):
             if here.is_file():
                 raise UserError(f"{name} may be {here} or the recipe {file}; give the path of one of them")
         return file
     if several := [one for one in recipes if one.startswith(f"{text}/")]:
         raise UserError(f"{name} is several recipes; name one of {', '.join(several)}")
-    hint = did_you_mean(text, recipes)
-    raise UserError(f"config {name} is neither a file nor a recipe{hint}; recipes: {', '.join(recipes)}")
+    known = f"{did_you_mean(text, recipes)}; recipes: {', '.join(recipes)}"
+    raise UserError(f"config {name} is neither a file nor a recipe{known}")
 
 
 def init(name: str, directory: Path | None = None) -> None:
@@ -46,18 +48,12 @@ def init(name: str, directory: Path | None = None) -> None:
         UserError: a file of it is there, or the directory cannot be written.
     """
     source, target = RECIPES / name, directory or Path("configs") / name
-    files = {file: target / file.relative_to(source) for file in _files(source)}
-    for to in files.values():
-        if to.exists():
-            raise UserError(f"{to} exists, and nothing was written; name another directory")
-    for file, to in files.items():
-        try:
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, to)
-        except OSError as error:
-            raise UserError(f"{to} cannot be written: {error.strerror}") from error
+    files = [target / file.relative_to(source) for file in source.rglob("*.yaml")]
+    for file in sorted(files):
+        if file.exists():
+            raise UserError(f"{file} exists, and nothing was written; name another directory")
+    try:
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    except OSError as error:
+        raise UserError(f"recipes cannot be written to {target}: {first_line(error)}") from error
     print(f"{len(files)} configs are in {target}; next: {SETS[name].format(target)}")
-
-
-def _files(directory: Path) -> list[Path]:
-    return sorted(directory.rglob("*.yaml"))

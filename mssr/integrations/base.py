@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ _ARRAY = "__array__"
 _TREE = "state"
 
 
-def create(name: str, options: Mapping[str, Any]) -> algorithms.Algorithm:
+def create(
+    name: str, options: Mapping[str, Any], kl_sources: Sequence[str] = ("update",)
+) -> algorithms.Algorithm:
     """One of `METHODS`, as `mssr.algorithms.create`; without a pass of rollouts before training (spo).
+
+    ``kl_sources`` are those that the caller can measure.
 
     Raises:
         ValueError: there is no such method here, or it does not take an option or its value.
@@ -30,7 +34,7 @@ def create(name: str, options: Mapping[str, Any]) -> algorithms.Algorithm:
         raise ValueError("init_rollouts: there is no pass over the data before training here; leave it out")
     taken = {"init_rollouts": 0} if "init_rollouts" in algorithms.options(name) else {}
     method = algorithms.create(name, **{**options, **taken})
-    if method.kl_source != "update":
+    if method.kl_source not in kl_sources:
         raise ValueError(
             f"kl_source={method.kl_source!r}: here eta follows the KL of the update; give kl_source=update"
             " (spo: and eta_rule=monotone)"

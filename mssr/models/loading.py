@@ -57,13 +57,13 @@ def is_there(name: str) -> bool:
         UserError: it may not.
     """
     path = Path(name)
-    if path.exists() or not (path.is_absolute() or name.count("/") != 1 or name.startswith(".")):
-        return path.exists()
-    # The embedded task, as the recipes name its directories: data/digits, data/digits-<family>.
-    task, _, family = path.parent.name.partition("-")
-    how = f"; mssr prepare digits --out {path.parent}{family and f' --model {family}'} makes it"
-    made = (task, path.name) == ("digits", "model")
-    raise UserError(f"model.path: directory {name} does not exist{how if made else ''}")
+    if not path.exists() and (path.is_absolute() or name.count("/") != 1 or name.startswith(".")):
+        # The embedded task, as the recipes name its directories: data/digits, data/digits-<family>.
+        task, _, family = path.parent.name.partition("-")
+        how = f"; mssr prepare digits --out {path.parent}{family and f' --model {family}'} makes it"
+        of_ours = (task, path.name) == ("digits", "model")
+        raise UserError(f"model.path: directory {name} does not exist{how if of_ours else ''}")
+    return path.exists()
 
 
 def check_sight(config: Config, sees_images: bool) -> None:

@@ -15,6 +15,12 @@ from mssr import __version__
 from mssr.config.recipes import SETS
 from mssr.errors import EXIT_FAILURE, EXIT_OK, EXIT_SIGINT, EXIT_USER_ERROR, TrainingError, UserError
 
+OF_THE_TRAINER = frozenset(
+    "PIL datasets filelock jinja2 math_verify matplotlib pebble psutil pyarrow qwen_vl_utils ray rich "
+    "safetensors sklearn tokenizers torch torchvision transformers".split()
+)
+"""What ``pip install mssr`` alone does not bring."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (0 done, 2 wrong input, 1 else, 130/143 stopped)."""
@@ -29,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.overrides = [*args.overrides, *rest]
     arguments = vars(args)
+    module, _, name = arguments.pop("command").partition(":")
     try:
-        result = _call(arguments.pop("command"), arguments)
+        result = getattr(importlib.import_module(module), name)(**arguments)
         return result if isinstance(result, int) else EXIT_OK
     except (UserError, TrainingError) as error:
         from mssr.config.secrets import redact
@@ -39,30 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE
     except KeyboardInterrupt:
         return EXIT_SIGINT
-    except Exception:
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in OF_THE_TRAINER:
+            how = 'pip install "mssr[train,cpu]", or "mssr[train,gpu]" where there are GPUs'
+            print(f"mssr: error: this command needs the trainer ({error}): {how}", file=sys.stderr)
+            return EXIT_USER_ERROR
         traceback.print_exc()
         return EXIT_FAILURE
-
-
-_OF_THE_TRAINER = frozenset(
-    "PIL datasets filelock jinja2 math_verify matplotlib pebble psutil pyarrow qwen_vl_utils ray rich "
-    "safetensors sklearn tokenizers torch torchvision transformers".split()
-)
-"""What ``pip install mssr`` alone does not bring."""
-
-
-def _call(command: str, arguments: dict[str, Any]) -> Any:
-    module, _, name = command.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)(**arguments)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _OF_THE_TRAINER:
-            raise
-        raise UserError(
-            f'this command needs the trainer, and {package} is not installed: pip install "mssr[train,cpu]", '
-            'or "mssr[train,gpu]" where there are GPUs'
-        ) from error
 
 
 def prepare(task: str, **options: Any) -> None:

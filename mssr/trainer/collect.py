@@ -21,7 +21,7 @@ from mssr.errors import TrainingError
 from mssr.rewards import RewardInput, ScoredBatch, Scorer, ScoringStream
 from mssr.rollout.seeds import request_seed
 from mssr.trainer.early_log_probs import EarlyLogProbs
-from mssr.trainer.last_visits import ResponseLengths
+from mssr.trainer.response_lengths import ResponseLengths
 from mssr.trainer.timing import PhaseTimer
 from mssr.types import PackedRollouts, Rollout, RolloutRequest, SamplingParams, TokenLogProbs
 

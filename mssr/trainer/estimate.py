@@ -14,11 +14,11 @@ import numpy as np
 
 from mssr import algorithms
 from mssr.algorithms.kl_control import KLController
+from mssr.algorithms.last_visits import LastVisits
 from mssr.cluster.base import Cluster
 from mssr.config import Config
 from mssr.errors import UserError
 from mssr.trainer.collect import Collected
-from mssr.trainer.last_visits import LastVisits
 from mssr.trainer.timing import PhaseTimer
 from mssr.types import TokenLogProbs, TrainBatch
 
@@ -102,7 +102,10 @@ class Estimator:
         One pass serves both the KL in the reward and the previous responses of the prompts.
         """
         rollouts, known, visits = collected.rollouts, collected.log_probs, self.last_visits
-        previous = {} if visits is None else visits.previous(rollouts)
+        previous = {
+            i: replace(rollouts[i], response_token_ids=tokens, log_probs=log_probs)
+            for i, (tokens, log_probs) in (visits.previous(collected.prompt_ids) if visits else {}).items()
+        }
         needed = known is None and (self.config.kl_in_reward or visits is not None)
         asked = [*(rollouts if needed else []), *previous.values()]
         computed: list[TokenLogProbs] = []
@@ -117,8 +120,9 @@ class Estimator:
         metrics: dict[str, float] = {}
         if visits is not None:
             now = {i: x.policy for i, x in zip(previous, computed, strict=True)}
-            self._drift = visits.drift(rollouts, now, self.algorithm.divergence)
-            visits.remember(rollouts, [x.policy for x in known])
+            self._drift = visits.drift(collected.prompt_ids, now, self.algorithm.divergence)
+            tokens = [r.response_token_ids for r in rollouts]
+            visits.remember(collected.prompt_ids, tokens, [x.policy for x in known])
             finite = self._drift[np.isfinite(self._drift)]
             metrics["baseline/drift"] = float(finite.mean()) if len(finite) else 0.0
         return TokenLogProbs.join(known), metrics

@@ -23,7 +23,7 @@ from trl.trainer.utils import RepeatSampler
 
 from mssr import algorithms
 from mssr.integrations import trl as plugin
-from mssr.integrations.base import load_state
+from mssr.integrations.base import load_state, save_state
 from mssr.integrations.trl import MSSRConfig, MSSRTrainer, batches
 from tests.plugins import trl_lab as lab
 
@@ -86,6 +86,65 @@ def test_advantages_eta_and_baseline_are_those_of_the_algorithms_and_a_resume_ch
     saved = load_state(tmp_path / "resumed/checkpoint-10/mssr.npz")["method"]
     assert np.array_equal(saved["baseline"]["counts"], method.state_dict()["baseline"]["counts"])
     assert saved["discount"] == method.state_dict()["discount"]
+
+
+def alone(plain: Any, processor: Any, row: Any, tokens: list[int]) -> np.ndarray:
+    """(T,) log-probs of a response to a row's prompt and image, without padding, by transformers alone."""
+    content = [{"type": "image"}, {"type": "text", "text": row["prompt"][0]["content"]}]
+    chat = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    given = processor(text=[text], images=[row["images"]], return_tensors="pt")
+    ids = torch.cat([given.pop("input_ids"), torch.tensor([tokens])], dim=1)
+    if "mm_token_type_ids" in given:  # the positions of the image's tokens follow from it
+        zeros = torch.zeros(1, len(tokens), dtype=torch.long)
+        given["mm_token_type_ids"] = torch.cat([given["mm_token_type_ids"], zeros], dim=1)
+    given["attention_mask"] = torch.ones_like(ids)
+    with torch.no_grad():
+        logits = plain(input_ids=ids, **given).logits[0, -len(tokens) - 1 : -1].double()
+    return logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0].numpy()
+
+
+def test_spo_follows_each_prompts_previous_response_and_a_resume_changes_nothing(
+    model: Path, tmp_path: Path
+) -> None:
+    """Two epochs of two generations, resumed before the last; a row that never gets a reward is no visit."""
+    spo = {"eta_min": 0.0, "eta_max": 1.0, "half_life": 0.5}
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 6, "missing": "t3", "method": "spo"}
+    options |= {"method_options": spo, "learning_rate": 3e-4}
+    whole, rewards, steps = run(model, tmp_path / "whole", **options)
+    resumed, rest, _ = run(model, tmp_path / "resumed", tmp_path / "whole/checkpoint-6", **options)
+    assert rest.calls == rewards.calls[3:]
+    assert lab.same(lab.weights(whole), lab.weights(resumed))
+    for key in ("loss", "baseline/drift", "baseline/eta", "baseline/mean"):
+        assert lab.history(whole, key) == lab.history(resumed, key), key
+    states = [load_state(tmp_path / out / "checkpoint-8/mssr.npz") for out in ("whole", "resumed")]
+    np.testing.assert_equal(*states)
+    assert len(states[0]["visits"]["ids"]) == lab.ROWS - 1
+
+    rows = {row["id"]: row for row in lab.make_rows()}
+    plain = transformers.AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+    method, seen = algorithms.create("spo", init_rollouts=0, **spo), {}
+    for i, (call, trained) in enumerate(zip(rewards.calls, steps.advantages, strict=True)):
+        drift = np.full(len(call["ids"]), np.nan)
+        for j, (key, tokens) in enumerate(zip(call["ids"], call["tokens"], strict=True)):
+            if key in seen:
+                before, response = seen[key]
+                values = []
+                for k in (before, i):
+                    plain.load_state_dict(steps.weights[k])
+                    values.append(alone(plain, whole.processing_class, rows[key], response))
+                drift[j] = np.abs(values[1] - values[0]).mean()
+            if key != "t3":
+                seen[key] = i, tokens
+        scored = [key != "t3" for key in call["ids"]]
+        assert np.isnan(drift[scored]).all() if i < 2 else drift[scored].min() > 1e-3
+        keys = "baseline/drift", "baseline/eta", "baseline/mean"
+        told = {key: lab.history(resumed, key)[i] for key in keys}
+        advantages, metrics = lab.by_hand(method, call, drift[scored])
+        metrics["baseline/drift"] = 0.0 if i < 2 else drift[scored].mean()
+        assert trained == pytest.approx(advantages.tolist(), abs=1e-4)
+        assert told == pytest.approx({key: metrics[key] for key in told}, rel=1e-4, abs=1e-6)
+    assert 0.01 < told["baseline/eta"] < 0.99, "between its bounds, so that it depends on the drift"
 
 
 def plain_logits(model: Path | torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
@@ -214,10 +273,10 @@ from pathlib import Path
 from mssr.integrations.trl import MSSRConfig, MSSRTrainer
 from tests.plugins import trl_lab as lab
 
-def train(out, resume=None):
+def train(out, resume=None, **more):
     rewards, steps = lab.Rewards("t3"), lab.Steps()
     args = lab.settings(Path(sys.argv[2]) / out, max_steps=4, save_strategy="steps", save_steps=3,
-                        steps_per_generation=2)
+                        steps_per_generation=2, **more)
     trainer = steps.trainer = MSSRTrainer(sys.argv[1], rewards, MSSRConfig(**args), lab.make_rows())
     trainer.add_callback(steps)
     trainer.train(resume_from_checkpoint=resume)
@@ -226,11 +285,14 @@ def train(out, resume=None):
 whole, rewards, steps = train("whole")
 resumed, rest, _ = train("resumed", str(Path(sys.argv[2]) / "whole/checkpoint-3"))
 assert rest.calls == rewards.calls[3:]
+still, visited, _ = train("still", method="spo", learning_rate=0.0)
 rank = whole.accelerator.process_index
 told = {"calls": rewards.calls, "advantages": steps.advantages,
         "kl": lab.history(whole, "policy/kl_update"), "baseline": whole.method.metrics(),
         "local": [float(a) for batch in whole._buffered_inputs for a in batch["advantages"]],
         "counts": whole.method.state_dict()["baseline"]["counts"].tolist(),
+        "visited": visited.calls, "drift": lab.history(still, "baseline/drift"),
+        "visits": {i: v[0].tolist() for i, v in still.visits._visits.items()},
         "exact": lab.same(lab.weights(whole), lab.weights(resumed)),
         "weights": float(sum(w.double().abs().sum() for w in lab.weights(whole).values()))}
 Path(sys.argv[2], f"rank-{rank}.json").write_text(json.dumps(told))
@@ -243,7 +305,7 @@ def test_two_processes_share_one_baseline_and_resume_exactly(model: Path, tmp_pa
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*launch, str(tmp_path / "rank.py"), str(model), str(tmp_path)], check=True, cwd=REPO)
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
-    for key in ("advantages", "baseline", "counts", "weights"):
+    for key in ("advantages", "baseline", "counts", "weights", "drift", "visits"):
         assert first[key] == second[key], key
     assert first["exact"] and second["exact"]
     hand = algorithms.create("mssr")
@@ -254,6 +316,13 @@ def test_two_processes_share_one_baseline_and_resume_exactly(model: Path, tmp_pa
     assert {key: metrics[key] for key in first["baseline"]} == first["baseline"]
     assert sorted(first["local"]) == sorted(advantages[:2].tolist())
     assert sorted(second["local"]) == sorted(advantages[2:].tolist())
+    # Where nothing learns, a drift is of another response or prompt. The shuffle brings some to another rank.
+    asked = [[call["ids"] for call in told["visited"]] for told in (first, second)]
+    assert {i for ids in asked[0][:2] for i in ids} & {i for ids in asked[1][2:] for i in ids}
+    assert first["drift"][:2] == [0.0, 0.0] and 0 <= max(first["drift"][2:]) < 1e-5
+    calls = [call for pair in zip(first["visited"], second["visited"], strict=True) for call in pair]
+    pairs = [pair for call in calls for pair in zip(call["ids"], call["tokens"], strict=True)]
+    assert first["visits"] == {key: tokens for key, tokens in pairs if key != "t3"}
 
 
 def test_placeholders_are_banned_beside_what_a_user_bans(
@@ -312,7 +381,7 @@ REFUSED = [
     ({"num_generations": 8}, "num_generations=8: a method here compares a prompt's one response"),
     ({"method": "grpo"}, "method 'grpo' must be one of mssr, mvsr, spo, reinforce_pp"),
     ({"method_options": {"kl_targt": 1.0}}, "kl_targt"),
-    ({"method": "spo"}, "kl_source='last_visit': here eta follows the KL of the update"),
+    ({"method": "spo", "mask_truncated_completions": True}, "no log-probs of a cut response"),
     ({"method_options": {"kl_source": "reference"}}, "kl_source='reference': here eta follows"),
     ({"gradient_accumulation_steps": 3}, "must divide the 4 passes of a generation"),
     (
@@ -377,6 +446,12 @@ def test_what_would_spoil_a_run_is_refused_before_or_within_it(model: Path, tmp_
     (tmp_path / "strange").mkdir()
     with pytest.raises(ValueError, match="strange has no mssr"):
         trainer._load_optimizer_and_scheduler(str(tmp_path / "strange"))
+    trainer = make_trainer(model, tmp_path, method="spo")
+    save_state(tmp_path / "strange/mssr.npz", {"method": trainer.method.state_dict()})
+    with pytest.raises(ValueError, match="kl_source='last_visit' needs, and only it has, last visits"):
+        trainer._load_optimizer_and_scheduler(str(tmp_path / "strange"))
+    with pytest.raises(ValueError, match="spo scores responses again, in which no other text may be"):
+        trainer._drift_since_last_visits(trainer.visits, {"tool_mask": torch.ones(1, 1)})
 
 
 def test_rewards_are_weighed_and_a_row_without_any_is_left_out(model: Path, tmp_path: Path) -> None:

@@ -111,18 +111,23 @@ def history(trainer: Any, key: str) -> list[float]:
 
 
 class Steps(TrainerCallback):
-    """What each generation was trained on, by row."""
+    """What each generation was trained on, by row, and the weights before it."""
 
     def __init__(self) -> None:
         self.advantages: list[list[float]] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
         self.trainer: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.weights.append(weights(self.trainer))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % args.updates_per_generation == 0:
             self.advantages.append(list(self.trainer._logs["advantages"]))
+            self.weights.append(weights(self.trainer))
 
 
-def by_hand(method: Algorithm, call: dict[str, Any], kl: float) -> tuple[np.ndarray, dict[str, float]]:
+def by_hand(method: Algorithm, call: dict[str, Any], kl: Any) -> tuple[np.ndarray, dict[str, float]]:
     """(B,) advantages and the metrics of a generation, from `mssr.algorithms` alone."""
     scored = [i for i, reward in enumerate(call["rewards"]) if reward is not None]
     ids, rewards = [call["ids"][i] for i in scored], [np.float32(call["rewards"][i]) for i in scored]

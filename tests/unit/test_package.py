@@ -70,7 +70,7 @@ def test_the_base_install_has_algorithms_and_init_and_says_what_the_rest_needs(t
     said = done.stderr.splitlines()
     assert said[1::2] == ["2"] * len(COMMANDS)
     for line in said[::2]:
-        assert line.startswith("mssr: error: this command needs the trainer, "), line
+        assert line.startswith("mssr: error: this command needs the trainer (No module named "), line
         assert 'pip install "mssr[train,cpu]"' in line
 
 
@@ -78,7 +78,7 @@ def test_what_the_trainer_needs_is_what_its_extra_brings() -> None:
     [*wanted] = PROJECT["optional-dependencies"]["train"]
     extra = {re.match(r"[\w-]+", line)[0] for line in wanted}  # type: ignore[index]
     distributions = importlib.metadata.packages_distributions()
-    assert {name for module in cli._OF_THE_TRAINER for name in map(str.lower, distributions[module])} == extra
+    assert {name for module in cli.OF_THE_TRAINER for name in map(str.lower, distributions[module])} == extra
 
 
 def test_extras_hold_one_another_as_told() -> None:
@@ -158,6 +158,9 @@ def test_init_writes_a_set_that_works_where_it_is(
     for file in written:  # with all that it is based on
         shipped = file_layers(RECIPES / file.relative_to("configs"))
         assert [tree for _, tree in file_layers(file)] == [tree for _, tree in shipped]
+    Path("file").touch()
+    assert cli.main(["init", name, "file"]) == 2
+    assert "recipes cannot be written to file: " in capsys.readouterr().err
     written[-1].write_text("mine")
     for other in written[:-1]:
         other.unlink()

@@ -273,11 +273,14 @@ def test_the_key_goes_to_the_server_alone(
     server: tuple[Server, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     state, url = server
-    monkeypatch.setenv("MSSR_REWARD_API_KEY", "special-3")
+    monkeypatch.setenv("MSSR_REWARD_API_KEY", "special-3\n")  # as a file ends
     state.mode, told = "401", list[str]()
     score(section("remote", url), ["a"], on_failure=told.append)
     assert state.headers[0]["Authorization"] == "Bearer special-3"
     assert "special-3" not in json.dumps(state.requests) + caplog.text + "".join(told)
+    monkeypatch.setenv("MSSR_REWARD_API_KEY", "special\n3")
+    with pytest.raises(UserError, match="the key in MSSR_REWARD_API_KEY holds a character that no key has"):
+        check(section("remote", url))
 
 
 # --- several rewards ------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from mssr.config.data import RewardConfig
 from mssr.errors import StopRequestedError
 from mssr.rewards import RewardInput, Scorer, ScoringStream
 from mssr.trainer.early_log_probs import PARTS, EarlyLogProbs
-from mssr.trainer.last_visits import ResponseLengths
+from mssr.trainer.response_lengths import ResponseLengths
 from mssr.types import RankLogProbs, Rollout, TokenLogProbs, TrainBatch
 
 pytestmark = pytest.mark.unit

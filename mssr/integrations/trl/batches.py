@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 from trl.trainer.utils import RepeatSampler, split_pixel_values_by_grid, unsplit_pixel_values_by_grid
@@ -60,6 +61,22 @@ def ban(kwargs: dict[str, Any], banned: Sequence[int], *, vllm: bool) -> dict[st
 def loss_mask(batch: Batch) -> torch.Tensor:
     """(B, T) 1 for the tokens that the policy gave and the loss counts."""
     return batch["completion_mask"] * batch.get("tool_mask", 1)
+
+
+def with_responses(batch: Batch, responses: Sequence[np.ndarray], padding: int) -> Batch:
+    """The prompts of a batch with other responses, all text, of which some may be empty."""
+    prompts, width = batch["prompt_ids"], max([1, *map(len, responses)])
+    tokens = prompts.new_full((len(responses), width), padding)
+    mask = torch.zeros_like(tokens)
+    for i, response in enumerate(responses):
+        tokens[i, : len(response)] = torch.from_numpy(response)
+        mask[i, : len(response)] = 1
+    types: Batch = {
+        key: torch.cat([batch[key][:, : prompts.size(1)], torch.zeros_like(tokens)], dim=1)
+        for key in ("token_type_ids", "mm_token_type_ids")
+        if key in batch
+    }
+    return {**batch, **types, "completion_ids": tokens, "completion_mask": mask}
 
 
 def first_rows(batch: Batch, share: float) -> Batch:

@@ -62,7 +62,7 @@ class MSSRConfig(GRPOConfig):
     def make_method(self) -> Algorithm:
         """The method, without a history; ValueError if it does not take the options."""
         assert not isinstance(self.method_options, str)  # TRL has parsed it
-        return base.create(self.method, self.method_options or {})
+        return base.create(self.method, self.method_options or {}, ("update", "last_visit"))
 
     @property
     def updates_per_generation(self) -> int:
@@ -80,9 +80,9 @@ class MSSRConfig(GRPOConfig):
             self.gradient_accumulation_steps,
         )
         _refuse(
-            method.kl_source != "update",
-            f"kl_source={method.kl_source!r}: here eta follows the KL of the update; set method_options"
-            " kl_source='update' (spo: and eta_rule='monotone', which is mvsr)",
+            method.kl_source == "last_visit" and self.mask_truncated_completions,
+            "mask_truncated_completions=True leaves no log-probs of a cut response, which the drift of its"
+            f" prompt needs: leave it out with {self.method}",
         )
         _refuse(
             passes % accumulation,

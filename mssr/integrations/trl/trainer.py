@@ -2,6 +2,7 @@
 
 In the order of a generation: `_calculate_rewards`, `_generate_and_score_completions` (advantages),
 `_compute_loss` (entropy shaping) in each pass, and `end_generation` after the last update (eta, baseline).
+spo has each prompt's previous response scored before the updates, see `_drift_since_last_visits`.
 All ranks hold the same method in the same state: what it is told is gathered from all of them.
 """
 
@@ -20,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
+from mssr.algorithms.last_visits import LastVisits
 from mssr.algorithms.losses import kl_penalty
 from mssr.algorithms.shaping import entropy_bonus
 from mssr.integrations.base import load_state, save_state
@@ -46,9 +48,12 @@ class MSSRTrainer(GRPOTrainer):
         if not isinstance(args, MSSRConfig):
             raise ValueError(f"args must be an MSSRConfig, not {type(args).__name__}")
         self.method = args.make_method()
+        self.visits = LastVisits() if self.method.kl_source == "last_visit" else None
         self.sampler: EpochSampler | None = None
         self._rewards = torch.empty(0)
         self._observed: tuple[list[str], np.ndarray] = [], np.empty(0)
+        self._scored: list[int] = []  # which of all ranks' rows these are
+        self._drift = np.empty(0)
         self._in_loss: Batch | None = None
         super().__init__(model, reward_funcs, args, *rest, **kw)
         _check_ids(self.train_dataset, args.id_column)
@@ -91,13 +96,16 @@ class MSSRTrainer(GRPOTrainer):
         lengths = self.accelerator.gather(loss_mask(output).sum(1)).cpu().numpy()
         scored = np.flatnonzero(~np.isnan(rewards))
         advantages = np.zeros(len(ids), np.float32)
-        self._observed = [str(ids[i]) for i in scored], rewards[scored]
+        self._observed, self._scored = ([str(ids[i]) for i in scored], rewards[scored]), scored.tolist()
         if len(scored):
             advantages[scored], metrics = self.method.advantages(*self._observed, lengths[scored])
             score = float(rewards[scored].mean())
             self._tell({**metrics, "reward/score": score, "reward/accuracy": score})
         local = torch.from_numpy(advantages).split(len(inputs))[self.accelerator.process_index]
         output["advantages"] = local.to(self.accelerator.device)
+        if self.visits is not None:  # TRL shuffles the rows next
+            output["row"] = torch.arange(len(ids)).split(len(inputs))[self.accelerator.process_index]
+            self._drift = self._drift_since_last_visits(self.visits, output)
         self._logs["advantages"].extend(advantages.tolist())
         self._metrics["train"].pop("frac_reward_zero_std", None)  # always 1 in groups of one
         return output
@@ -147,26 +155,64 @@ class MSSRTrainer(GRPOTrainer):
         ids, rewards = self._observed
         if ids and self.method.baseline is not None:
             kl = self._kl_of_update()
-            self.method.observe(ids, rewards, kl)
+            self.method.observe(ids, rewards, kl if self.visits is None else self._drift)
             self._tell({"policy/kl_update": kl, **self.method.metrics()})
+            if self.visits is not None:
+                seen = self._responses()
+                self.visits.remember(ids, *zip(*(seen[row] for row in self._scored), strict=True))
+
+    def _drift_since_last_visits(self, visits: LastVisits, output: Batch) -> np.ndarray:
+        """(B,) of the scored rows of all ranks: the change of each prompt's previous response until now."""
+        if "tool_mask" in output:
+            raise ValueError(f"{self.args.method} scores responses again, in which no other text may be")
+        ids, rows = self._observed[0], output["row"].tolist()
+        previous, index = visits.previous(ids), {row: i for i, row in enumerate(self._scored)}
+        now: dict[int, np.ndarray] = {}
+        if previous:  # on all ranks, which know all visits, or on none
+            nothing = np.empty(0, np.int32), np.empty(0, np.float32)
+            responses = [previous.get(index.get(row, -1), nothing)[0] for row in rows]
+            padding = self._tokenizer.pad_token_id
+            found = self._log_probs(batches.with_responses(output, responses, padding)).float().cpu().numpy()
+            mine = [(index.get(row), found[i, : len(responses[i])]) for i, row in enumerate(rows)]
+            now = {i: values for i, values in gather_object(mine) if i in previous}
+        drift = visits.drift(ids, now, self.method.divergence)
+        finite = drift[np.isfinite(drift)]
+        self._tell({"baseline/drift": float(finite.mean()) if len(finite) else 0.0})
+        return drift
+
+    def _responses(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Row -> (T,) tokens and (T,) log-probs before the updates, of all ranks."""
+        found = []
+        for batch in self._buffered_inputs:
+            mask = batch["completion_mask"].bool()
+            for i, row in enumerate(batch["row"].tolist()):
+                tokens, values = batch["completion_ids"][i, mask[i]], batch["log_probs_before"][i, mask[i]]
+                found.append((row, (tokens.int().cpu().numpy(), values.float().cpu().numpy())))
+        return dict(gather_object(found))
 
     @torch.no_grad()
+    def _log_probs(self, batch: Batch) -> torch.Tensor:
+        """(B, T) of the responses, under the policy of now."""
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            log_probs, _, _ = self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["completion_ids"].size(1),
+                self.args.per_device_train_batch_size,
+                **{key: batch[key] for key in batches.FORWARD if batch.get(key) is not None},
+            )
+        return log_probs
+
     def _kl_of_update(self) -> float:
         """Token mean of k3 of the policy before the generation's updates against the one after them, over a
         share of all ranks' rows; 0 if it is not finite: nothing was learned then."""
         kls, masks = [], []
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            for batch in self._buffered_inputs:
-                part = batches.first_rows(batch, self.args.kl_probe_fraction)
-                after, _, _ = self._get_per_token_logps_and_entropies(
-                    self.model,
-                    torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1),
-                    torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1),
-                    part["completion_ids"].size(1),
-                    **{key: part[key] for key in batches.FORWARD if part.get(key) is not None},
-                )
-                kls.append(kl_penalty(part["log_probs_before"].float(), after.float(), kind="k3").flatten())
-                masks.append(loss_mask(part).flatten())
+        for batch in self._buffered_inputs:
+            part = batches.first_rows(batch, self.args.kl_probe_fraction)
+            before, after = part["log_probs_before"].float(), self._log_probs(part).float()
+            kls.append(kl_penalty(before, after, kind="k3").flatten())
+            masks.append(loss_mask(part).flatten())
         (kl,) = self._token_means(torch.cat(masks), torch.cat(kls))
         return kl if np.isfinite(kl) else 0.0
 
@@ -187,7 +233,8 @@ class MSSRTrainer(GRPOTrainer):
             # First, so that no checkpoint is without it, whenever a run is killed.
             directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
             directory.mkdir(parents=True, exist_ok=True)
-            save_state(directory / STATE_FILE, {"method": self.method.state_dict()})
+            visits = {} if self.visits is None else {"visits": self.visits.state_dict()}
+            save_state(directory / STATE_FILE, {"method": self.method.state_dict(), **visits})
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -196,7 +243,12 @@ class MSSRTrainer(GRPOTrainer):
             path = Path(checkpoint) / STATE_FILE
             if not path.exists():
                 raise ValueError(f"{checkpoint} has no {STATE_FILE}: begin with its weights")
-            self.method.load_state_dict(load_state(path)["method"])
+            state = load_state(path)
+            if ("visits" in state) != (self.visits is not None):
+                raise ValueError(f"{path}: kl_source='last_visit' needs, and only it has, last visits")
+            self.method.load_state_dict(state["method"])
+            if self.visits is not None:
+                self.visits.load_state_dict(state["visits"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """All weights, whichever names transformers saved them under. (Its own finds none and only warns.)"""
