@@ -46,7 +46,8 @@ class Endpoint:
         max_requests: how often it may be asked, attempts included; None for any number.
 
     Raises:
-        UserError: the address is none, or holds a secret: addresses are written and logged; or the key is none.
+        UserError: the address is none, or holds a secret: addresses are written and logged. Or the key is
+            none.
     """
 
     def __init__(
