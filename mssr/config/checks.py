@@ -131,7 +131,7 @@ def _check_method(config: Config) -> None:
             "prompt"
         )
     weights = config.reward.weights or [1.0] * len(config.reward.names)
-    if estimator.bounded_rewards and (min(weights, default=0) < 0 or sum(weights) > 1 + 1e-6):
+    if estimator.bounded_rewards and (min(weights, default=0) < 0 or sum(weights) > 1 + 1e-9):
         raise UserError(
             f"reward.weights={in_yaml(config.reward.weights)}: {chosen} takes rewards in [0, 1] only, so the "
             "weights (null is 1 each) must not be negative and sum to at most 1"

@@ -68,7 +68,8 @@ def make(spec: str, config: Config, out: Path, scratch: Path, launch: Launch) ->
             requests = [RolloutRequest(row.id, 0, 0) for row in rows]
             with launch(judge_config) as generate:
                 for rollout in generate(requests, SamplingParams(1.0, judges.MAX_REPLY, greedy=True)):
-                    replies[int(rollout.prompt_id)] = rollout.text
+                    if rollout.finish_reason != "length":  # as of a server
+                        replies[int(rollout.prompt_id)] = rollout.text
         return replies
 
     return judges.Judge(path, ask, out / CACHE)

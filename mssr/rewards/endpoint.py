@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import threading
 import time
 import urllib.error
@@ -45,7 +46,8 @@ class Endpoint:
         max_requests: how often it may be asked, attempts included; None for any number.
 
     Raises:
-        UserError: the address is none, or holds a secret: addresses are written and logged.
+        UserError: the address is none, or holds a secret: addresses are written and logged. Or the key is
+            none.
     """
 
     def __init__(
@@ -67,7 +69,10 @@ class Endpoint:
         self.url, self._target, self.requests, self.closed = url, url + path, 0, threading.Event()
         self._time_limit_s, self._attempts, self._pause_s = time_limit_s, attempts, pause_s
         self._max, self._lock = max_requests, threading.Lock()
-        self._key = next((os.environ[name] for name in key_variables if os.environ.get(name)), None)
+        name = next((name for name in key_variables if os.environ.get(name, "").strip()), "")
+        self._key = os.environ.get(name, "").strip()
+        if not re.fullmatch("[!-~]*", self._key):  # the complaint about such a header shows it
+            raise UserError(f"the key in {name} holds a character that no key has")
         self._opener = urllib.request.build_opener(_NoRedirects())
 
     def post(self, body: Mapping[str, Any]) -> Any:

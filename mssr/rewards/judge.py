@@ -32,7 +32,7 @@ from mssr.errors import TrainingError, UserError
 from mssr.rewards.endpoint import CallError, Endpoint
 from mssr.rewards.extraction import outside_thinking
 
-PROMPT_VERSION = "1"
+PROMPT_VERSION = "2"
 """Part of the cache's key: raise it with every change of what a model is asked."""
 
 KEY_VARIABLES = ("MSSR_JUDGE_API_KEY", "OPENAI_API_KEY")
@@ -60,6 +60,8 @@ Student's response:
 
 Reply with one line, either "Verdict: correct" or "Verdict: incorrect".
 """
+_TURN = re.compile(r"<(?=[|｜]|/?s>|/?[a-z]+_of_[a-z]+>)|\[(?=/?INST\])")
+"""Begins what a chat template writes between turns: in a response it would end the judge's question."""
 _VERDICT = re.compile(r"\bverdict\b[\s*:=\"]*\b(correct|incorrect)\b", re.IGNORECASE)
 _ALONE = re.compile(r"[\s*\"'`.]*(correct|incorrect)[\s*\"'`.]*", re.IGNORECASE)
 
@@ -75,7 +77,8 @@ class JudgeInput:
     def prompt(self, template: str | None = None) -> str:
         """What a model is asked: ours, or a Jinja template with the three as variables."""
         visible = outside_thinking(self.response).strip() or self.response.strip()
-        values = {"question": self.question, "answer": self.answer, "response": visible[-TAIL:]}
+        response = _TURN.sub(r"\g<0> ", visible[-TAIL:])
+        values = {"question": self.question, "answer": self.answer, "response": response}
         if template is None:
             return _PROMPT.format(**values)
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
@@ -236,9 +239,12 @@ class HttpJudge(Judge):
         }
         reply = self.endpoint.post(body)
         try:
-            content = reply["choices"][0]["message"]["content"]
+            choice = reply["choices"][0]
+            content = choice["message"]["content"]
             if not isinstance(content, str):
                 raise TypeError("the reply has no text")
+            if choice.get("finish_reason") == "length":  # what thoughts without an end quote is no verdict
+                raise TypeError(f"the reply was cut off after {MAX_REPLY} tokens")
         except (KeyError, IndexError, TypeError) as error:  # a reply that is no completion
             raise self.endpoint.complaint(error) from error
         return content
