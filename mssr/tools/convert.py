@@ -13,7 +13,7 @@ from mssr.config import Config, checks
 from mssr.config.loading import merge
 from mssr.config.options import describe, in_yaml
 from mssr.config.secrets import redact
-from mssr.errors import EXIT_OK, EXIT_USER_ERROR, UserError, did_you_mean
+from mssr.errors import EXIT_OK, EXIT_USER_ERROR, UserError, did_you_mean, first_line
 from mssr.tools.convert_keys import FACTS, SYSTEMS, VALUES, Key
 from mssr.tools.convert_options import Options
 from mssr.tools.convert_sources import read
@@ -50,7 +50,10 @@ class Conversion:
                 if not known:
                     self._lost(f"{key}={about.default}, the default", VALUES[about.to][1])
         made = Options(self.facts, self.system, self._lost)
-        self.options = made.options()
+        try:
+            self.options = made.options()
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"a value is not of the kind that its key has: {first_line(error)}") from error
         if made.reward_of:
             self.keys["reward.name"] = [made.reward_of]
             self.told.append((READ, made.reward_of, f"reward.name={self.options['reward.name']}"))

@@ -334,6 +334,20 @@ def test_what_changes_memory_or_validation_only_is_told_and_no_error(tree: dict[
     assert conversion.same and len(conversion.lines("not possible")) == 1
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"trainer.logger": 0},
+        {"data.val_files": 1.5},
+        {"actor_rollout_ref.actor.ppo_mini_batch_size": 0},
+        {"reward_model.overlong_buffer": True},
+    ],
+)
+def test_a_value_of_another_kind_is_one_line(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="a value is not of the kind that its key has: "):
+        Conversion(nested(flatten(small()) | change))
+
+
 def test_an_unknown_key_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     Path("theirs.yaml").write_text(yaml.safe_dump(easyr1(data__max_prompt_len=3)))
     assert main(["convert", "theirs.yaml", "trainer.total_epoch=3"]) == 2
