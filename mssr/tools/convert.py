@@ -37,7 +37,7 @@ class Conversion:
             raise UserError("neither a config of EasyR1 (section worker) nor of verl (actor_rollout_ref)")
         self.table = SYSTEMS[self.system]
         self.told: list[tuple[str, str, str]] = [(LOST, line, "") for line in notes]
-        self.same = True
+        self.same = not notes  # what was not read may have said anything
         self.given = dict(self._leaves(tree))
         self.facts: dict[str, Any] = {}
         self.keys: dict[str, list[str]] = {}
