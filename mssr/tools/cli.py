@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from mssr import __version__
-from mssr.config.recipes import SETS
 from mssr.errors import EXIT_FAILURE, EXIT_OK, EXIT_SIGINT, EXIT_USER_ERROR, TrainingError, UserError
 
 OF_THE_TRAINER = frozenset(
@@ -87,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         return command.add_argument
 
     option = add("init", "mssr.config.recipes:init", "write recipes to a directory, to change them")
-    option("name", choices=list(SETS))
+    option("name", choices=["digits", "geometry3k", "paper"])
     option("directory", type=Path, nargs="?", metavar="DIR", help="to write; configs/<name> by default")
 
     _add_training(add)
