@@ -131,9 +131,7 @@ class MSSRTrainer(GRPOTrainer):
         found = super()._get_per_token_logps_and_entropies(*args, **named)
         if (batch := self._in_loss) is not None:
             log_probs, entropy, _ = found
-            old = batch.get(
-                "old_per_token_logps"
-            )  # on policy TRL keeps none, but the KL of the update needs them
+            old = batch.get("old_per_token_logps")  # on policy TRL keeps none, but the KL needs them
             batch.setdefault("log_probs_before", log_probs.detach() if old is None else old)
             if self.args.shaping:  # TRL's loss has asked for the entropies and reads the advantages next
                 batch["advantages"] = self._shaped(batch, entropy.detach().float())
