@@ -78,7 +78,7 @@ def verl(hidden: T, weight: T, targets: T, advantages: T, coef: float) -> T:
 def verl_head() -> Any:
     """Of the one file, without the package, whose import needs much else."""
     name = "verl/utils/experimental/torch_functional.py"
-    path = next(Path(p) / name for p in sys.path if (Path(p) / "verl").is_dir())
+    path = next(file for p in sys.path if (file := Path(p) / name).is_file())
     return runpy.run_path(str(path))["FusedLinearForPPO"]
 
 

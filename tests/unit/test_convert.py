@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,7 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working directory with the reward files, as in a clone of theirs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/user")
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which a reward file's directory is added
     for name, text in REWARDS.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(text)
