@@ -17,6 +17,7 @@ import numpy as np
 from mssr.algorithms import Algorithm, plugins
 from mssr.config import Config, flatten, to_dict
 from mssr.config.options import describe, nearest
+from mssr.errors import TrainingError
 from mssr.models.files import replace_text
 from mssr.runs.jsonl import append_record, read_records, to_lines
 from mssr.trainer.collect import RolloutCollector
@@ -38,6 +39,9 @@ def initialize_values(
     Args:
         note: told how far it is.
         stop: asked between parts whether to stop; what was generated stays in the file.
+
+    Raises:
+        TrainingError: no response has a score.
     """
     n = algorithm.init_rollouts
     file = config.run_dir / FILE
@@ -56,6 +60,8 @@ def initialize_values(
             append_record(file, {"id": prompt_id, "scores": known[prompt_id], "responses": texts})
         note(f"first values: {len(ids) - len(missing) + min(start + part, len(missing))}/{len(ids)} prompts")
     scores = {i: found for i in ids if (found := [s for s in known[i] if s is not None])}
+    if not scores:
+        raise TrainingError("first values: no response of the base model has a score; see events.jsonl")
     successes, trials = np.array([(sum(found), len(found)) for found in scores.values()]).T
     algorithm.initialize(list(scores), successes, trials)
     mean = successes.sum() / trials.sum()

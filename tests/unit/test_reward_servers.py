@@ -477,6 +477,9 @@ def test_first_values_are_of_the_responses_with_a_score(workspace: Workspace, tm
         assert (ids, list(successes), list(trials)) == (["a", "b"], [2, 0], [2, 1])
     assert collector.generate.call_count == 1
     json.loads((tmp_path / "init_rollouts.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)
+    collector.dataset.ids = ["c"]
+    with pytest.raises(TrainingError, match="no response of the base model has a score"):
+        initialize_values(config, algorithm, collector, lambda line: None, lambda: False)
 
 
 @pytest.mark.parametrize(
