@@ -86,7 +86,7 @@ class JudgeInput:
 
     def key(self, model: str, template: str | None = None) -> str:
         """A hash of all that a verdict depends on."""
-        return digest_of(model, template or PROMPT_VERSION, self.question, self.answer, self.response)
+        return digest_of(model, PROMPT_VERSION + (template or ""), self.question, self.answer, self.response)
 
 
 def parse_reply(reply: str) -> bool | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,7 @@ from mssr.rewards.judge import HttpJudge, Judge, JudgeInput, VerdictCache
 from tests.unit.benchmark_data import CASES, T, write_parquet
 from tests.unit.judge_server import Server, serving
 
-pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def server() -> Iterator[tuple[Server, str]]:
-    with serving() as pair:
-        yield pair
-
-
-@pytest.fixture(autouse=True)
-def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in judging.KEY_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_keys")]
 
 
 def http(url: str, **options: Any) -> HttpJudge:

@@ -6,7 +6,6 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,24 +28,11 @@ from mssr.trainer.data import load_data
 from mssr.trainer.initial_values import initialize_values
 from mssr.types import Rollout
 from tests.conftest import Workspace
-from tests.unit.judge_server import Server, serving
+from tests.unit.judge_server import Server
 from tests.unit.reward_lab import write
 from tests.unit.test_reward_rows import access  # noqa: F401 (a fixture)
 
-pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def server() -> Iterator[tuple[Server, str]]:
-    with serving() as pair:
-        yield pair
-
-
-@pytest.fixture(autouse=True)
-def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MSSR_JUDGE_API_KEY", "OPENAI_API_KEY", "MSSR_REWARD_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("no_keys")]
 
 
 def section(name: Any, url: str, **options: Any) -> RewardConfig:

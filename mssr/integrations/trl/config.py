@@ -75,10 +75,8 @@ class MSSRConfig(GRPOConfig):
         _refuse(steps % each, f"{name}={steps} must be a multiple of the {each} updates of a generation")
 
     def _check(self, method: Algorithm) -> None:
-        passes, accumulation = (
-            self.steps_per_generation * self.num_iterations,
-            self.gradient_accumulation_steps,
-        )
+        passes = self.steps_per_generation * self.num_iterations
+        accumulation = self.gradient_accumulation_steps
         _refuse(
             method.kl_source == "last_visit" and self.mask_truncated_completions,
             "mask_truncated_completions=True leaves no log-probs of a cut response, which the drift of its"
