@@ -51,3 +51,8 @@ def test_headings_are_named_as_github_names_them(tmp_path: Path) -> None:
         "# The judge: `--judge`\n## A [link](x.md)\n## No_score?\n## A link\n```\n# no heading\n```\n"
     )
     assert anchors(page) == {"the-judge---judge", "a-link", "no_score", "a-link-1"}
+
+
+def test_the_navigation_has_every_page() -> None:
+    shown = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(shown) == sorted(page.name for page in DOCS.glob("*.md"))
