@@ -26,7 +26,11 @@ environment
 cd "$REPO"
 if (($#)); then exec "$VENV/bin/mkdocs" "$@"; fi
 SECONDS=0
-"$VENV/bin/mkdocs" build --strict --quiet
+# Not --quiet: it would keep warnings from --strict, too.
+if ! "$VENV/bin/mkdocs" build --strict >"$VENV/build.log" 2>&1; then
+    grep -v '^INFO' "$VENV/build.log" >&2
+    die "the site was not made"
+fi
 if grep -rEn --include='*.html' '<(script|link|img|iframe)[^>]+(src|href)="?(https?:)?//' site; then
     die "the site would fetch these from elsewhere"
 fi

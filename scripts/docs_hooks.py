@@ -45,7 +45,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         target = (source.parent / path).resolve()
         if not target.exists():
             return match[0]  # mkdocs says so
-        if target.is_relative_to(DOCS) or target.suffix == ".md":
+        if target.is_file() and (target.is_relative_to(DOCS) or target.suffix == ".md"):
             here = os.path.dirname(page.file.src_uri)
             return f"]({os.path.relpath(_uri(target), here)}{anchor})"
         return f"]({OUTSIDE}{os.path.relpath(target, built.parent)}{anchor})"
