@@ -31,6 +31,7 @@ if ! "$VENV/bin/mkdocs" build --strict >"$VENV/build.log" 2>&1; then
     grep -v '^INFO' "$VENV/build.log" >&2
     die "the site was not made"
 fi
+rm site/404.html # of servers
 if grep -rEn --include='*.html' '<(script|link|img|iframe)[^>]+(src|href)="?(https?:)?//' site; then
     die "the site would fetch these from elsewhere"
 fi

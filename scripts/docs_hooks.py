@@ -38,6 +38,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     source = Path(page.file.abs_src_path)
+    if not source.is_relative_to(DOCS):
+        page.meta["search"] = {"boost": 0.5}  # a page that explains comes before one that measures
     built = Path(config.site_dir, page.file.dest_uri)
 
     def link(match: re.Match[str]) -> str:
