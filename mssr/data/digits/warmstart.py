@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mssr.models.encoded import EncodedPrompt
 
 GUESS_WORD = "guess"
+SHORTCUTS = (GUESS_WORD, "glance")
+"""Words that stand for an answer without steps, here and in the chains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,30 +87,18 @@ def corpus(words: bool = False) -> list[str]:
 
 
 class Encoder:
-    """Turns examples into a model's inputs, exactly as the engine and the actor will see them.
+    """Turns examples into a model's inputs, exactly as the engine and the actor will see them."""
 
-    Args:
-        shortcuts: words that stand for an answer without thought.
-        min_pixels: as in the configs of the task.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        processor: Processor,
-        shortcuts: Sequence[str] = (GUESS_WORD,),
-        min_pixels: int = 3136,
-    ) -> None:
+    def __init__(self, model: Any, processor: Processor) -> None:
         from mssr.data.encoder import PromptEncoder
 
         self.model, self.tokenizer = model, processor.tokenizer
-        self._encoder = PromptEncoder(
-            processor, DataConfig(instruction="", min_pixels=min_pixels, max_pixels=50176)
-        )
+        # As in the configs: no image is smaller.
+        self._encoder = PromptEncoder(processor, DataConfig(instruction="", min_pixels=784, max_pixels=50176))
         # Byte pairs join the bracket and the word: the token that decides to guess reads ">guess".
         self.guess_tokens = [
             i
-            for word in shortcuts
+            for word in SHORTCUTS
             for i in self.response(f"<think>{word}")
             if word in self.tokenizer.decode(i)
         ]
@@ -222,18 +212,28 @@ def _schedule(step: int, total: int) -> float:
     return 0.05 + 0.95 * (0.5 + 0.5 * float(np.cos(np.pi * (step - warmup) / max(1, total - warmup))))
 
 
-def answers(
+def examine(encoder: Encoder, scans: Questions, examples: Sequence[Any], seed: int) -> dict[str, float]:
+    """Shares of the examples: right when ``sampled``, when ``greedy`` and when ``careful``, which is greedy
+    without the shortcuts; and those with bold ``steps`` when sampled."""
+    found = {
+        "sampled": _answers(encoder, scans, examples, seed, greedy=False),
+        "greedy": _answers(encoder, scans, examples, seed),
+        "careful": _answers(encoder, scans, examples, seed, careful=True),
+    }
+    shares = {name: sum(right for _, right in told) / len(told) for name, told in found.items()}
+    return shares | {"steps": sum("**" in text for text, _ in found["sampled"]) / len(examples)}
+
+
+def _answers(
     encoder: Encoder,
     scans: Questions,
     examples: Sequence[Any],
     seed: int,
     greedy: bool = True,
     careful: bool = False,
-    max_tokens: int = 24,
 ) -> list[tuple[str, bool]]:
-    """A response to each of the examples (in an order of its own), ``greedy`` or sampled at temperature 1,
-    and whether it is right. ``careful`` forbids the shortcuts, which leaves the model no other way than to
-    read the digits."""
+    """A response to each of the examples, ``greedy`` or sampled at temperature 1, and whether it is right.
+    ``careful`` forbids the shortcuts, which leaves the model no other way than to read the digits."""
     import torch
 
     found: list[tuple[str, bool]] = []
@@ -250,7 +250,7 @@ def answers(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 **encoder.images(prompts, ids),
-                max_new_tokens=max_tokens,
+                max_new_tokens=48,
                 do_sample=not greedy,
                 suppress_tokens=encoder.guess_tokens if careful else None,
             )
@@ -259,19 +259,6 @@ def answers(
                 boxed = re.search(r"\\boxed\{(\d+)\}", text)
                 found.append((text, boxed is not None and int(boxed[1]) == scans.answer(example)))
     return found
-
-
-def accuracy(
-    encoder: Encoder,
-    scans: Questions,
-    examples: Sequence[Any],
-    seed: int,
-    greedy: bool = True,
-    careful: bool = False,
-) -> float:
-    """Share of the examples answered correctly; see `answers`."""
-    found = answers(encoder, scans, examples, seed, greedy, careful)
-    return sum(right for _, right in found) / len(found)
 
 
 @contextmanager
