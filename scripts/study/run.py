@@ -39,6 +39,7 @@ import yaml  # noqa: E402
 from mssr.errors import UserError  # noqa: E402
 from mssr.models.files import replace_text  # noqa: E402
 from mssr.runs.jsonl import append_record, read_records, to_lines  # noqa: E402
+from scripts.study.records import RECORDS, SELECTION_SEED, own_best_lr, read_all  # noqa: E402
 
 OWN_BEST = "best"
 Train = Callable[[str, Sequence[str], Path], dict[str, Any]]
@@ -85,7 +86,7 @@ def jobs(spec: dict[str, Any]) -> Iterator[Job]:
         )
         return replace(usual, **other)
 
-    for turn, seed in enumerate([spec["selection_seed"], *spec["seeds"]]):
+    for turn, seed in enumerate([SELECTION_SEED, *spec["seeds"]]):
         yield from (job("grid", m, lr, seed) for lr in spec["learning_rates"] for m in methods)
         if turn == 0:
             continue
@@ -107,15 +108,12 @@ class Study:
 
     def __init__(self, queue: Path, records: Path, work: Path, spec: Path, only: str = "*") -> None:
         self.spec = yaml.safe_load(spec.read_text())
-        self.records_dir, self.work, self.only = records, work, only
+        self.records, self.work, self.only = records, work, only
         for directory in (queue.parent, records, work / "locks"):
             directory.mkdir(parents=True, exist_ok=True)
         if not queue.exists():
             replace_text(queue, to_lines(map(asdict, jobs(self.spec))))
         self.queue = [Job(**line) for line in read_records(queue)]
-
-    def records(self) -> list[dict[str, Any]]:
-        return [record for path in sorted(self.records_dir.glob("*.jsonl")) for record in read_records(path)]
 
     def failed(self) -> Counter[str]:
         """How often each job has."""
@@ -125,14 +123,10 @@ class Study:
 
     def state(self) -> tuple[list[Job], list[Job], list[Job]]:
         """Jobs that are done, that are left, and that wait for the choice of a learning rate."""
-        try:
-            from scripts.study.records import own_best_lr
-        except ImportError:  # not there yet
-            own_best_lr = lambda records, method: None  # noqa: E731
-        records = self.records()
+        records = read_all(self.records)
         named = {record["job"] for record in records}
         ended = named | self.failed().keys()
-        chooses = [j for j in self.queue if (j.part, j.seed) == ("grid", self.spec["selection_seed"])]
+        chooses = [j for j in self.queue if (j.part, j.seed) == ("grid", SELECTION_SEED)]
         undecided = {job.method for job in chooses if job.name not in ended}
         best = {j.method: own_best_lr(records, j.method) for j in chooses if j.method not in undecided}
         known: dict[str, Job] = {}
@@ -187,7 +181,7 @@ class Study:
             pass
 
     def _run_one(self, job: Job, train: Train, tell: Callable[[str], None]) -> None:
-        if job.name in {record["job"] for record in self.records()}:
+        if job.name in {record["job"] for record in read_all(self.records)}:
             return  # another process has done it meanwhile
         start, directory = time.monotonic(), self.work / flat(job.name)
         shutil.rmtree(directory, ignore_errors=True)  # of one that was killed
@@ -213,7 +207,7 @@ class Study:
         record = {"job": job.name, "setting": Path(self.spec["config"]).stem, "lr": float(job.lr)}
         record |= {key: getattr(job, key) for key in ("part", "base", "method", "label", "seed")}
         record["overrides"] = dict(one.split("=", 1) for one in job.overrides)
-        path = self.records_dir / f"{job.part}.jsonl"
+        path = self.records / f"{job.part}.jsonl"
         with held(self.work / "locks" / path.name, wait=True):
             before = path.read_text() if path.exists() else ""
             replace_text(path, before + to_lines([record | provenance() | result]))
@@ -257,7 +251,7 @@ def show(study: Study) -> None:
     """What is done and left, by part, and how long that takes."""
     state, failed, hours = study.state(), study.failed(), 0.0
     seconds: dict[str, list[float]] = {}
-    for record in study.records():
+    for record in read_all(study.records):
         for part in (record["part"], "any"):
             seconds.setdefault(part, []).append(record["wall_s"])
     for part in dict.fromkeys(job.part for job in study.queue):
@@ -276,7 +270,7 @@ def main() -> int:
     parser.add_argument("command", choices=("queue", "list", "run", "all"))
     parser.add_argument("--only", default="*", help="jobs whose name matches: 'grid/*/3e-4/*'")
     parser.add_argument("--queue", type=Path, default=ROOT / "runs/study/queue.jsonl")
-    parser.add_argument("--records", type=Path, default=HERE / "records", help="directory")
+    parser.add_argument("--records", type=Path, default=RECORDS, help="directory")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run")
     parser.add_argument("--retry", action="store_true", help="what failed once, too")
     asked = parser.parse_args()
