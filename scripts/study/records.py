@@ -47,7 +47,7 @@ def read_all(directory: Path = RECORDS) -> list[dict[str, Any]]:
 
 
 def own_best_lr(records: Iterable[Record], method: str) -> float | None:
-    """The rate of the grid at which a method is best with the selection seed: by its mean validation accuracy.
+    """The rate of the grid with a method's highest mean validation accuracy, by the selection seed.
 
     The mean is over the run's validations, so it counts how fast and how high. Of equal rates the lowest.
     None where no such run is there; a rate without one is not chosen.
