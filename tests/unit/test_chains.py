@@ -29,7 +29,6 @@ SMALL = ChainsSettings(
     ability_steps=2,
     habit_steps=2,
     batch_size=4,
-    habits={name: task.HABITS[name] for name in ("habit", "rare")},
 )
 
 
@@ -134,18 +133,15 @@ def test_the_same_seed_gives_the_same_bytes_and_the_bases_differ(
     assert main(["prepare", "chains", "--out", str(tmp_path)]) == 0
     assert "habit is right" in capsys.readouterr().err
     weights = {}
-    for name in ("train.parquet", "val.parquet", *(f"bases/{b}/model.safetensors" for b in SMALL.habits)):
+    for name in ("train.parquet", "val.parquet", *(f"bases/{b}/model.safetensors" for b in task.HABITS)):
         weights[name] = (tmp_path / name).read_bytes()
         assert weights[name] == (made / name).read_bytes()
-    assert len(set(weights.values())) == 4
+    assert len(set(weights.values())) == 5
     assert main(["prepare", "chains", "--out", str(made)]) == 0
     assert "up to date" in capsys.readouterr().err
     summary = json.loads((made / "prepare.json").read_text())
-    assert (
-        set(summary["accuracy"]) == set(SMALL.habits)
-        and "- rare: sampled" in (made / "README.md").read_text()
-    )
-    models = [f"bases/{name}" for name in SMALL.habits]
+    assert set(summary["accuracy"]) == set(task.HABITS)
+    models = [f"bases/{name}" for name in task.HABITS]
     assert prepared.is_complete(tmp_path, summary["fingerprint"], models)
     (tmp_path / "bases/rare/tokenizer.json").unlink()
     assert not prepared.is_complete(tmp_path, summary["fingerprint"], models)
