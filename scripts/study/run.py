@@ -211,8 +211,8 @@ class Study:
         tasks = {record["task"] for record in read_all(self.records) if record["base"] == job.base}
         if tasks - {result["task"]}:
             raise UserError(
-                f"{job.name} is of the task {result['task']}, and what {self.records} has of the base {job.base} of "
-                f"{tasks}, which cannot be compared; move the records away, or prepare their task again"
+                f"{job.name} is of the task {result['task']} and the records in {self.records} are of {tasks}, "
+                "which cannot be compared; move them away, or prepare their task again"
             )
         record = {"job": job.name, "setting": Path(self.spec["config"]).stem, "lr": float(job.lr)}
         record |= {key: getattr(job, key) for key in ("part", "base", "method", "label", "seed")}
