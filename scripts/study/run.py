@@ -211,7 +211,7 @@ class Study:
         tasks = {record["task"] for record in read_all(self.records) if record["base"] == job.base}
         if tasks - {result["task"]}:
             raise UserError(
-                f"{job.name} is of the task {result['task']} and the records in {self.records} are of {tasks}, "
+                f"{job.name} is of the task {result['task']} and {self.records} has runs of {tasks}, "
                 "which cannot be compared; move them away, or prepare their task again"
             )
         record = {"job": job.name, "setting": Path(self.spec["config"]).stem, "lr": float(job.lr)}
