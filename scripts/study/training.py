@@ -74,7 +74,7 @@ class CountingScorer(Scorer):
         found = self._score(item.whole, item.answer)
         assert isinstance(found, RewardResult)
         future: Future[Outcome] = Future()
-        future.set_result(RewardResult(found.score, found.parts | reasoning(item.response)))
+        future.set_result(RewardResult(found.score, {**found.parts, **reasoning(item.response)}))
         return [future]
 
     def outcome(self, item: RewardInput, outcomes: Sequence[Outcome]) -> Outcome:
