@@ -94,6 +94,12 @@ class Runs:
         found = {} if chosen is None else self._found.get((pool, label, chosen), {})
         return dict(sorted(found.items()))
 
+    def selection(self, label: str, lr: float) -> Record | None:
+        """The run that its method's own best rate is chosen by."""
+        found = ((r["part"], r["label"], r["lr"], r["seed"]) for r in self.records)
+        asked = ("grid", label, lr, SELECTION_SEED)
+        return next((r for r, key in zip(self.records, found, strict=True) if key == asked), None)
+
 
 # What is measured in a run
 
