@@ -288,12 +288,12 @@ def main() -> int:
     if asked.command == "all":
         prepare = [sys.executable, "-m", "mssr.tools.cli", "prepare", "chains", "--out", "data/chains"]
         subprocess.run(prepare, check=True)
-    from scripts.study.training import StoppedError, train
+    from scripts.study.training import train
 
     provenance()
     try:
         study.run(train, asked.retry, lambda line: print(time.strftime("%H:%M:%S"), line, flush=True))
-    except StoppedError:
+    except KeyboardInterrupt:
         return 130
     if asked.command == "all":
         subprocess.run([sys.executable, str(HERE / "report.py")], check=True)

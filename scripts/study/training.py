@@ -11,6 +11,7 @@ from typing import Any
 
 from mssr.cluster.local import LocalCluster
 from mssr.config import Config
+from mssr.errors import StopRequestedError
 from mssr.evaluation.statistics import bolded_steps
 from mssr.rewards import RewardInput, RowAccess, Scorer, check
 from mssr.rewards.base import Outcome, RewardResult
@@ -44,10 +45,6 @@ CURVES = {
 PHASES = ("step", "rollout", "reward", "score", "update", "sync")
 SAMPLES = 8
 """Responses a validation prompt at the end."""
-
-
-class StoppedError(Exception):
-    """SIGINT or SIGTERM came; the run has no record."""
 
 
 class CountingScorer(Scorer):
@@ -93,7 +90,7 @@ def train(config_file: str, overrides: Sequence[str], directory: Path) -> dict[s
 
     Raises:
         UserError: the config does not load, or data or base are not there.
-        StoppedError: the user wants to stop.
+        KeyboardInterrupt: SIGINT or SIGTERM came.
     """
     config = load_config(config_file, [*overrides, *ALONE, f"trainer.run_dir={directory}"])
     with prepare_run_directory(config), captured_output(directory / "logs" / "driver.log") as terminal:
@@ -108,14 +105,16 @@ def train(config_file: str, overrides: Sequence[str], directory: Path) -> dict[s
                 scorer = CountingScorer(config, data.access)
                 trainer = Trainer(run, data.train.dataset, data.val, scorer, cluster)
                 trainer.run()
-                if stop.requested:
-                    raise StoppedError
                 # The policy as it is now, sampled.
                 (prompts,) = data.val
                 several = replace(prompts, set=replace(prompts.set, n=SAMPLES, temperature=1.0))
                 _, _, sampled = trainer.validation.ask(several)
+            except StopRequestedError:
+                raise KeyboardInterrupt from None
             finally:
                 cluster.shutdown()
+            if stop.requested:
+                raise KeyboardInterrupt
     parts = {"steps": config.trainer.steps, "rollouts": config.rollout.rollouts_per_step}
     parts |= {"updates": config.actor.updates_per_step}
     return parts | measured(read_records(log.path), sampled)
