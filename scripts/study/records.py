@@ -63,7 +63,8 @@ def own_best_lr(records: Iterable[Record], method: str) -> float | None:
 class Runs:
     """The runs that are compared, by what they are runs of.
 
-    Grid and controls are one pool ("grid"): a control stands beside its method. Other parts are their own.
+    Grid and controls are one pool, "grid": a control stands beside its method. Other parts are their own, as
+    are the runs that choose a learning rate, "selection".
 
     Raises:
         ValueError: the runs of a pool have different budgets, so that they cannot be compared.
@@ -83,22 +84,16 @@ class Runs:
                 raise ValueError(f"{record['job']} has the budget {budget} and others {budgets[pool]}")
             if record["label"] not in self.own:
                 self.own[record["label"]] = own_best_lr(records, record["method"])
-            if record["seed"] != SELECTION_SEED:
-                found = self._found.setdefault((pool, record["label"], record["lr"]), {})
-                if found.setdefault(record["seed"], record) is not record:
-                    raise ValueError(f"{record['job']} and {found[record['seed']]['job']} are the same run")
+            pool = "selection" if record["seed"] == SELECTION_SEED else pool
+            found = self._found.setdefault((pool, record["label"], record["lr"]), {})
+            if found.setdefault(record["seed"], record) is not record:
+                raise ValueError(f"{record['job']} and {found[record['seed']]['job']} are the same run")
 
     def of(self, label: str, lr: float | None = None, pool: str = "grid") -> dict[int, Record]:
         """Runs by seed; lr None is the own best rate."""
         chosen = self.own.get(label) if lr is None else lr
         found = {} if chosen is None else self._found.get((pool, label, chosen), {})
         return dict(sorted(found.items()))
-
-    def selection(self, label: str, lr: float) -> Record | None:
-        """The run that its method's own best rate is chosen by."""
-        found = ((r["part"], r["label"], r["lr"], r["seed"]) for r in self.records)
-        asked = ("grid", label, lr, SELECTION_SEED)
-        return next((r for r, key in zip(self.records, found, strict=True) if key == asked), None)
 
 
 # What is measured in a run

@@ -105,14 +105,25 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    claim: str
+    text: str
     decides: list[Effect]
     beside: list[Effect] = field(default_factory=list)
+    option: str = ""
+    """The default that rests on it."""
 
     def verdict(self, runs: Runs, lr: float | None) -> str:
         """It does not hold where one of the deciding effects does not, and holds where all do."""
         found = {effect.verdict(runs, lr) for effect in self.decides}
         return next(word for word in ("does not hold", "not run", "not decided", "holds") if word in found)
+
+    def follows(self, runs: Runs) -> str:
+        """For the option, from the verdicts at the own best and at the highest rate."""
+        found = {self.verdict(runs, None), self.verdict(runs, RATES[-1])} - {"not run"}
+        if not found:
+            return "not run"
+        if "does not hold" in found:
+            return "it depends on the learning rate" if "holds" in found else "the alternative is better"
+        return "it stays" if "holds" in found else "it stays, as nothing speaks against it"
 
     def rates(self, runs: Runs) -> list[float | None]:
         """Those at which an effect was run."""
@@ -128,7 +139,9 @@ def claims(file: Path = HERE / "claims.yaml") -> dict[str, dict[str, Claim]]:
 
     return {
         group: {
-            key: Claim(one["claim"], effects(one["decides"]), effects(one.get("beside", [])))
+            key: Claim(
+                one["claim"], effects(one["decides"]), effects(one.get("beside", [])), one.get("option", "")
+            )
             for key, one in found.items()
         }
         for group, found in yaml.safe_load(file.read_text()).items()
@@ -172,6 +185,11 @@ def steps_to(found: Sequence[Record], level: float, seconds: float = 1.0) -> str
     return typical([study.reach(run["curves"]["accuracy"], level) for run in found], seconds)
 
 
+def less(runs: Runs, label: str, other: str) -> str:
+    """Difference of mean accuracies, both at their own best rates."""
+    return "" if label == other else Effect("", "mean", label, other).shown(runs, None)
+
+
 def steps_to_best_of(runs: Runs, label: str, other: str) -> str:
     """Of another method's run with the same seed, both at their own best rates."""
     levels = {seed: study.best(run) for seed, run in runs.of(other).items()}
@@ -181,21 +199,6 @@ def steps_to_best_of(runs: Runs, label: str, other: str) -> str:
 
 def share(found: Sequence[Record], measure: str) -> Estimate:
     return study.wilson(sum(bool(MEASURES[measure](run)) for run in found), len(found))
-
-
-def facts(records: Sequence[Record]) -> dict[str, Any]:
-    """What was run, on what."""
-    grid = [record for record in records if record["part"] == "grid"]
-    return {
-        "runs": len(records),
-        "hours": sum(record["wall_s"] for record in records) / 3600,
-        "seconds": median(record["wall_s"] for record in grid),
-        "machines": sorted({record["machine"] for record in records}),
-        "commits": sorted({record["commit"] for record in records}),
-        "versions": sorted({f"{k} {v}" for record in records for k, v in record["versions"].items()}),
-        "budget": {key: grid[0][key] for key in ("steps", "rollouts", "updates")},
-        "seeds": sorted({record["seed"] for record in grid} - {study.SELECTION_SEED}),
-    }
 
 
 def dots(runs: Runs, methods: Sequence[str], ours: Mapping[str, Claim]) -> dict[str, figures.Dots]:
@@ -229,12 +232,13 @@ def render(records: Sequence[Record]) -> dict[str, str]:
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    if not any(record["part"] == "grid" for record in records):
+    grid = [record for record in records if record["part"] == "grid"]
+    if not grid:
         raise ValueError("there is no run of the part grid; python scripts/study/run.py all makes them")
     runs, spec, found = Runs(records), yaml.safe_load((HERE / "study.yaml").read_text()), claims()
     methods, seconds = list(spec["methods"]), study.seconds_a_step(records)
     drawn = figures.draw(runs, RATES, seconds, dots(runs, methods, found["ours"]))
-    functions = (rate, average, spread, count, share, steps_to, steps_to_best_of)
+    functions = (rate, average, spread, count, share, steps_to, steps_to_best_of, less)
     environment = Environment(
         loader=FileSystemLoader(HERE), undefined=StrictUndefined, keep_trailing_newline=True
     )
@@ -243,8 +247,8 @@ def render(records: Sequence[Record]) -> dict[str, str]:
     document = environment.get_template("study.md.jinja").render(
         {function.__name__: function for function in functions},
         runs=runs, spec=spec, claims=found, methods=methods, labels=[*methods, *spec["controls"]],
-        rates=RATES, seconds={label: seconds.get(label) for label in methods}, facts=facts(records),
-        figures=drawn, study=study,
+        rates=RATES, seconds={label: seconds.get(label) for label in methods}, figures=drawn, study=study,
+        grid=grid,
     )  # fmt: skip
     return {DOCUMENT: document} | {f"{FIGURES}/{name}.svg": text for name, text in drawn.items()}
 
@@ -256,8 +260,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT, records: Pat
     files = render(study.read_all(records))
     stale = {path.relative_to(root).as_posix() for path in (root / FIGURES).glob("*")} - files.keys()
     if asked.check:
-        wrong = {name for name, text in files.items() if not is_text(root / name, text)} | stale
-        for name in sorted(wrong):
+        there = {name: (root / name).read_text() for name in files if (root / name).is_file()}
+        wrong = sorted(stale | {name for name, text in files.items() if there.get(name) != text})
+        for name in wrong:
             print(
                 f"{name} is not as the records have it; run python scripts/study/report.py", file=sys.stderr
             )
@@ -266,12 +271,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT, records: Pat
     for name in stale:
         (root / name).unlink()
     for name, text in files.items():
-        (root / name).write_text(text, encoding="utf-8")
+        (root / name).write_text(text)
     return 0
-
-
-def is_text(path: Path, text: str) -> bool:
-    return path.is_file() and path.read_text(encoding="utf-8") == text
 
 
 if __name__ == "__main__":
