@@ -26,7 +26,7 @@ LAST = 10
 COLLAPSE = 0.15
 """A run has collapsed where its end is so far below its best."""
 ESCAPED = 0.5
-"""A run has left the local optimum where at its end this share of responses write their steps down."""
+"""A run has left the local optimum where at its end this share of responses have steps."""
 
 Record = Mapping[str, Any]
 

@@ -55,6 +55,8 @@ MEASURES: dict[str, Callable[[Record], float]] = {
     "val": lambda run: run["final"]["val"],
     "pass@8": lambda run: run["final"]["pass@8"],
     "bold": lambda run: run["final"]["bold"],
+    "first": lambda run: run["curves"]["accuracy"][0],
+    "first_careful": lambda run: run["curves"]["careful"][0],
     "choice": lambda run: fmean(run["curves"]["val"]["accuracy"]),
 }
 RATIOS: dict[str, Callable[[Record, Record], float]] = {"speed": speed, "speed80": partial(speed, level=0.8)}
