@@ -207,6 +207,31 @@ def test_a_claim_holds_where_all_its_effects_do() -> None:
         assert Claim("", effects).verdict(runs, 3e-4) == verdict
 
 
+@pytest.mark.parametrize(
+    ("second", "follows"),
+    [
+        # MVSR's accuracy at its own best rate, 1e-4, and at 3e-4; MSSR's is .5 .6 .7 at both.
+        ([[0.4, 0.5, 0.6], [0.4, 0.5, 0.6]], "it stays"),
+        ([[0.4, 0.5, 0.6], [0.1, 0.6, 0.9]], "it stays"),
+        ([[0.1, 0.6, 0.9], [0.1, 0.6, 0.9]], "it stays, as nothing speaks against it"),
+        ([[0.6, 0.7, 0.8], [0.1, 0.6, 0.9]], "the alternative is better"),
+        ([[0.6, 0.7, 0.8], [0.4, 0.5, 0.6]], "it depends on the learning rate"),
+        ([[], []], "not run"),
+    ],
+)
+def test_what_follows_for_a_default(second: list[list[float]], follows: str) -> None:
+    runs = [record(label, 1e-4, seed=100) for label in ("mssr", "mvsr")]
+    for lr, accuracies in zip((1e-4, 3e-4), second, strict=True):
+        runs += pair([0.5, 0.6, 0.7], accuracies, lr)
+    assert Claim("", [Effect("", "mean", "mssr", "mvsr")]).follows(Runs(runs)) == follows
+
+
+def test_a_median_counts_runs_that_never_get_there() -> None:
+    assert report.typical([3, 9, 5]) == "5"
+    assert report.typical([3, None, 9, 5, None], seconds=2.0) == "18 (3 of 5)"
+    assert report.typical([3, None, None]) == "– (1 of 3)"
+
+
 def test_every_claim_is_about_something_that_the_study_runs() -> None:
     spec = yaml.safe_load((report.HERE / "study.yaml").read_text())
     labels = spec["methods"].keys() | spec["controls"].keys()
@@ -251,3 +276,9 @@ def test_the_document_says_what_the_records_say(
     assert report.main(["--check"], tmp_path, records) == 1
     named = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
     assert named == ["docs/study.md", "docs/study/old.svg", "docs/study/rates.svg"]
+
+
+def test_the_committed_document_is_that_of_the_committed_records(capsys: pytest.CaptureFixture[str]) -> None:
+    if not any(study.RECORDS.glob("*.jsonl")):
+        pytest.skip("the study was not run yet")
+    assert report.main(["--check"]) == 0, capsys.readouterr().err
