@@ -114,7 +114,10 @@ def _own_best(runs: Runs, seconds: Mapping[str, float]) -> Any:
     steps, time = figure.subplots(1, 2, sharey=True)
     for index, label in enumerate(labels):
         found = runs.of(label).values()
-        style = {"color": COLORS[index % len(COLORS)], "linestyle": "-" if index < len(COLORS) else "--"}
+        style: dict[str, Any] = {
+            "color": COLORS[index % len(COLORS)],
+            "linestyle": "-" if index < len(COLORS) else "--",
+        }
         _line(steps, found, "accuracy", False, label=label, **style)
         if label in seconds:
             _line(time, found, "accuracy", False, seconds[label], **style)
@@ -141,7 +144,7 @@ def _dots(name: str, series: Mapping[str, Mapping[str, Estimate | None]]) -> Any
             [max(0.0, e.value - e.low) for _, e in points],
             [max(0.0, e.high - e.value) for _, e in points],
         ]
-        style = {"fmt": "o", "color": COLORS[index], "markersize": 3, "linewidth": 1}
+        style: dict[str, Any] = {"fmt": "o", "color": COLORS[index], "markersize": 3, "linewidth": 1}
         axis.errorbar([one.value for _, one in points], y, xerr=errors, label=label, **style)
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel=name, ylim=(len(names) - 0.5, -0.5))

@@ -246,6 +246,7 @@ def test_every_claim_is_about_something_that_the_study_runs() -> None:
             # The size that is called a collapse is the same in every claim.
             assert effect.measure in report.RATIOS or abs(effect.above) in (0, study.COLLAPSE)
     assert set(map(float, spec["learning_rates"])) == set(report.RATES)
+    assert report.POOLS["published"] == (float(spec["published"]["lr"]),)
     assert set(chain(*figures.FAMILIES.values())) == spec["methods"].keys()
 
 
