@@ -10,6 +10,7 @@ from mssr.errors import UserError, did_you_mean, first_line
 RECIPES = Path(__file__).parents[1] / "recipes"
 SETS = {
     "digits": "mssr prepare digits --out data/digits, and mssr train {}/mssr.yaml",
+    "chains": "mssr prepare chains --out data/chains, and mssr train {}/stress.yaml",
     "geometry3k": "mssr plan {}/qwen2_5_vl_3b.yaml --gpus 8xH100-80GB, and mssr train in place of plan",
     "paper": "mssr train {}/qwen2_5_vl_3b/mssr.yaml",
 }

@@ -58,11 +58,14 @@ def is_there(name: str) -> bool:
     """
     path = Path(name)
     if not path.exists() and (path.is_absolute() or name.count("/") != 1 or name.startswith(".")):
-        # The embedded task, as the recipes name its directories: data/digits, data/digits-<family>.
+        # The embedded tasks, as the recipes name their directories: data/digits, data/digits-<family>.
         task, _, family = path.parent.name.partition("-")
-        how = f"; mssr prepare digits --out {path.parent}{family and f' --model {family}'} makes it"
-        of_ours = (task, path.name) == ("digits", "model")
-        raise UserError(f"model.path: directory {name} does not exist{how if of_ours else ''}")
+        how = ""
+        if (task, path.name) == ("digits", "model"):
+            how = f"; mssr prepare digits --out {path.parent}{family and f' --model {family}'} makes it"
+        elif path.parts[-3:-1] == ("chains", "bases"):
+            how = f"; mssr prepare chains --out {path.parents[1]} makes it"
+        raise UserError(f"model.path: directory {name} does not exist{how}")
     return path.exists()
 
 

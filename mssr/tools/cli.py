@@ -55,11 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(task: str, **options: Any) -> None:
-    """`mssr prepare`; see `mssr.data.digits.prepare`."""
-    from mssr.data import digits
+    """`mssr prepare`; see `mssr.data.digits.prepare` and `mssr.data.chains.prepare`."""
+    from mssr.data import chains, digits
 
-    assert task == "digits"
-    digits.prepare(**options)
+    {"digits": digits, "chains": chains}[task].prepare(**options)
 
 
 def evaluate(benchmarks: str, **options: Any) -> int:
@@ -86,12 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         return command.add_argument
 
     option = add("init", "mssr.config.recipes:init", "write recipes to a directory, to change them")
-    option("name", choices=["digits", "geometry3k", "paper"])
+    option("name", choices=["digits", "chains", "geometry3k", "paper"])
     option("directory", type=Path, nargs="?", metavar="DIR", help="to write; configs/<name> by default")
 
     _add_training(add)
-    option = add("prepare", "mssr.tools.cli:prepare", "make the embedded task: data and base model")
-    option("task", choices=["digits"])
+    option = add("prepare", "mssr.tools.cli:prepare", "make an embedded task: data and base models")
+    option("task", choices=["digits", "chains"])
     option("--out", type=Path, required=True, help="directory to write")
     option("--seed", type=int, default=0)
     option(

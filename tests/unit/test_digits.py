@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mssr.config import ModelConfig
+from mssr.data import prepared
 from mssr.data.digits import DigitsSettings, WarmStartSettings, prepare, task
 from mssr.data.digits.rows import (
     KINDS,
@@ -253,7 +254,7 @@ def test_training_sees_the_prompts_that_the_engine_will_see(
     responses = ["<think>guess</think>\\boxed{1}", *(response_text("sum", d, 9) for d in range(4))]
     prompts = encoder.prompts(scans, examples)
     with torch.no_grad():
-        batch = encoder.loss(scans, examples, responses).item()
+        batch = encoder.loss(prompts, responses).item()
         total, tokens = 0.0, 0
         # The loss of the padded batch is the mean of transformers' own losses.
         for example, prompt, response in zip(examples, prompts, responses, strict=True):
@@ -325,7 +326,7 @@ def test_prepare_caches_and_rebuilds_what_is_stale_or_incomplete(
     prepare(out, seed=0, quiet=True, settings=SMALL)
     assert capfd.readouterr() == ("", "")
     files = {path.name for path in out.iterdir()}
-    assert files == {"train.parquet", "val.parquet", "README.md", "prepare.json", "model", task.LOCK}
+    assert files == {"train.parquet", "val.parquet", "README.md", "prepare.json", "model", prepared.LOCK}
     summary = json.loads((out / "prepare.json").read_text())
     assert summary["seed"] == 0 and summary["rows"] == {"train": 12, "val": 6}
     assert set(summary["accuracy"]) == {"sampled", "greedy", "careful"}
@@ -344,10 +345,10 @@ def test_prepare_caches_and_rebuilds_what_is_stale_or_incomplete(
 
     # As if killed while writing: a piece of the model is missing, scraps are left behind.
     (out / "model/model.safetensors").unlink()
-    (out / task.PARTIAL).mkdir()
-    (out / task.PARTIAL / "scrap").write_text("x")
+    (out / prepared.PARTIAL).mkdir()
+    (out / prepared.PARTIAL / "scrap").write_text("x")
     prepare(out, seed=0, quiet=True, settings=SMALL)
-    assert built == [0] and not (out / task.PARTIAL).exists()
+    assert built == [0] and not (out / prepared.PARTIAL).exists()
     assert (out / "model/model.safetensors").read_bytes() == weights
 
     (out / "notes.txt").write_text("mine")
@@ -373,9 +374,9 @@ def test_every_family_can_be_prepared(model_type: str, tmp_path: Path) -> None:
         summary["model_type"] == model_type
         and f"a {model_type} model" in (tmp_path / "README.md").read_text()
     )
-    assert task.is_complete(tmp_path, summary["fingerprint"])
+    assert prepared.is_complete(tmp_path, summary["fingerprint"])
     (tmp_path / "model/tokenizer.json").unlink()
-    assert not task.is_complete(tmp_path, summary["fingerprint"])
+    assert not prepared.is_complete(tmp_path, summary["fingerprint"])
 
 
 def test_what_was_prepared_before_there_were_other_families_stays_valid() -> None:
@@ -404,7 +405,7 @@ def test_a_build_that_fails_leaves_the_old_task_usable(
     monkeypatch.setattr(task, "_build", broken)
     with pytest.raises(OSError, match="disk full"):
         prepare(out, seed=1, quiet=True, settings=SMALL)
-    assert task.is_complete(out, task.fingerprint(0, SMALL)) and not (out / task.PARTIAL).exists()
+    assert prepared.is_complete(out, task.fingerprint(0, SMALL)) and not (out / prepared.PARTIAL).exists()
 
 
 def _fake_build(folder: Path, *_: Any) -> dict[str, Any]:
@@ -413,7 +414,7 @@ def _fake_build(folder: Path, *_: Any) -> dict[str, Any]:
         "train.parquet",
         "val.parquet",
         "README.md",
-        *(f"model/{file}" for file in task.MODEL_FILES),
+        *(f"model/{file}" for file in prepared.MODEL_FILES),
     ):
         (folder / name).write_text("")
     return {"accuracy": {"sampled": 0.3, "careful": 0.9}}

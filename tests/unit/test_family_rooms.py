@@ -20,7 +20,7 @@ NAMES = re.compile(r"qwen|deepstack|visual|comparison: ", re.IGNORECASE)
 KNOWN = {
     "models/tiny.py": "Qwen2Tokenizer",  # of all of them
     "data/encoder.py": "qwen_vl_utils",  # resizes images for all of them
-    "data/digits/task.py": "qwen2_5_vl",  # of the embedded task unless another is asked for
+    "data/prepared.py": "qwen2_5_vl",  # of an embedded task unless another is asked for
     "tools/cli.py": "qwen2_5_vl|qwen_vl_utils",  # likewise; the package is one of the trainer's
     "config/recipes.py": "qwen2_5_vl",  # in names of recipes
     "tools/convert_options.py": "^visual$",  # in names of modules, in others' configs

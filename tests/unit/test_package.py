@@ -175,6 +175,7 @@ def test_init_writes_a_set_that_works_where_it_is(
         ("digits", "mssr prepare digits --out data/digits makes it"),
         ("digits/qwen3_vl", "mssr prepare digits --out data/digits-qwen3_vl --model qwen3_vl makes it"),
         ("digits/text", "mssr prepare digits --out data/digits-qwen3 --model qwen3 makes it"),
+        ("chains/stress", "mssr prepare chains --out data/chains makes it"),
     ],
 )
 def test_without_its_data_a_recipe_says_how_to_make_it(

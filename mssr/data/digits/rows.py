@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -156,7 +157,7 @@ def pair_image(scans: Scans, left: int, right: int) -> npt.NDArray[np.uint8]:
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 
-def write_parquet(scans: Scans, examples: list[Example], path: Path) -> None:
+def write_parquet(scans: Any, examples: Sequence[Any], path: Path) -> None:
     """Write ``id, images, problem, answer, kind`` as ``datasets`` reads them; ``images`` is a list of one
     PNG, embedded, and ``problem`` starts with the mark ``<image>``. Digits in words have no images."""
     import pyarrow.parquet as pq

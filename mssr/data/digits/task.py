@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-import sys
-import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import mssr
 from mssr.config import ModelConfig
+from mssr.data import prepared
 from mssr.data.digits.rows import draw_examples, load_scans, write_parquet
 from mssr.data.digits.warmstart import (
     Encoder,
     WarmStartSettings,
-    accuracy,
     corpus,
+    examine,
     torch_threads,
     warm_start,
 )
+from mssr.data.prepared import MODEL_TYPE, say
 from mssr.errors import UserError
 from mssr.models.families import FAMILIES
 from mssr.models.loading import load_processor
@@ -32,15 +27,6 @@ from mssr.models.tiny import TinySize, build_tiny, save_quietly
 
 TASK_VERSION = 1
 """Raised whenever the same seed and settings would give other rows or another model."""
-
-LOCK = ".prepare.lock"
-PARTIAL = ".prepare.partial"
-SUMMARY = "prepare.json"
-PRODUCTS = ("train.parquet", "val.parquet", "README.md", "model")
-IMAGES_ONLY = "processor_config.json"
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", IMAGES_ONLY)
-MODEL_TYPE = "qwen2_5_vl"
-"""Family of the base model unless another is asked for."""
 
 README = """# digits
 
@@ -89,9 +75,7 @@ def prepare(
 
     Takes about a minute and a half on two cores. Returns at once when ``out`` already holds the task
     of this seed, settings, family and `TASK_VERSION`; rebuilds it when it is of another kind or incomplete.
-    Everything is made in a folder beside and moved into place at the end, so what is there is complete.
-    Two processes may prepare the same ``out``: the second waits and finds the work done. Progress goes
-    to stderr, unless ``quiet``.
+    See `mssr.data.prepared.fill`. Progress goes to stderr, unless ``quiet``.
 
     Args:
         model_type: family of the base model; one that takes text only gets the digits in words.
@@ -100,61 +84,34 @@ def prepare(
         UserError: there is no such family; ``out`` is no directory, cannot be written, or holds such files of
             somebody else.
     """
-    from filelock import FileLock
-
     out, settings = Path(out), settings or DigitsSettings()
     if seed < 0:
         raise UserError(f"seed={seed}: must be 0 or more")
     if model_type not in FAMILIES:
         raise UserError(f"--model {model_type}: one of {', '.join(FAMILIES)}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _refuse_foreign_files(out)
-        (out / LOCK).touch()
-    except OSError as error:
-        raise UserError(f"cannot prepare the digits in {out}: {error.strerror or error}") from error
+
+    def build(folder: Path) -> dict[str, Any]:
+        return _build(folder, seed, quiet, settings, model_type)
+
     key = fingerprint(seed, settings, model_type)
-    with FileLock(out / LOCK):
-        if is_complete(out, key):
-            _say(quiet, f"digits: {out} is up to date (seed {seed})")
-            return
-        partial = out / PARTIAL
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            summary = _build(partial, seed, quiet, settings, model_type) | {"fingerprint": key}
-            (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-            _publish(partial, out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    sampled, careful = summary["accuracy"]["sampled"], summary["accuracy"]["careful"]
-    _say(quiet, f"digits: {settings.train_rows} + {settings.val_rows} rows and the base model are in {out}")
-    _say(quiet, f"digits: the model is right {sampled:.0%} of the time, {careful:.0%} if it looks")
+    summary = prepared.fill(out, "digits", ["model"], key, build, quiet)
+    if summary is not None:
+        sampled, careful = summary["accuracy"]["sampled"], summary["accuracy"]["careful"]
+        rows = f"{settings.train_rows} + {settings.val_rows} rows"
+        say(quiet, f"digits: {rows} and the base model are in {out}")
+        say(quiet, f"digits: the model is right {sampled:.0%} of the time, {careful:.0%} if it looks")
 
 
 def fingerprint(seed: int, settings: DigitsSettings, model_type: str = MODEL_TYPE) -> str:
-    """What the files depend on, hashed: task version, seed, settings (not the number of threads), family."""
+    """Of task version, seed, settings (not the number of threads) and family."""
     content = asdict(settings) | {"threads": None, "seed": seed, "version": TASK_VERSION}
     if model_type != MODEL_TYPE:  # what was prepared before there were others stays valid
         content["model_type"] = model_type
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def is_complete(out: Path, key: str) -> bool:
-    """Whether ``out`` holds all files of the task with this fingerprint."""
-    try:
-        summary = json.loads((out / SUMMARY).read_text())
-        found, family = summary["fingerprint"], FAMILIES[summary.get("model_type", MODEL_TYPE)]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    model_files = [name for name in MODEL_FILES if family.tower_name or name != IMAGES_ONLY]
-    files = [out / name for name in PRODUCTS] + [out / "model" / name for name in model_files]
-    return bool(found == key) and all(path.exists() for path in files)
+    return prepared.fingerprint(content)
 
 
 def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings, model_type: str) -> dict[str, Any]:
     """Write everything but the summary into ``folder``; return the summary."""
-    started = time.monotonic()
     words = FAMILIES[model_type].tower_name is None
     model = build_tiny(folder / "model", model_type, corpus(words), seed, settings.model)
     processor = load_processor(ModelConfig(path=str(folder / "model")))
@@ -171,53 +128,23 @@ def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings, model
 
     def on_step(step: int, loss: float) -> None:
         if (step + 1) * 10 // steps > step * 10 // steps:
-            _say(quiet, f"digits: warm start, step {step + 1} of {steps}, loss {loss:.2f}")
+            say(quiet, f"digits: warm start, step {step + 1} of {steps}, loss {loss:.2f}")
 
     with torch_threads(settings.threads):
         warm_start(encoder, train, settings.warm_start, seed, on_step)
         save_quietly(model, folder / "model")
-        share = {
-            "sampled": accuracy(encoder, val, exam, seed, greedy=False),
-            "greedy": accuracy(encoder, val, exam, seed),
-            "careful": accuracy(encoder, val, exam, seed, careful=True),
-        }
+        share = examine(encoder, val, exam, seed)
     parameters = sum(p.numel() for p in model.parameters())
     rows = {"train": len(lessons), "val": len(exam)}
     told = {"seed": seed, "model_type": model_type, "millions": parameters / 1e6} | rows | share
     told |= {"digits": "written", "split": IN_WORDS} if words else {"digits": "handwritten", "split": SCANNED}
     (folder / "README.md").write_text(README.format(**told))
-    libraries = {name: version(name) for name in ("torch", "transformers", "scikit-learn")}
     return {
-        "task": "digits",
         "task_version": TASK_VERSION,
         "seed": seed,
         "model_type": model_type,
         "settings": asdict(settings),
-        "versions": {"mssr": mssr.__version__} | libraries,
         "rows": rows,
         "parameters": parameters,
-        "accuracy": {name: round(value, 4) for name, value in share.items()},
-        "seconds": round(time.monotonic() - started, 1),
+        "accuracy": {name: round(share[name], 4) for name in ("sampled", "greedy", "careful")},
     }
-
-
-def _publish(partial: Path, out: Path) -> None:
-    """Move the finished files into ``out``; the summary goes first and comes last."""
-    (out / SUMMARY).unlink(missing_ok=True)
-    for name in (*PRODUCTS, SUMMARY):
-        if (old := out / name).is_dir():
-            old.rename(partial / f"{name}.old")  # in one step: `model` is never half a directory
-        (partial / name).replace(old)
-
-
-def _refuse_foreign_files(out: Path) -> None:
-    foreign = [name for name in PRODUCTS if (out / name).exists()]
-    if foreign and not any((out / name).exists() for name in (SUMMARY, LOCK)):
-        raise UserError(
-            f"{out} holds {foreign[0]}, which `mssr prepare` did not make: choose another folder for --out"
-        )
-
-
-def _say(quiet: bool, line: str) -> None:
-    if not quiet:
-        print(line, file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mssr.config.data import DataConfig
-from mssr.data.digits.rows import QUESTIONS, Example, Scans, answer_to, draw_examples, in_words
+from mssr.data.digits.rows import QUESTIONS, Scans, answer_to, draw_examples, in_words
 from mssr.models.processor import Processor
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mssr.models.encoded import EncodedPrompt
 
 GUESS_WORD = "guess"
+SHORTCUTS = (GUESS_WORD, "glance")
+"""Words that stand for an answer without steps, here and in the chains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +93,18 @@ class Encoder:
         from mssr.data.encoder import PromptEncoder
 
         self.model, self.tokenizer = model, processor.tokenizer
-        # As in configs/digits.
-        self._encoder = PromptEncoder(
-            processor, DataConfig(instruction="", min_pixels=3136, max_pixels=50176)
-        )
+        # As in the configs: no image is smaller.
+        self._encoder = PromptEncoder(processor, DataConfig(instruction="", min_pixels=784, max_pixels=50176))
         # Byte pairs join the bracket and the word: the token that decides to guess reads ">guess".
         self.guess_tokens = [
-            i for i in self.response(f"<think>{GUESS_WORD}") if GUESS_WORD in self.tokenizer.decode(i)
+            i
+            for word in SHORTCUTS
+            for i in self.response(f"<think>{word}")
+            if word in self.tokenizer.decode(i)
         ]
 
-    def prompts(self, scans: Scans, examples: Iterable[Example]) -> list[EncodedPrompt]:
-        """Tokens and pixels of each."""
+    def prompts(self, scans: Any, examples: Iterable[Any]) -> list[EncodedPrompt]:
+        """Tokens and pixels of each, from the rows that ``scans.row`` makes."""
         # A bitmap has the pixels of the PNG and is made in a tenth of the time.
         return self._encoder.encode_all([scans.row(example, image_format="BMP") for example in examples])
 
@@ -121,13 +124,12 @@ class Encoder:
             "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts if p.image_grid_thw is not None]),
         }
 
-    def loss(self, scans: Scans, examples: Sequence[Example], responses: Sequence[str]) -> torch.Tensor:
-        """Mean cross-entropy (nats) over the response tokens of the batch, a scalar with gradient."""
+    def loss(self, prompts: Sequence[EncodedPrompt], responses: Sequence[str]) -> torch.Tensor:
+        """Mean cross-entropy (nats) over the tokens of a response to each prompt, a scalar with gradient."""
         import torch
         import torch.nn.functional as F
         from torch.nn.utils.rnn import pad_sequence
 
-        prompts = self.prompts(scans, examples)
         answers = [torch.tensor(self.response(response)) for response in responses]
         both = [torch.cat([p.token_ids, answer]) for p, answer in zip(prompts, answers, strict=True)]
         ids = pad_sequence(both, batch_first=True, padding_value=self.tokenizer.pad_token_id)
@@ -151,31 +153,47 @@ def warm_start(
     """Train the encoder's model in place on pairs of ``scans``; return the loss of every step, as
     ``on_step(step, loss)`` gets it. The result is the same bit for bit for the same seed, settings, number of
     torch's threads and versions."""
-    import torch
-
     rng = np.random.default_rng([seed, 3])
-    model, total = encoder.model, settings.reading_steps + settings.habit_steps
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    decay = {"params": matrices, "weight_decay": settings.weight_decay}
-    optimizer = torch.optim.AdamW(
-        [decay, {"params": vectors, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    losses: list[float] = []
-    model.train()
-    for step in range(total):
+
+    def demonstrate(step: int) -> tuple[list[EncodedPrompt], list[str]]:
         examples = list(draw_examples(scans, settings.batch_size, rng))
         shown = [(example.kind, *scans.digits(example)) for example in examples]
         if step < settings.reading_steps:
             responses = [response_text(*one) for one in shown]
         else:
             responses = [mixed_response(*one, settings, rng) for one in shown]
+        return encoder.prompts(scans, examples), responses
+
+    steps = settings.reading_steps + settings.habit_steps
+    return imitate(encoder, demonstrate, steps, settings.learning_rate, settings.weight_decay, on_step)
+
+
+def imitate(
+    encoder: Encoder,
+    demonstrate: Callable[[int], tuple[Sequence[EncodedPrompt], Sequence[str]]],
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train the encoder's model in place, each step on the prompts and responses that ``demonstrate(step)``
+    gives; return the losses. ``learning_rate`` is the peak, after a warm-up and before a cosine decay."""
+    import torch
+
+    model = encoder.model
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    decay = {"params": matrices, "weight_decay": weight_decay}
+    optimizer = torch.optim.AdamW(
+        [decay, {"params": vectors, "weight_decay": 0.0}], lr=learning_rate, betas=(0.9, 0.98), fused=True
+    )
+    losses: list[float] = []
+    model.train()
+    for step in range(steps):
+        prompts, responses = demonstrate(step)
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * _schedule(step, total)
-        loss = encoder.loss(scans, examples, responses)
+            group["lr"] = learning_rate * _schedule(step, steps)
+        loss = encoder.loss(prompts, responses)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -194,41 +212,37 @@ def _schedule(step: int, total: int) -> float:
     return 0.05 + 0.95 * (0.5 + 0.5 * float(np.cos(np.pi * (step - warmup) / max(1, total - warmup))))
 
 
-def accuracy(
-    encoder: Encoder,
-    scans: Scans,
-    examples: Sequence[Example],
-    seed: int,
-    greedy: bool = True,
-    careful: bool = False,
-) -> float:
-    """Share of the examples answered correctly, ``greedy`` or sampled at temperature 1. ``careful`` forbids
-    the word ``guess``, which leaves the model no other way than to read the digits."""
+def examine(encoder: Encoder, scans: Any, examples: Sequence[Any], seed: int) -> dict[str, float]:
+    """Shares of the examples: right when ``sampled`` at temperature 1, right when ``greedy``, right when
+    ``careful``, which is greedy with the shortcuts forbidden, so that the model has no other way than to read
+    the digits; and of the sampled responses those with bold ``steps``."""
     import torch
 
-    right = 0
+    told: dict[str, list[tuple[str, bool]]] = {"sampled": [], "greedy": [], "careful": []}
     # Prompts of one length need no padding; there are only a handful of lengths.
-    by_length: dict[int, list[tuple[Example, EncodedPrompt]]] = {}
+    by_length: dict[int, list[tuple[Any, EncodedPrompt]]] = {}
     for example, prompt in zip(examples, encoder.prompts(scans, examples), strict=True):
         by_length.setdefault(len(prompt.token_ids), []).append((example, prompt))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for length, batch in sorted(by_length.items()):
-            prompts = [prompt for _, prompt in batch]
-            ids = torch.stack([prompt.token_ids for prompt in prompts])
-            output = encoder.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                **encoder.images(prompts, ids),
-                max_new_tokens=24,
-                do_sample=not greedy,
-                suppress_tokens=encoder.guess_tokens if careful else None,
-            )
-            texts = encoder.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-            for (example, _), text in zip(batch, texts, strict=True):
-                boxed = re.search(r"\\boxed\{(\d+)\}", text)
-                right += boxed is not None and int(boxed[1]) == scans.answer(example)
-    return right / len(examples)
+    for how, found in told.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for length, batch in sorted(by_length.items()):
+                prompts = [prompt for _, prompt in batch]
+                ids = torch.stack([prompt.token_ids for prompt in prompts])
+                output = encoder.model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    **encoder.images(prompts, ids),
+                    max_new_tokens=48,
+                    do_sample=how == "sampled",
+                    suppress_tokens=encoder.guess_tokens if how == "careful" else None,
+                )
+                texts = encoder.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+                for (example, _), text in zip(batch, texts, strict=True):
+                    boxed = re.search(r"\\boxed\{(\d+)\}", text)
+                    found.append((text, boxed is not None and int(boxed[1]) == scans.answer(example)))
+    shares = {how: sum(right for _, right in found) / len(examples) for how, found in told.items()}
+    return shares | {"steps": sum("**" in text for text, _ in told["sampled"]) / len(examples)}
 
 
 @contextmanager
