@@ -50,7 +50,7 @@ def test_every_link_leads_to_a_file_and_every_anchor_to_a_heading(page: Path) ->
     for link in LINK.findall(prose(page)):
         path, _, anchor = unquote(link).partition("#")
         target = (page.parent / path).resolve() if path else page
-        assert target in COMING or target.exists() and target.is_relative_to(ROOT), f"{link}: no such file"
+        assert target in COMING or (target.exists() and target.is_relative_to(ROOT)), f"{link}: no such file"
         assert not anchor or target.suffix != ".md" or anchor in anchors(target), f"{link}: no such heading"
 
 
