@@ -203,7 +203,17 @@ class Study:
             shutil.rmtree(directory, ignore_errors=True)
 
     def _add(self, job: Job, result: dict[str, Any]) -> None:
-        """Append a record; a reader finds all of it or nothing."""
+        """Append a record; a reader finds all of it or nothing.
+
+        Raises:
+            UserError: those that are there are of another task.
+        """
+        tasks = {record["task"] for record in read_all(self.records) if record["base"] == job.base}
+        if tasks - {result["task"]}:
+            raise UserError(
+                f"{job.name} is of the task {result['task']} and {self.records} has runs of {tasks}, "
+                "which cannot be compared; move them away, or prepare their task again"
+            )
         record = {"job": job.name, "setting": Path(self.spec["config"]).stem, "lr": float(job.lr)}
         record |= {key: getattr(job, key) for key in ("part", "base", "method", "label", "seed")}
         record["overrides"] = dict(one.split("=", 1) for one in job.overrides)
@@ -295,6 +305,8 @@ def main() -> int:
         study.run(train, asked.retry, lambda line: print(time.strftime("%H:%M:%S"), line, flush=True))
     except KeyboardInterrupt:
         return 130
+    except UserError as error:
+        sys.exit(f"run.py: {error}")
     if asked.command == "all":
         subprocess.run([sys.executable, str(HERE / "report.py")], check=True)
     return 0

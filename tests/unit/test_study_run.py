@@ -34,6 +34,7 @@ class Runner:
     def __init__(self) -> None:
         self.asked: list[dict[str, str]] = []
         self.stop_after = 10**9
+        self.task = "c0ffee"
         self.errors: dict[str, Exception] = {}
         """By override."""
 
@@ -50,7 +51,7 @@ class Runner:
         favourite = "0.0002" if int(asked["seed"]) == SELECTION_SEED else "0.0003"
         val = {"steps": [0, 60], "accuracy": [0.25, 0.5 + 0.25 * (asked["actor.lr"] == favourite)]}
         curves = {"accuracy": [0.5], "val": val}
-        run = {"steps": int(asked["trainer.steps"]), "rollouts": 128, "updates": 4}
+        run = {"task": self.task, "steps": int(asked["trainer.steps"]), "rollouts": 128, "updates": 4}
         return run | {"curves": curves, "final": {"val": 0.5}, "seconds": {"step": [0.4]}}
 
 
@@ -89,7 +90,7 @@ def test_the_own_best_rate_is_waited_for_and_chosen_by_the_selection_seed_alone(
     runner = Runner()
     make("grid/*/0").run(runner, tell=lambda line: None)
     make(f"grid/mssr/[13]e-4/{SELECTION_SEED}").run(runner, tell=lambda line: None)
-    assert {job.lr for job in make("escape/*").state()[2]} == {"best"}  # a rate is not tried yet
+    assert not make("escape/*").state()[1]  # a rate is not tried yet
     make(f"grid/mssr/*/{SELECTION_SEED}").run(runner, tell=lambda line: None)
     _, left, waiting = make("escape/*").state()
     assert {(job.method, job.lr, job.base) for job in left} == {("mssr", "2e-4", "mid")}
@@ -151,6 +152,7 @@ def test_a_record_says_what_was_run_and_with_what(make: Any, tmp_path: Path) -> 
         "method": "grpo",
         "label": "grpo_shaping",
         "seed": 1,
+        "task": "c0ffee",
         "overrides": {"algorithm.name": "grpo", "algorithm.shaping.enabled": "true"},
         "steps": 60,
         "rollouts": 128,
@@ -159,6 +161,15 @@ def test_a_record_says_what_was_run_and_with_what(make: Any, tmp_path: Path) -> 
         "final": {"val": 0.5},
     }
     assert timing["steps"] == 10
+
+
+def test_runs_of_another_task_are_not_put_beside_those_that_are_there(make: Any, tmp_path: Path) -> None:
+    runner = Runner()
+    make("grid/mssr/3e-4/0").run(runner, tell=lambda line: None)
+    runner.task = "decade"
+    with pytest.raises(UserError, match="cannot be compared"):
+        make("grid/mssr/3e-4/1").run(runner, tell=lambda line: None)
+    assert [record["task"] for record in read_all(tmp_path / "records")] == ["c0ffee"]
 
 
 def test_a_stop_at_any_time_leaves_as_many_seeds_of_everything() -> None:
