@@ -22,7 +22,6 @@ from mssr.rollout.queue import Finished, RequestQueue
 from mssr.rollout.weights import WeightSource
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
-
 _DRAWN_AT_ONCE = 1 << 14  # random numbers of a response: 32 tokens with a vocabulary of 512
 
 
@@ -158,7 +157,7 @@ class _SeededSampler(LogitsProcessor):
         return log_probs + gumbel.to(log_probs.device)
 
     def _draw(self, vocabulary: int) -> torch.Tensor:
-        """(B, V) uniform numbers of the next token. Several tokens' are drawn in one call, which are the same."""
+        """(B, V) uniform numbers of the next token, the same whether drawn for one token or for several."""
         if (drawn := next(self._uniform, None)) is None:
             size = max(1, _DRAWN_AT_ONCE // vocabulary), vocabulary
             self._uniform = iter(
