@@ -286,14 +286,15 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.command == "queue":
         asked.queue.unlink(missing_ok=True)
-    study = Study(asked.queue, asked.records, asked.queue.parent, HERE / "study.yaml", asked.only)
+    queue, records = asked.queue.absolute(), asked.records.absolute()
     os.chdir(ROOT)
+    study = Study(queue, records, queue.parent, HERE / "study.yaml", asked.only)
     if asked.dry_run:
         for job in study.state()[1]:
             print(job.name, *study.config_of(job)[1])
         return 0
+    show(study)
     if asked.command in ("queue", "list"):
-        show(study)
         return 0
     if asked.command == "all":
         prepare = [sys.executable, "-m", "mssr.tools.cli", "prepare", "chains", "--out", "data/chains"]
