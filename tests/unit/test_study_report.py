@@ -29,8 +29,8 @@ def record(
     curves["val"] = {"steps": [0, 10, 20], "accuracy": other.pop("val", [0.1, 0.2, 0.3])}
     final = {"val": 0.3, "sampled": 0.3, "pass@8": 0.6, "bold": other.pop("bold", 1.0), "careful": 0.0}
     found = {
-        "job": f"{part}/{label}/{lr:.0e}/{seed}", "part": part, "setting": "stress", "base": "habit", "task": "t1",
-        "method": label, "label": label, "lr": lr, "seed": seed, "overrides": {},
+        "job": f"{part}/{label}/{lr:.0e}/{seed}", "part": part, "setting": "stress", "base": "habit",
+        "task": "t1", "method": label, "label": label, "lr": lr, "seed": seed, "overrides": {},
         "steps": steps, "rollouts": 128, "updates": 4, "commit": "c0ffee", "machine": "a box, 2 cores",
         "versions": {"torch": "1"}, "wall_s": 30.0, "curves": curves, "final": final,
     }  # fmt: skip
