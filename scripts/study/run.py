@@ -203,7 +203,17 @@ class Study:
             shutil.rmtree(directory, ignore_errors=True)
 
     def _add(self, job: Job, result: dict[str, Any]) -> None:
-        """Append a record; a reader finds all of it or nothing."""
+        """Append a record; a reader finds all of it or nothing.
+
+        Raises:
+            UserError: those that are there are of another task.
+        """
+        tasks = {record["task"] for record in read_all(self.records) if record["base"] == job.base}
+        if tasks - {result["task"]}:
+            raise UserError(
+                f"{job.name} is of the task {result['task']} and {self.records} has runs of {tasks}, "
+                "which cannot be compared; move them away, or prepare their task again"
+            )
         record = {"job": job.name, "setting": Path(self.spec["config"]).stem, "lr": float(job.lr)}
         record |= {key: getattr(job, key) for key in ("part", "base", "method", "label", "seed")}
         record["overrides"] = dict(one.split("=", 1) for one in job.overrides)
@@ -276,14 +286,15 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.command == "queue":
         asked.queue.unlink(missing_ok=True)
-    study = Study(asked.queue, asked.records, asked.queue.parent, HERE / "study.yaml", asked.only)
+    queue, records = asked.queue.absolute(), asked.records.absolute()
     os.chdir(ROOT)
+    study = Study(queue, records, queue.parent, HERE / "study.yaml", asked.only)
     if asked.dry_run:
         for job in study.state()[1]:
             print(job.name, *study.config_of(job)[1])
         return 0
+    show(study)
     if asked.command in ("queue", "list"):
-        show(study)
         return 0
     if asked.command == "all":
         prepare = [sys.executable, "-m", "mssr.tools.cli", "prepare", "chains", "--out", "data/chains"]
@@ -295,6 +306,8 @@ def main() -> int:
         study.run(train, asked.retry, lambda line: print(time.strftime("%H:%M:%S"), line, flush=True))
     except KeyboardInterrupt:
         return 130
+    except UserError as error:
+        sys.exit(f"run.py: {error}")
     if asked.command == "all":
         subprocess.run([sys.executable, str(HERE / "report.py")], check=True)
     return 0
