@@ -227,19 +227,23 @@ class Runner:
     def __init__(self) -> None:
         self.stopped = 0
         """The signal, if there was one."""
-        self._process: subprocess.Popen[bytes] | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._hand_on)
+            signal.signal(number, self._note)
 
-    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.stopped = number
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(number)
 
     def __call__(self, command: Sequence[str]) -> int:
         # A session of its own: the terminal would send Ctrl-C a second time.
-        self._process = subprocess.Popen(command, start_new_session=True)
-        return self._process.wait()
+        process = subprocess.Popen(command, start_new_session=True)
+        handed_on = False
+        while True:
+            try:
+                return process.wait(0.2)
+            except subprocess.TimeoutExpired:
+                if self.stopped and not handed_on:
+                    process.send_signal(self.stopped)
+                    handed_on = True
 
 
 def carry_out(paper: Paper, rows: Sequence[Row]) -> int:
@@ -277,14 +281,17 @@ def carry_out(paper: Paper, rows: Sequence[Row]) -> int:
 
 def tabulate(paper: Paper) -> dict[str, Any]:
     """Write the table of all rows, those of other calls too."""
-    notes = []
+    notes, places = [], {}
     for row in ROWS.values():
+        there = (paper.out / row.name).exists()
+        places[row.name] = row.published, paper.evaluated(row) if there else paper.out / row.name
+        if not there:
+            continue
         try:
             if drift := paper.drift(row):
                 notes.append(f"{row.name} is trained with other settings than this call: {'; '.join(drift)}.")
         except UserError as error:
             notes.append(f"{row.name}: {error}.")
-    places = {row.name: (row.published, paper.evaluated(row)) for row in ROWS.values()}
     return write_table(paper.out, paper.args.size, places, notes)
 
 
@@ -375,14 +382,14 @@ def main(argv: Sequence[str]) -> int:
         paper, rows = Paper(args, argv[cut + 1 :]), chosen(args.rows)
         for row in rows:
             paper.config(row)
+        if not args.dry_run:
+            return carry_out(paper, rows)
         try:
-            print("\n".join(costs(paper, rows)), flush=True)
+            print("\n".join(costs(paper, rows)))
         except UserError as error:
-            print(f"# no plan: {error}", flush=True)
-        if args.dry_run:
-            print("\n".join(listing(paper, rows)))
-            return EXIT_OK
-        return carry_out(paper, rows)
+            print(f"# no plan: {error}")
+        print("\n".join(listing(paper, rows)))
+        return EXIT_OK
     except UserError as error:
         print(f"paper: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -62,10 +60,8 @@ def write_table(
 
 
 def _measured(benchmark: str, evaluation: results.Evaluation) -> tuple[dict[str, Any], Bootstrap]:
-    [(_, rows)] = groupby(evaluation.records, itemgetter("benchmark"))
-    accuracy = statistics.bootstrap(
-        np.array(list(results.item_means(list(rows)).values())), results.seed_of(benchmark)
-    )
+    means = np.array(list(results.item_means(evaluation.records).values()))
+    accuracy = statistics.bootstrap(means, results.seed_of(benchmark))
     numbers = evaluation.summary["benchmarks"][benchmark]
     key = paper_name(benchmark)
     assert key is not None
