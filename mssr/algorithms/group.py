@@ -36,6 +36,8 @@ class GroupMethod(Algorithm):
 class GRPO(GroupMethod):
     """A = (r - mean_g)/(std_g + eps) with the unbiased std. arXiv 2402.03300."""
 
+    choices = ("group_mean", "group_std")
+
     eps: float = 1e-6
     """Added to the standard deviation. verl has 1e-6, TRL 1e-4."""
 
@@ -54,6 +56,7 @@ class DrGRPO(GroupMethod):
     whatever the length of its response. arXiv 2503.20783.
     """
 
+    choices = ("group_mean", "none")
     aggregation = "constant_length"
 
     def estimate(self, rewards: Floats, groups: Ints, lengths: Ints) -> FloatVector:
@@ -63,6 +66,8 @@ class DrGRPO(GroupMethod):
 @register("rloo")
 class RLOO(GroupMethod):
     """A_i = r_i - mean of the others of its prompt. arXiv 2402.14740."""
+
+    choices = ("leave_one_out", "none")
 
     def estimate(self, rewards: Floats, groups: Ints, lengths: Ints) -> FloatVector:
         return estimators.rloo(rewards, groups)
@@ -76,6 +81,7 @@ class LitePPO(GroupMethod):
     A prompt whose responses hardly differ is not scaled up, as it is in GRPO. arXiv 2508.08221.
     """
 
+    choices = ("group_mean", "reward_std")
     aggregation = "token_mean"
 
     weighting: str = "sequence"

@@ -25,6 +25,8 @@ class ReinforcePP(Algorithm):
     With KL in the reward, G_t is r less the penalties from token t on, as in the method's first form.
     """
 
+    choices = ("none", "whiten")
+
     weighting: str = "token"
     """Each "token" counts the same in mu and var, or each "sequence" that has a token."""
     eps: float = 1e-8
@@ -63,6 +65,7 @@ class ReinforcePPBaseline(ReinforcePP):
     or a penalty gives it says nothing about its answer.
     """
 
+    choices = ("group_mean", "whiten")
     default_n = 8
     min_n = 2
 
