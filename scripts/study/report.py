@@ -95,14 +95,15 @@ class Effect:
         return estimate.verdict(threshold) if estimate else "not run"
 
     def shown(self, runs: Runs, lr: float | None) -> str:
-        """Value and interval; nothing where it was not run."""
+        """Value and interval, and the seeds if not all were run; nothing where fewer than two were."""
         estimate = self.estimate(runs, lr)
         if estimate is None:
             return ""
         numbers = (estimate.value, estimate.low, estimate.high)
+        few = f", {estimate.n} seeds" if estimate.n < len(runs.seeds[self.pool]) else ""
         if self.measure in RATIOS:
-            return "{:.2f} ({:.2f} to {:.2f})".format(*(2**x for x in numbers))
-        return "{:+.3f} ({:+.3f} to {:+.3f})".format(*(round(x, 3) + 0.0 for x in numbers))  # no -0.000
+            return "{:.2f} ({:.2f} to {:.2f})".format(*(2**x for x in numbers)) + few
+        return "{:+.3f} ({:+.3f} to {:+.3f})".format(*(round(x, 3) + 0.0 for x in numbers)) + few  # no -0.000
 
 
 @dataclass(frozen=True, slots=True)

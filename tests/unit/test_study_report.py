@@ -30,7 +30,7 @@ def record(
     final = {"val": 0.3, "sampled": 0.3, "pass@8": 0.6, "bold": other.pop("bold", 1.0), "careful": 0.0}
     found = {
         "job": f"{part}/{label}/{lr:.0e}/{seed}", "part": part, "setting": "stress", "base": "habit",
-        "method": label, "label": label, "lr": lr, "seed": seed, "overrides": {},
+        "task": "t1", "method": label, "label": label, "lr": lr, "seed": seed, "overrides": {},
         "steps": steps, "rollouts": 128, "updates": 4, "commit": "c0ffee", "machine": "a box, 2 cores",
         "versions": {"torch": "1"}, "wall_s": 30.0, "curves": curves, "final": final,
     }  # fmt: skip
@@ -69,7 +69,9 @@ def test_runs_are_found_by_label_rate_and_pool() -> None:
     assert runs.of("mssr", 2e-4) == runs.of("grpo") == runs.of("vppo") == {}
 
 
-@pytest.mark.parametrize("other", [{"rollouts": 64}, {"updates": 16}, {"base": "mid"}, {"steps": 40}])
+@pytest.mark.parametrize(
+    "other", [{"task": "t2"}, {"rollouts": 64}, {"updates": 16}, {"base": "mid"}, {"steps": 40}]
+)
 def test_different_budgets_are_not_compared(other: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="grid/grpo/3e-04/0 has the budget"):
         Runs([record(), record("grpo", **other)])
@@ -162,7 +164,7 @@ def test_an_effect_is_of_the_same_seeds() -> None:
     found = effect.estimate(runs, 3e-4)
     assert found is not None and (found.value, found.n) == (pytest.approx(0.2), 3)
     half = 4.3026527 * 0.1 / math.sqrt(3)  # t of 2 degrees of freedom at .975
-    assert effect.shown(runs, 3e-4) == f"+0.200 ({0.2 - half:+.3f} to {0.2 + half:+.3f})"
+    assert effect.shown(runs, 3e-4) == f"+0.200 ({0.2 - half:+.3f} to {0.2 + half:+.3f}), 3 seeds"
     assert effect.verdict(runs, 3e-4) == "not decided"
     assert (effect.verdict(runs, 1e-4), effect.shown(runs, 1e-4)) == ("not run", "")
     assert Effect("", "end", "mssr", above=0.2).verdict(runs, 3e-4) == "holds"
@@ -265,7 +267,8 @@ def test_the_document_says_what_the_records_say(
     text = (tmp_path / report.DOCUMENT).read_text()
     assert "| A single rollout without shaping collapses | **not run** | **holds** |" in text
     assert "+0.300 (+0.300 to +0.300) **holds** |" in text
-    assert "| ... in half the steps or fewer | **not run** | **not run** |" in text
+    half = "MSSR reaches GRPO's best accuracy in half the steps or fewer"
+    assert f"| {half} | **not run** | **not run** |" in text
     assert "**Not run**: grpo, rloo" in text
     assert "7 runs" in text and "c0ffee" in text and "a box, 2 cores" in text
     assert [path.name for path in (tmp_path / "docs/study").iterdir()] == ["rates.svg"]

@@ -161,7 +161,8 @@ def _build(folder: Path, seed: int, quiet: bool, settings: ChainsSettings) -> di
         teach(name, habit, stream, settings.habit_steps, settings.habit_rate)
         shutil.copytree(able, folder / "bases" / name)
         save_quietly(model, folder / "bases" / name)
-        shares[name] = {key: round(v, 4) for key, v in examine(encoder, val, exam, seed).items()}
+        found = examine(encoder, val, exam, seed, max_tokens=48)
+        shares[name] = {key: round(value, 4) for key, value in found.items()}
     shutil.rmtree(able)
     parameters = sum(p.numel() for p in model.parameters())
     rows = {"train": len(first), "val": len(exam)}

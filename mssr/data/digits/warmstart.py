@@ -212,7 +212,9 @@ def _schedule(step: int, total: int) -> float:
     return 0.05 + 0.95 * (0.5 + 0.5 * float(np.cos(np.pi * (step - warmup) / max(1, total - warmup))))
 
 
-def examine(encoder: Encoder, scans: Any, examples: Sequence[Any], seed: int) -> dict[str, float]:
+def examine(
+    encoder: Encoder, scans: Any, examples: Sequence[Any], seed: int, max_tokens: int = 24
+) -> dict[str, float]:
     """Shares of the examples: right when ``sampled`` at temperature 1, right when ``greedy``, right when
     ``careful``, which is greedy with the shortcuts forbidden, so that the model has no other way than to read
     the digits; and of the sampled responses those with bold ``steps``."""
@@ -233,7 +235,7 @@ def examine(encoder: Encoder, scans: Any, examples: Sequence[Any], seed: int) ->
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     **encoder.images(prompts, ids),
-                    max_new_tokens=48,
+                    max_new_tokens=max_tokens,
                     do_sample=how == "sampled",
                     suppress_tokens=encoder.guess_tokens if how == "careful" else None,
                 )
