@@ -241,13 +241,14 @@ def carry_out(paper: Paper, rows: Sequence[Row]) -> int:
 
 
 def tabulate(paper: Paper) -> dict[str, Any]:
-    """Write the table of all rows, those of other calls too."""
+    """Write the table of all rows, also those of other calls; without optional ones that are not begun."""
     notes, places = [], {}
     for row in ROWS.values():
-        there = (paper.out / row.name).exists()
-        places[row.name] = row.published, paper.evaluated(row) if there else paper.out / row.name
-        if not there:
+        if not (paper.out / row.name).exists():
+            if row.default:
+                places[row.name] = row.published, paper.out / row.name
             continue
+        places[row.name] = row.published, paper.evaluated(row)
         try:
             if drift := paper.drift(row):
                 notes.append(f"{row.name} is trained with other settings than this call: {'; '.join(drift)}.")
