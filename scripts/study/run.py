@@ -75,7 +75,8 @@ def lr_name(lr: float) -> str:
 
 def jobs(spec: dict[str, Any]) -> Iterator[Job]:
     """The study, so ordered that a stop at any time leaves as many seeds of everything: what chooses the
-    learning rates, then in each round a seed of the grid, of the controls and of the rest."""
+    learning rates, then in each round a seed of the grid, of the controls and of the rest;
+    last what no claim rests on."""
     methods, escape, timing = spec["methods"], spec["escape"], spec["timing"]
     published = spec["published"]
 
@@ -85,6 +86,9 @@ def jobs(spec: dict[str, Any]) -> Iterator[Job]:
             part, method, method, name, seed, "habit", spec["steps"], spec["updates"], methods[method]
         )
         return replace(usual, **other)
+
+    def leave(method: str, seed: int) -> Job:
+        return job("escape", method, OWN_BEST, seed, base=escape["base"])
 
     for turn, seed in enumerate([SELECTION_SEED, *spec["seeds"]]):
         yield from (job("grid", m, lr, seed) for lr in spec["learning_rates"] for m in methods)
@@ -98,9 +102,11 @@ def jobs(spec: dict[str, Any]) -> Iterator[Job]:
             yield job("published", m, published["lr"], seed, updates=updates)
         for k in range(escape["seeds_a_round"]):
             another = (turn - 1) * escape["seeds_a_round"] + k
-            yield from (job("escape", m, OWN_BEST, another, base=escape["base"]) for m in methods)
+            yield from (leave(m, another) for m in escape["first"])
     for seed in range(timing["rounds"]):
         yield from (job("timing", m, timing["lr"], seed, steps=timing["steps"]) for m in methods)
+    for seed in range(escape["seeds_a_round"] * len(spec["seeds"])):
+        yield from (leave(m, seed) for m in methods if m not in escape["first"])
 
 
 class Study:

@@ -267,7 +267,8 @@ def test_the_document_says_what_the_records_say(
     text = (tmp_path / report.DOCUMENT).read_text()
     assert "| A single rollout without shaping collapses | **not run** | **holds** |" in text
     assert "+0.300 (+0.300 to +0.300) **holds** |" in text
-    assert "| MSSR reaches GRPO's best accuracy in half the steps or fewer | **not run** | **not run** |" in text
+    half = "MSSR reaches GRPO's best accuracy in half the steps or fewer"
+    assert f"| {half} | **not run** | **not run** |" in text
     assert "**Not run**: grpo, rloo" in text
     assert "7 runs" in text and "c0ffee" in text and "a box, 2 cores" in text
     assert [path.name for path in (tmp_path / "docs/study").iterdir()] == ["rates.svg"]
