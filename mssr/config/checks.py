@@ -111,6 +111,8 @@ def _check_method(config: Config) -> None:
     """Method, loss and sampler; and, as these decide it, what is read."""
     section = config.algorithm
     chosen = f"algorithm.name={section.name}"
+    with naming(chosen):
+        method = config.method  # the name of the loss may be its own
     for key, options, name in (
         ("algorithm.options", section.options, section.name),
         ("algorithm.loss.options", section.loss.options, config.loss_name),
@@ -118,7 +120,6 @@ def _check_method(config: Config) -> None:
         if options and not is_spec(name):
             raise UserError(f"{key} is for a method or loss from a file; {name} has keys of its own")
     with naming(f"{chosen}, loss.name={config.loss_name}"):
-        method = config.method
         _try_loss(config)
     correction = section.correction
     if config.corrects_itself and (correction.weight or "none", correction.mask) != ("none", "none"):
