@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, make_dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from mssr.algorithms import advantages as estimators
 from mssr.algorithms import baselines
-from mssr.algorithms.advantages import Floats, Ints, check_weighting
+from mssr.algorithms.advantages import Floats, FloatVector, Ints, check_weighting
 from mssr.algorithms.base import (
     ALGORITHMS,
     Algorithm,
@@ -34,7 +34,6 @@ from mssr.algorithms.single_rollout import SingleRollout
 
 BASELINES = (*baselines.STATELESS, "beta")
 _OF_A_GROUP = ("group_mean", "leave_one_out")
-_WITHOUT_VALUE = ("none",)
 _SHARES = ("mean", "bernoulli_std")  # normalisations that take b as a chance of success
 
 
@@ -63,19 +62,34 @@ class Combined(Algorithm):
         return baselines.shrink_groups(rewards, rewards - d, groups) if self.shrinkage else d
 
     def advantages(self, prompt_ids: Sequence[str], rewards: ArrayLike, lengths: ArrayLike) -> Signal:
-        baseline, normalisation = self.choices
         r, tokens = check_batch(prompt_ids, rewards, lengths)
         if self.bounded_rewards:
             BetaBaseline().check_rewards(prompt_ids, r)
-        if not (len(r) and np.isfinite(r).all()):
-            estimators.constant_groups(r, r)  # raises
         groups = group_indices(prompt_ids)
+        estimators.constant_groups(r, groups)  # refuses an empty batch and what is not finite
         d = self.difference(prompt_ids, r, groups)
-        a = normalise(normalisation, d, r, groups, tokens, self.eps, self.weighting, self.floor)
-        none = not a.any() if normalisation in ("batch_std", "whiten") else a == 0
-        if baseline in _OF_A_GROUP and not self.shrinkage:
-            none = none | estimators.constant_groups(r, groups)
-        return a, signal_metrics(a, none, tokens)
+        a = normalise(self.choices[1], d, r, groups, tokens, self.eps, self.weighting, self.floor)
+        return a, self._metrics(a, r, groups, tokens)
+
+    def token_advantages(
+        self, prompt_ids: Sequence[str], rewards: ArrayLike, lengths: ArrayLike, token_penalties: ArrayLike
+    ) -> Signal:
+        if self.choices[1] != "whiten" or self.bounded_rewards:
+            return super().token_advantages(prompt_ids, rewards, lengths, token_penalties)
+        r, tokens = check_batch(prompt_ids, rewards, lengths)
+        groups = group_indices(prompt_ids)
+        to_go = estimators.returns_to_go(self.difference(prompt_ids, r, groups), tokens, token_penalties)
+        a = estimators.whiten(to_go, tokens, self.eps, self.weighting)
+        return a, self._metrics(a, r, groups, tokens)
+
+    def _metrics(self, a: FloatVector, r: Floats, groups: Ints, tokens: Ints) -> dict[str, float]:
+        """Those of every method. A batch that is scaled as one lacks a signal as one."""
+        baseline, normalisation = self.choices
+        compared = baseline in _OF_A_GROUP and not self.shrinkage
+        constant = compared & estimators.constant_groups(r, groups)
+        if normalisation in ("batch_std", "whiten"):
+            return signal_metrics(a, constant | (not a.any()), tokens)
+        return signal_metrics(a, constant if compared else a == 0, tokens)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -120,7 +134,8 @@ def _compose(method: type[Algorithm], baseline: str, normalisation: str, shrinka
     _check_choices(baseline, normalisation, shrinkage)
     beta = baseline == "beta"
     base = BetaCombined if beta else Combined
-    own = inspect.signature(method).parameters
+    # SPO has other defaults than the baseline that it is made of.
+    own = {} if issubclass(method, Combined) else inspect.signature(method).parameters
     read = dict(NORMALISATIONS[normalisation])
     known = inspect.signature(base).parameters
     keep = set(known) - {"eps", "weighting", "floor"} | set(read)
@@ -205,7 +220,69 @@ def options(name: str, choices: dict[str, Any] | None = None, /) -> dict[str, An
     return {k: p.default for k, p in inspect.signature(choose(name, **(choices or {}))).parameters.items()}
 
 
-class _FlashREINFORCE(Combined):
+def method(name: str) -> Callable[[type[Combined]], type[Algorithm]]:
+    """Decorator: register what `choices` and the other facts of a class say as a method."""
+    return lambda cls: register(name)(_compose(cls, *cls.choices, False))  # type: ignore[no-any-return]
+
+
+@method("grpo")
+class GRPO(Combined):
+    """A = (r - mean_g)/(std_g + eps) with the unbiased std. arXiv 2402.03300. TRL's eps is 1e-4."""
+
+    choices = ("group_mean", "group_std")
+
+
+@method("dr_grpo")
+class DrGRPO(Combined):
+    """A = r - mean_g: GRPO without the divisions that favour easy prompts and long failures.
+
+    The loss is the sum over tokens divided by a constant length, so that a token counts the same
+    whatever the length of its response. arXiv 2503.20783.
+    """
+
+    choices = ("group_mean", "none")
+    aggregation = "constant_length"
+
+
+@method("rloo")
+class RLOO(Combined):
+    """A_i = r_i - mean of the others of its prompt. arXiv 2402.14740."""
+
+    choices = ("leave_one_out", "none")
+
+
+@method("lite_ppo")
+class LitePPO(Combined):
+    """A = (r - mean_g)/(std r + eps), std unbiased over the batch; the loss is a token mean.
+
+    A prompt whose responses hardly differ is not scaled up, as it is in GRPO. arXiv 2508.08221.
+    """
+
+    choices = ("group_mean", "reward_std")
+    aggregation = "token_mean"
+
+
+@method("reinforce_pp")
+class ReinforcePP(Combined):
+    """A = (G - mu)/sqrt(var + eps), mu and var over all tokens; G = r with KL in the loss.
+
+    With KL in the reward, G_t is r less the penalties from token t on. arXiv 2501.03262.
+    """
+
+    choices = ("none", "whiten")
+
+
+@method("reinforce_pp_baseline")
+class ReinforcePPBaseline(Combined):
+    """`ReinforcePP` of r - mean_g. Degenerate where a prompt's rewards are equal: what whitening or a
+    penalty gives such a rollout says nothing about its answer. arXiv 2501.03262.
+    """
+
+    choices = ("group_mean", "whiten")
+
+
+@method("flash_reinforce")
+class FlashREINFORCE(Combined):
     """A = r - mean r of the batch, without whitening; loss and gate are those of the loss of this name.
 
     FlashREINFORCE (Zhang), section "Objective" in verl's docs/algo of 10/05/2026 and the estimator of molt.
@@ -216,17 +293,18 @@ class _FlashREINFORCE(Combined):
     aggregation = "sequence_mean"
 
 
-class _MaxRL(Combined):
+@method("maxrl")
+class MaxRL(Combined):
     """A = (r - mean_g)/mean_g: the gradient of the truncated log-likelihood. arXiv 2602.02710.
 
     A group without a success has r = mean = 0, so A = 0.
     """
 
     choices = ("group_mean", "mean")
-    default_n = 8
 
 
-class _DBB(BetaCombined):
+@method("dbb")
+class DBB(BetaCombined):
     """A = (r - v)/sqrt(v(1 - v)), v a discounted Beta-Bernoulli estimate. arXiv 2603.18444.
 
     With several responses v counts them: (eta*a + s)/(eta*(a + b) + n), so that a group of equal scores
@@ -236,8 +314,3 @@ class _DBB(BetaCombined):
     choices = ("beta", "bernoulli_std")
     default_n = 8
     posterior = True
-
-
-FlashREINFORCE = register("flash_reinforce")(_compose(_FlashREINFORCE, *_FlashREINFORCE.choices, False))
-MaxRL = register("maxrl")(_compose(_MaxRL, *_MaxRL.choices, False))
-DBB = register("dbb")(_compose(_DBB, *_DBB.choices, False))
