@@ -78,10 +78,6 @@ class ShapingConfig:
     (those that are uncertain, too). Prompts without images are left alone."""
     visual_fraction: float | None = option(None, "(0, 1]", read_if="visual != none")
     """Share of a response's tokens that learn; null: 0.4 for vppo, 0.2 for vepo."""
-    visual_floor: float = option(0.9, "[0, 1]", read_if="visual = vppo")
-    """Weight of the response that depends least on its image; the mean is 1."""
-    visual_mix: float = option(0.7, "[0, 1]", read_if="visual = vepo")
-    """Part of the divergence in vepo's score; the rest is the gap of the entropies."""
     negative_fraction: float = option(1.0, "(0, 1]")
     """Share of a response's tokens, the least likely ones, that learn where the advantage is negative
     (negative-token filtering, whose authors take 0.1); 1 is all."""

@@ -112,20 +112,20 @@ def _check_method(config: Config) -> None:
     section = config.algorithm
     chosen = f"algorithm.name={section.name}"
     with naming(chosen):
-        method = config.method  # the name of the loss may be its own
+        method, loss = config.method, config.loss_name
     for key, options, name in (
         ("algorithm.options", section.options, section.name),
-        ("algorithm.loss.options", section.loss.options, config.loss_name),
+        ("algorithm.loss.options", section.loss.options, loss),
     ):
         if options and not is_spec(name):
             raise UserError(f"{key} is for a method or loss from a file; {name} has keys of its own")
-    with naming(f"{chosen}, loss.name={config.loss_name}"):
+    with naming(f"{chosen}, loss.name={loss}"):
         _try_loss(config)
     correction = section.correction
     if config.corrects_itself and (correction.weight or "none", correction.mask) != ("none", "none"):
         raise UserError(
-            f"algorithm.correction would weigh by policy and engine a second time: algorithm.loss.name="
-            f"{config.loss_name} does it itself; remove its weight and mask"
+            "algorithm.correction would weigh by policy and engine a second time: "
+            f"algorithm.loss.name={loss} does it itself; remove its weight and mask"
         )
     if config.responses_per_prompt < method.min_n:
         raise UserError(

@@ -224,11 +224,6 @@ class Config:
         return _own(self.algorithm.loss.name, self.method.default_loss)
 
     @property
-    def visual_fraction(self) -> float:
-        shaping = self.algorithm.shaping
-        return _own(shaping.visual_fraction, 0.4 if shaping.visual == "vppo" else 0.2)
-
-    @property
     def corrects_itself(self) -> bool:
         """Whether the loss weighs by policy and engine, which a correction would do twice."""
         losses = algorithms.policy_losses

@@ -113,8 +113,6 @@ CASES = [
     Case("algorithm.shaping.visual", "vppo", "parameters"),
     Case("algorithm.shaping.visual", "vepo", "parameters"),
     Case("algorithm.shaping.visual_fraction", 0.9, "parameters", algorithm(shaping__visual="vepo")),
-    Case("algorithm.shaping.visual_floor", 0.1, "parameters", algorithm(shaping__visual="vppo")),
-    Case("algorithm.shaping.visual_mix", 0.0, "parameters", algorithm(shaping__visual="vepo")),
     Case("algorithm.shaping.negative_fraction", 0.3, "parameters"),
     Case("algorithm.entropy_control.target", 5.5, "parameters", also=CONFIDENT),
     Case("algorithm.entropy_control.proportional", 0.1, "parameters", CONTROLLED),
