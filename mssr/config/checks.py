@@ -134,7 +134,7 @@ def _check_method(config: Config) -> None:
         )
     check_read(config, meant=config.meant)
     with naming(chosen):
-        estimator = algorithms.create(section.name, **config.estimator_options)
+        estimator = algorithms.create(section.name, config.choices, **config.estimator_options)
     if config.sampler_name == "uncertainty" and estimator.baseline is None:
         raise UserError(f"sampler.name=uncertainty draws by the Beta baseline, and {chosen} keeps none")
     if config.sampler.dynamic and config.responses_per_prompt < 2:
@@ -149,8 +149,9 @@ def _check_method(config: Config) -> None:
             "weights (null is 1 each) must not be negative and sum to at most 1"
         )
     if config.kl_in_reward and estimator.bounded_rewards:
+        part = "Beta baseline" if estimator.baseline else "normalisation"
         raise UserError(
-            f"algorithm.kl.placement=reward: the Beta baseline of {chosen} takes rewards in [0, 1] only; use "
+            f"algorithm.kl.placement=reward: the {part} of {chosen} takes rewards in [0, 1] only; use "
             "placement=loss"
         )
     if section.kl.placement == "reward" and section.kl.coef == 0:
