@@ -149,7 +149,7 @@ def _check_method(config: Config) -> None:
             "weights (null is 1 each) must not be negative and sum to at most 1"
         )
     if config.kl_in_reward and estimator.bounded_rewards:
-        part = "Beta baseline" if estimator.baseline else "normalisation"
+        part = "normalisation" if estimator.baseline is None else "Beta baseline"
         raise UserError(
             f"algorithm.kl.placement=reward: the {part} of {chosen} takes rewards in [0, 1] only; use "
             "placement=loss"

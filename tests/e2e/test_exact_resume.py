@@ -23,6 +23,7 @@ VARIANTS: dict[str, tuple[int | None, list[str]]] = {
         [
             "algorithm.name=mvsr",
             "algorithm.entropy_control.target=3",
+            "algorithm.entropy_control.proportional=0.1",
             "algorithm.entropy_control.confident=0.001",
             "algorithm.shaping.negative_fraction=0.5",
         ],
