@@ -205,8 +205,8 @@ class Config:
         return _own(self.algorithm.shaping.enabled, self.method.shapes_entropy)
 
     @property
-    def method(self) -> type[algorithms.Algorithm]:
-        """The class that ``algorithm.name`` means."""
+    def method(self) -> algorithms.Method | type[algorithms.Algorithm]:
+        """What ``algorithm.name`` means."""
         return algorithms.choose(self.algorithm.name, **self.choices)
 
     @property

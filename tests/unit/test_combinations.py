@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mssr import algorithms
-from mssr.algorithms.combined import BASELINES, _compose
+from mssr.algorithms.baselines import BASELINES
+from mssr.algorithms.methods import _keywords
 from mssr.algorithms.normalisations import NORMALISATIONS
 
 pytestmark = pytest.mark.unit
@@ -20,7 +21,8 @@ def test_a_method_is_its_two_choices_bit_for_bit(name: str) -> None:
     rng = np.random.default_rng(3)
     ids = [f"p{i}" for i in rng.integers(0, 5, 20) for _ in range(2)]
     r, lengths = rng.integers(0, 2, 40) * 1.0, rng.integers(1, 9, 40)
-    own, made = algorithms.create(name), _compose(method, *method.choices, False)()
+    choices = {"baseline": method.baseline, "normalisation": method.normalisation}
+    own, made = algorithms.create(name), algorithms.create("reinforce_pp", choices)
     for one in (own, made):
         if one.baseline is not None:
             one.baseline.update(ids[::-1], r, 0.9)
@@ -110,7 +112,7 @@ def test_every_pair_works_or_says_why_not(baseline: str, normalisation: str) -> 
     except ValueError as error:
         assert normalisation in ("mean", "bernoulli_std") and "baseline" in str(error)
         return
-    assert algorithms.options("grpo", choices).keys() >= NORMALISATIONS[normalisation].keys()
+    assert algorithms.options("grpo", choices).keys() >= _keywords(NORMALISATIONS[normalisation]).keys()
     assert (method.baseline is not None) == (baseline == "beta") and method.default_n == 8
     signal, metrics = method.advantages(["a", "a", "b", "b"], [1, 0.1, 0.6, 0.25], [3, 1, 2, 2])
     assert np.isfinite(signal).all() and signal[0] > signal[1]
@@ -127,7 +129,7 @@ def test_what_does_not_go_together_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             algorithms.create(name, choices)
-    assert algorithms.choose("mssr", baseline="beta", shrinkage=False) is algorithms.MSSR
+    assert algorithms.choose("mssr", baseline="beta", shrinkage=False) == algorithms.get("mssr")
     spo = algorithms.create("spo", {"normalisation": "none"})
     assert (spo.init_rollouts, spo.kl_source, spo.default_sampler) == (8, "last_visit", "uncertainty")
     assert algorithms.choose("spo", baseline="batch_mean").default_sampler == "epochs"
