@@ -1,6 +1,6 @@
 """What is subtracted from a reward: D = r - b, (B,) float64. Four without a state, and `Beta`.
 
-Shrinkage (arXiv 2511.03710, v2) moves the baseline of a prompt towards that of the others by the share
+Shrinkage (arXiv 2511.03710) moves the baseline of a prompt towards that of the others by the share
 that noise has in how the prompts differ.
 """
 
@@ -56,7 +56,8 @@ class Beta:
     """
 
     posterior: bool = False
-    """v of a prompt with several responses counts these, and their prompt is discounted once (DBB)."""
+    """v of a prompt with several responses counts these, and the prompt is discounted once: DBB, arXiv
+    2603.18444v1, eq. 11 and 12."""
     shrinkage: bool = False
     """v is that of `shrink_values`."""
     _: KW_ONLY
@@ -151,21 +152,22 @@ BASELINES: dict[str, Callable[..., object]] = {**STATELESS, "beta": Beta}
 def shrink_groups(d: Floats, step: Step) -> Floats:
     """(B,) r - ((1 - lam_g)*b + lam_g*m_g), with b = r - d and m_g the mean of the other prompts' means.
 
-    lam_g = min(noise / total, 1), over the other prompts: noise is the mean of s^2/n, with s^2 unbiased,
-    and total the unbiased variance of their means, which is noise and true difference together (positive
-    part of James and Stein). Own rewards enter neither, so leave_one_out stays unbiased. 0 with fewer
-    than two others, or where nothing differs.
+    lam_g = (G - 1)/G * v_g/(v_g + s_g), over the other prompts: v_g is the mean of std^2/n, std unbiased, and
+    s_g the mean of (mean_k - m_g)^2. Own rewards enter neither, so leave_one_out stays unbiased. 0 where the
+    others have no noise, or there are none. arXiv 2511.03710v1, eq. 13 to 16, whose b is leave_one_out.
     """
     r, groups, size = step.rewards, step.groups, step.size
+    others = len(size) - 1
+    if not others:
+        return d
     mean = np.bincount(groups, r) / size
     noise = np.bincount(groups, (r - mean[groups]) ** 2) / (size - 1) / size
-    others = len(size) - 1
-    if others < 2:
-        return d
-    target = (mean.sum() - mean) / others
-    squares = ((mean - mean.mean()) ** 2).sum() - (mean - mean.mean()) ** 2 * (others + 1) / others
-    share = _share((noise.sum() - noise) / others, squares / (others - 1))[groups]
-    return r - ((1 - share) * (r - d) + share * target[groups])
+    v = (noise.sum() - noise) / others
+    m = (mean.sum() - mean) / others
+    from_all = (mean - mean.mean()) ** 2
+    s = np.maximum(from_all.sum() - from_all * len(size) / others, 0) / others
+    lam = (others / len(size) * _share(v, v + s))[groups]
+    return r - ((1 - lam) * (r - d) + lam * m[groups])
 
 
 def shrink_values(rewards: Floats, values: Floats, evidence: Floats) -> Floats:
@@ -177,10 +179,10 @@ def shrink_values(rewards: Floats, values: Floats, evidence: Floats) -> Floats:
     if len(rewards) < 2:
         return values
     noise = values * (1 - values) / (evidence + 1)
-    share = _share(noise, noise + values.var(ddof=1))
-    return (1 - share) * values + share * (rewards.sum() - rewards) / (len(rewards) - 1)
+    lam = _share(noise, noise + values.var(ddof=1))
+    return (1 - lam) * values + lam * (rewards.sum() - rewards) / (len(rewards) - 1)
 
 
 def _share(part: Floats, total: Floats) -> Floats:
-    """part/total in [0, 1]; 0 where there is no part, 1 where rounding leaves nothing but it."""
-    return np.where(part > 0, np.minimum(part / np.maximum(total, np.finfo(float).tiny), 1.0), 0.0)
+    """part/total; 0 where there is no part."""
+    return np.divide(part, total, out=np.zeros_like(part), where=part > 0)

@@ -212,9 +212,10 @@ ALGORITHMS.known |= {
         sampler="uncertainty",
         defaults={"init_rollouts": 8, "eta_rule": "half_life", "kl_source": "last_visit"},
     ),
-    # A = (r - v)/sqrt(v(1 - v)). DBB, arXiv 2603.18444. In a group v counts the group:
-    # (eta*a + s)/(eta*(a + b) + n), so that a group of equal scores has a signal; with one response v is
-    # a/(a + b) from before the step, or else r were in its own baseline.
+    # A = (r - v)/sqrt(v(1 - v)), v = (eta*a + s)/(eta*(a + b) + n) of n responses with s successes, so that a
+    # group of equal scores has a signal. DBB, arXiv 2603.18444v1, eq. 2 and 11 to 13, whose prior is
+    # a = b = 1 and whose eta is fixed, 0.5 (1.7B) or 0.75 (8B). With one response v is a/(a + b) from before
+    # the step, or else r were in its own baseline: ours, the paper has groups only.
     "dbb": Method("beta", "bernoulli_std", n=8, posterior=True),
     # A = (r - mean_g)/(std_g + eps). GRPO, arXiv 2402.03300. TRL's eps is 1e-4.
     "grpo": Method("group_mean", "group_std"),
@@ -231,8 +232,8 @@ ALGORITHMS.known |= {
     # REINFORCE++, arXiv 2501.03262. With G - mean_g a group of equal rewards is as good as silent.
     "reinforce_pp": Method("none", "whiten"),
     "reinforce_pp_baseline": Method("group_mean", "whiten"),
-    # A = r - mean r; weights and gate are those of the loss. FlashREINFORCE (Zhang), section "Objective" in
-    # verl's docs/algo of 10/05/2026 and the estimator of molt.
+    # A = r - mean r; weights and gate are those of the loss. FlashREINFORCE, as the reference loss of its
+    # authors (github.com/yifanzhang-pro/FlashREINFORCE).
     "flash_reinforce": Method(
         "batch_mean", "none", default_loss="flash_reinforce", aggregation="sequence_mean"
     ),
@@ -251,20 +252,13 @@ def get(name: str) -> Method | type[Algorithm]:
     return replace(method, name=name) if isinstance(method, Method) else method
 
 
-def choose(
-    name: str,
-    *,
-    baseline: str | None = None,
-    normalisation: str | None = None,
-    shrinkage: bool | None = None,
-) -> Method | type[Algorithm]:
-    """The method ``name``, with other choices than its own where they are given.
+def choose(name: str, **choices: Any) -> Method | type[Algorithm]:
+    """The method ``name`` with another ``baseline``, ``normalisation`` or ``shrinkage`` where not None.
 
     Raises:
         ValueError: There is no such choice, two do not go together, or the method is a class.
     """
     method = get(name)
-    choices: dict[str, Any] = {"baseline": baseline, "normalisation": normalisation, "shrinkage": shrinkage}
     asked = {k: v for k, v in choices.items() if v is not None}
     if not asked:
         return method

@@ -61,7 +61,7 @@ def mean(d: Floats, step: Step, *, floor: float = 0.01) -> Floats:
 
 
 def bernoulli_std(d: Floats, step: Step, *, floor: float = 0.01) -> Floats:
-    """A = D/sqrt(p(1 - p)), p = b within [floor, 1 - floor]. DBB, arXiv 2603.18444."""
+    """A = D/sqrt(p(1 - p)), p = b within [floor, 1 - floor]. DBB, arXiv 2603.18444v1, eq. 13; floor ours."""
     p = np.clip(step.rewards - d, floor, 1 - floor)
     return d / np.sqrt(p * (1 - p))
 

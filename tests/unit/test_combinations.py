@@ -75,11 +75,13 @@ def test_a_baseline_shrinks_by_the_share_of_noise() -> None:
     ids, r = ["a", "a", "b", "b", "c", "c"], np.array([1, 0, 1, 1, 0, 0.0])
     method = algorithms.create("dr_grpo", {"shrinkage": True})
     signal, _ = method.advantages(ids, r, [1] * 6)
-    # For a the others are 1 and 0, without noise: own mean. For b they are 1/2 (noise 1/4) and 0: noise
-    # 1/8 on average, unbiased variance 1/8, so all of the weight is on their mean of 1/4. For c, on 3/4.
-    np.testing.assert_allclose(signal, [0.5, -0.5, 0.75, 0.75, -0.75, -0.75])
-    alone = algorithms.create("rloo", {"shrinkage": True}).advantages(ids[:4], r[:4], [1] * 4)[0]
-    np.testing.assert_array_equal(alone, algorithms.create("rloo").advantages(ids[:4], r[:4], [1] * 4)[0])
+    # For a the others are 1 and 0, without noise: own mean. For b they are 1/2 (noise 1/4) and 0: v = 1/8,
+    # m = 1/4, s = 1/16, lam = 2/3 * 2/3, and b moves from 1 to 2/3. For c likewise from 0 to 1/3.
+    np.testing.assert_allclose(signal, np.array([3, -3, 2, 2, -2, -2]) / 6, rtol=1e-6)
+    # Of two prompts the other's mean has no spread: lam = 1/2, if it has noise.
+    rloo = algorithms.create("rloo", {"shrinkage": True})
+    np.testing.assert_allclose(rloo.advantages(ids[:4], r[:4], [1] * 4)[0], [1, -1, 0.25, 0.25])
+    assert rloo.advantages(ids[:2], r[:2], [1] * 2)[0].tolist() == [1, -1]  # alone
 
 
 def test_leave_one_out_stays_independent_of_its_own_reward() -> None:
