@@ -53,7 +53,7 @@ function liven(figure) {
       if (s.low.length && shown.length) {
         const edge = (part) => shown.map((i) => `${px(s.x[i])} ${py(part[i])}`);
         const d = `M${[...edge(s.high), ...edge(s.low).reverse()].join("L")}Z`;
-        plot.append(element("path", { class: `area s${k % 8}`, d }));
+        plot.append(element("path", { class: `area${s.line ? "" : " alone"} s${k % 8}`, d }));
       }
       let d = "", pen = "M";
       for (const i of s.line ? shown : []) {

@@ -130,7 +130,7 @@ def _drawing(
         if one.low:
             there = [f"{px(x):.1f} {py(v):.1f}" for x, v in zip(one.x, one.high, strict=True)]
             back = [f"{px(x):.1f} {py(v):.1f}" for x, v in zip(one.x, one.low, strict=True)]
-            parts.append(f'<path class="area s{k % 8}" d="M{"L".join([*there, *reversed(back)])}Z"/>')
+            parts.append(f'<path class="area{"" if one.line else " alone"} s{k % 8}" d="M{"L".join([*there, *reversed(back)])}Z"/>')
     for k, one in enumerate(series):
         path, pen = "", "M"
         for x, v in zip(one.x, one.y if one.line else (), strict=one.line):
