@@ -1,9 +1,9 @@
 // Hovering and zooming of the curves that mssr/runs/charts.py draws; sizes, ticks and margins are its own.
 const W = 400, H = 200, LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 22;
-const short = (v) => {
+const short = (v, digits = 3) => {
   for (const [size, letter] of [[1e9, "G"], [1e6, "M"], [1e3, "k"]])
     if (Math.abs(v) >= size) return +(v / size).toPrecision(4) + letter;
-  return String(+v.toPrecision(3));
+  return String(+v.toPrecision(digits));
 };
 function ticks(low, high, most = 5) {
   let step = 10 ** Math.floor(Math.log10((high - low) / most));
@@ -44,9 +44,10 @@ function liven(figure) {
       if (b > range[0] && a < range[1])
         plot.append(element("rect", { class: "shade", x: px(clip(a)), y: TOP, height: H - TOP - BOTTOM,
           width: Math.max(px(clip(b)) - px(clip(a)), 1) }));
+    const digits = high - low < 0.01 * Math.max(Math.abs(low), Math.abs(high)) ? 6 : 3;
     for (const y of ticks(low, high))
       plot.append(element("path", { class: "grid", d: `M${LEFT} ${py(y)}H${W - RIGHT}` }),
-        element("text", { class: "end", x: LEFT - 4, y: py(y) + 4 }, short(y)));
+        element("text", { class: "end", x: LEFT - 4, y: py(y) + 4 }, short(y, digits)));
     for (const x of ticks(...range)) plot.append(element("text", { class: "mid", x: px(x), y: H - 6 }, short(x)));
     data.series.forEach((s, k) => {
       const shown = s.x.map((_, i) => i).filter((i) => inside(s.x[i]));
@@ -77,7 +78,7 @@ function liven(figure) {
       while (i + 1 < s.x.length && s.x[i + 1] <= x) i++;
       if (s.x[i] > x || s.y[i] === null) return [];
       const earlier = s.x[i] === x ? "" : ` (${short(s.x[i])})`;
-      return [`${s.name} ${+s.y[i].toPrecision(4)}${earlier}`];
+      return [`${s.name} ${+s.y[i].toPrecision(6)}${earlier}`];
     });
     output.textContent = `${data.x} ${short(x)}: ${parts.join(", ")}`;
   }

@@ -6,8 +6,9 @@ import html
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 WIDTH, HEIGHT = 400, 200
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22
@@ -49,13 +50,13 @@ def chart(
         shaded: what it means, and from where to where on x.
         about: shown when the pointer rests on the title.
     """
-    series = [_thinned(one) for one in series]
+    series = [_rounded(_thinned(one)) for one in series]  # the script draws from the same numbers
     numbers = {
         "x": x_label,
         "bounds": bounds,
         "shaded": shaded,
         "series": [
-            {key: [_round(v) for v in getattr(one, key)] for key in ("x", "y", "low", "high")}
+            {key: getattr(one, key) for key in ("x", "y", "low", "high")}
             | {"name": one.name, "line": one.line, "dots": one.dots}
             for one in series
         ],
@@ -82,13 +83,13 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def short(value: float) -> str:
+def short(value: float, digits: int = 3) -> str:
     """1500 -> "1.5k", 0.00012 -> "0.00012"."""
     if abs(value) >= 1000:
         for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
             if abs(value) >= size:
                 return f"{value / size:.4g}{letter}"
-    return f"{value:.3g}"
+    return f"{value:.{digits}g}"
 
 
 def extent(values: Sequence[float], bounds: tuple[float | None, float | None]) -> tuple[float, float]:
@@ -121,16 +122,20 @@ def _drawing(
         a, b = px(max(first, x0)), px(min(last, x1))
         parts.append(f'<rect class="shade" x="{a:.1f}" y="{TOP}" width="{max(b - a, 1):.1f}" '
                      f'height="{HEIGHT - TOP - BOTTOM}"/>')  # fmt: skip
+    # Where the values hardly differ, so would their labels.
+    digits = 6 if y1 - y0 < 0.01 * max(abs(y0), abs(y1)) else 3
     for y in ticks(y0, y1):
-        parts.append(f'<path class="grid" d="M{LEFT} {py(y):.1f}H{WIDTH - RIGHT}"/>'
-                     f'<text x="{LEFT - 4}" y="{py(y) + 4:.1f}" class="end">{short(y)}</text>')  # fmt: skip
+        parts.append(f'<path class="grid" d="M{LEFT} {py(y):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 4}" y="{py(y) + 4:.1f}" class="end">{short(y, digits)}</text>')
     for x in ticks(x0, x1):
         parts.append(f'<text x="{px(x):.1f}" y="{HEIGHT - 6}" class="mid">{short(x)}</text>')
     for k, one in enumerate(series):
         if one.low:
             there = [f"{px(x):.1f} {py(v):.1f}" for x, v in zip(one.x, one.high, strict=True)]
             back = [f"{px(x):.1f} {py(v):.1f}" for x, v in zip(one.x, one.low, strict=True)]
-            parts.append(f'<path class="area{"" if one.line else " alone"} s{k % 8}" d="M{"L".join([*there, *reversed(back)])}Z"/>')
+            outline = "L".join([*there, *reversed(back)])
+            alone = "" if one.line else " alone"
+            parts.append(f'<path class="area{alone} s{k % 8}" d="M{outline}Z"/>')
     for k, one in enumerate(series):
         path, pen = "", "M"
         for x, v in zip(one.x, one.y if one.line else (), strict=one.line):
@@ -154,11 +159,14 @@ def _thinned(one: Series) -> Series:
     x, low, high = (
         [v for v in means(values) if v is not None] if values else () for values in (one.x, one.low, one.high)
     )
-    return Series(one.name, x, means(one.y), low, high, one.line, one.dots)
+    return replace(one, x=x, y=means(one.y), low=low, high=high)
 
 
-def _round(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.5g}")
+def _rounded(one: Series) -> Series:
+    def of(values: Sequence[Any]) -> list[Any]:
+        return [None if value is None else float(f"{value:.6g}") for value in values]
+
+    return replace(one, x=of(one.x), y=of(one.y), low=of(one.low), high=of(one.high))
 
 
 def _in_words(series: Sequence[Series], x_label: str) -> str:

@@ -58,7 +58,7 @@ def _line(names: Sequence[str], points: Sequence[Sequence[Point]], axis: str) ->
     values = [[point.value for point in row] for row in at]
     several = len(names) > 1
     return Series(
-        f"{names[0]} and {len(names) - 1} other seeds" if several else names[0],
+        f"{names[0]} ({len(names)} seeds)" if several else names[0],
         [sum(getattr(point, axis) for point in row) / len(row) for row in at],
         [sum(row) / len(row) for row in values],
         [min(row) for row in values] if several else (),

@@ -142,7 +142,7 @@ def test_runs_that_differ_in_the_seed_are_one_curve(tmp_path: Path) -> None:
     data = [json.loads(re.findall(r"<script[^>]*>(.*)</script>", chart)[0]) for chart in charts]
     assert [d["x"] for d in data] == ["steps", "rollouts", "hours"] * 3
     both, alone, target = data[2]["series"]
-    assert (both["name"], alone["name"], target["y"]) == ("a and 1 other seeds", "other", [0.7, 0.7])
+    assert (both["name"], alone["name"], target["y"]) == ("a (2 seeds)", "other", [0.7, 0.7])
     # At the steps that both have, where they are on average: after 2 steps of 36 and of 72 seconds.
     assert both["x"] == [0, 0.03] and both["y"] == [0.2, 0.5]
     assert (both["low"], both["high"], alone["low"]) == ([0.2, 0.4], [0.2, 0.6], [])
