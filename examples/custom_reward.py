@@ -6,7 +6,8 @@
 A reward function takes the response and the ground truth, both text, and options as keyword arguments. It
 returns a number, or a dict with ``score`` and any named parts, which appear in the metrics as
 ``reward/<part>``. The Beta baseline of the single-rollout methods needs scores in [0, 1]. Functions of many
-responses, async ones, those of EasyR1, verl and TRL, and those that see the row are taken, too: docs/data.md.
+responses, async ones, those of EasyR1, verl and TRL, and those that see the row are taken, too; see
+docs/rewards.md.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class RewardConfig:
     """Keyword arguments of the function, for example {tolerance: 0.01} of number. Of several names a section
     for each, called like the name or, of a file, its function: {number: {tolerance: 0.01}}."""
     url: str | None = option(None, read_if="name has remote")
-    """Where the remote reward is asked, in OpenRLHF's form: docs/data.md has request and reply. The key is
+    """Where the remote reward is asked, in OpenRLHF's form: docs/rewards.md has request and reply. The key is
     read from MSSR_REWARD_API_KEY in the environment."""
     batch_size: int = option(32, "> 0", read_if="name has remote")
     """Responses of one such request at most."""

@@ -79,7 +79,7 @@ def resolve_columns(table: Table, config: DataConfig, name: str) -> Columns:
             f"{name}: there are questions with images that hold {IMAGE_MARK}; it stays text "
             "(data.image_marks=literal)"
         )
-    unread = _unread_images(table, config, rows)
+    unread = unread_images(table, read_columns(config), rows) if config.images_column else None
     if has_images and unread is not None:
         notes.append(f"{name}: column {unread!r} holds images, too, and is not read")
     columns = Columns(config, tuple(notes), unread)
@@ -92,6 +92,16 @@ def read_columns(config: DataConfig) -> list[str]:
     """The configured names, the id first."""
     names = (config.id_column, config.problem_column, config.answer_column, config.images_column)
     return [name for name in names if name]
+
+
+def unread_images(
+    table: Table, read: Sequence[str], rows: Sequence[Mapping[str, Any]] | None = None
+) -> str | None:
+    """A column with images beside those that are ``read``, as far as some rows (or ``rows``) tell."""
+    known = {root(column, table.column_names) for column in read}
+    rows = _sample(table) if rows is None else rows
+    others = (name for name in table.column_names if name not in known)
+    return next((name for name in others if any(looks_like_image(row.get(name)) for row in rows)), None)
 
 
 def root(column: str, present: Sequence[str]) -> str:
@@ -125,14 +135,6 @@ def _holds_messages(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
 def _marks_beside_images(row: Mapping[str, Any], config: DataConfig) -> bool:
     images = cell(row, config.images_column)
     return IMAGE_MARK in str(cell(row, config.problem_column)) and bool(image_cells(images))
-
-
-def _unread_images(table: Table, config: DataConfig, rows: Sequence[Mapping[str, Any]]) -> str | None:
-    if config.images_column is None:
-        return None
-    read = {root(column, table.column_names) for column in read_columns(config)}
-    names = (n for n in table.column_names if n not in read and any(looks_like_image(r.get(n)) for r in rows))
-    return next(names, None)
 
 
 def _has(table: Table, column: str | None) -> bool:

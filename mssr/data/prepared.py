@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -68,7 +69,11 @@ def fill(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            summary = build(partial) | {"fingerprint": key}
+            started = time.monotonic()
+            summary = {"task": task} | build(partial)
+            versions = {name: version(name) for name in ("torch", "transformers", "scikit-learn")}
+            summary |= {"versions": {"mssr": mssr.__version__} | versions, "fingerprint": key}
+            summary["seconds"] = round(time.monotonic() - started, 1)
             (partial / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
             _publish(partial, out, products)
         finally:
@@ -91,13 +96,6 @@ def is_complete(out: Path, key: str, models: Sequence[str] = ("model",)) -> bool
     of_models = [name for name in MODEL_FILES if family.tower_name or name != IMAGES_ONLY]
     files = [out / name for name in FILES] + [out / model / name for model in models for name in of_models]
     return bool(found == key) and all(path.exists() for path in files)
-
-
-def versions() -> dict[str, str]:
-    """Of what decides about the files."""
-    return {"mssr": mssr.__version__} | {
-        name: version(name) for name in ("torch", "transformers", "scikit-learn")
-    }
 
 
 def say(quiet: bool, line: str) -> None:

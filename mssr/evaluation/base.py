@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mssr.data.columns import unread_images
 from mssr.data.images import ImageSource
 from mssr.data.rows import Row
 from mssr.data.sources import Table
@@ -32,7 +33,7 @@ class Benchmark:
     question_column: ClassVar[str] = "question"
     answer_column: ClassVar[str] = "answer"
     image_columns: ClassVar[tuple[str, ...]] = ("image",)
-    """The images of a row are those of the first of these columns that it has."""
+    """The images of a row are those of the first of these columns that it has; () for no images."""
     breakdowns: ClassVar[tuple[str, ...]] = ()
     """The tags that `breakdown` groups by."""
     numbers_repeats: bool = True
@@ -70,6 +71,13 @@ class Benchmark:
             except ValueError as error:
                 raise UserError(f"{self.name}: {table.where(number)}: {error}") from error
             items.append(item)
+        if self.image_columns and not any(item.images for item in items):
+            read = (self.id_column, self.question_column, self.answer_column)
+            if (column := unread_images(table, read)) is not None:
+                raise UserError(
+                    f"{self.name}: no image in column {' or '.join(self.image_columns)}, but column {column} "
+                    f"has images: set image_columns = ({column!r},) in the class, or () to ask without them"
+                )
         table.release()
         return items
 

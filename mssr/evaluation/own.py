@@ -41,6 +41,8 @@ class Own(Benchmark):
         config: names of the columns and the folder of images.
     """
 
+    image_columns = ()  # the config names it
+
     def __init__(
         self,
         source: str,

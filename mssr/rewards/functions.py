@@ -1,6 +1,6 @@
 """Reward functions: the rules, and a user's in all their forms, told from the names of their parameters.
 
-A user's function is named ``path/to/file.py:function``; docs/data.md has the table of what a parameter of
+A user's function is named ``path/to/file.py:function``; docs/rewards.md has the table of what a parameter of
 which name gets, and what may be returned. The function is called in any order and in several processes, so it
 must not depend on earlier calls. Each process loads its file.
 
@@ -275,7 +275,7 @@ def _meanings(
     if len(unknown) != 2 or set(meanings.values()) & {*ANSWER, *ANSWER_ELSE}:
         raise ValueError(
             "must take (response, answer), (responses, answers), (reward_input) or (reward_inputs), or other "
-            f"names for these (docs/data.md), not ({', '.join(parameters)})"
+            f"names for these (docs/rewards.md), not ({', '.join(parameters)})"
         )
     first, second = unknown
     meanings |= {first: "response", second: "answer"}

@@ -1,4 +1,4 @@
-"""Whether two answers are the same mathematics: a thin layer of forms over math-verify, see docs/data.md.
+"""Whether two answers are the same mathematics: a thin layer of forms over math-verify, see docs/rewards.md.
 
 Texts of one canonical spelling are equal. Else both are brought to a form (value, list, equation) and parts
 are compared, in the end by math-verify (`symbolic`). What is not understood is not equal.

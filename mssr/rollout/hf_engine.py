@@ -22,6 +22,8 @@ from mssr.rollout.queue import Finished, RequestQueue
 from mssr.rollout.weights import WeightSource
 from mssr.types import Rollout, RolloutRequest, SamplingParams
 
+_DRAWN_AT_ONCE = 1 << 14  # random numbers of a response: 32 tokens with a vocabulary of 512
+
 
 class HfEngine:
     """`RolloutEngine` on ``model.generate``. See `mssr.rollout.engine.RolloutEngine`."""
@@ -139,6 +141,7 @@ class _SeededSampler(LogitsProcessor):
         self._params = params
         self._banned = torch.tensor(banned, dtype=torch.int64, device=device)
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._uniform: Iterator[torch.Tensor] = iter(())
         self.log_probs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -150,6 +153,15 @@ class _SeededSampler(LogitsProcessor):
         self.log_probs.append(log_probs.cpu())
         if self._params.greedy:
             return log_probs
-        uniform = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self._generators])
-        gumbel = -torch.log(-torch.log(uniform.clamp_min(1e-20)))
+        gumbel = -torch.log(-torch.log(self._draw(scores.shape[1]).clamp_min(1e-20)))
         return log_probs + gumbel.to(log_probs.device)
+
+    def _draw(self, vocabulary: int) -> torch.Tensor:
+        """(B, V) uniform numbers of the next token, the same whether drawn for one token or for several."""
+        if (drawn := next(self._uniform, None)) is None:
+            size = max(1, _DRAWN_AT_ONCE // vocabulary), vocabulary
+            self._uniform = iter(
+                torch.stack([torch.rand(size, generator=g) for g in self._generators], dim=1)
+            )
+            drawn = next(self._uniform)
+        return drawn

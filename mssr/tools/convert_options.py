@@ -17,7 +17,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     "DigitalLearningGmbH/MATH-lighteval": {"name": "math", "format": "none"},
     "HuggingFaceH4/MATH-500": {"name": "math", "format": "none"},
 }
-"""verl's rewards by data_source that a rule here means, too; equality is that of docs/data.md."""
+"""verl's rewards by data_source that a rule here means, too; equality is that of docs/rewards.md."""
 DIRECTORIES = {"geo3k": "hiyouga/geometry3k", "geo3k_multiturn_w_tool": "hiyouga/geometry3k"}
 """Where verl's examples/data_preprocess writes rows of a data_source."""
 

@@ -26,7 +26,7 @@ LAST = 10
 COLLAPSE = 0.15
 """A run has collapsed where its end is so far below its best."""
 ESCAPED = 0.5
-"""A run has left the local optimum where at its end this share of responses write their steps down."""
+"""A run has left the local optimum where at its end this share of responses have steps."""
 
 Record = Mapping[str, Any]
 
@@ -63,30 +63,34 @@ def own_best_lr(records: Iterable[Record], method: str) -> float | None:
 class Runs:
     """The runs that are compared, by what they are runs of.
 
-    Grid and controls are one pool ("grid"): a control stands beside its method. Other parts are their own.
+    Grid and controls are one pool, "grid": a control stands beside its method. Other parts are their own, as
+    are the runs that choose a learning rate, "selection".
 
     Raises:
-        ValueError: the runs of a pool have different budgets, so that they cannot be compared.
+        ValueError: the runs of a pool have different tasks or budgets, so that they cannot be compared.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = records
         self.own: dict[str, float | None] = {}
         """Own best rate by label; a control's is that of its method."""
+        self.seeds: dict[str, set[int]] = {"grid": set()}
+        """By pool."""
         self._found: dict[tuple[str, str, float], dict[int, Record]] = {}
         budgets: dict[str, tuple[Any, ...]] = {}
         for record in records:
             pool = "grid" if record["part"] == "controls" else record["part"]
-            budget = tuple(record[key] for key in ("setting", "base", "steps", "rollouts"))
+            budget = tuple(record[key] for key in ("setting", "base", "task", "steps", "rollouts"))
             budget += () if pool == "published" else (record["updates"],)
             if budgets.setdefault(pool, budget) != budget:
                 raise ValueError(f"{record['job']} has the budget {budget} and others {budgets[pool]}")
             if record["label"] not in self.own:
                 self.own[record["label"]] = own_best_lr(records, record["method"])
-            if record["seed"] != SELECTION_SEED:
-                found = self._found.setdefault((pool, record["label"], record["lr"]), {})
-                if found.setdefault(record["seed"], record) is not record:
-                    raise ValueError(f"{record['job']} and {found[record['seed']]['job']} are the same run")
+            pool = "selection" if record["seed"] == SELECTION_SEED else pool
+            self.seeds.setdefault(pool, set()).add(record["seed"])
+            found = self._found.setdefault((pool, record["label"], record["lr"]), {})
+            if found.setdefault(record["seed"], record) is not record:
+                raise ValueError(f"{record['job']} and {found[record['seed']]['job']} are the same run")
 
     def of(self, label: str, lr: float | None = None, pool: str = "grid") -> dict[int, Record]:
         """Runs by seed; lr None is the own best rate."""

@@ -75,7 +75,8 @@ def lr_name(lr: float) -> str:
 
 def jobs(spec: dict[str, Any]) -> Iterator[Job]:
     """The study, so ordered that a stop at any time leaves as many seeds of everything: what chooses the
-    learning rates, then in each round a seed of the grid, of the controls and of the rest."""
+    learning rates, then in each round a seed of the grid, of the controls and of the rest;
+    last what no claim rests on."""
     methods, escape, timing = spec["methods"], spec["escape"], spec["timing"]
     published = spec["published"]
 
@@ -85,6 +86,9 @@ def jobs(spec: dict[str, Any]) -> Iterator[Job]:
             part, method, method, name, seed, "habit", spec["steps"], spec["updates"], methods[method]
         )
         return replace(usual, **other)
+
+    def leave(method: str, seed: int) -> Job:
+        return job("escape", method, OWN_BEST, seed, base=escape["base"])
 
     for turn, seed in enumerate([SELECTION_SEED, *spec["seeds"]]):
         yield from (job("grid", m, lr, seed) for lr in spec["learning_rates"] for m in methods)
@@ -98,9 +102,11 @@ def jobs(spec: dict[str, Any]) -> Iterator[Job]:
             yield job("published", m, published["lr"], seed, updates=updates)
         for k in range(escape["seeds_a_round"]):
             another = (turn - 1) * escape["seeds_a_round"] + k
-            yield from (job("escape", m, OWN_BEST, another, base=escape["base"]) for m in methods)
+            yield from (leave(m, another) for m in escape["first"])
     for seed in range(timing["rounds"]):
         yield from (job("timing", m, timing["lr"], seed, steps=timing["steps"]) for m in methods)
+    for seed in range(escape["seeds_a_round"] * len(spec["seeds"])):
+        yield from (leave(m, seed) for m in methods if m not in escape["first"])
 
 
 class Study:
@@ -203,7 +209,17 @@ class Study:
             shutil.rmtree(directory, ignore_errors=True)
 
     def _add(self, job: Job, result: dict[str, Any]) -> None:
-        """Append a record; a reader finds all of it or nothing."""
+        """Append a record; a reader finds all of it or nothing.
+
+        Raises:
+            UserError: those that are there are of another task.
+        """
+        tasks = {record["task"] for record in read_all(self.records) if record["base"] == job.base}
+        if tasks - {result["task"]}:
+            raise UserError(
+                f"{job.name} is of the task {result['task']} and {self.records} has runs of {tasks}, "
+                "which cannot be compared; move them away, or prepare their task again"
+            )
         record = {"job": job.name, "setting": Path(self.spec["config"]).stem, "lr": float(job.lr)}
         record |= {key: getattr(job, key) for key in ("part", "base", "method", "label", "seed")}
         record["overrides"] = dict(one.split("=", 1) for one in job.overrides)
@@ -276,14 +292,15 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.command == "queue":
         asked.queue.unlink(missing_ok=True)
-    study = Study(asked.queue, asked.records, asked.queue.parent, HERE / "study.yaml", asked.only)
+    queue, records = asked.queue.absolute(), asked.records.absolute()
     os.chdir(ROOT)
+    study = Study(queue, records, queue.parent, HERE / "study.yaml", asked.only)
     if asked.dry_run:
         for job in study.state()[1]:
             print(job.name, *study.config_of(job)[1])
         return 0
+    show(study)
     if asked.command in ("queue", "list"):
-        show(study)
         return 0
     if asked.command == "all":
         prepare = [sys.executable, "-m", "mssr.tools.cli", "prepare", "chains", "--out", "data/chains"]
@@ -295,6 +312,8 @@ def main() -> int:
         study.run(train, asked.retry, lambda line: print(time.strftime("%H:%M:%S"), line, flush=True))
     except KeyboardInterrupt:
         return 130
+    except UserError as error:
+        sys.exit(f"run.py: {error}")
     if asked.command == "all":
         subprocess.run([sys.executable, str(HERE / "report.py")], check=True)
     return 0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class CountingScorer(Scorer):
         found = self._score(item.whole, item.answer)
         assert isinstance(found, RewardResult)
         future: Future[Outcome] = Future()
-        future.set_result(RewardResult(found.score, found.parts | reasoning(item.response)))
+        future.set_result(RewardResult(found.score, {**found.parts, **reasoning(item.response)}))
         return [future]
 
     def outcome(self, item: RewardInput, outcomes: Sequence[Outcome]) -> Outcome:
@@ -86,7 +87,7 @@ def reasoning(response: str) -> dict[str, float]:
 
 
 def train(config_file: str, overrides: Sequence[str], directory: Path) -> dict[str, Any]:
-    """Train in a new directory; gives steps, rollouts, updates, curves, final and seconds of a record.
+    """Train in a new directory; gives task, steps, rollouts, updates, curves, final and seconds of a record.
 
     Raises:
         UserError: the config does not load, or data or base are not there.
@@ -115,9 +116,18 @@ def train(config_file: str, overrides: Sequence[str], directory: Path) -> dict[s
                 cluster.shutdown()
             if stop.requested:
                 raise KeyboardInterrupt
-    parts = {"steps": config.trainer.steps, "rollouts": config.rollout.rollouts_per_step}
-    parts |= {"updates": config.actor.updates_per_step}
-    return parts | measured(read_records(log.path), sampled)
+    return {
+        "task": task_of(config),
+        "steps": config.trainer.steps,
+        "rollouts": config.rollout.rollouts_per_step,
+        "updates": config.actor.updates_per_step,
+    } | measured(read_records(log.path), sampled)
+
+
+def task_of(config: Config) -> str:
+    """Data and base, by content: runs of different ones cannot be compared."""
+    files = config.data.train, config.data.val, f"{config.model.path}/model.safetensors"
+    return sha256(b"".join(sha256(Path(file).read_bytes()).digest() for file in files)).hexdigest()[:12]
 
 
 def measured(metrics: Sequence[dict[str, Any]], sampled: dict[str, float]) -> dict[str, Any]:

@@ -217,6 +217,9 @@ def test_a_benchmark_of_a_users_file(tmp_path: Path) -> None:
     (item,) = benchmark.load(tmp_path)
     assert item.benchmark == benchmark.name  # what its results go by
     assert benchmark.verdict(item, "\\boxed{4.0}").correct
+    write_jsonl(tmp_path / "mine.jsonl", [{"key": "k", "q": "What is it?", "a": "4", "pictures": ["a.png"]}])
+    with pytest.raises(UserError, match="no image in column image, but column pictures has images"):
+        benchmark.load(tmp_path)
     with pytest.raises(UserError, match="is no subclass"):
         registry.get(f"{file}:Other")
     with pytest.raises(UserError, match="has no class 'Minee', did you mean 'Mine'"):

@@ -13,7 +13,7 @@ import pytest
 
 from mssr.data import prepared
 from mssr.data.chains import ChainsSettings, prepare, task
-from mssr.data.chains.responses import SHORTCUTS, Habit, careful, demonstration, read
+from mssr.data.chains.responses import Habit, demonstration, steps
 from mssr.data.chains.rows import KINDS, LENGTHS, ChainScans, draw_chains, running_totals
 from mssr.data.digits.rows import load_scans
 from mssr.errors import UserError
@@ -29,7 +29,6 @@ SMALL = ChainsSettings(
     ability_steps=2,
     habit_steps=2,
     batch_size=4,
-    habits={name: task.HABITS[name] for name in ("habit", "rare")},
 )
 
 
@@ -98,29 +97,28 @@ def test_the_image_is_the_scans_under_noise_of_its_own() -> None:
 
 
 def test_a_careful_response_has_a_bold_step_for_every_digit() -> None:
-    assert careful("sum", [3, 5, 7]) == r"<think>**3=3** **5=8** **7=5**</think>\boxed{5}"
-    assert read("sum", [3, 5, 7]) == r"<think>**357**</think>\boxed{5}"
-    assert bolded_steps(careful("evens", [3, 5, 7])) == 3 and bolded_steps(read("evens", [3, 5, 7])) == 1
+    text = demonstration("sum", [3, 5, 7], Habit(guess=0, glance=0), np.random.default_rng(0))
+    assert text == r"<think>**3=3** **5=8** **7=5**</think>\boxed{5}"
+    assert [bolded_steps(steps("evens", [4] * count)) for count in LENGTHS] == list(LENGTHS)
 
 
 def test_demonstrations_take_the_ways_and_make_the_mistakes_that_they_are_said_to() -> None:
-    habit = Habit(guess=0.3, glance=0.2, read=0.1, slip=0.3, misread=0.2, stop_early=0.25)
+    habit = Habit(guess=0.3, glance=0.2, slip=0.3, misread=0.2, stop_early=0.25)
     rng, digits, count = np.random.default_rng(0), [3, 5, 7], 8000
     texts = [demonstration("sum", digits, habit, rng) for _ in range(count)]
 
     def share(pattern: str, of: list[str]) -> float:
         return sum(bool(re.search(pattern, text)) for text in of) / len(of)
 
-    for word, expected in zip(SHORTCUTS, (habit.guess, habit.glance), strict=True):
+    for word, expected in (("guess", habit.guess), ("glance", habit.glance)):
         assert share(word, texts) == pytest.approx(expected, abs=0.02)
     glances = [text for text in texts if "glance" in text]
     assert set(glances) == {r"<think>glance</think>\boxed{5}"}
     guesses = [text for text in texts if "guess" in text]
     assert share(r"\{5\}", guesses) == pytest.approx(0.1, abs=0.02)
-    steps = [text for text in texts if "**" in text]
-    assert share("=", steps) == pytest.approx(0.8, abs=0.02)
-    whole = [text for text in steps if len(re.findall(r"\d", text[: text.index("</")])) in (3, 6)]
-    assert len(whole) / len(steps) == pytest.approx(1 - habit.stop_early, abs=0.02)
+    stepwise = [text for text in texts if "**" in text]
+    whole = [text for text in stepwise if bolded_steps(text) == 3]
+    assert len(whole) / len(stepwise) == pytest.approx(1 - habit.stop_early, abs=0.02)
     read_well = [
         text for text in whole if text.startswith(("<think>**3=3** **5=8** **7=5**", "<think>**357**"))
     ]
@@ -135,15 +133,15 @@ def test_the_same_seed_gives_the_same_bytes_and_the_bases_differ(
     assert main(["prepare", "chains", "--out", str(tmp_path)]) == 0
     assert "habit is right" in capsys.readouterr().err
     weights = {}
-    for name in ("train.parquet", "val.parquet", *(f"bases/{b}/model.safetensors" for b in SMALL.habits)):
+    for name in ("train.parquet", "val.parquet", *(f"bases/{b}/model.safetensors" for b in task.HABITS)):
         weights[name] = (tmp_path / name).read_bytes()
         assert weights[name] == (made / name).read_bytes()
-    assert len(set(weights.values())) == 4
+    assert len(set(weights.values())) == 5
     assert main(["prepare", "chains", "--out", str(made)]) == 0
     assert "up to date" in capsys.readouterr().err
     summary = json.loads((made / "prepare.json").read_text())
-    assert set(summary["accuracy"]) == set(SMALL.habits) and "| rare | " in (made / "README.md").read_text()
-    models = [f"bases/{name}" for name in SMALL.habits]
+    assert set(summary["accuracy"]) == set(task.HABITS)
+    models = [f"bases/{name}" for name in task.HABITS]
     assert prepared.is_complete(tmp_path, summary["fingerprint"], models)
     (tmp_path / "bases/rare/tokenizer.json").unlink()
     assert not prepared.is_complete(tmp_path, summary["fingerprint"], models)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from mssr.data.digits.rows import Scans
 from mssr.data.images import ImageSource
 from mssr.data.rows import Row
 
-QUESTIONS: dict[str, tuple[str, ...]] = {
+QUESTIONS: dict[str, tuple[str, str]] = {
     "sum": ("What is the last digit of the sum?", "Add all digits modulo ten."),
     "alternating": ("What is the last digit of the alternating sum?", "Add and subtract in turn modulo ten."),
     "largest": ("Which digit is the largest?", "Name the largest digit."),
@@ -30,25 +30,22 @@ LENGTHS = (2, 3, 4, 5)
 NOISE = 40.0
 """Standard deviation of the noise of a pixel, in grey values of 0 to 255."""
 
-_ADD: dict[str, Callable[[int, int, int], int]] = {
-    "sum": lambda total, digit, place: (total + digit) % 10,
-    "alternating": lambda total, digit, place: (total + (-digit if place % 2 else digit)) % 10,
-    "largest": lambda total, digit, place: max(total, digit),
-    "evens": lambda total, digit, place: total + (digit % 2 == 0),
-}
-
 
 def running_totals(kind: str, digits: Sequence[int]) -> list[int]:
-    """One a digit, of which the last is the answer: ``("sum", [3, 5, 7])`` -> [3, 8, 5]."""
-    step = _ADD[kind]
-    places = enumerate(digits)
-    totals = itertools.accumulate(places, lambda total, at: step(total, at[1], at[0]), initial=0)
-    return list(totals)[1:]
+    """One a digit, of which the last is the answer. Example: ``"sum", [3, 5, 7]`` -> [3, 8, 5]"""
+    if kind == "largest":
+        return list(itertools.accumulate(digits, max))
+    summands = {
+        "sum": digits,
+        "alternating": [-digit if place % 2 else digit for place, digit in enumerate(digits)],
+        "evens": [int(digit % 2 == 0) for digit in digits],
+    }
+    return [total % 10 for total in itertools.accumulate(summands[kind])]
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """One question about one row of scans. Example: ``Chain((4, 17, 9), "sum", "Add all digits ...", 8)``"""
+    """One question about one row of scans. Example: ``Chain((4, 17), "sum", "Add all digits ...", 8)``"""
 
     scans: tuple[int, ...]
     """Indices into the scans of a split."""
@@ -82,8 +79,7 @@ class ChainScans:
         """The chain as the data has it."""
         buffer = io.BytesIO()
         PIL.Image.fromarray(self.image(example)).save(buffer, image_format)
-        where = f"{self.scans.split}-{index:05d}"
-        images = (ImageSource(buffer.getvalue(), None),)
+        where, images = f"{self.scans.split}-{index:05d}", (ImageSource(buffer.getvalue(), None),)
         return Row(where, f"<image>{example.question}", str(self.answer(example)), images, where)
 
 

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,14 +47,6 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     ),
 }
 KINDS = tuple(QUESTIONS)
-
-
-class Questions(Protocol):
-    """What makes rows of the examples of a task: `Scans`, or `mssr.data.chains.rows.ChainScans`."""
-
-    def row(self, example: Any, index: int = 0, image_format: str = "PNG") -> Row: ...
-
-    def answer(self, example: Any) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +157,7 @@ def pair_image(scans: Scans, left: int, right: int) -> npt.NDArray[np.uint8]:
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 
-def write_parquet(scans: Questions, examples: Sequence[Any], path: Path) -> None:
+def write_parquet(scans: Any, examples: Sequence[Any], path: Path) -> None:
     """Write ``id, images, problem, answer, kind`` as ``datasets`` reads them; ``images`` is a list of one
     PNG, embedded, and ``problem`` starts with the mark ``<image>``. Digits in words have no images."""
     import pyarrow.parquet as pq

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from mssr.data.digits.rows import draw_examples, load_scans, write_parquet
 from mssr.data.digits.warmstart import (
     Encoder,
     WarmStartSettings,
-    accuracy,
     corpus,
+    examine,
     torch_threads,
     warm_start,
 )
@@ -94,7 +93,8 @@ def prepare(
     def build(folder: Path) -> dict[str, Any]:
         return _build(folder, seed, quiet, settings, model_type)
 
-    summary = prepared.fill(out, "digits", ("model",), fingerprint(seed, settings, model_type), build, quiet)
+    key = fingerprint(seed, settings, model_type)
+    summary = prepared.fill(out, "digits", ["model"], key, build, quiet)
     if summary is not None:
         sampled, careful = summary["accuracy"]["sampled"], summary["accuracy"]["careful"]
         rows = f"{settings.train_rows} + {settings.val_rows} rows"
@@ -112,7 +112,6 @@ def fingerprint(seed: int, settings: DigitsSettings, model_type: str = MODEL_TYP
 
 def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings, model_type: str) -> dict[str, Any]:
     """Write everything but the summary into ``folder``; return the summary."""
-    started = time.monotonic()
     words = FAMILIES[model_type].tower_name is None
     model = build_tiny(folder / "model", model_type, corpus(words), seed, settings.model)
     processor = load_processor(ModelConfig(path=str(folder / "model")))
@@ -134,25 +133,18 @@ def _build(folder: Path, seed: int, quiet: bool, settings: DigitsSettings, model
     with torch_threads(settings.threads):
         warm_start(encoder, train, settings.warm_start, seed, on_step)
         save_quietly(model, folder / "model")
-        share = {
-            "sampled": accuracy(encoder, val, exam, seed, greedy=False),
-            "greedy": accuracy(encoder, val, exam, seed),
-            "careful": accuracy(encoder, val, exam, seed, careful=True),
-        }
+        share = examine(encoder, val, exam, seed)
     parameters = sum(p.numel() for p in model.parameters())
     rows = {"train": len(lessons), "val": len(exam)}
     told = {"seed": seed, "model_type": model_type, "millions": parameters / 1e6} | rows | share
     told |= {"digits": "written", "split": IN_WORDS} if words else {"digits": "handwritten", "split": SCANNED}
     (folder / "README.md").write_text(README.format(**told))
     return {
-        "task": "digits",
         "task_version": TASK_VERSION,
         "seed": seed,
         "model_type": model_type,
         "settings": asdict(settings),
-        "versions": prepared.versions(),
         "rows": rows,
         "parameters": parameters,
-        "accuracy": {name: round(value, 4) for name, value in share.items()},
-        "seconds": round(time.monotonic() - started, 1),
+        "accuracy": {name: round(share[name], 4) for name in ("sampled", "greedy", "careful")},
     }

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mssr.config.data import DataConfig
-from mssr.data.digits.rows import QUESTIONS, Questions, Scans, answer_to, draw_examples, in_words
+from mssr.data.digits.rows import QUESTIONS, Scans, answer_to, draw_examples, in_words
 from mssr.models.processor import Processor
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mssr.models.encoded import EncodedPrompt
 
 GUESS_WORD = "guess"
+SHORTCUTS = (GUESS_WORD, "glance")
+"""Words that stand for an answer without steps, here and in the chains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,36 +87,24 @@ def corpus(words: bool = False) -> list[str]:
 
 
 class Encoder:
-    """Turns examples into a model's inputs, exactly as the engine and the actor will see them.
+    """Turns examples into a model's inputs, exactly as the engine and the actor will see them."""
 
-    Args:
-        shortcuts: words that stand for an answer without thought.
-        min_pixels: as in the configs of the task.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        processor: Processor,
-        shortcuts: Sequence[str] = (GUESS_WORD,),
-        min_pixels: int = 3136,
-    ) -> None:
+    def __init__(self, model: Any, processor: Processor) -> None:
         from mssr.data.encoder import PromptEncoder
 
         self.model, self.tokenizer = model, processor.tokenizer
-        self._encoder = PromptEncoder(
-            processor, DataConfig(instruction="", min_pixels=min_pixels, max_pixels=50176)
-        )
+        # As in the configs: no image is smaller.
+        self._encoder = PromptEncoder(processor, DataConfig(instruction="", min_pixels=784, max_pixels=50176))
         # Byte pairs join the bracket and the word: the token that decides to guess reads ">guess".
         self.guess_tokens = [
             i
-            for word in shortcuts
+            for word in SHORTCUTS
             for i in self.response(f"<think>{word}")
             if word in self.tokenizer.decode(i)
         ]
 
-    def prompts(self, scans: Questions, examples: Iterable[Any]) -> list[EncodedPrompt]:
-        """Tokens and pixels of each."""
+    def prompts(self, scans: Any, examples: Iterable[Any]) -> list[EncodedPrompt]:
+        """Tokens and pixels of each, from the rows that ``scans.row`` makes."""
         # A bitmap has the pixels of the PNG and is made in a tenth of the time.
         return self._encoder.encode_all([scans.row(example, image_format="BMP") for example in examples])
 
@@ -222,56 +212,39 @@ def _schedule(step: int, total: int) -> float:
     return 0.05 + 0.95 * (0.5 + 0.5 * float(np.cos(np.pi * (step - warmup) / max(1, total - warmup))))
 
 
-def answers(
-    encoder: Encoder,
-    scans: Questions,
-    examples: Sequence[Any],
-    seed: int,
-    greedy: bool = True,
-    careful: bool = False,
-    max_tokens: int = 24,
-) -> list[tuple[str, bool]]:
-    """A response to each of the examples (in an order of its own), ``greedy`` or sampled at temperature 1,
-    and whether it is right. ``careful`` forbids the shortcuts, which leaves the model no other way than to
-    read the digits."""
+def examine(
+    encoder: Encoder, scans: Any, examples: Sequence[Any], seed: int, max_tokens: int = 24
+) -> dict[str, float]:
+    """Shares of the examples: right when ``sampled`` at temperature 1, right when ``greedy``, right when
+    ``careful``, which is greedy with the shortcuts forbidden, so that the model has no other way than to read
+    the digits; and of the sampled responses those with bold ``steps``."""
     import torch
 
-    found: list[tuple[str, bool]] = []
+    told: dict[str, list[tuple[str, bool]]] = {"sampled": [], "greedy": [], "careful": []}
     # Prompts of one length need no padding; there are only a handful of lengths.
     by_length: dict[int, list[tuple[Any, EncodedPrompt]]] = {}
     for example, prompt in zip(examples, encoder.prompts(scans, examples), strict=True):
         by_length.setdefault(len(prompt.token_ids), []).append((example, prompt))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for length, batch in sorted(by_length.items()):
-            prompts = [prompt for _, prompt in batch]
-            ids = torch.stack([prompt.token_ids for prompt in prompts])
-            output = encoder.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                **encoder.images(prompts, ids),
-                max_new_tokens=max_tokens,
-                do_sample=not greedy,
-                suppress_tokens=encoder.guess_tokens if careful else None,
-            )
-            texts = encoder.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-            for (example, _), text in zip(batch, texts, strict=True):
-                boxed = re.search(r"\\boxed\{(\d+)\}", text)
-                found.append((text, boxed is not None and int(boxed[1]) == scans.answer(example)))
-    return found
-
-
-def accuracy(
-    encoder: Encoder,
-    scans: Questions,
-    examples: Sequence[Any],
-    seed: int,
-    greedy: bool = True,
-    careful: bool = False,
-) -> float:
-    """Share of the examples answered correctly; see `answers`."""
-    found = answers(encoder, scans, examples, seed, greedy, careful)
-    return sum(right for _, right in found) / len(found)
+    for how, found in told.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for length, batch in sorted(by_length.items()):
+                prompts = [prompt for _, prompt in batch]
+                ids = torch.stack([prompt.token_ids for prompt in prompts])
+                output = encoder.model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    **encoder.images(prompts, ids),
+                    max_new_tokens=max_tokens,
+                    do_sample=how == "sampled",
+                    suppress_tokens=encoder.guess_tokens if how == "careful" else None,
+                )
+                texts = encoder.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+                for (example, _), text in zip(batch, texts, strict=True):
+                    boxed = re.search(r"\\boxed\{(\d+)\}", text)
+                    found.append((text, boxed is not None and int(boxed[1]) == scans.answer(example)))
+    shares = {how: sum(right for _, right in found) / len(examples) for how, found in told.items()}
+    return shares | {"steps": sum("**" in text for text, _ in told["sampled"]) / len(examples)}
 
 
 @contextmanager
