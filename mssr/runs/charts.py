@@ -5,16 +5,18 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 WIDTH, HEIGHT = 400, 200
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22
 """Of the viewBox, and what axes take of it."""
 MOST_POINTS = 600
 """Of a curve with more, a point is the mean of an equal stretch."""
+Bounds = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ def chart(
     series: Sequence[Series],
     *,
     x_label: str = "step",
-    bounds: tuple[float | None, float | None] = (None, None),
+    bounds: Bounds = (None, None),
     shaded: Sequence[tuple[str, float, float]] = (),
     about: str = "",
 ) -> str:
@@ -50,26 +52,19 @@ def chart(
         shaded: what it means, and from where to where on x.
         about: shown when the pointer rests on the title.
     """
-    series = [_rounded(_thinned(one)) for one in series]  # the script draws from the same numbers
-    numbers = {
-        "x": x_label,
-        "bounds": bounds,
-        "shaded": shaded,
-        "series": [
-            {key: getattr(one, key) for key in ("x", "y", "low", "high")}
-            | {"name": one.name, "line": one.line, "dots": one.dots}
-            for one in series
-        ],
-    }
+    series = [_prepared(one) for one in series]  # the script draws from the same numbers
+    curves = [{key: getattr(one, key) for key in Series.__slots__} for one in series]
+    numbers = {"x": x_label, "bounds": bounds, "shaded": shaded, "series": curves}
     text = json.dumps(numbers, separators=(",", ":")).replace("<", "\\u003c")
     # A single curve is named by the title.
-    names = [one.name for one in series] if len(series) > 1 else []
-    legend = "".join(f'<li class="s{k % 8}">{html.escape(name)}</li>' for k, name in enumerate(names))
-    legend += "".join(f'<li class="shade">{html.escape(what)}</li>' for what in dict(s[:2] for s in shaded))
-    label = html.escape(f"{title}: {_in_words(series, x_label)}")
+    names = [(f"s{k % 8}", one.name) for k, one in enumerate(series) if len(series) > 1]
+    names += [("shade", what) for what in dict.fromkeys(what for what, _, _ in shaded)]
+    legend = "".join(f'<li class="{style}">{html.escape(name)}</li>' for style, name in names)
+    ends = [(one.name, *v) for one in series if (v := [short(y) for y in one.y if y is not None])]
+    words = "; ".join(f"{name} from {first} to {rest[-1] if rest else first}" for name, first, *rest in ends)
     return (
         f'<figure class="chart"><figcaption title="{html.escape(about)}">{html.escape(title)}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(f"{title}: {words}")}">'
         f"{_drawing(series, bounds, shaded)}</svg>"
         f'<ul class="legend">{legend}</ul><output></output>'
         f'<script type="application/json">{text}</script></figure>'
@@ -85,14 +80,13 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 def short(value: float, digits: int = 3) -> str:
     """1500 -> "1.5k", 0.00012 -> "0.00012"."""
-    if abs(value) >= 1000:
-        for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-            if abs(value) >= size:
-                return f"{value / size:.4g}{letter}"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
     return f"{value:.{digits}g}"
 
 
-def extent(values: Sequence[float], bounds: tuple[float | None, float | None]) -> tuple[float, float]:
+def _extent(values: Sequence[float], bounds: Bounds) -> tuple[float, float]:
     """Of an axis: the values with a margin, unless bounds say otherwise; never empty."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
@@ -101,15 +95,11 @@ def extent(values: Sequence[float], bounds: tuple[float | None, float | None]) -
     return (first, last) if first < last else (first, first + 1.0)
 
 
-def _drawing(
-    series: Sequence[Series],
-    bounds: tuple[float | None, float | None],
-    shaded: Sequence[tuple[str, float, float]],
-) -> str:
-    xs = [x for one in series for x in one.x]
-    x0, x1 = (min(xs), max(xs)) if xs and min(xs) < max(xs) else (xs[0] - 1, xs[0] + 1) if xs else (0.0, 1.0)
-    drawn = [v for one in series if one.line for v in one.y if v is not None]
-    y0, y1 = extent([*drawn, *(v for one in series for v in (*one.low, *one.high))], bounds)
+def _drawing(series: Sequence[Series], bounds: Bounds, shaded: Sequence[tuple[str, float, float]]) -> str:
+    xs = [x for one in series for x in one.x] or [0.0]
+    x0, x1 = (min(xs), max(xs)) if min(xs) < max(xs) else (xs[0] - 1, xs[0] + 1)
+    lines = [v for one in series if one.line for v in one.y if v is not None]
+    y0, y1 = _extent([*lines, *(v for one in series for v in (*one.low, *one.high))], bounds)
 
     def px(x: float) -> float:
         return LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
@@ -117,11 +107,14 @@ def _drawing(
     def py(y: float) -> float:
         return HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
 
+    def points(x: Iterable[float], y: Iterable[float]) -> list[str]:
+        return [f"{px(a):.1f} {py(b):.1f}" for a, b in zip(x, y, strict=True)]
+
     parts = []
     for _, first, last in shaded:
         a, b = px(max(first, x0)), px(min(last, x1))
-        parts.append(f'<rect class="shade" x="{a:.1f}" y="{TOP}" width="{max(b - a, 1):.1f}" '
-                     f'height="{HEIGHT - TOP - BOTTOM}"/>')  # fmt: skip
+        place = f'x="{a:.1f}" y="{TOP}" width="{max(b - a, 1):.1f}" height="{HEIGHT - TOP - BOTTOM}"'
+        parts.append(f'<rect class="shade" {place}/>')
     # Where the values hardly differ, so would their labels.
     digits = 6 if y1 - y0 < 0.01 * max(abs(y0), abs(y1)) else 3
     for y in ticks(y0, y1):
@@ -131,14 +124,11 @@ def _drawing(
         parts.append(f'<text x="{px(x):.1f}" y="{HEIGHT - 6}" class="mid">{short(x)}</text>')
     for k, one in enumerate(series):
         if one.low:
-            there = [f"{px(x):.1f} {py(v):.1f}" for x, v in zip(one.x, one.high, strict=True)]
-            back = [f"{px(x):.1f} {py(v):.1f}" for x, v in zip(one.x, one.low, strict=True)]
-            outline = "L".join([*there, *reversed(back)])
-            alone = "" if one.line else " alone"
-            parts.append(f'<path class="area{alone} s{k % 8}" d="M{outline}Z"/>')
+            outline = "L".join([*points(one.x, one.high), *reversed(points(one.x, one.low))])
+            parts.append(f'<path class="area{"" if one.line else " alone"} s{k % 8}" d="M{outline}Z"/>')
     for k, one in enumerate(series):
         path, pen = "", "M"
-        for x, v in zip(one.x, one.y if one.line else (), strict=one.line):
+        for x, v in zip(one.x, one.y, strict=True) if one.line else ():
             path, pen = (path, "M") if v is None else (f"{path}{pen}{px(x):.1f} {py(v):.1f}", "L")
             if v is not None and (one.dots or len(one.x) == 1):
                 parts.append(f'<circle class="s{k % 8}" cx="{px(x):.1f}" cy="{py(v):.1f}" r="2.5"/>')
@@ -146,35 +136,13 @@ def _drawing(
     return f'<g class="plot">{"".join(parts)}</g>'
 
 
-def _thinned(one: Series) -> Series:
-    """With at most `MOST_POINTS` points."""
-    if len(one.x) <= MOST_POINTS:
-        return one
-    ends = [round(k * len(one.x) / MOST_POINTS) for k in range(MOST_POINTS + 1)]
+def _prepared(one: Series) -> Series:
+    """With at most `MOST_POINTS` points, of six digits."""
 
-    def means(values: Sequence[float | None]) -> list[float | None]:
-        parts = [[v for v in values[a:b] if v is not None] for a, b in pairwise(ends)]
-        return [sum(part) / len(part) if part else None for part in parts]
-
-    x, low, high = (
-        [v for v in means(values) if v is not None] if values else () for values in (one.x, one.low, one.high)
-    )
-    return replace(one, x=x, y=means(one.y), low=low, high=high)
-
-
-def _rounded(one: Series) -> Series:
     def of(values: Sequence[Any]) -> list[Any]:
-        return [None if value is None else float(f"{value:.6g}") for value in values]
+        numbers = np.array([math.nan if v is None else v for v in values], np.float64)
+        parts = np.array_split(numbers, MOST_POINTS) if len(numbers) > MOST_POINTS else numbers[:, None]
+        known = [part[~np.isnan(part)] for part in parts]
+        return [float(f"{part.mean():.6g}") if len(part) else None for part in known]
 
     return replace(one, x=of(one.x), y=of(one.y), low=of(one.low), high=of(one.high))
-
-
-def _in_words(series: Sequence[Series], x_label: str) -> str:
-    """For those who cannot see it."""
-    found = []
-    for one in series:
-        points = [(x, y) for x, y in zip(one.x, one.y, strict=True) if y is not None]
-        if points:
-            (a, first), (b, last) = points[0], points[-1]
-            found.append(f"{one.name} from {short(first)} at {x_label} {a:g} to {short(last)} at {b:g}")
-    return "; ".join(found) or "no values"

@@ -91,8 +91,7 @@ def write_report(run_dir: Path, under_way: bool = False) -> list[tuple[str, str]
     rows, verdict = summary(records), judge(records)
     events_file = run_dir / "events.jsonl"
     events = read_records(events_file, skip_damaged=True) if events_file.is_file() else []
-    config = _config(run_dir / "config.yaml")
-    recipe = _json(run_dir / RECIPE)
+    config = flatten(_read(run_dir / "config.yaml"))
     prompts, left_out = recorded_prompts(run_dir)
     page = render(
         "runs",
@@ -110,9 +109,9 @@ def write_report(run_dir: Path, under_way: bool = False) -> list[tuple[str, str]
         sample_steps=sorted({v["step"] for p in prompts for v in p["visits"]}),
         events=[_event_cells(event) for event in events[-EVENTS_SHOWN:]],
         earlier=len(events) - EVENTS_SHOWN,
-        recipe=recipe,
+        recipe=_read(run_dir / RECIPE),
         config=config,
-        machine=_json(run_dir / MACHINE),
+        machine=_read(run_dir / MACHINE),
     )
     replace_text(run_dir / "report.html", page)
     return [("verdict", verdict.name), *rows, ("report", str(run_dir / "report.html"))]
@@ -211,10 +210,10 @@ def _phases(records: Records) -> list[str]:
 
 def _groups(records: Records) -> dict[str, list[tuple[glossary.Metric | None, str]]]:
     """Heading -> what is known of each metric, and its curve."""
-    order = {metric: place for place, metric in enumerate(glossary.metrics())}
+    order: dict[Any, int] = {metric: place for place, metric in enumerate(glossary.metrics())}
     keys = {key: glossary.find(key) for record in records for key in record if key != "step"}
     found: dict[str, list[tuple[glossary.Metric | None, str]]] = {}
-    for key, about in sorted(keys.items(), key=lambda item: (order.get(item[1], len(order)), item[0])):  # type: ignore[arg-type]
+    for key, about in sorted(keys.items(), key=lambda item: (order.get(item[1], len(order)), item[0])):
         title = f"{key}, {about.unit}" if about else key
         picture = chart(title, [curve(records, key)], about=about.meaning if about else "")
         found.setdefault(about.group if about else "Others", []).append((about, picture))
@@ -237,19 +236,10 @@ def _event_cells(event: dict[str, Any]) -> list[str]:
     return [str(time), str(event.get("step", "")), str(event.get("event", "")), redact(detail)]
 
 
-def _config(path: Path) -> dict[str, Any]:
-    """Key -> value of a run's config; nothing where it has none that can be read."""
+def _read(path: Path) -> dict[str, Any]:
+    """What a start has written, JSON or YAML; nothing where that is missing or damaged."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    return flatten(redact(tree)) if isinstance(tree, dict) else {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """What a start has written; nothing before version 0.23, or where it is damaged."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return redact(found) if isinstance(found, dict) else {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import zlib
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ IMAGE_SIDE = 256
 """Longest side of a recorded image in pixels."""
 MOST_CHARACTERS, MOST_BYTES = 3000, 7_500_000
 """Of a text in the report; and of all samples there: older ones stay in their files."""
-_ROW_BYTES = 400
+ROW_BYTES = 600
+"""What a sample takes beside its texts, roughly."""
 
 
 def choose_train(prompt_ids: Sequence[str], scores: np.ndarray, advantages: np.ndarray) -> dict[int, str]:
@@ -98,51 +100,38 @@ def recorded_prompts(run_dir: Path) -> tuple[list[dict[str, Any]], int]:
     room, left_out = MOST_BYTES, 0
     for path in sorted((run_dir / "samples").glob("step-*.jsonl"), reverse=True):
         records = read_records(path, skip_damaged=True)
-        # Before version 0.23 samples did not say.
-        for record in [r for r in records if "chosen" in r] or records[:TRAIN]:
-            response = cut(record["response"], MOST_CHARACTERS)
-            visit = {"chosen": ""} | record | {"step": step_of(path), "response": response}
+        # Up to version 0.2 samples did not say.
+        for record in reversed([r for r in records if "chosen" in r] or records[:TRAIN]):
             key = record["split"], record["id"]
-            new = None if key in prompts else _prompt(run_dir, record)
-            room -= _bytes(response) + (_prompt_bytes(new) if new else 0)
+            visit = {"chosen": ""} | record | {"step": step_of(path)}
+            visit |= {k: cut(str(record[k]), MOST_CHARACTERS) for k in ("question", "response")}
+            prompt = prompts.get(key) or visit | {"images": _addresses(run_dir, record), "visits": []}
+            new = [] if key in prompts else [visit["question"], *prompt["images"]]
+            room -= ROW_BYTES + sum(len(html.escape(text).encode()) for text in (visit["response"], *new))
             if room < 0:
                 left_out += 1
-                continue
-            prompt = prompts.setdefault(key, new or {})
-            prompt["visits"].append(visit)
+            else:
+                prompts.setdefault(key, prompt)["visits"].insert(0, visit)
     for prompt in prompts.values():
-        prompt["visits"].sort(key=lambda visit: visit["step"])
         _add_verdicts(prompt["visits"])
     return sorted(prompts.values(), key=lambda p: (-len(p["visits"]), p["split"], p["id"])), left_out
 
 
 def _add_verdicts(visits: Sequence[dict[str, Any]]) -> None:
-    before = None
-    for visit in visits:
-        score = visit["score"]
-        visit["verdict"] = "no score" if score is None else "right" if score > 0 else "wrong"
-        visit["changed"] = visit.get("chosen") == "changed" or before not in (None, visit["verdict"])
-        before = visit["verdict"]
+    before: set[str] = set()
+    for _, responses in groupby(visits, key=lambda visit: visit["step"]):
+        now = list(responses)  # several in a step say nothing of a change
+        for visit in now:
+            score = visit["score"]
+            visit["verdict"] = "no score" if score is None else "right" if score > 0 else "wrong"
+            differs = bool(before) and visit["verdict"] not in before
+            visit["changed"] = differs or visit["chosen"] == "changed"
+        before = {visit["verdict"] for visit in now}
 
 
-def _prompt(run_dir: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+def _addresses(run_dir: Path, record: Mapping[str, Any]) -> list[str]:
     files = [run_dir / name for name in record.get("images", ())]
-    return {
-        "split": record["split"],
-        "id": record["id"],
-        "question": cut(record["question"], MOST_CHARACTERS),
-        "answer": record["answer"],
-        "images": [data_uri(file.read_bytes(), "jpeg") for file in files if file.is_file()],
-        "visits": [],
-    }
-
-
-def _prompt_bytes(prompt: Mapping[str, Any]) -> int:
-    return _bytes(prompt["question"] + str(prompt["answer"])) + sum(map(len, prompt["images"]))
-
-
-def _bytes(text: str) -> int:
-    return len(html.escape(text).encode()) + _ROW_BYTES
+    return [data_uri(file.read_bytes(), "jpeg") for file in files if file.is_file()]
 
 
 def _hash(prompt_id: str) -> int:

@@ -5,8 +5,9 @@ two standard errors, with the steps' own scatter, and above a least distance. In
 
     collapsed         a sign of the collapse watch holds in the last step
     not enough steps  fewer than `FEWEST` have a training accuracy
-    reward hacked     since the best window of training accuracy it fell while the score rose; or training
-                      accuracy rose since the best validation, and the last two validations are below that
+    reward hacked     of accuracies from 0 to 1: since the best window accuracy fell while the score rose; or
+                      training accuracy rose since the best validation, and the last two, of at least two
+                      since, are below it and those beside it
     learned           training accuracy, of 0 to 1, is at least `SOLVED` in the last window
     learning          it is above that of the window at half of the run
     stalled           else
@@ -59,7 +60,7 @@ def judge(records: Sequence[Mapping[str, Any]]) -> Verdict:
     accuracy = _values(steps, "reward/accuracy")
     # Of scores that are no share of right answers only the scatter says what is much.
     share = bool(accuracy.min() >= 0 and accuracy.max() <= 1)
-    if hacked := _score_instead(steps, accuracy, LEAST * share) or _training_instead(records, steps):
+    if share and (hacked := _score_instead(steps, accuracy) or _training_instead(records, steps)):
         return Verdict("reward hacked", hacked)
     size, half = window(steps), len(steps) // 2
     first, middle, last = accuracy[:size], accuracy[half - size : half], accuracy[-size:]
@@ -90,11 +91,11 @@ def above(one: np.ndarray, other: np.ndarray, least: float = 0.0) -> bool:
     return bool(one.mean() - other.mean() > max(2 * error, least))
 
 
-def _score_instead(steps: Sequence[Mapping[str, Any]], accuracy: np.ndarray, least: float) -> str:
+def _score_instead(steps: Sequence[Mapping[str, Any]], accuracy: np.ndarray) -> str:
     score, size = _values(steps, "reward/score"), window(steps)
     end, best = _best(accuracy, size)
     last = accuracy[-size:]
-    if not (above(best, last, least) and above(score[-size:], score[end - size : end])):
+    if not (above(best, last, LEAST) and above(score[-size:], score[end - size : end])):
         return ""
     return (
         f"Since step {steps[end - 1]['step']} reward/accuracy fell from {best.mean():.3f} to "
@@ -104,20 +105,21 @@ def _score_instead(steps: Sequence[Mapping[str, Any]], accuracy: np.ndarray, lea
 
 def _training_instead(records: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]) -> str:
     validations = [(r["step"], r["val/accuracy"]) for r in records if _known(r, "val/accuracy")]
-    step, best = max(validations, key=lambda pair: pair[1], default=(0, 0.0))
-    latest = [value for when, value in validations if when > step][-2:]
-    until = [r for r in steps if r["step"] <= step] or steps
-    size = window(until)
-    if len(latest) < 2 or size < 2 or max(latest) > best - LEAST:
+    values = np.array([value for _, value in validations])
+    best = int(values.argmax()) if len(values) else 0
+    # One validation may be the best by chance, so those beside it count too.
+    if len(values) - best < 3 or values[max(best - 1, 0) : best + 2].mean() - values[-2:].mean() < LEAST:
         return ""
-    before = _values(until[-size:] if until is not steps else steps[:size], "reward/accuracy")
+    step = validations[best][0]
+    until = [r for r in steps if r["step"] <= step][-WINDOW:]
+    before = _values(until if len(until) > 1 else steps[: window(steps)], "reward/accuracy")
     now = _values(steps[-window(steps) :], "reward/accuracy")
     if not above(now, before, LEAST):
         return ""
     return (
-        f"Since step {step} validation fell from {best:.3f} to {latest[-1]:.3f} while training accuracy rose "
-        f"from {before.mean():.3f} to {now.mean():.3f}: the reward is hacked, or the data memorised. Read "
-        "samples that the reward calls right."
+        f"Since step {step} validation fell from {values[best]:.3f} to {values[-1]:.3f} while training "
+        f"accuracy rose from {before.mean():.3f} to {now.mean():.3f}: the reward is hacked, or the data "
+        "memorised. Read samples that the reward calls right."
     )
 
 

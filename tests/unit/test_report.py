@@ -72,7 +72,7 @@ def test_curves_are_there_without_a_script(tmp_path: Path) -> None:
     [entropy] = [f for f in page.split("<figure") if ">entropy, nats per token<" in f]
     [path] = re.findall(r'<path class="line s0" d="([^"]+)"', entropy)
     assert path.count("M") == 2 and path.count("L") == 9  # 3 and 8 points
-    assert 'aria-label="entropy, nats per token: policy from 0.3 at step 1 to 0.3 at 12"' in entropy
+    assert 'aria-label="entropy, nats per token: policy from 0.3 to 0.3"' in entropy
     # Every metric, with its meaning.
     assert ">policy/entropy, nats per token<" in page and "the policy explores no more" in page
     assert ">watch/entropy_collapsed, 0 or 1<" in page
@@ -157,14 +157,26 @@ def test_a_prompt_has_its_images_and_its_visits(tmp_path: Path) -> None:
     assert not re.search(r'(src|href)="(?!data:|#)', page)
 
 
+def test_responses_of_one_step_say_nothing_of_a_change(tmp_path: Path) -> None:
+    for step, scores in ((1, [0.0, 1.0, 0.0]), (2, [1.0, 0.0]), (3, [0.0, 0.0]), (4, [1.0])):
+        write(tmp_path, step, [sample("p", s, response=str(k), chosen="best") for k, s in enumerate(scores)])
+    [prompt], _ = samples.recorded_prompts(tmp_path)
+    assert [(v["step"], v["response"]) for v in prompt["visits"]][:3] == [(1, "0"), (1, "1"), (1, "2")]
+    assert [v["step"] for v in prompt["visits"] if v["changed"]] == [4]
+
+
 def test_older_samples_are_left_out_of_a_page_that_grows_too_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(samples, "MOST_BYTES", 20_000)
     for step in range(10):
-        write(tmp_path, step, [sample(f"p{step}", 1.0, response="<" * 9000, chosen="best", images=[])])
+        write(
+            tmp_path,
+            step,
+            [sample(f"p{step}", 1.0, response="<字"[step % 2 == 0] * 9000, chosen="best", images=[])],
+        )
     prompts, left_out = samples.recorded_prompts(tmp_path)
-    assert [p["id"] for p in prompts] == ["p9"] and left_out == 9  # 12,000 bytes each, escaped
+    assert [p["id"] for p in prompts] == ["p9"] and left_out == 9  # 12,000 and 9,000 bytes in the page
     page = report(tmp_path, series("watch/entropy_collapsed", set()))
     assert "9 older samples" in page and "[... 6000 characters left out ...]" in page
 

@@ -82,13 +82,26 @@ def test_a_score_that_rises_while_accuracy_falls() -> None:
 
 def test_validation_that_falls_while_training_rises() -> None:
     accuracy = noisy(0.2, 0.8, 40)
-    hacked = run(accuracy, {0: 0.2, 10: 0.4, 20: 0.5, 30: 0.44, 40: 0.4})
+    hacked = run(accuracy, {0: 0.2, 10: 0.48, 20: 0.5, 30: 0.46, 35: 0.42, 40: 0.4})
     assert hacked.name == "reward hacked"
     assert hacked.sign.startswith("Since step 20 validation fell from 0.500 to 0.400 while training accuracy")
-    # One validation below the best is chance, and so is a fall by less than 0.05.
+    # One validation below the best is chance, and so is a best one that stands alone, or a fall by less.
     assert run(accuracy, {0: 0.2, 20: 0.4, 30: 0.5, 40: 0.3}).name == "learning"
-    assert run(accuracy, {0: 0.2, 20: 0.5, 30: 0.46, 40: 0.3}).name == "learning"
+    assert run(accuracy, {0: 0.4, 10: 0.4, 20: 0.5, 30: 0.4, 40: 0.4}).name == "learning"
+    assert run(accuracy, {0: 0.2, 10: 0.48, 20: 0.5, 30: 0.46, 40: 0.44}).name == "learning"
     # Best before the first step.
-    assert run(accuracy, {0: 0.5, 20: 0.3, 40: 0.3}).name == "reward hacked"
+    assert run(accuracy, {0: 0.5, 20: 0.3, 30: 0.3, 40: 0.3}).name == "reward hacked"
     # Both fall: that is no hacking.
-    assert run(noisy(0.8, 0.2, 40), {0: 0.2, 20: 0.5, 30: 0.3, 40: 0.3}).name == "stalled"
+    assert run(noisy(0.8, 0.2, 40), {0: 0.2, 10: 0.48, 20: 0.5, 30: 0.3, 40: 0.3}).name == "stalled"
+
+
+def test_noise_is_seldom_taken_for_hacking() -> None:
+    rng, rising = np.random.default_rng(0), noisy(0.2, 0.8, 120)
+    parts, flat = [], []
+    for _ in range(100):
+        accuracy, score = 0.5 + 0.05 * rng.standard_normal((2, 120))
+        parts.append(run(accuracy.tolist(), reward__score=score.tolist()).name)
+        validation = 0.5 + 0.03 * rng.standard_normal(13)
+        flat.append(run(rising, {10 * k: float(v) for k, v in enumerate(validation)}).name)
+    # Training that rises by 0.6 while validation stays where it was is half of that sign.
+    assert parts.count("reward hacked") <= 1 and flat.count("reward hacked") <= 10
