@@ -143,6 +143,8 @@ class TrainBatch:
     """(sum of T,) under the frozen base model, if they are known already."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference in this step's loss."""
+    entropy_alpha: float = 0.0
+    """Weight of confident tokens in this step's control of entropy, in [-1, 1]."""
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout]) -> TrainBatch:

@@ -25,6 +25,7 @@ class StepState:
             updates gives them, or, to an update on policy, its own forward pass.
         reference: of the frozen base model.
         anchor: of the policy before the step, given the prompt without its images.
+        credit: no log-probs, but the factors of visual credit.
         measured: metrics so far.
     """
 
@@ -34,6 +35,7 @@ class StepState:
         self.old = LogProbs(lengths, batch.old_log_probs, device)
         self.reference = LogProbs(lengths, batch.reference_log_probs, device)
         self.anchor = LogProbs(lengths, None, device)
+        self.credit = LogProbs(lengths, None, device)
         self.measured = TokenMeans()
         self._device = device
         self._lengths = lengths
@@ -54,6 +56,7 @@ class StepState:
             reference_log_probs=self.reference.get(sequences),
             anchor_log_probs=anchor,
             has_image=None if anchor is None else self._of(self._has_image, sequences),
+            credit=self.credit.get(sequences),
         )
 
     def _of(self, values: np.ndarray, sequences: Sequences) -> torch.Tensor:

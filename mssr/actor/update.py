@@ -1,9 +1,10 @@
 """The update step: packed forward passes, the objective over their tokens, and the optimizer.
 
 Which passes a step needs: the log-probs before the step (none for the first update, whose own forward
-pass gives them unless it has dropout), those of the reference and of the text-only anchor where the
-objective has them, then forward and backward of every update, then the KL of the step on a share of the
-rollouts. An update in which something is not finite is skipped on all ranks, see `mssr.actor.guard`.
+pass gives them unless it has dropout or there is visual credit), those of the reference and without the
+images where the objective has them, then forward and backward of every update, then the KL of the step on
+a share of the rollouts. An update in which something is not finite is skipped on all ranks, see
+`mssr.actor.guard`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mssr.actor.optimizers import OffloadedOptimizer, learning_rate
 from mssr.actor.planning import MicroBatch, Passes, Planner, StepPlan, UpdatePlan
 from mssr.actor.prompts import PromptCache
 from mssr.actor.step import LogProbs, StepState
+from mssr.actor.visual import VisualCredit
 from mssr.algorithms.losses import kl_penalty
 from mssr.algorithms.objective import MicroBatchLoss, Objective
 from mssr.config import Config
@@ -59,6 +61,8 @@ class PolicyUpdater:
         self.rank = rank
         self.device = device
         self.objective = make_objective(config)
+        shaping = config.algorithm.shaping
+        self.visual = None if shaping.visual == "none" else VisualCredit(shaping, config.visual_fraction)
         shape = policy.family.shape(policy.model.config.to_dict())
         self.cost_model = CostModel(shape, train_vision=config.trains_vision)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -146,13 +150,29 @@ class PolicyUpdater:
 
     @torch.no_grad()
     def _before_update(self, state: StepState, passes: Passes, needs_old: bool) -> None:
+        if self.visual is not None:  # its own pass gives the old log-probs, too
+            self._add_credit(self.visual, state, passes)
+            needs_old = False
         wanted: list[tuple[LogProbs, torch.nn.Module]] = [(state.old, self.policy)] if needs_old else []
         if self.reference is not None and not self.config.kl_in_reward:
             wanted.append((state.reference, self.reference))
         self._add_log_probs(state.batch, passes, *wanted)
-        if self.objective.anchor_coef:
+        if self.objective.anchor_coef and self.visual is None:
             for micro, packed in self._packed(state.batch, passes, text_only=True):
                 state.anchor.put(micro.sequences, self.policy(packed)[0])
+
+    def _add_credit(self, visual: VisualCredit, state: StepState, passes: Passes) -> None:
+        """The factors of visual credit, from passes with and without the images."""
+        seen, blind = (self._packed(state.batch, passes, text_only) for text_only in (False, True))
+        for (micro, packed), (_, without) in zip(seen, blind, strict=True):
+            log_probs, entropy = self.policy(packed, micro.any_rank_has_images)
+            blind_log_probs, blind_entropy = self.policy(without)
+            if not state.old.complete:
+                state.old.put(micro.sequences, log_probs)
+            state.anchor.put(micro.sequences, blind_log_probs)
+            visual.measure(micro, state.tokens(micro.sequences), entropy, blind_entropy)
+        for sequences, factors in visual.factors():
+            state.credit.put(sequences, factors)
 
     @torch.no_grad()
     def _add_log_probs(
@@ -166,9 +186,9 @@ class PolicyUpdater:
 
     def backward(self, state: StepState, plan: UpdatePlan) -> None:
         """Accumulate the gradient of one update."""
-        passes, kl_coef = plan.ranks[self.rank], state.batch.kl_coef
-        denominator = self.objective.denominator(state.batch.response_lengths[list(plan.sequences)])
-        for micro, packed in self._packed(state.batch, passes):
+        passes, batch = plan.ranks[self.rank], state.batch
+        denominator = self.objective.denominator(batch.response_lengths[list(plan.sequences)])
+        for micro, packed in self._packed(batch, passes):
             last = micro is passes[-1]
             if self.config.actor.keep_gathered:
                 accumulate_locally(self.policy, last=last)
@@ -176,7 +196,7 @@ class PolicyUpdater:
                 # With that gradients are to leave the device, where these wait.
                 reduce_between_replicas(self.policy, last)
             tokens = state.tokens(micro.sequences)
-            loss_of = MicroBatchLoss(self.objective, tokens, denominator, kl_coef)
+            loss_of = MicroBatchLoss(self.objective, tokens, denominator, batch.kl_coef, batch.entropy_alpha)
             if self.objective.token_wise(old_known=tokens.old_log_probs is not None):
                 # Forward pass and objective in one. A method, because FSDP rebuilds a dataclass among the
                 # arguments, with its tensors in the dtype of the pass.
@@ -248,7 +268,7 @@ def make_objective(config: Config) -> Objective:
     """The loss that a config describes."""
     section = config.algorithm
     return Objective(
-        loss=section.loss.name,
+        loss=config.loss_name,
         loss_options=config.loss_options,
         aggregation=config.aggregation,
         constant_length=config.constant_length,
@@ -256,6 +276,8 @@ def make_objective(config: Config) -> Objective:
         shaping_coef=section.shaping.coef,
         shaping_divisor=section.shaping.divisor,
         shaping_entropy=section.shaping.entropy,  # type: ignore[arg-type]
+        negative_fraction=section.shaping.negative_fraction,
+        confident=section.entropy_control.confident,
         kl_estimator=section.kl.estimator,  # type: ignore[arg-type]
         entropy_coef=section.loss.entropy_coef,
         anchor_coef=section.loss.text_anchor_coef,

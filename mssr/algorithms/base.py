@@ -45,6 +45,8 @@ class Algorithm(ABC):
     """Whether entropy shaping (`mssr.algorithms.shaping`) is on unless the user says otherwise."""
     aggregation: ClassVar[str | None] = None
     """The loss aggregation that the method is defined with; None for the policy loss's own."""
+    default_loss: ClassVar[str] = "ppo"
+    """The policy loss unless the user says otherwise."""
     default_sampler: ClassVar[str] = "epochs"
     """How prompts are drawn unless the user says otherwise: "epochs" or "uncertainty"."""
     bounded_rewards: ClassVar[bool] = False

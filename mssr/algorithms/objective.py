@@ -3,6 +3,8 @@
 Per response token, with A the advantage, H the entropy, w the rollout correction:
 
     A_t  = A + min(coef * stopgrad(H_t), |A| / divisor)                  where shaping is on
+    A_t <- A_t + alpha * |A_t| where pi_t > confident                    where entropy is controlled
+    A_t <- c_t * A_t                                                     of the tokens that are to learn
     l_t  = w_t * policy loss(A_t) + kl_coef * KL_t(pi, pi_ref)
            + anchor_coef * k3_t(pi, pi without the image) - entropy_coef * H_t
     loss = sum_t weight_t * l_t / denominator                            by the aggregation
@@ -20,10 +22,11 @@ import torch
 from numpy.typing import ArrayLike
 
 from mssr.algorithms.correction import rollout_correction
+from mssr.algorithms.credit import negative_filter
 from mssr.algorithms.losses import aggregate, aggregation_denominator, aggregation_weights, kl_penalty
-from mssr.algorithms.policy_losses import PolicyLoss, bind_loss, is_token_wise
+from mssr.algorithms.policy_losses import PolicyLoss, bind_loss, is_against_engine, is_token_wise
 from mssr.algorithms.sequences import check_same_shape
-from mssr.algorithms.shaping import entropy_bonus, sampled_entropy
+from mssr.algorithms.shaping import entropy_balance, entropy_bonus, sampled_entropy
 
 Correction = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """What `mssr.algorithms.correction.rollout_correction` returns."""
@@ -51,6 +54,8 @@ class TokenBatch:
     """(N,) of the policy before the step, without the image; where the anchor is on."""
     has_image: torch.Tensor | None = None
     """(N,) bool, with ``anchor_log_probs``: without an image there is no anchor."""
+    credit: torch.Tensor | None = None
+    """(N,) factors of the advantages, see `mssr.algorithms.credit`; None for 1."""
 
     def after(self, log_probs: torch.Tensor, part: slice = slice(None)) -> TokenBatch:
         """Those of a part, n, whose (n,) log-probs the forward pass gave: on policy they are the old ones."""
@@ -79,6 +84,10 @@ class Objective:
     shaping_coef: float = 0.4
     shaping_divisor: float = 2.0
     shaping_entropy: Literal["exact", "sampled"] = "exact"
+    negative_fraction: float = 1.0
+    """Share of the tokens that learn where the advantage is negative."""
+    confident: float = 0.95
+    """Probability from which tokens take part in the control of entropy."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     entropy_coef: float = 0.0
     anchor_coef: float = 0.0
@@ -113,18 +122,20 @@ class Objective:
             tokens.old_log_probs, tokens.engine_log_probs, tokens.lengths, **self.correction
         )
 
-    def per_token(
-        self,
-        tokens: TokenBatch,
-        log_probs: torch.Tensor,
-        entropy: torch.Tensor,
-        correction: Correction | None,
-        kl_coef: float,
+    def filtered(self, tokens: TokenBatch) -> TokenBatch:
+        """Tokens of whole sequences, with the filter of negative ones among their ``credit``."""
+        if self.negative_fraction == 1:
+            return tokens
+        kept = negative_filter(
+            tokens.advantages, tokens.engine_log_probs, tokens.lengths, self.negative_fraction
+        )
+        return replace(tokens, credit=kept if tokens.credit is None else tokens.credit * kept)
+
+    def shaped(
+        self, tokens: TokenBatch, log_probs: torch.Tensor, entropy: torch.Tensor, entropy_alpha: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """(N,) loss of tokens `TokenBatch.after` their forward pass, and (N,) tensors by metric name."""
-        old, advantages = tokens.old_log_probs, tokens.advantages
-        assert old is not None
-        metrics = {"policy/entropy": entropy}
+        """(N,) A_t of the formula at the top, and metrics, both without gradient."""
+        advantages, metrics = tokens.advantages, {}
         if self.shaping:
             uncertainty = sampled_entropy(log_probs) if self.shaping_entropy == "sampled" else entropy
             bonus = entropy_bonus(advantages, uncertainty, self.shaping_coef, self.shaping_divisor)
@@ -133,7 +144,30 @@ class Objective:
             metrics["shaping/mean"] = bonus
             metrics["shaping/entropy_branch_fraction"] = from_entropy
             metrics["shaping/sign_flip_fraction"] = (before < 0) & (advantages > 0)
-        loss, info = self._policy_loss(log_probs, old, advantages, tokens.lengths)
+        if entropy_alpha:
+            advantages = entropy_balance(advantages, log_probs, entropy_alpha, self.confident)
+        if tokens.credit is not None:
+            advantages = tokens.credit * advantages
+            metrics["shaping/credit"] = tokens.credit
+            metrics["shaping/left_out_fraction"] = tokens.credit == 0
+        return advantages, metrics
+
+    def per_token(
+        self,
+        tokens: TokenBatch,
+        log_probs: torch.Tensor,
+        entropy: torch.Tensor,
+        correction: Correction | None,
+        kl_coef: float,
+        entropy_alpha: float = 0.0,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(N,) loss of tokens `TokenBatch.after` their forward pass, and (N,) tensors by metric name."""
+        old = tokens.old_log_probs
+        assert old is not None
+        advantages, metrics = self.shaped(tokens, log_probs, entropy, entropy_alpha)
+        metrics["policy/entropy"] = entropy
+        sampled_by = tokens.engine_log_probs if is_against_engine(self._policy_loss) else old
+        loss, info = self._policy_loss(log_probs, sampled_by, advantages, tokens.lengths)
         check_same_shape(log_probs=log_probs, loss=loss, **info)  # it may be a user's
         metrics |= {f"policy/{key}": value for key, value in info.items()}
         metrics["rollout/mismatch_kl"] = kl_penalty(tokens.engine_log_probs, old, kind="k3")
@@ -167,9 +201,12 @@ class MicroBatchLoss:
     """Of the mini-batch, see `Objective.denominator`."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference; it may change from step to step."""
+    entropy_alpha: float = 0.0
+    """Of the control of entropy, see `mssr.algorithms.entropy_control`; it changes from step to step."""
 
     def __post_init__(self) -> None:
-        tokens, objective = self.tokens, self.objective
+        objective = self.objective
+        tokens = self.tokens = objective.filtered(self.tokens)
         device = tokens.advantages.device
         self._weights = aggregation_weights(tokens.lengths, objective.aggregation, device)
         # With known old log-probs it is of whole sequences, whichever part of them is asked for.
@@ -188,7 +225,9 @@ class MicroBatchLoss:
             correction = factor[part], {key: value[part] for key, value in info.items()}
         elif not old_known:
             correction = self.objective.correct(tokens)
-        loss, metrics = self.objective.per_token(tokens, log_probs, entropy, correction, self.kl_coef)
+        loss, metrics = self.objective.per_token(
+            tokens, log_probs, entropy, correction, self.kl_coef, self.entropy_alpha
+        )
         self._parts.append({key: value.detach() for key, value in (metrics | {"loss": loss}).items()})
         return aggregate(loss, self.denominator, None if self._weights is None else self._weights[part])
 

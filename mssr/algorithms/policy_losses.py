@@ -4,9 +4,10 @@
 
 log_probs: (N,) nats, of the sampled tokens under the policy in training. old_log_probs: (N,) nats,
 under the policy before the step; ``log_probs.detach()`` for a single on-policy update, where the
-gradient of every loss here is that of -A * log pi. advantages: (N,) A_t, shaped or not. lengths: (S,)
-int64 tokens of each of the S whole sequences, adding up to N, on the CPU while a run trains, where the others
-are on the device; None where a loss only looks at tokens.
+gradient of every loss here is that of -A * log pi; to losses ``against_engine`` they are those of the
+engine. advantages: (N,) A_t, shaped or not. lengths: (S,) int64 tokens of each of the S whole sequences,
+adding up to N, on the CPU while a run trains, where the others are on the device; None where a loss only
+looks at tokens.
 Gradient goes into log_probs only. With rho = exp(log_probs - old_log_probs), `info` holds (N,) tensors
 without gradient, whose token means are reported as ``policy/<key>``:
 
@@ -44,7 +45,9 @@ AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length")
 _INPUTS = ("log_probs", "old_log_probs", "advantages", "lengths")
 
 
-def register_loss(name: str, aggregation: str | None = None, token_wise: bool = False) -> Callable[[_F], _F]:
+def register_loss(
+    name: str, aggregation: str | None = None, token_wise: bool = False, against_engine: bool = False
+) -> Callable[[_F], _F]:
     """Function decorator: make a policy loss available as ``algorithm.loss.name``.
 
     Args:
@@ -53,6 +56,8 @@ def register_loss(name: str, aggregation: str | None = None, token_wise: bool = 
         token_wise: Whether no token's loss depends on the log-probs of other tokens. Its gradient is then
             formed in the forward pass, which takes three products with the head's weight and not four.
             ``lengths`` may then be those of the tokens seen together, parts of sequences.
+        against_engine: Whether its ``old_log_probs`` are to be those of the engine that sampled: the loss
+            itself corrects for what engine and actor disagree about.
 
     Raises:
         ValueError: The name is taken, the function has another signature, or no such aggregation.
@@ -63,6 +68,7 @@ def register_loss(name: str, aggregation: str | None = None, token_wise: bool = 
         LOSSES.register(name)(function)
         function.aggregation = aggregation  # type: ignore[attr-defined]
         function.token_wise = token_wise  # type: ignore[attr-defined]
+        function.against_engine = against_engine  # type: ignore[attr-defined]
         return function
 
     return add
@@ -85,9 +91,9 @@ def _check(function: Any, called: str) -> None:
 LOSSES: Registry[PolicyLoss] = Registry("policy loss", "function", _check, inputs=len(_INPUTS))
 
 get_loss, bind_loss, loss_options = LOSSES.get, LOSSES.bind, LOSSES.options
-"""A loss from a file may have attributes ``aggregation`` and ``token_wise``, as in `register_loss`. Its
-file is read at each call: a training resolves its loss once, with `bind_loss`, to be called with the four
-tensors."""
+"""A loss from a file may have attributes ``aggregation``, ``token_wise`` and ``against_engine``, as in
+`register_loss`. Its file is read at each call: a training resolves its loss once, with `bind_loss`, to be
+called with the four tensors."""
 
 
 def loss_aggregation(name: str) -> str | None:
@@ -100,6 +106,11 @@ def loss_aggregation(name: str) -> str | None:
 def is_token_wise(loss: PolicyLoss) -> bool:
     """Whether a loss from `bind_loss` says so of itself, see `register_loss`."""
     return bool(getattr(getattr(loss, "func", loss), "token_wise", False))
+
+
+def is_against_engine(loss: PolicyLoss) -> bool:
+    """Whether a loss, from `get_loss` or `bind_loss`, says so of itself, see `register_loss`."""
+    return bool(getattr(getattr(loss, "func", loss), "against_engine", False))
 
 
 def _check_aggregation(aggregation: str | None, name: str) -> None:
@@ -227,6 +238,64 @@ def sapo(
     tau = torch.full_like(a, tau_negative).masked_fill(a > 0, tau_positive)
     gate = torch.sigmoid(tau * (ratio - 1)) * (4 / tau)
     return -gate * a, {"ratio": ratio.detach()}
+
+
+@register_loss("dis", token_wise=True, against_engine=True)
+def dis(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    lengths: torch.Tensor | None = None,
+    *,
+    clip_low: float = 0.3,
+    clip_high: float = 5.0,
+) -> tuple[torch.Tensor, Info]:
+    """L_t = -sg[rho] * A * log pi where 1 - clip_low < rho < 1 + clip_high, else 0; rho = pi / pi_engine.
+
+    Direct double-sided importance sampling of SAO, arXiv 2607.07508, first in GLM-5, arXiv 2602.15763: what
+    leaves the band has no gradient, whatever the sign of A. Neither says whether rho has a gradient; as a
+    weight it has none. Defaults: those of SAO's reasoning tasks (coding: 0.8 and 3). ``clip_fraction`` marks
+    tokens outside. clip_low is in [0, 1], clip_high >= 0.
+    """
+    _check_clips(clip_low, clip_high)
+    log_ratio, a = _inputs(log_probs, old_log_probs, advantages)
+    ratio = torch.exp(log_ratio).detach()
+    inside = (ratio > 1 - clip_low) & (ratio < 1 + clip_high)
+    weight = torch.where(inside, ratio, 0.0)
+    return -weight * a * log_probs, {"ratio": ratio, "clip_fraction": (~inside).to(a.dtype)}
+
+
+@register_loss("flash_reinforce", aggregation="sequence_mean", against_engine=True)
+def flash_reinforce(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    lengths: torch.Tensor | None,
+    *,
+    max_kl: float = 3e-3,
+) -> tuple[torch.Tensor, Info]:
+    """L_t = -sg[rho] * A * log pi, rho = pi / pi_engine; 0 in sequences whose mean binary KL exceeds max_kl.
+
+    The binary KL of a token is p log(p/q) + (1 - p) log((1 - p)/(1 - q)), with p the engine's and q the
+    policy's probability of it, both kept in [1e-6, 1 - 1e-6]. FlashREINFORCE, as in OpenRLHF and molt: no
+    weight is truncated, and dropped sequences still count in the denominator, so aggregate it as
+    ``sequence_mean``. It is defined for one update a step. max_kl > 0; infinity drops none. Default: its
+    setting for Qwen2.5-Math-1.5B (5e-3 for R1-Distill-Qwen-1.5B).
+    ``dropped_fraction`` marks tokens of dropped sequences, ``binary_kl`` is that of the token.
+    """
+    if not max_kl > 0:
+        raise ValueError(f"max_kl must be > 0, not {max_kl}")
+    log_ratio, a = _inputs(log_probs, old_log_probs, advantages)
+    if lengths is None:
+        raise ValueError("flash_reinforce drops whole sequences: it needs lengths")
+    check_lengths(lengths, len(log_probs))
+    p, q = (x.detach().double().exp().clamp(1e-6, 1 - 1e-6) for x in (old_log_probs, log_probs))
+    binary_kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    # Not "> max_kl", so that a sequence with a NaN is dropped.
+    kept = to_tokens(sequence_means(binary_kl, lengths) <= max_kl, lengths, like=a)
+    ratio = torch.exp(log_ratio).detach()
+    loss = -torch.where(kept > 0, ratio, 0.0) * a * log_probs
+    return loss, {"ratio": ratio, "dropped_fraction": 1 - kept, "binary_kl": binary_kl.to(a.dtype)}
 
 
 def _inputs(

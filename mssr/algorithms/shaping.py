@@ -1,9 +1,12 @@
 """Entropy shaping of advantages: uncertain tokens get a bonus that cannot outweigh the reward.
 
-Source: arXiv 2506.14758 (which fixes the constants), used by MSSR, arXiv 2512.18215.
+Source: arXiv 2506.14758 (which fixes the constants), used by MSSR, arXiv 2512.18215. And EntroPIC's balance
+of advantages, by which `mssr.algorithms.entropy_control` moves the entropy.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -50,3 +53,22 @@ def sampled_entropy(log_probs: torch.Tensor) -> torch.Tensor:
     # Rounding may leave a log-prob just above 0; and at minus infinity the product would be NaN.
     log_p = log_probs.detach().clamp(_LEAST_LOG_PROB, 0.0)
     return -log_p * torch.exp(log_p)
+
+
+def entropy_balance(
+    advantages: torch.Tensor, log_probs: torch.Tensor, alpha: float, confident: float
+) -> torch.Tensor:
+    """A_t + alpha * |A_t| where pi_t > confident, A_t elsewhere; no gradient, the shape of the inputs.
+
+    EntroPIC, arXiv 2511.15248: confident tokens of right answers lower the entropy and those of wrong ones
+    raise it. With alpha in [-1, 1] no sign changes. The authors' code adds -alpha * rho * |A_t| to the loss,
+    beside the clip; here the clip is of the sum, which is the same as long as it does not decide.
+
+    Args:
+        log_probs: nats, of the sampled tokens under the policy in training.
+        alpha: > 0 where the entropy is to fall.
+        confident: in (0, 1).
+    """
+    check_same_shape(advantages=advantages, log_probs=log_probs)
+    takes_part = log_probs.detach() > math.log(confident)
+    return advantages + alpha * advantages.abs() * takes_part

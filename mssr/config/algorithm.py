@@ -56,39 +56,69 @@ class DiscountConfig:
 
 @dataclass
 class ShapingConfig:
-    """Entropy-shaped advantage: A + min(coef * H, |A| / divisor) for every token."""
+    """Entropy-shaped advantage, A + min(coef * H, |A| / divisor) for every token; and which tokens learn."""
 
     enabled: bool | None = option(None)
-    """null follows the method: on for mssr, off for the others."""
-    coef: float = option(0.4, ">= 0")
+    """Of entropy. null follows the method: on for mssr, off for the others."""
+    coef: float = option(0.4, ">= 0", read_if="enabled = true")
     """Multiplies the entropy (nats)."""
-    divisor: float = option(2.0, "> 0")
+    divisor: float = option(2.0, "> 0", read_if="enabled = true")
     """Bounds the bonus by |A| / divisor; above 1 the sign of an advantage never flips."""
-    entropy: str = option("exact", choices="exact, sampled")
+    entropy: str = option("exact", choices="exact, sampled", read_if="enabled = true")
     """exact (over the vocabulary), or sampled (-p log p of the sampled token, as the authors' code)."""
+    visual: str = option("none", choices="none, vppo, vepo")
+    """Train on the tokens that depend on the image: vppo (and responses count by how much they do), vepo
+    (those that are uncertain, too). Prompts without images are left alone."""
+    visual_fraction: float | None = option(None, "(0, 1]", read_if="visual != none")
+    """Share of a response's tokens that learn; null: 0.4 for vppo, 0.2 for vepo."""
+    visual_floor: float = option(0.9, "[0, 1]", read_if="visual = vppo")
+    """Weight of the response that depends least on its image; the mean is 1."""
+    visual_mix: float = option(0.7, "[0, 1]", read_if="visual = vepo")
+    """Part of the divergence in vepo's score; the rest is the gap of the entropies."""
+    negative_fraction: float = option(1.0, "(0, 1]")
+    """Share of a response's tokens, the least likely ones, that learn where the advantage is negative
+    (negative-token filtering, whose authors take 0.1); 1 is all."""
+
+
+@dataclass
+class EntropyControlConfig:
+    """EntroPIC: confident tokens are weighed so that the entropy stays near a target."""
+
+    target: float | None = option(None, "> 0")
+    """Entropy to keep (nats per token); null for no control."""
+    proportional: float = option(1.0, ">= 0", read_if="target != null")
+    """Gain of the last step's error."""
+    integral: float = option(0.01, ">= 0", read_if="target != null")
+    """Gain of the sum of all errors."""
+    confident: float = option(0.95, "(0, 1)", read_if="target != null")
+    """Probability of a sampled token from which it is weighed."""
 
 
 @dataclass
 class LossConfig:
     """The policy-gradient loss, and what is added to it."""
 
-    name: str = option("ppo")
-    """ppo, gspo, cispo, sapo, or path/to/file.py:function."""
+    name: str | None = option(None)
+    """ppo, gspo, cispo, sapo, dis, flash_reinforce, or path/to/file.py:function. null is the method's own:
+    flash_reinforce for flash_reinforce, else ppo."""
     clip_low: float | None = option(None, "> 0", read_if="algorithm.loss.name takes it")
-    """The policy ratio is clipped below at 1 - clip_low; null is the loss's own (ppo 0.2)."""
+    """The policy ratio is clipped below at 1 - clip_low; null is the loss's own (ppo 0.2, dis 0.3)."""
     clip_high: float | None = option(None, "> 0", read_if="algorithm.loss.name takes it")
-    """The policy ratio is clipped above at 1 + clip_high; null is the loss's own (ppo 0.3)."""
+    """The policy ratio is clipped above at 1 + clip_high; null is the loss's own (ppo 0.3, dis 5)."""
     dual_clip: float | None = option(3.0, read_if="algorithm.loss.name takes it")
     """For negative advantages the ppo loss is at most -dual_clip * A; null for none."""
     tau_positive: float = option(1.0, "> 0", read_if="algorithm.loss.name takes it")
     """Temperature of sapo's gate for positive advantages."""
     tau_negative: float = option(1.05, "> 0", read_if="algorithm.loss.name takes it")
     """Temperature of sapo's gate for negative advantages."""
+    max_kl: float = option(0.003, "> 0", read_if="algorithm.loss.name takes it")
+    """Mean binary KL between engine and policy over which flash_reinforce drops a response."""
     options: dict[str, Any] = option({})
     """Options of a loss from a file."""
     aggregation: str | None = option(None, choices="token_mean, sequence_mean, constant_length")
     """sequence_mean is the mean over sequences of their token means, constant_length the sum over sequences
-    * constant_length. null: constant_length for dr_grpo, sequence_mean for gspo, else token_mean."""
+    * constant_length. null: constant_length for dr_grpo, sequence_mean for gspo and flash_reinforce, else
+    token_mean."""
     constant_length: int | None = option(None, "> 0", read_if="aggregation = constant_length")
     """Tokens of a response in constant_length; null is rollout.max_response_length."""
     entropy_coef: float = option(0.0, ">= 0")
@@ -119,7 +149,8 @@ class CorrectionConfig:
 
     weight: str | None = option(None, choices="none, token, sequence")
     """none, token (min(ratio, max_weight) on every token's policy loss) or sequence (the ratio of the
-    whole response). null: token with rollout.lag=1, whose responses are of older weights, else none."""
+    whole response). null: token with rollout.lag=1, whose responses are of older weights, else none; and none
+    with dis and flash_reinforce, which correct for it themselves."""
     max_weight: float = option(2.0, "> 0", read_if="weight != none")
     """Where the weights are truncated."""
     mask: str = option("none", choices="none, token, sequence, geometric")
@@ -142,7 +173,8 @@ class AlgorithmConfig:
     discount: DiscountConfig = section(
         DiscountConfig, read_if="algorithm.name takes it and algorithm.discount.eta = null"
     )
-    shaping: ShapingConfig = section(ShapingConfig, read_if="algorithm.shaping.enabled = true")
+    shaping: ShapingConfig = section(ShapingConfig)
+    entropy_control: EntropyControlConfig = section(EntropyControlConfig)
     loss: LossConfig = section(LossConfig)
     kl: KLConfig = section(KLConfig)
     correction: CorrectionConfig = section(CorrectionConfig)

@@ -52,6 +52,11 @@ def advice(config: Config) -> Iterator[str]:
             "algorithm.kl.estimator=k1 in the loss has a gradient of mean zero: it adds noise and no "
             "regularisation; k2 and k3 regularise, and k1 is right with algorithm.kl.placement=reward"
         )
+    if config.loss_name == "flash_reinforce" and config.actor.updates_per_step > 1:
+        yield (
+            f"actor.updates_per_step={config.actor.updates_per_step}: algorithm.loss.name=flash_reinforce is "
+            "defined for one; later ones drop the responses that earlier ones moved most"
+        )
     if config.init_rollouts:
         yield (
             f"algorithm.baseline.init_rollouts={config.init_rollouts}: before training every prompt gets as "
@@ -108,13 +113,19 @@ def _check_method(config: Config) -> None:
     chosen = f"algorithm.name={section.name}"
     for key, options, name in (
         ("algorithm.options", section.options, section.name),
-        ("algorithm.loss.options", section.loss.options, section.loss.name),
+        ("algorithm.loss.options", section.loss.options, config.loss_name),
     ):
         if options and not is_spec(name):
             raise UserError(f"{key} is for a method or loss from a file; {name} has keys of its own")
-    with naming(f"{chosen}, loss.name={section.loss.name}"):
+    with naming(f"{chosen}, loss.name={config.loss_name}"):
         method = config.method
         _try_loss(config)
+    correction = section.correction
+    if config.corrects_itself and (correction.weight or "none", correction.mask) != ("none", "none"):
+        raise UserError(
+            f"algorithm.correction would weigh by policy and engine a second time: algorithm.loss.name="
+            f"{config.loss_name} does it itself; remove its weight and mask"
+        )
     if config.responses_per_prompt < method.min_n:
         raise UserError(
             f"rollout.n={config.rollout.n}: {chosen} compares the responses of a prompt "
@@ -153,7 +164,7 @@ def _try_loss(config: Config) -> None:
     from mssr.algorithms.losses import aggregation_denominator, policy_loss
 
     token, length = torch.zeros(1), torch.ones(1, dtype=torch.int64)
-    policy_loss(token, token, token, length, name=config.algorithm.loss.name, **config.loss_options)
+    policy_loss(token, token, token, length, name=config.loss_name, **config.loss_options)
     rollout_correction(token, token, length, **config.correction_options)
     aggregation_denominator(length, config.aggregation, config.constant_length)
 
@@ -267,7 +278,8 @@ def _check_overlap(config: Config) -> None:
             "actor.score_early=always with rollout.lag=1: the ranks train while responses are generated; "
             "remove one of them"
         )
-    if lag and config.correction_options["weight"] == "none" and config.algorithm.correction.mask == "none":
+    uncorrected = config.correction_options["weight"] == "none" and not config.corrects_itself
+    if lag and uncorrected and config.algorithm.correction.mask == "none":
         raise UserError(
             "rollout.lag=1 trains on responses of older weights and algorithm.correction.weight=none does "
             "not correct for it; remove that, or set algorithm.correction.mask"

@@ -211,6 +211,21 @@ class Config:
         return algorithms.get(self.algorithm.name)
 
     @property
+    def loss_name(self) -> str:
+        return _own(self.algorithm.loss.name, self.method.default_loss)
+
+    @property
+    def visual_fraction(self) -> float:
+        shaping = self.algorithm.shaping
+        return _own(shaping.visual_fraction, 0.4 if shaping.visual == "vppo" else 0.2)
+
+    @property
+    def corrects_itself(self) -> bool:
+        """Whether the loss weighs by policy and engine, which a correction would do twice."""
+        losses = algorithms.policy_losses
+        return losses.is_against_engine(losses.get_loss(self.loss_name))
+
+    @property
     def estimator_options(self) -> dict[str, Any]:
         """Those of the configured options that the method takes; a null is left to the method."""
         section = self.algorithm
@@ -277,6 +292,7 @@ class Config:
             "algorithm.discount.eta_rule": self._method_options.get("eta_rule"),
             "algorithm.discount.kl_source": self.kl_source,
             "algorithm.shaping.enabled": self.shapes_entropy,
+            "algorithm.loss.name": self.loss_name,
             "algorithm.loss.aggregation": self.aggregation,
             "algorithm.correction.weight": self.correction_options["weight"],
             "sampler.name": self.sampler_name,
@@ -286,8 +302,8 @@ class Config:
     def loss_options(self) -> dict[str, Any]:
         """Those of the configured options that the policy loss takes; a null is left to the loss."""
         loss = self.algorithm.loss
-        names = ("clip_low", "clip_high", "dual_clip", "tau_positive", "tau_negative")
-        taken = algorithms.policy_losses.loss_options(loss.name)
+        names = ("clip_low", "clip_high", "dual_clip", "tau_positive", "tau_negative", "max_kl")
+        taken = algorithms.policy_losses.loss_options(self.loss_name)
         options = {k: getattr(loss, k) for k in names if k in taken}
         # A null dual_clip turns it off.
         return {k: v for k, v in options.items() if v is not None or k == "dual_clip"} | loss.options
@@ -296,14 +312,15 @@ class Config:
     def aggregation(self) -> str:
         """How the losses of tokens become one: as configured, or the method's, or the loss's own."""
         loss = self.algorithm.loss
-        own = self.method.aggregation or algorithms.policy_losses.loss_aggregation(loss.name) or "token_mean"
-        return _own(loss.aggregation, own)
+        of_loss = algorithms.policy_losses.loss_aggregation(self.loss_name)
+        return _own(loss.aggregation, self.method.aggregation or of_loss or "token_mean")
 
     @property
     def correction_options(self) -> dict[str, Any]:
         """Those of `mssr.algorithms.correction.rollout_correction`."""
         options = to_dict(self.algorithm.correction)
-        return options | {"weight": _own(options["weight"], "token" if self.rollout.lag else "none")}
+        own = "token" if self.rollout.lag and not self.corrects_itself else "none"
+        return options | {"weight": _own(options["weight"], own)}
 
     @property
     def constant_length(self) -> int:

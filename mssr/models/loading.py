@@ -84,7 +84,12 @@ def check_sight(config: Config, sees_images: bool) -> None:
             )
 
 
-_FOR_SIGHT = ("model.freeze_vision", "actor.vision_cache_gib", "algorithm.loss.text_anchor_coef")
+_FOR_SIGHT = (
+    "model.freeze_vision",
+    "actor.vision_cache_gib",
+    "algorithm.loss.text_anchor_coef",
+    "algorithm.shaping.visual",
+)
 
 
 def load_processor(config: ModelConfig) -> Processor:

@@ -1,7 +1,7 @@
 """Scores -> the batch that the actor trains on, and what the method learns from the step.
 
 Everything here that outlives a step is in `state_dict`: the method's own state, an adaptive KL weight,
-and the last visits of the prompts.
+the control of entropy, and the last visits of the prompts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mssr import algorithms
+from mssr.algorithms.entropy_control import EntropyController
 from mssr.algorithms.kl_control import KLController
 from mssr.algorithms.last_visits import LastVisits
 from mssr.cluster.base import Cluster
@@ -36,6 +37,8 @@ class Estimator:
         self.algorithm = algorithms.create(config.algorithm.name, **config.estimator_options)
         kl = config.algorithm.kl
         self.kl = KLController(kl.coef, kl.target, kl.horizon)
+        control = config.algorithm.entropy_control
+        self.entropy = EntropyController(control.target, control.proportional, control.integral)
         self.last_visits = LastVisits() if self.algorithm.kl_source == "last_visit" else None
         self._drift: np.ndarray | None = None
 
@@ -63,7 +66,7 @@ class Estimator:
         if known is not None:
             batch = replace(batch, old_log_probs=known.policy, reference_log_probs=known.reference)
         kl_coef = self.kl.coef if self.config.kl_in_loss else 0.0
-        return replace(batch, kl_coef=kl_coef), metrics | signal
+        return replace(batch, kl_coef=kl_coef, entropy_alpha=self.entropy.alpha), metrics | signal
 
     def expected(self, prompt_ids: Sequence[str]) -> np.ndarray | None:
         """(B,) baseline of the prompts as it is now; None for a method without one."""
@@ -80,10 +83,15 @@ class Estimator:
         if self.config.algorithm.kl.coef > 0:
             result["policy/kl_coef"] = self.kl.coef
             self.kl.observe(metrics["policy/kl_ref"], len(collected.rollouts))
+        if self.entropy.target is not None:
+            result["shaping/entropy_alpha"] = self.entropy.alpha
+            self.entropy.observe(metrics["policy/entropy"])
         return result
 
     def state_dict(self) -> dict[str, Any]:
         state = {"algorithm": self.algorithm.state_dict(), "kl": self.kl.state_dict()}
+        if self.entropy.target is not None:
+            state["entropy"] = self.entropy.state_dict()
         if self.last_visits is not None:
             state["last_visits"] = self.last_visits.state_dict()
         return state
@@ -96,8 +104,12 @@ class Estimator:
         """
         if ("last_visits" in state) != (self.last_visits is not None):
             raise ValueError("algorithm.discount.kl_source=last_visit needs, and only it has, last visits")
+        if ("entropy" in state) != (self.entropy.target is not None):
+            raise ValueError("algorithm.entropy_control.target needs, and only it has, the errors so far")
         self.algorithm.load_state_dict(state["algorithm"])
         self.kl.load_state_dict(state["kl"])
+        if self.entropy.target is not None:
+            self.entropy.load_state_dict(state["entropy"])
         if self.last_visits is not None:
             self.last_visits.load_state_dict(state["last_visits"])
 

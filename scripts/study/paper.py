@@ -29,13 +29,14 @@ sys.path.insert(0, str(ROOT))
 
 from mssr.config import Config, to_dict  # noqa: E402
 from mssr.config.options import READ, describe, nearest  # noqa: E402
-from mssr.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, UserError, did_you_mean  # noqa: E402
+from mssr.errors import EXIT_FAILURE, EXIT_OK, EXIT_USER_ERROR, UserError  # noqa: E402
 from mssr.evaluation.results import RESULTS  # noqa: E402
 from mssr.models.files import replace_text  # noqa: E402
 from mssr.runs import manifest as manifests  # noqa: E402
 from mssr.runs.checkpoint import resolve  # noqa: E402
 from mssr.runs.config import load_config  # noqa: E402
 from mssr.runs.run_directory import compare_configs  # noqa: E402
+from scripts.study.paper_rows import ROWS, Row, chosen  # noqa: E402
 from scripts.study.paper_table import BENCHMARKS, write_table  # noqa: E402
 
 PROMPT_LENGTH = "data.max_prompt_length"
@@ -43,46 +44,6 @@ MAX_PROMPT_LENGTH = 8192
 """Of evaluations: an image of data.max_pixels has 5350 tokens, and a longer prompt would count as wrong."""
 COMMAND = "paper_command.json"
 """In an evaluation's directory: by which command it was finished."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row of the table."""
-
-    name: str
-    published: str | None = None
-    """Whose published numbers stand beside it, see `mssr.evaluation.tables.PAPER`."""
-    recipe: str = ""
-    """Of configs/paper; "" for the one of its name."""
-    overrides: tuple[str, ...] = ()
-    default: bool = True
-    """Whether it is done where --rows names none."""
-
-    @property
-    def trained(self) -> bool:
-        return self.name != "base"
-
-
-# What the authors' code has for the baselines; configs/paper gives all methods what it has for MSSR.
-_NORM = "actor.max_grad_norm=1.0"
-_BASELINE = ("actor.updates_per_step=2", _NORM)
-ROWS = {
-    row.name: row
-    for row in (
-        Row("base", "base", "mssr"),
-        Row("grpo", "GRPO"),
-        Row("rloo", "RLOO"),
-        Row("reinforce_pp", "REINFORCE++"),
-        Row("mssr", "MSSR"),
-        Row("mvsr"),
-        Row("mvsr_entropy_loss"),
-        Row("mvsr_text_anchor"),
-        Row("published_code", "MSSR", default=False),
-        Row("grpo_as_published", "GRPO", "grpo", _BASELINE, default=False),
-        Row("rloo_as_published", "RLOO", "rloo", _BASELINE, default=False),
-        Row("reinforce_pp_as_published", "REINFORCE++", "reinforce_pp", (_NORM,), default=False),
-    )
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,13 +241,14 @@ def carry_out(paper: Paper, rows: Sequence[Row]) -> int:
 
 
 def tabulate(paper: Paper) -> dict[str, Any]:
-    """Write the table of all rows, those of other calls too."""
+    """Write the table of all rows, also those of other calls; without optional ones that are not begun."""
     notes, places = [], {}
     for row in ROWS.values():
-        there = (paper.out / row.name).exists()
-        places[row.name] = row.published, paper.evaluated(row) if there else paper.out / row.name
-        if not there:
+        if not (paper.out / row.name).exists():
+            if row.default:
+                places[row.name] = row.published, paper.out / row.name
             continue
+        places[row.name] = row.published, paper.evaluated(row)
         try:
             if drift := paper.drift(row):
                 notes.append(f"{row.name} is trained with other settings than this call: {'; '.join(drift)}.")
@@ -313,9 +275,10 @@ def costs(paper: Paper, rows: Sequence[Row]) -> Iterator[str]:
     from mssr.models.rank_memory import GIB
     from mssr.tools.plan import make_plan
 
-    names = [paper_name(benchmark) for benchmark in paper.args.benchmarks]
-    items = sum(min(WHOLE[n], paper.args.limit or WHOLE[n]) for n in PAPER_BENCHMARKS if n in names)
-    plans = [make_plan(paper.config(row), paper.args.gpus, 1) for row in rows]
+    asked = paper.args
+    names = [paper_name(benchmark) for benchmark in asked.benchmarks]
+    items = sum(min(WHOLE[n], asked.limit or WHOLE[n]) for n in PAPER_BENCHMARKS if n in names)
+    plans = [make_plan(paper.config(row), asked.gpus, 1, response=asked.response_tokens) for row in rows]
     total = [0.0, 0.0, 0.0]
     yield f"# {'':26}{'hours':>8}{'GPU hours':>11}{'disk, GiB':>11}"
     for row, plan in zip(rows, plans, strict=True):
@@ -324,34 +287,21 @@ def costs(paper: Paper, rows: Sequence[Row]) -> Iterator[str]:
         seconds, disk = items / config.rollout.rollouts_per_step * time.generate, 0.0
         if row.trained:
             seconds += (config.trainer.steps or 0) * time.seconds
-            kept = 0.0 if paper.args.prune else disk_bytes(config, plan.shape)
+            kept = 0.0 if asked.prune else disk_bytes(config, plan.shape)
             disk = (kept + 2 * plan.shape.parameters) / GIB  # bfloat16
         numbers = seconds / 3600, plan.needed * seconds / 3600, disk
         total = [a + b for a, b in zip(total, numbers, strict=True)]
         yield f"# {row.name:26}{numbers[0]:8.1f}{numbers[1]:11.0f}{disk:11.0f}"
         yield from (f"#   does not fit: {problem}" for problem in plan.problems)
     yield f"# {'in all':26}{total[0]:8.1f}{total[1]:11.0f}{total[2]:11.0f}"
-    yield f"# on {paper.args.gpus}, by mssr plan"
-    if paper.args.prune:
+    yield f"# on {asked.gpus}, by mssr plan, for responses of {plans[0].work.response_tokens} tokens"
+    if asked.prune:
         most = max(disk_bytes(plan.config, plan.shape) for plan in plans)
         yield f"# and {most / GIB:.0f} GiB for the checkpoints of the row that is trained"
-    yield "# not counted: validation, checkpoints, starts; disk of the base model and of the benchmarks"
-
-
-def chosen(names: Sequence[str] | None) -> list[Row]:
-    """The rows of --rows, in the table's order.
-
-    Raises:
-        UserError: a name is none.
-    """
-    if not names:
-        return [row for row in ROWS.values() if row.default]
-    asked = [name for text in names for name in text.split(",") if name]
-    for name in asked:
-        if name not in ROWS and name != "all":
-            known = f"{did_you_mean(name, ROWS)}; rows: {', '.join(ROWS)}, all"
-            raise UserError(f"--rows: {name} is no row{known}")
-    return [row for row in ROWS.values() if row.name in asked or "all" in asked]
+    yield (
+        "# not counted: validation, checkpoints, starts, the anchor's pass, published_code's first rollouts; "
+        "disk of the base model and of the benchmarks"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -371,6 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--eval", nargs="+", default=[], metavar="key=value", help="overrides of evaluations alone")
     option("--prune", action="store_true", help="remove a row's checkpoints once its policy is exported")
     option("--gpus", metavar="8xH100-80GB", default="8xH100-80GB", help="to plan for")
+    option("--response-tokens", type=int, metavar="N", help="of a response on average, to plan for")
     return parser
 
 

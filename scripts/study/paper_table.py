@@ -44,13 +44,12 @@ def write_table(
             measured[benchmark], accuracy = _measured(benchmark, evaluation)
             settings[f"{name}/{benchmark}"] = evaluation.summary["config"]
             parts.append(accuracy)
-        whole = len(parts) == len(BENCHMARKS) and all(m["whole"] for m in measured.values())
-        rows[name] = _compared(
-            measured,
-            _share(statistics.average(parts)) if len(parts) == len(BENCHMARKS) else None,
-            whole,
-            PAPER[size.upper()][published] if published else None,
-        )
+        average = None
+        if len(parts) == len(BENCHMARKS):
+            average = _share(statistics.average(parts)) | {
+                "whole": all(m["whole"] for m in measured.values())
+            }
+        rows[name] = _compared(measured, average, PAPER[size.upper()][published] if published else None)
     notes = [*notes, *_other_settings(settings)]
     table = {"size": size, "source": SOURCE, "benchmarks": BENCHMARKS, "rows": rows, "notes": notes}
     out.mkdir(parents=True, exist_ok=True)
@@ -81,7 +80,6 @@ def _share(accuracy: Bootstrap) -> dict[str, Any]:
 def _compared(
     measured: dict[str, Any],
     average: dict[str, Any] | None,
-    whole: bool,
     published: Mapping[str, float] | None,
 ) -> dict[str, Any]:
     """A row. The difference to a published number is that of a whole benchmark only."""
@@ -95,7 +93,7 @@ def _compared(
         for name, numbers in measured.items()
         if numbers["whole"]
     }
-    if average and whole:
+    if average and average["whole"]:
         row["difference"]["average"] = round(average["accuracy"] - row["published"]["average"], 2)
     return row
 
@@ -157,4 +155,4 @@ def _cell(numbers: Mapping[str, Any] | None) -> str:
     if numbers is None:
         return NOT_RUN
     low, high = numbers["interval"]
-    return f"{numbers['accuracy']:.1f} ({low:.1f} to {high:.1f}){'' if numbers.get('whole', True) else ' †'}"
+    return f"{numbers['accuracy']:.1f} ({low:.1f} to {high:.1f}){'' if numbers['whole'] else ' †'}"

@@ -49,6 +49,14 @@ class Recipe:
     mask: str = "none"
     mask_low: float = 0.5
     mask_high: float = 5.0
+    max_kl: float = 0.003
+    visual: str = "none"
+    visual_fraction: float | None = None
+    visual_floor: float = 0.9
+    visual_mix: float = 0.7
+    negative_fraction: float = 1.0
+    entropy_alpha: float = 0.0
+    confident: float = 0.95
     temperature: float = 1.0
     max_grad_norm: float = 1.0
     lr: float = 1e-3
@@ -65,6 +73,7 @@ class _Tokens:
     advantages: torch.Tensor
     reference: torch.Tensor | None
     anchor: torch.Tensor | None
+    credit: torch.Tensor | None = None
     metrics: Pairs = field(default_factory=dict)
 
 
@@ -126,14 +135,17 @@ class NaiveStep:
         every = range(len(batch))
         old: dict[int, torch.Tensor] = {}
         anchor: dict[int, torch.Tensor] = {}
+        entropy: dict[int, torch.Tensor] = {}
+        blind: dict[int, torch.Tensor] = {}
         reference: dict[int, torch.Tensor] = {}
         with torch.no_grad():
             for s in every:
-                old[s] = self.score(self.model, batch, s)[0]
+                old[s], entropy[s] = self.score(self.model, batch, s)
                 if batch.old_log_probs is not None:
                     old[s] = _of(batch, batch.old_log_probs, s)
-                if self.recipe.anchor_coef and self.rows[batch.prompt_ids[s]]["images"]:
-                    anchor[s] = self.score(self.model, batch, s, images=False)[0]
+                with_anchor = self.recipe.anchor_coef or self.recipe.visual != "none"
+                if with_anchor and self.rows[batch.prompt_ids[s]]["images"]:
+                    anchor[s], blind[s] = self.score(self.model, batch, s, images=False)
                 if self.recipe.kl_coef:
                     reference[s] = self.score(self.reference, batch, s)[0]
                 if batch.reference_log_probs is not None:
@@ -148,6 +160,7 @@ class NaiveStep:
             )
             for s in every
         }
+        self._add_credit(tokens, parts, entropy, blind)
         losses, norms = [], []
         trained = [s for part in parts for s in part]
         for part in parts:
@@ -167,6 +180,32 @@ class NaiveStep:
         mismatch = torch.cat([tokens[s].engine - tokens[s].old for s in trained])
         metrics["rollout/mismatch_max"] = float(mismatch.abs().max())
         return metrics
+
+    def _add_credit(
+        self, tokens: dict[int, _Tokens], parts: list[tuple[int, ...]], entropy: Any, blind: Any
+    ) -> None:
+        """What the advantages of tokens are multiplied with."""
+        r = self.recipe
+        kl = {s: _k3(t.old, t.anchor).clamp(max=10) for s, t in tokens.items() if t.anchor is not None}
+        for part in parts if r.visual != "none" else ():
+            means = {s: float(kl[s].mean()) for s in part if s in kl and len(kl[s])}
+            for s in part:
+                tokens[s].credit = torch.ones_like(tokens[s].old)
+            for s in means:
+                if r.visual == "vppo":
+                    above = means[s] - min(means.values())
+                    spread = sum(means.values()) / len(means) - min(means.values())
+                    score, factor = kl[s], r.visual_floor + (1 - r.visual_floor) * above / spread
+                else:
+                    unlike = 1 - _unit(kl[s])
+                    gap = 1 - _unit((entropy[s] - blind[s]).abs())
+                    score = (1 - unlike**r.visual_mix * gap ** (1 - r.visual_mix)) * _unit(entropy[s])
+                    factor = len(score) / _count(r.visual_fraction or 0.2, score)
+                chosen = _most(score, r.visual_fraction or (0.4 if r.visual == "vppo" else 0.2))
+                tokens[s].credit = factor * chosen
+        for t in tokens.values() if r.negative_fraction < 1 else ():
+            keep = (t.advantages >= 0) | _most(-t.engine, r.negative_fraction)
+            t.credit = keep.double() if t.credit is None else t.credit * keep
 
     def _advantages(self, batch: TrainBatch, s: int) -> torch.Tensor:
         if batch.token_advantages is not None:
@@ -199,7 +238,12 @@ class NaiveStep:
             m["shaping/entropy_branch_fraction"] = (psi == r.shaping_coef * h).double()
             m["shaping/sign_flip_fraction"] = ((a < 0) & (a + psi > 0)).double()
             a = a + psi
-        loss = self._policy_loss(log_p, t.old, a, m)
+        a = a + r.entropy_alpha * a.abs() * (log_p.exp() > r.confident)
+        if t.credit is not None:
+            a = a * t.credit
+            m["shaping/credit"], m["shaping/left_out_fraction"] = t.credit, (t.credit == 0).double()
+        against = t.engine if r.loss in ("dis", "flash_reinforce") else t.old
+        loss = self._policy_loss(log_p, against, a.detach(), m)
         m["rollout/mismatch_kl"] = _k3(t.engine, t.old)
         if (r.weight, r.mask) != ("none", "none"):
             log_rho = t.old - t.engine
@@ -222,7 +266,7 @@ class NaiveStep:
             kl = {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - d - 1}[r.kl]
             loss = loss + r.kl_coef * kl
             m["policy/kl_ref"] = (d.exp() - d - 1).detach()
-        if r.anchor_coef:
+        if r.anchor_coef or r.visual != "none":
             kl = torch.zeros_like(log_p) if t.anchor is None else _k3(log_p, t.anchor)
             loss = loss + r.anchor_coef * kl
             m["policy/kl_anchor"] = kl.detach()
@@ -236,6 +280,16 @@ class NaiveStep:
         ):  # one ratio for the sequence; its mean over the tokens is the loss of the sequence
             rho = (log_p - old).mean().exp().expand(len(log_p))
         m["policy/ratio"] = rho.detach()
+        if r.loss == "flash_reinforce":
+            p, q = old.exp(), log_p.detach().exp()
+            kl = m["policy/binary_kl"] = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+            dropped = bool(kl.mean() > r.max_kl)
+            m["policy/dropped_fraction"] = torch.full_like(p, float(dropped))
+            return log_p * 0 if dropped else -rho.detach() * a * log_p
+        if r.loss == "dis":
+            outside = (rho <= 1 - r.clip_low) | (rho >= 1 + r.clip_high)
+            m["policy/clip_fraction"] = outside.double()
+            return -rho.detach() * a * log_p * ~outside
         if r.loss == "sapo":
             tau = torch.where(a > 0, r.tau_positive, r.tau_negative)
             return -4 / tau / (1 + torch.exp(-tau * (rho - 1))) * a
@@ -258,6 +312,19 @@ class NaiveStep:
         for g in gradients:
             g *= min(1.0, self.recipe.max_grad_norm / norm)
         return norm
+
+
+def _unit(values: torch.Tensor) -> torch.Tensor:
+    return (values - values.min()) / max(float(values.max() - values.min()), 1e-8)
+
+
+def _count(fraction: float, values: torch.Tensor) -> int:
+    return int(np.ceil(fraction * len(values)))
+
+
+def _most(values: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Which are among the largest."""
+    return values >= values.sort(descending=True).values[: _count(fraction, values)].min()
 
 
 def _k3(log_p: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import pytest
 from mssr import algorithms
 from mssr.algorithms import AdaptiveDiscount, BetaBaseline, advantages
 from mssr.algorithms.correction import rollout_correction
+from mssr.algorithms.entropy_control import EntropyController
 from mssr.algorithms.kl_control import KLController
 from mssr.algorithms.objective import MicroBatchLoss, Objective
 from mssr.algorithms.policy_losses import get_loss, is_token_wise, loss_aggregation, loss_options
@@ -40,6 +41,8 @@ LOSSES: dict[str, tuple[dict[str, Any], str | None, bool]] = {
     "gspo": ({"clip_low": 3e-4, "clip_high": 4e-4}, "sequence_mean", False),
     "cispo": ({"clip_low": 1.0, "clip_high": 4.0}, None, True),
     "sapo": ({"tau_positive": 1.0, "tau_negative": 1.05}, None, True),
+    "dis": ({"clip_low": 0.3, "clip_high": 5.0}, None, True),
+    "flash_reinforce": ({"max_kl": 3e-3}, "sequence_mean", False),
 }
 
 
@@ -69,7 +72,8 @@ def test_the_parts_have_the_same_numbers() -> None:
     assert defaults(entropy_bonus) == {"coef": 0.4, "divisor": 2.0}
     assert (objective.shaping_coef, objective.shaping_divisor, objective.shaping) == (0.4, 2.0, False)
     assert (objective.entropy_coef, objective.anchor_coef, objective.kl_estimator) == (0.0, 0.0, "k3")
-    assert defaults(MicroBatchLoss) == {"kl_coef": 0.0}
+    assert defaults(MicroBatchLoss) == {"kl_coef": 0.0, "entropy_alpha": 0.0}
+    assert defaults(EntropyController) == {"target": None, "proportional": 1.0, "integral": 0.01}
     assert (objective.loss, objective.aggregation, objective.shaping_entropy) == (
         "ppo",
         "token_mean",

@@ -38,9 +38,10 @@ def train(lab: StepLab, run_dir: Path, *overrides: str) -> tuple[dict[str, float
         (["algorithm.loss.entropy_coef=0.01", "algorithm.loss.aggregation=sequence_mean"], True),
         (["algorithm.loss.text_anchor_coef=0.1", "algorithm.correction.weight=token"], True),
         (["algorithm.loss.name=gspo"], False),
+        (["algorithm.shaping.visual=vepo", "algorithm.loss.name=dis", "algorithm.loss.clip_low=1"], True),
         (["actor.updates_per_step=1", "algorithm.correction.mask=geometric", *KEEP_ALL], False),
     ],
-    ids=["default", "entropy", "anchor", "gspo", "geometric_on_policy"],
+    ids=["default", "entropy", "anchor", "gspo", "visual", "geometric_on_policy"],
 )
 def test_both_ways_make_the_same_update(
     lab: StepLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], fused: bool

@@ -80,6 +80,8 @@ LAST_VISIT = algorithm(discount__kl_source="last_visit")
 HALF_LIFE = LAST_VISIT | algorithm(discount__eta_rule="half_life", discount__eta_min=0.01)
 TOKEN = algorithm(correction__weight="token")
 MASK = algorithm(correction__mask="token")
+CONFIDENT = algorithm(entropy_control__confident=1e-3)  # the tiny model is sure of nothing
+CONTROLLED = CONFIDENT | algorithm(entropy_control__target=5.5)
 CASES = [
     Case("algorithm.name", "reinforce_pp", "advantages"),
     Case("algorithm.name", "{plugin}:Centred", "advantages"),
@@ -102,6 +104,17 @@ CASES = [
     Case("algorithm.shaping.coef", 0.02, "parameters", algorithm(shaping__coef=0.01)),
     Case("algorithm.shaping.divisor", 8, "parameters"),
     Case("algorithm.shaping.entropy", "sampled", "parameters"),
+    Case("algorithm.shaping.visual", "vppo", "parameters"),
+    Case("algorithm.shaping.visual", "vepo", "parameters"),
+    Case("algorithm.shaping.visual_fraction", 0.9, "parameters", algorithm(shaping__visual="vepo")),
+    Case("algorithm.shaping.visual_floor", 0.1, "parameters", algorithm(shaping__visual="vppo")),
+    Case("algorithm.shaping.visual_mix", 0.0, "parameters", algorithm(shaping__visual="vepo")),
+    Case("algorithm.shaping.negative_fraction", 0.3, "parameters"),
+    Case("algorithm.entropy_control.target", 5.5, "parameters", also=CONFIDENT),
+    Case("algorithm.entropy_control.proportional", 0.1, "parameters", CONTROLLED),
+    Case("algorithm.entropy_control.integral", 0.1, "parameters", CONTROLLED),
+    Case("algorithm.entropy_control.confident", 0.002, "parameters", CONTROLLED),
+    Case("algorithm.loss.max_kl", 1e-4, "parameters", algorithm(loss__name="flash_reinforce")),
     Case("algorithm.loss.name", "gspo", "parameters"),
     Case("algorithm.loss.name", "cispo", "parameters"),
     Case("algorithm.loss.name", "sapo", "parameters"),

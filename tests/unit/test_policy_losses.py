@@ -23,7 +23,7 @@ from mssr.algorithms.losses import (
 
 pytestmark = pytest.mark.unit
 
-NAMES = ("cispo", "gspo", "ppo", "sapo")
+NAMES = ("cispo", "dis", "flash_reinforce", "gspo", "ppo", "sapo")
 
 
 def column(*values: float) -> torch.Tensor:
@@ -57,6 +57,37 @@ def test_gspo_by_hand() -> None:
     assert info["clip_fraction"].all()
     _, info = policy_losses.gspo(old + 3e-4, old, torch.ones_like(old), lengths)
     assert not info["clip_fraction"].any()
+
+
+def test_dis_by_hand() -> None:
+    # rho is .5, .7 (on the edge, so outside), .71, 2, 5.99 and 6.
+    new = column(0.5, 0.7, 0.71, 2.0, 5.99, 6.0 * (1 + 1e-12)).log()
+    a = column(1.0, 1.0, -2.0, 1.0, -1.0, 1.0)
+    loss, info = policy_losses.dis(new, torch.zeros_like(new), a)
+    weight = column(0, 0, 0.71, 2.0, 5.99, 0)
+    torch.testing.assert_close(loss, -weight * a * new)
+    assert info["clip_fraction"].tolist() == [1, 1, 0, 0, 0, 1]
+    slope = gradient(lambda x: policy_losses.dis(x, torch.zeros_like(new), a)[0], new)
+    torch.testing.assert_close(slope, -weight * a)  # rho is a weight: no gradient through it
+
+
+def test_flash_reinforce_by_hand() -> None:
+    # Engine .5 and policy .6: .5 log(.5/.6) + .5 log(.5/.4) = -.5 log .96, for one of two tokens. Then a
+    # sequence without tokens, and one of engine .9 and policy .1, which is dropped.
+    engine, policy = column(0.5, 0.3, 0.9).log(), column(0.6, 0.3, 0.1).log()
+    lengths, a = torch.tensor([2, 0, 1]), column(1.0, -2.0, 3.0)
+    kl = -0.5 * math.log(0.96)
+    far = 0.9 * math.log(9) + 0.1 * math.log(1 / 9)
+    for max_kl, kept in ((kl / 2 * 1.01, 1.0), (kl / 2 * 0.99, 0.0)):
+        loss, info = policy_losses.flash_reinforce(policy, engine, a, lengths, max_kl=max_kl)
+        weight = column(1.2 * kept, 1.0 * kept, 0.0)
+        torch.testing.assert_close(loss, -weight * a * policy)
+        torch.testing.assert_close(info["binary_kl"], column(kl, 0.0, far))
+        assert info["dropped_fraction"].tolist() == [1 - kept, 1 - kept, 1]
+    loss, _ = policy_losses.flash_reinforce(policy, engine, a, lengths, max_kl=math.inf)
+    torch.testing.assert_close(loss[2], -3 / 9 * policy[2])
+    nan, _ = policy_losses.flash_reinforce(policy, engine.clone().fill_(math.nan), a, lengths)
+    assert (nan == 0).all()
 
 
 def test_cispo_by_hand() -> None:
@@ -298,7 +329,8 @@ def test_names_options_and_aggregations() -> None:
     assert policy_losses.loss_options("gspo") == {"clip_low": 3e-4, "clip_high": 4e-4}
     assert policy_losses.loss_options("cispo") == {"clip_low": 1.0, "clip_high": 4.0}
     assert policy_losses.loss_options("sapo") == {"tau_positive": 1.0, "tau_negative": 1.05}
-    assert [policy_losses.loss_aggregation(name) for name in NAMES] == [None, "sequence_mean", None, None]
+    by_sequence = {name for name in NAMES if policy_losses.loss_aggregation(name) == "sequence_mean"}
+    assert by_sequence == {"gspo", "flash_reinforce"}
     with pytest.raises(ValueError, match=r"'gpso', did you mean 'gspo'\?.*cispo"):
         policy_losses.get_loss("gpso")
     with pytest.raises(ValueError, match=r"'clip_hi', did you mean 'clip_high'\?"):

@@ -38,6 +38,7 @@ class Case:
 
 CLIPS = ("policy/clip_fraction", "policy/dual_clip_fraction")
 MASKED = ("correction/masked",)
+LEFT_OUT = "shaping/left_out_fraction"
 BRANCH = ("shaping/entropy_branch_fraction",)
 CASES = {
     "as published": Case(Recipe(shaping="exact", kl_coef=0.01), updates=2),
@@ -110,11 +111,35 @@ CASES = {
     "empty responses": Case(
         Recipe(aggregation="sequence_mean", kl_coef=0.2, mask="geometric", anchor_coef=0.1), empty=(1, 2)
     ),
+    "dis, vppo": Case(
+        Recipe(loss="dis", clip_low=0.15, clip_high=0.35, visual="vppo", visual_floor=0.3, shaping="exact"),
+        updates=2,
+        known=("old_log_probs",),
+        empty=(1,),
+        alive=(*CLIPS[:1], LEFT_OUT),
+    ),
+    "flash_reinforce, negative tokens": Case(
+        Recipe(
+            loss="flash_reinforce",
+            aggregation="sequence_mean",
+            max_kl=1e-4,
+            negative_fraction=0.3,
+            kl_coef=0.1,
+        ),
+        alive=("policy/dropped_fraction", LEFT_OUT),
+    ),
+    "vepo, negative tokens, control of entropy": Case(
+        Recipe(visual="vepo", visual_mix=0.4, negative_fraction=0.6, entropy_alpha=-0.7, confident=0.004),
+        updates=2,
+        alive=(LEFT_OUT,),
+    ),
     "sapo": Case(Recipe(loss="sapo", tau_positive=2.0, tau_negative=3.0), updates=2),
 }
 SECTIONS = {
-    "algorithm.loss": "clip_low clip_high dual_clip tau_positive tau_negative aggregation constant_length "
-    "entropy_coef",
+    "algorithm.loss": "clip_low clip_high dual_clip tau_positive tau_negative max_kl aggregation "
+    "constant_length entropy_coef",
+    "algorithm.shaping": "visual visual_fraction visual_floor visual_mix negative_fraction",
+    "algorithm.entropy_control": "confident",
     "algorithm.correction": "weight max_weight mask mask_low mask_high",
     "actor": "max_grad_norm lr betas weight_decay",
     "rollout": "temperature",
@@ -135,7 +160,10 @@ def overrides(case: Case) -> list[str]:
     """Of the config: what differs from a plain recipe, so that nothing is set that is not read."""
     given = dataclasses.asdict(case.recipe)
     plain = dataclasses.asdict(Recipe())
+    alpha = given.pop("entropy_alpha")  # which the trainer puts into the batch
     changed = {KEYS[name]: value for name, value in given.items() if value != plain[name]}
+    if alpha:
+        changed["algorithm.entropy_control.target"] = 1.0
     changed = {key: "null" if value is None else value for key, value in changed.items()}
     if case.recipe.betas != plain["betas"]:
         changed[KEYS["betas"]] = str(list(case.recipe.betas))
@@ -215,6 +243,7 @@ def batch_of(lab: StepLab, updater: PolicyUpdater, case: Case) -> TrainBatch:
         batch,
         engine_log_probs=policy + noise[0],
         kl_coef=case.recipe.kl_coef,
+        entropy_alpha=case.recipe.entropy_alpha,
         **{name: given[name] for name in case.known},
     )
 

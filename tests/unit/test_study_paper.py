@@ -244,6 +244,7 @@ def test_the_table_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setitem(WHOLE, key, 5)
     for benchmark in BENCHMARKS:
         an_evaluation(tmp_path / "mssr" / benchmark, benchmark, 4, 5)
+        an_evaluation(tmp_path / "rloo" / benchmark, benchmark, 1, 4 if benchmark == "mmk12" else 5)
     an_evaluation(tmp_path / "grpo/mmk12", "mmk12", 3, 4, seed=7)
     published = {"mssr": "MSSR", "grpo": "GRPO", "mvsr": None}
     places = {name: (method, tmp_path / name) for name, method in published.items()}
@@ -287,6 +288,15 @@ def test_the_table_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "**A note.**",
         "**grpo/mmk12 was evaluated with other settings than mssr/mathverse: seed 0 -> 7.**",
     ]
+    part = write_table(tmp_path, "7b", {"rloo": ("RLOO", tmp_path / "rloo")})["rows"]["rloo"]
+    assert part["average"]["accuracy"] == 21.0
+    assert part["difference"] == {
+        "mathverse": -27.8,
+        "mathvista": -49.2,
+        "r1_onevision": -18.5,
+        "hallusionbench": -48.5,
+    }
+    assert (tmp_path / "table.md").read_text().splitlines()[4].count(" †") == 2
 
 
 def test_the_rows_are_the_recipes() -> None:

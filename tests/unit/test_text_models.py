@@ -60,6 +60,7 @@ def test_rows_with_images_are_refused(workspace_of: Of) -> None:
         (["data.train={vision}"], "train.parquet row 0: 1 image, and the model takes text only"),
         (["model.freeze_vision=true"], "model.freeze_vision=true is for models that see images, and"),
         (["algorithm.loss.text_anchor_coef=0.1"], "algorithm.loss.text_anchor_coef=0.1 is for models"),
+        (["algorithm.shaping.visual=vppo"], "algorithm.shaping.visual=vppo is for models"),
         (
             ["actor.lora.rank=4", "actor.lr=1e-4", "actor.vision_cache_gib=2"],
             "actor.vision_cache_gib=2.0 is for models that see images",

@@ -48,7 +48,7 @@ Questions about two to five handwritten digits in a row, made by `mssr prepare c
 ABILITY = Habit(guess=0.05, glance=0.3)
 HABITS = {
     "habit": Habit(guess=0.55, glance=0.41, slip=0.12, misread=0.05, stop_early=0.12),
-    "mid": Habit(guess=0.50, glance=0.47, slip=0.15, misread=0.08, stop_early=0.15),
+    "mid": Habit(guess=0.50, glance=0.485, slip=0.22, misread=0.10, stop_early=0.22),
     "rare": Habit(guess=0.50, glance=0.49, slip=0.25, misread=0.10, stop_early=0.25),
 }
 SIZE = TinySize(
@@ -104,7 +104,8 @@ def prepare(
         raise UserError(f"seed={seed}: must be 0 or more")
     if model_type != MODEL_TYPE:
         raise UserError(f"--model {model_type}: the chains have base models of {MODEL_TYPE} only")
-    identity = {"task_version": TASK_VERSION, "seed": seed, "settings": asdict(settings)}
+    habits = {name: asdict(habit) for name, habit in HABITS.items()}
+    identity = {"task_version": TASK_VERSION, "seed": seed, "settings": asdict(settings), "habits": habits}
     models = [f"bases/{name}" for name in HABITS]
 
     def build(folder: Path) -> dict[str, Any]:
