@@ -109,7 +109,7 @@ class Trainer:
         Raises:
             WorkersLostError: the policy is gone; a new trainer is to go on from the last checkpoint.
         """
-        with contextlib.suppress(StopRequestedError), self.recorder, self.pipeline:
+        with contextlib.suppress(StopRequestedError), contextlib.closing(self.recorder), self.pipeline:
             self._run_steps()
         if self.stop.requested:
             self._begin_save()

@@ -39,10 +39,8 @@ class SampleRecorder:
         self._images: dict[str, ImageSource] = {}
         """File below the run directory -> the image that is to be written to it."""
 
-    def __enter__(self) -> SampleRecorder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Wait for the report under way, and write the images that are left."""
         self._finish()
         self._thread.shutdown()
         self._write_images(self._images)
@@ -61,20 +59,14 @@ class SampleRecorder:
             batch: of the collected rollouts.
             expected: (B,) baseline of each rollout's prompt before the step; None for a method without.
         """
-        # Of tokens with advantages of their own there is none for a response.
-        known = batch.token_advantages is None
-        chosen = choose_train(collected.prompt_ids, collected.scores, batch.advantages)
-        facts = [
-            {"advantage": float(batch.advantages[i]) if known else None}
-            | ({} if expected is None else {"baseline": float(expected[i])})
-            for i in chosen
-        ]
-        indices = list(chosen)
-        rollouts = [collected.rollouts[i] for i in indices]
-        records = self._records("train", dataset, rollouts, collected.scores[indices])
-        shown = zip(records, facts, chosen.items(), strict=True)
-        lines = [r | f | self._shown(dataset, collected.rollouts[i], why) for r, f, (i, why) in shown]
-        write_samples(samples_file(self._run_dir, step), lines, "train")
+        records = []
+        for i, why in choose_train(collected.prompt_ids, collected.scores, batch.advantages).items():
+            record = self._record("train", dataset, collected.rollouts[i], collected.scores[i], why)
+            # Of tokens with advantages of their own there is none for the response.
+            record["advantage"] = float(batch.advantages[i]) if batch.token_advantages is None else None
+            record["baseline"] = None if expected is None else float(expected[i])
+            records.append(record)
+        write_samples(samples_file(self._run_dir, step), records, "train")
 
     def validation(
         self, step: int, split: str, dataset: PromptDataset, rollouts: Sequence[Rollout], scores: np.ndarray
@@ -84,11 +76,12 @@ class SampleRecorder:
         Args:
             scores: (B,), NaN for a response without one.
         """
-        records = self._records(split, dataset, rollouts, scores)
-        ids = [record["id"] for record in records]
+        ids = [rollout.prompt_id.removeprefix(f"{split}/") for rollout in rollouts]
         chosen = choose_validation(ids, scores, earlier_scores(self._run_dir, split, step))
-        for index, why in chosen.items():
-            records[index] |= self._shown(dataset, rollouts[index], why)
+        records = [
+            self._record(split, dataset, rollout, score, chosen.get(i))
+            for i, (rollout, score) in enumerate(zip(rollouts, scores, strict=True))
+        ]
         write_samples(samples_file(self._run_dir, step), records, split)
 
     def begin_report(self) -> None:
@@ -111,35 +104,29 @@ class SampleRecorder:
                     replace_bytes(path, thumbnail(source.decode(), IMAGE_SIDE))
 
     def _finish(self) -> None:
-        if self._writing is not None:
-            # Whatever it is: no picture of a run is worth the run.
-            if error := self._writing.exception():
-                self._failed(f"{type(error).__name__}: {first_line(error)}")
-            self._writing = None
+        # Whatever it is: no picture of a run is worth the run.
+        if self._writing is not None and (error := self._writing.exception()):
+            self._failed(f"{type(error).__name__}: {first_line(error)}")
+        self._writing = None
 
-    def _shown(self, dataset: PromptDataset, rollout: Rollout, why: str) -> dict[str, Any]:
-        """What a record has beside the rest if the report is to show it."""
-        names = []
-        for k, source in enumerate(dataset.row(rollout.prompt_id).images):
-            digits = sha256(f"{rollout.prompt_id}/{k}".encode()).hexdigest()[:16]
-            names.append(f"images/{digits}.jpg")
-            self._images[names[-1]] = source
-        return {"chosen": why, "images": names}
-
-    def _records(
-        self, split: str, dataset: PromptDataset, rollouts: Sequence[Rollout], scores: np.ndarray
-    ) -> list[dict[str, Any]]:
-        rows = (dataset.row(r.prompt_id) for r in rollouts)
-        return [
-            {
-                "split": split,
-                "id": rollout.prompt_id.removeprefix("" if split == "train" else f"{split}/"),
-                "question": row.question,
-                "response": rollout.text,
-                "answer": row.answer,
-                "score": None if np.isnan(score) else float(score),
-                "finish_reason": rollout.finish_reason,
-                "response_tokens": len(rollout.response_token_ids),
-            }
-            for rollout, row, score in zip(rollouts, rows, scores, strict=True)
-        ]
+    def _record(
+        self, split: str, dataset: PromptDataset, rollout: Rollout, score: float, why: str | None
+    ) -> dict[str, Any]:
+        """A line of the samples file; with images, which are to be written, if the report is to show it."""
+        row = dataset.row(rollout.prompt_id)
+        record = {
+            "split": split,
+            "id": rollout.prompt_id.removeprefix("" if split == "train" else f"{split}/"),
+            "question": row.question,
+            "response": rollout.text,
+            "answer": row.answer,
+            "score": None if np.isnan(score) else float(score),
+            "finish_reason": rollout.finish_reason,
+            "response_tokens": len(rollout.response_token_ids),
+        }
+        if why is None:
+            return record
+        digits = sha256(rollout.prompt_id.encode()).hexdigest()[:16]
+        images = {f"images/{digits}-{k}.jpg": source for k, source in enumerate(row.images)}
+        self._images |= images
+        return record | {"chosen": why, "images": list(images)}

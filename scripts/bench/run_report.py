@@ -86,7 +86,7 @@ def measure() -> list[str]:
             )
             recording.append(time.perf_counter() - start)
         start = time.perf_counter()
-        recorder.__exit__()
+        recorder.close()
         images = time.perf_counter() - start
         for _ in range(3):
             start = time.perf_counter()

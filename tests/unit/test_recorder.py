@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -59,7 +60,7 @@ def test_what_is_written_of_a_step(run_dir: Path) -> None:
     found = rollouts("a", "b")
     batch = TrainBatch.of(found)
     batch.advantages[:] = [1.5, -1.5]
-    with SampleRecorder(run_dir, pytest.fail) as recorder:
+    with closing(SampleRecorder(run_dir, pytest.fail)) as recorder:
         recorder.train(
             4, DATASET, Collected(found, np.array([1.0, 0.0]), {}, 0.0), batch, np.array([0.25, 0.75])
         )
@@ -86,16 +87,16 @@ def test_advantages_of_tokens_are_not_told_as_one_of_the_response(run_dir: Path)
     found = rollouts("a", "b")
     batch = TrainBatch.of(found)
     object.__setattr__(batch, "token_advantages", np.ones(6, np.float32))
-    with SampleRecorder(run_dir, pytest.fail) as recorder:
+    with closing(SampleRecorder(run_dir, pytest.fail)) as recorder:
         recorder.train(1, DATASET, Collected(found, np.array([1.0, 0.0]), {}, 0.0), batch, None)
     lines = read_records(run_dir / "samples/step-000001.jsonl")
-    assert [r["advantage"] for r in lines] == [None, None] and "baseline" not in lines[0]
+    assert [r["advantage"] for r in lines] == [None, None] and lines[0]["baseline"] is None
     assert len(list((run_dir / "images").iterdir())) == 2  # also without a report
 
 
 def test_a_verdict_that_changed_since_the_last_validation_is_shown(run_dir: Path) -> None:
     ids = [f"val/{k}" for k in range(100)]
-    with SampleRecorder(run_dir, pytest.fail) as recorder:
+    with closing(SampleRecorder(run_dir, pytest.fail)) as recorder:
         for step in (0, 10):
             scores = np.zeros(100) + (step == 10)
             recorder.validation(step, "val", DATASET, rollouts(*ids), scores)
@@ -115,7 +116,7 @@ def test_a_report_that_fails_costs_a_line(run_dir: Path, monkeypatch: pytest.Mon
         raise RuntimeError("no space\nat all")
 
     monkeypatch.setattr(samples, "write_report", fails)
-    with SampleRecorder(run_dir, said.append) as recorder:
+    with closing(SampleRecorder(run_dir, said.append)) as recorder:
         recorder.begin_report()
     assert said == ["RuntimeError: no space"]
 
@@ -128,7 +129,7 @@ def test_a_report_that_takes_long_holds_nothing_up(run_dir: Path, monkeypatch: p
         written.append(len((run_dir / "metrics.jsonl").read_text().splitlines()))
 
     monkeypatch.setattr(samples, "write_report", slow)
-    with SampleRecorder(run_dir, pytest.fail) as recorder:
+    with closing(SampleRecorder(run_dir, pytest.fail)) as recorder:
         for step in range(3):
             with (run_dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step}) + "\n")
