@@ -82,6 +82,7 @@ def test_a_curve_by_value() -> None:
     figure = chart("a<b", [Series("x", [0, 10], [0.0, 1.0])], bounds=(0, 1), about='say "so"')
     assert 'd="M46.0 178.0L392.0 8.0"' in figure
     assert "a&lt;b" in figure and "a<b" not in figure and "say &quot;so&quot;" in figure
+    assert chart("t", [Series("</script><script>", [0], [1.0])] * 2).count("<script") == 1
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1]) and ticks(7, 93) == [20, 40, 60, 80]
     assert [short(v) for v in (1500, 2e6, 0.00012, 0)] == ["1.5k", "2M", "0.00012", "0"]
     for values in ([], [None], [3.0], [0.0]):  # nothing to divide by
@@ -130,7 +131,7 @@ def sample(prompt: str, score: float | None, **more: Any) -> dict[str, Any]:
 
 def write(run_dir: Path, step: int, records: list[dict[str, Any]]) -> None:
     path = samples.samples_file(run_dir, step)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
@@ -175,8 +176,12 @@ def test_older_samples_are_left_out_of_a_page_that_grows_too_large(
             step,
             [sample(f"p{step}", 1.0, response="<字"[step % 2 == 0] * 9000, chosen="best", images=[])],
         )
+        write(tmp_path / "short", step, [sample(f"p{step}", 1.0, chosen="best", images=[])])
     prompts, left_out = samples.recorded_prompts(tmp_path)
     assert [p["id"] for p in prompts] == ["p9"] and left_out == 9  # 12,000 and 9,000 bytes in the page
+    monkeypatch.setattr(samples, "MOST_BYTES", samples.ROW_BYTES * 3)  # what is around a text counts, too
+    assert len(samples.recorded_prompts(tmp_path / "short")[0]) == 2
+    monkeypatch.setattr(samples, "MOST_BYTES", 20_000)
     page = report(tmp_path, series("watch/entropy_collapsed", set()))
     assert "9 older samples" in page and "[... 6000 characters left out ...]" in page
 
