@@ -43,13 +43,14 @@ TESTS = {
     "mssr/algorithms/checks.py": "ranges discount kl_control losses",
     "mssr/algorithms/correction.py": "correction defaults_and_states ranges",
     "mssr/algorithms/discount.py": "discount single_rollout driver_by_hand defaults_and_states ranges",
-    "mssr/algorithms/group.py": "algorithms token_advantages oracles defaults_and_states",
+    "mssr/algorithms/baselines.py": "combinations algorithms",
+    "mssr/algorithms/combined.py": "combinations algorithms token_advantages oracles defaults_and_states",
+    "mssr/algorithms/normalisations.py": "combinations algorithms",
     "mssr/algorithms/id_table.py": "id_table baseline",
     "mssr/algorithms/kl_control.py": "kl_control defaults_and_states ranges",
     "mssr/algorithms/losses.py": "losses oracles policy_losses ranges",
     "mssr/algorithms/objective.py": "gradient step_oracle update_by_value defaults_and_states",
     "mssr/algorithms/policy_losses.py": "policy_losses losses plugins defaults_and_states ranges",
-    "mssr/algorithms/reinforce_pp.py": "algorithms token_advantages oracles defaults_and_states",
     "mssr/algorithms/sequences.py": "losses correction policy_losses gradient",
     "mssr/algorithms/shaping.py": "losses algorithms gradient defaults_and_states ranges",
     "mssr/algorithms/single_rollout.py": f"single_rollout algorithms driver_by_hand {NUMBERS}",
@@ -65,7 +66,7 @@ IMPORTED = "torch transformers numpy pytest hypothesis datasets pyarrow.parquet 
 
 @dataclass(frozen=True)
 class Mutant:
-    """Example: ``Mutant("mssr/algorithms/group.py", "core/NumberReplacer", occurrence=3, place=(25, 14))``"""
+    """``Mutant("mssr/algorithms/discount.py", "core/NumberReplacer", occurrence=3, place=(25, 14))``"""
 
     path: str
     operator: str

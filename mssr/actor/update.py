@@ -23,7 +23,7 @@ from mssr.actor.optimizers import OffloadedOptimizer, learning_rate
 from mssr.actor.planning import MicroBatch, Passes, Planner, StepPlan, UpdatePlan
 from mssr.actor.prompts import PromptCache
 from mssr.actor.step import LogProbs, StepState
-from mssr.actor.visual import VisualCredit
+from mssr.actor.visual import Seen, visual_factors
 from mssr.algorithms.losses import kl_penalty
 from mssr.algorithms.objective import MicroBatchLoss, Objective
 from mssr.config import Config
@@ -61,8 +61,7 @@ class PolicyUpdater:
         self.rank = rank
         self.device = device
         self.objective = make_objective(config)
-        shaping = config.algorithm.shaping
-        self.visual = None if shaping.visual == "none" else VisualCredit(shaping, config.visual_fraction)
+        self.visual = config.algorithm.shaping.visual != "none"
         shape = policy.family.shape(policy.model.config.to_dict())
         self.cost_model = CostModel(shape, train_vision=config.trains_vision)
         self.parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -150,29 +149,30 @@ class PolicyUpdater:
 
     @torch.no_grad()
     def _before_update(self, state: StepState, passes: Passes, needs_old: bool) -> None:
-        if self.visual is not None:  # its own pass gives the old log-probs, too
-            self._add_credit(self.visual, state, passes)
+        if self.visual:
+            self._add_credit(state, passes)
             needs_old = False
         wanted: list[tuple[LogProbs, torch.nn.Module]] = [(state.old, self.policy)] if needs_old else []
         if self.reference is not None and not self.config.kl_in_reward:
             wanted.append((state.reference, self.reference))
         self._add_log_probs(state.batch, passes, *wanted)
-        if self.objective.anchor_coef and self.visual is None:
+        if self.objective.anchor_coef and not self.visual:
             for micro, packed in self._packed(state.batch, passes, text_only=True):
                 state.anchor.put(micro.sequences, self.policy(packed)[0])
 
-    def _add_credit(self, visual: VisualCredit, state: StepState, passes: Passes) -> None:
-        """The factors of visual credit, from passes with and without the images."""
-        seen, blind = (self._packed(state.batch, passes, text_only) for text_only in (False, True))
-        for (micro, packed), (_, without) in zip(seen, blind, strict=True):
+    def _add_credit(self, state: StepState, passes: Passes) -> None:
+        """Visual credit, and the log-probs with and without the images, which it is made of."""
+        seen: list[Seen] = []
+        both = (self._packed(state.batch, passes, text_only) for text_only in (False, True))
+        for (micro, packed), (_, blind) in zip(*both, strict=True):
             log_probs, entropy = self.policy(packed, micro.any_rank_has_images)
-            blind_log_probs, blind_entropy = self.policy(without)
             if not state.old.complete:
                 state.old.put(micro.sequences, log_probs)
+            blind_log_probs, blind_entropy = self.policy(blind)
             state.anchor.put(micro.sequences, blind_log_probs)
-            visual.measure(micro, state.tokens(micro.sequences), entropy, blind_entropy)
-        for sequences, factors in visual.factors():
-            state.credit.put(sequences, factors)
+            seen.append((micro, state.tokens(micro.sequences), entropy, blind_entropy))
+        for micro, factors in visual_factors(self.config.algorithm.shaping, seen):
+            state.credit.put(micro.sequences, factors)
 
     @torch.no_grad()
     def _add_log_probs(

@@ -5,10 +5,11 @@ are loaded when first used, so that a command that only checks a config does not
 method is a new module and its line among the imports below, or a user's ``path/to/file.py:Class``.
 
 In the order of a step: ``baseline`` (its prompts in ``id_table``) and ``discount`` (each prompt's own from
-``last_visits``); ``advantages``, the
-formulas; ``group``, ``single_rollout`` and ``reinforce_pp``, the methods, each a registered ``Algorithm`` of
-``base``; ``shaping``, ``policy_losses``, ``losses``, ``correction`` and ``kl_control``, the
-parts of the loss, which ``objective`` puts together. ``plugins``, ``checks`` and ``sequences`` help.
+``last_visits``); ``advantages``, the formulas; ``combined``, any of the ``baselines`` with any of the
+``normalisations``, and the methods that are such a pair; ``single_rollout``, those with a state, each a
+registered ``Algorithm`` of ``base``; ``shaping``, ``policy_losses``, ``losses``, ``correction`` and
+``kl_control``, the parts of the loss, which ``objective`` puts together. ``plugins``, ``checks`` and
+``sequences`` help.
 
 An option out of its range, shapes or lengths that differ, numbers that are not finite, a name that there is
 not and a saved state of another version raise ValueError with a sentence; ``Raises`` says what else does.
@@ -20,15 +21,29 @@ import importlib
 from types import ModuleType
 
 from mssr.algorithms import advantages
-from mssr.algorithms.base import Algorithm, create, get, names, options, register
+from mssr.algorithms.base import Algorithm, get, names, register
 from mssr.algorithms.baseline import BetaBaseline
+from mssr.algorithms.combined import (
+    DBB,
+    GRPO,
+    RLOO,
+    Combined,
+    DrGRPO,
+    FlashREINFORCE,
+    LitePPO,
+    MaxRL,
+    ReinforcePP,
+    ReinforcePPBaseline,
+    choose,
+    create,
+    options,
+)
 from mssr.algorithms.discount import AdaptiveDiscount
-from mssr.algorithms.group import GRPO, RLOO, DrGRPO, LitePPO
 from mssr.algorithms.kl_control import KLController
-from mssr.algorithms.reinforce_pp import ReinforcePP, ReinforcePPBaseline
 from mssr.algorithms.single_rollout import MSSR, MVSR, SPO
 
 __all__ = [
+    "DBB",
     "GRPO",
     "MSSR",
     "MVSR",
@@ -37,12 +52,16 @@ __all__ = [
     "AdaptiveDiscount",
     "Algorithm",
     "BetaBaseline",
+    "Combined",
     "DrGRPO",
+    "FlashREINFORCE",
     "KLController",
     "LitePPO",
+    "MaxRL",
     "ReinforcePP",
     "ReinforcePPBaseline",
     "advantages",
+    "choose",
     "correction",
     "create",
     "get",

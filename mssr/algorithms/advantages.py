@@ -31,10 +31,15 @@ Ints = NDArray[np.int64]
 
 def grpo(rewards: ArrayLike, groups: ArrayLike, eps: float = 1e-6) -> FloatVector:
     """A_i = (r_i - mean_g) / (std_g + eps), std unbiased. GRPO, arXiv 2402.03300."""
+    return over_group_std(centred(rewards, groups, "GRPO"), rewards, groups, eps)
+
+
+def over_group_std(d: ArrayLike, rewards: ArrayLike, groups: ArrayLike, eps: float) -> FloatVector:
+    """A_i = d_i / (std_g + eps), std_g of the rewards of its group, unbiased."""
     check_number("eps", eps)
-    difference, group, size, _ = _grouped(rewards, groups, "GRPO")
+    difference, group, size, _ = _grouped(rewards, groups, "std of a group")
     std = np.sqrt(np.bincount(group, difference * difference) / (size - 1))
-    return (difference / (std[group] + eps)).astype(np.float32)
+    return (_vector(d, "differences") / (std[group] + eps)).astype(np.float32)
 
 
 def dr_grpo(rewards: ArrayLike, groups: ArrayLike) -> FloatVector:
@@ -59,8 +64,15 @@ def lite_ppo(
     ``weights`` are those of the standard deviation, None for 1; the means of the groups are over
     responses in any case.
     """
+    return over_batch_std(centred(rewards, groups, "Lite PPO"), rewards, eps, weights)
+
+
+def over_batch_std(
+    d: ArrayLike, rewards: ArrayLike, eps: float, weights: ArrayLike | None = None
+) -> FloatVector:
+    """A_i = d_i / (std r + eps), std of the rewards of the batch, unbiased."""
     check_number("eps", eps)
-    r, difference = _vector(rewards, "rewards"), centred(rewards, groups, "Lite PPO")
+    r, difference = _vector(rewards, "rewards"), _vector(d, "differences")
     live, _, variance = _moments(r, _lengths(weights, len(r)), unbiased=True)
     return np.where(live, difference / (np.sqrt(variance) + eps), 0.0).astype(np.float32)
 

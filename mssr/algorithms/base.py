@@ -43,6 +43,8 @@ class Algorithm(ABC):
     """Fewest responses for each prompt: 2 for a method that compares those of a prompt."""
     shapes_entropy: ClassVar[bool] = False
     """Whether entropy shaping (`mssr.algorithms.shaping`) is on unless the user says otherwise."""
+    choices: ClassVar[tuple[str, ...]] = ()
+    """Its baseline and its normalisation, see `mssr.algorithms.combined`; () for one that is neither."""
     aggregation: ClassVar[str | None] = None
     """The loss aggregation that the method is defined with; None for the policy loss's own."""
     default_loss: ClassVar[str] = "ppo"
@@ -174,13 +176,7 @@ def _check(cls: Any, called: str) -> None:
 
 ALGORITHMS: Registry[type[Algorithm]] = Registry("algorithm", "class", _check)
 
-register, names, get, options = ALGORITHMS.register, ALGORITHMS.names, ALGORITHMS.get, ALGORITHMS.options
-
-
-def create(name: str, **settings: Any) -> Algorithm:
-    """Build an algorithm, for example ``create("mssr", kl_target=0.02)``."""
-    algorithm: Algorithm = ALGORITHMS.bind(name, settings)()
-    return algorithm
+register, names, get = ALGORITHMS.register, ALGORITHMS.names, ALGORITHMS.get
 
 
 def group_indices(prompt_ids: Sequence[str]) -> Ints:

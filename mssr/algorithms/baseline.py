@@ -82,6 +82,14 @@ class BetaBaseline:
         values[seen] = self._values_of(rows[seen])
         return values.astype(np.float32)
 
+    def counts(self, ids: Sequence[str] | Keys) -> Floats:
+        """(B, 2) float64 a and b of B prompts, the prior for those unseen; changes nothing."""
+        rows = self._table.find(self._table.keys(ids))
+        m = self.unseen_value
+        counts = np.tile(np.array([m, 1 - m]) * self.prior_strength, (len(rows), 1))
+        counts[rows >= 0] = self._counts[rows[rows >= 0]]
+        return counts
+
     def unseen_fraction(self, ids: Sequence[str] | Keys) -> float:
         """Fraction of ``ids`` (or `keys`) that were never visited; 0 for none."""
         rows = self._table.find(self._table.keys(ids))

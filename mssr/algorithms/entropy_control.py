@@ -15,15 +15,12 @@ _STATE_VERSION = 1
 
 @dataclass
 class EntropyController:
-    """Holds ``alpha``, by which `mssr.algorithms.shaping.entropy_balance` weighs confident tokens.
+    """Holds ``alpha`` of `mssr.algorithms.shaping.entropy_balance`. With H_i the entropies of the steps 1..k:
 
-    With H_k the entropy of step k (EntroPIC, arXiv 2511.15248, and its code):
+        alpha = clip(proportional * (H_k - target) + integral * sum_i (H_i - target), -1, 1)
 
-        alpha = clip(proportional * (H_k - target) + integral * sum_{i<=k} (H_i - target), -1, 1)
-
-    Too low an entropy makes alpha negative: confident tokens of right answers count less, those of wrong
-    ones more. The code measures H on each micro-batch and uses it there; ours is that of the step before,
-    so that alpha is one number for a step, on all ranks. In the first step it is 0.
+    arXiv 2511.15248. The authors' code takes the H of each micro-batch for that micro-batch; ours is that of
+    the step before, so that alpha is one number on all ranks. In the first step it is 0.
     """
 
     target: float | None = None

@@ -87,13 +87,13 @@ class Registry(Generic[T]):
         """The options of what is called ``name`` and their defaults, in the order of its signature."""
         return self._options(self.get(name))
 
-    def bind(self, name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
-        """What is called ``name`` with options filled in; a file is read once.
+    def bind(self, name: str, options: Mapping[str, Any], thing: T | None = None) -> Callable[..., Any]:
+        """What is called ``name``, or ``thing`` in its place, with options filled in; a file is read once.
 
         Raises:
             ValueError: There is no such option; the nearest and all are given.
         """
-        thing = self.get(name)
+        thing = thing or self.get(name)
         known = self._options(thing)
         for option in options:
             if option not in known:

@@ -60,14 +60,9 @@ def entropy_balance(
 ) -> torch.Tensor:
     """A_t + alpha * |A_t| where pi_t > confident, A_t elsewhere; no gradient, the shape of the inputs.
 
-    EntroPIC, arXiv 2511.15248: confident tokens of right answers lower the entropy and those of wrong ones
-    raise it. With alpha in [-1, 1] no sign changes. The authors' code adds -alpha * rho * |A_t| to the loss,
-    beside the clip; here the clip is of the sum, which is the same as long as it does not decide.
-
-    Args:
-        log_probs: nats, of the sampled tokens under the policy in training.
-        alpha: > 0 where the entropy is to fall.
-        confident: in (0, 1).
+    EntroPIC, arXiv 2511.15248: confident tokens of right answers lower the entropy, those of wrong ones raise
+    it, and alpha in [-1, 1] is > 0 where it is to fall. The authors' code adds -alpha * rho * |A_t| to the
+    loss, beside its clip; here the clip is of the sum. ``log_probs`` are of the policy in training, in nats.
     """
     check_same_shape(advantages=advantages, log_probs=log_probs)
     takes_part = log_probs.detach() > math.log(confident)

@@ -32,6 +32,7 @@ class SingleRollout(Algorithm):
     Rewards must be in [0, 1]. More than one response for each prompt works: each is a visit.
     """
 
+    choices = ("beta", "batch_std")
     bounded_rewards = True
 
     prior_strength: float = 1.0

@@ -14,18 +14,25 @@ from mssr.config.options import option, section
 
 @dataclass
 class BaselineConfig:
-    """Beta baseline of the single-rollout methods."""
+    """What is subtracted from a score; the first two apart, the Beta baseline of single-rollout methods."""
 
-    prior_strength: float = option(1.0, "> 0")
+    name: str | None = option(None, choices="none, batch_mean, group_mean, leave_one_out, beta")
+    """null is the method's own; another gives the method another baseline."""
+    shrinkage: bool | None = option(None)
+    """Shrink the baseline of a prompt towards that of the others (arXiv 2511.03710), for group_mean,
+    leave_one_out and beta. null: off."""
+    prior_strength: float = option(1.0, "> 0", read_if="algorithm.name takes it")
     """Pseudo-counts behind the first value of a prompt, > 0."""
-    prior_mean: float | None = option(None, "[0, 1]")
+    prior_mean: float | None = option(None, "[0, 1]", read_if="algorithm.name takes it")
     """First value of a prompt; null takes the running mean reward of the run."""
-    init_rollouts: int | None = option(None, ">= 0", first_values=True)
+    init_rollouts: int | None = option(None, ">= 0", first_values=True, read_if="algorithm.name takes it")
     """Responses to every prompt before training that give it its first value: a pass over all data,
     kept in init_rollouts.jsonl and reused by later starts. null: 8 for spo, else 0 (no pass)."""
-    init_strength: float | None = option(None, "> 0", read_if="init_rollouts != 0")
+    init_strength: float | None = option(
+        None, "> 0", read_if="algorithm.name takes it and init_rollouts != 0"
+    )
     """Pseudo-counts behind a value from that pass; null is 1 / (1 - eta_min)."""
-    init_smoothing: float = option(0.5, ">= 0", read_if="init_rollouts != 0")
+    init_smoothing: float = option(0.5, ">= 0", read_if="algorithm.name takes it and init_rollouts != 0")
     """c of the first value (s + c) / (n + 2c), s of n correct; 0 takes the plain mean."""
 
 
@@ -71,10 +78,6 @@ class ShapingConfig:
     (those that are uncertain, too). Prompts without images are left alone."""
     visual_fraction: float | None = option(None, "(0, 1]", read_if="visual != none")
     """Share of a response's tokens that learn; null: 0.4 for vppo, 0.2 for vepo."""
-    visual_floor: float = option(0.9, "[0, 1]", read_if="visual = vppo")
-    """Weight of the response that depends least on its image; the mean is 1."""
-    visual_mix: float = option(0.7, "[0, 1]", read_if="visual = vepo")
-    """Part of the divergence in vepo's score; the rest is the gap of the entropies."""
     negative_fraction: float = option(1.0, "(0, 1]")
     """Share of a response's tokens, the least likely ones, that learn where the advantage is negative
     (negative-token filtering, whose authors take 0.1); 1 is all."""
@@ -167,9 +170,13 @@ class AlgorithmConfig:
     """Scores to gradients."""
 
     name: str = option("mssr")
-    """mssr, mvsr, spo, grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, lite_ppo, or
-    path/to/file.py:Class."""
-    baseline: BaselineConfig = section(BaselineConfig, read_if="algorithm.name takes it")
+    """mssr, mvsr, spo, grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, lite_ppo, flash_reinforce,
+    maxrl, dbb, or path/to/file.py:Class."""
+    normalisation: str | None = option(
+        None, choices="none, batch_std, reward_std, group_std, whiten, mean, bernoulli_std"
+    )
+    """What makes the difference of score and baseline an advantage; null is the method's own."""
+    baseline: BaselineConfig = section(BaselineConfig)
     discount: DiscountConfig = section(
         DiscountConfig, read_if="algorithm.name takes it and algorithm.discount.eta = null"
     )
@@ -183,6 +190,8 @@ class AlgorithmConfig:
     reinforce_pp_baseline, else sequence."""
     eps: float | None = option(None, "> 0", read_if="algorithm.name takes it")
     """Keeps a division by a standard deviation finite; null takes the method's own. rloo has none."""
+    floor: float | None = option(None, "(0, 0.5)", read_if="algorithm.name takes it")
+    """Smallest baseline that mean divides by; bernoulli_std keeps it in [floor, 1 - floor]. null: 0.01."""
     options: dict[str, Any] = option({})
     """Options of a method from a file."""
 

@@ -111,20 +111,21 @@ def _check_method(config: Config) -> None:
     """Method, loss and sampler; and, as these decide it, what is read."""
     section = config.algorithm
     chosen = f"algorithm.name={section.name}"
+    with naming(chosen):
+        method, loss = config.method, config.loss_name
     for key, options, name in (
         ("algorithm.options", section.options, section.name),
-        ("algorithm.loss.options", section.loss.options, config.loss_name),
+        ("algorithm.loss.options", section.loss.options, loss),
     ):
         if options and not is_spec(name):
             raise UserError(f"{key} is for a method or loss from a file; {name} has keys of its own")
-    with naming(f"{chosen}, loss.name={config.loss_name}"):
-        method = config.method
+    with naming(f"{chosen}, loss.name={loss}"):
         _try_loss(config)
     correction = section.correction
     if config.corrects_itself and (correction.weight or "none", correction.mask) != ("none", "none"):
         raise UserError(
-            f"algorithm.correction would weigh by policy and engine a second time: algorithm.loss.name="
-            f"{config.loss_name} does it itself; remove its weight and mask"
+            "algorithm.correction would weigh by policy and engine a second time: "
+            f"algorithm.loss.name={loss} does it itself; remove its weight and mask"
         )
     if config.responses_per_prompt < method.min_n:
         raise UserError(
@@ -133,7 +134,7 @@ def _check_method(config: Config) -> None:
         )
     check_read(config, meant=config.meant)
     with naming(chosen):
-        estimator = algorithms.create(section.name, **config.estimator_options)
+        estimator = algorithms.create(section.name, config.choices, **config.estimator_options)
     if config.sampler_name == "uncertainty" and estimator.baseline is None:
         raise UserError(f"sampler.name=uncertainty draws by the Beta baseline, and {chosen} keeps none")
     if config.sampler.dynamic and config.responses_per_prompt < 2:
@@ -148,8 +149,9 @@ def _check_method(config: Config) -> None:
             "weights (null is 1 each) must not be negative and sum to at most 1"
         )
     if config.kl_in_reward and estimator.bounded_rewards:
+        part = "normalisation" if estimator.baseline is None else "Beta baseline"
         raise UserError(
-            f"algorithm.kl.placement=reward: the Beta baseline of {chosen} takes rewards in [0, 1] only; use "
+            f"algorithm.kl.placement=reward: the {part} of {chosen} takes rewards in [0, 1] only; use "
             "placement=loss"
         )
     if section.kl.placement == "reward" and section.kl.coef == 0:

@@ -192,7 +192,9 @@ def _unmet(condition: str, key: str, effective: Mapping[str, Any]) -> list[str]:
         setting = neighbour if (neighbour := f"{section}.{setting}") in effective else setting
         value = effective[setting]
         if relation == "takes" and setting == "algorithm.name":
-            holds = name in algorithms.options(value)
+            keys = {"baseline": "baseline.name", "normalisation": "normalisation"}
+            chosen = {k: effective[f"algorithm.{v}"] for k, v in keys.items()}
+            holds = name in algorithms.options(value, chosen)
         elif relation == "takes":
             holds = name in algorithms.policy_losses.loss_options(value)  # needs torch
         elif relation == "has":

@@ -208,16 +208,21 @@ class Config:
     @property
     def method(self) -> type[algorithms.Algorithm]:
         """The class that ``algorithm.name`` means."""
-        return algorithms.get(self.algorithm.name)
+        return algorithms.choose(self.algorithm.name, **self.choices)
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """Baseline and normalisation in place of the method's own, see `mssr.algorithms.choose`."""
+        own = self.algorithm
+        return {
+            "baseline": own.baseline.name,
+            "normalisation": own.normalisation,
+            "shrinkage": own.baseline.shrinkage,
+        }
 
     @property
     def loss_name(self) -> str:
         return _own(self.algorithm.loss.name, self.method.default_loss)
-
-    @property
-    def visual_fraction(self) -> float:
-        shaping = self.algorithm.shaping
-        return _own(shaping.visual_fraction, 0.4 if shaping.visual == "vppo" else 0.2)
 
     @property
     def corrects_itself(self) -> bool:
@@ -230,14 +235,14 @@ class Config:
         """Those of the configured options that the method takes; a null is left to the method."""
         section = self.algorithm
         candidates = to_dict(section.baseline) | to_dict(section.discount)
-        candidates |= {"eps": section.eps, "weighting": section.weighting}
-        taken = algorithms.options(section.name)
+        candidates |= {"eps": section.eps, "weighting": section.weighting, "floor": section.floor}
+        taken = algorithms.options(section.name, self.choices)
         return {k: v for k, v in candidates.items() if v is not None and k in taken} | section.options
 
     @property
     def _method_options(self) -> dict[str, Any]:
         """All of the method, as configured, else its own."""
-        return algorithms.options(self.algorithm.name) | self.estimator_options
+        return algorithms.options(self.algorithm.name, self.choices) | self.estimator_options
 
     @property
     def kl_source(self) -> str:

@@ -34,7 +34,7 @@ class Estimator:
         self.config = config
         self.cluster = cluster
         self.timer = timer
-        self.algorithm = algorithms.create(config.algorithm.name, **config.estimator_options)
+        self.algorithm = algorithms.create(config.algorithm.name, config.choices, **config.estimator_options)
         kl = config.algorithm.kl
         self.kl = KLController(kl.coef, kl.target, kl.horizon)
         control = config.algorithm.entropy_control

@@ -139,8 +139,10 @@ class Paper:
             yield Step(["mssr", "export", str(run), "--out", model], exported)
             yield Step(keep, exported)
             if self.args.prune:
-                checkpoints = run / "checkpoints"
-                yield Step(["rm", "-rf", str(checkpoints)], exported and not checkpoints.exists())
+                checkpoints, newest = run / "checkpoints", run / "checkpoints/latest"
+                # A training that has gone on is still under way.
+                ours = newest.is_file() and newest.read_text().strip() == self._last(row).name
+                yield Step(["rm", "-rf", str(checkpoints)], exported and not ours)
         for benchmark in self.args.benchmarks:
             yield self._evaluation(row, benchmark, model, target / benchmark)
 

@@ -16,11 +16,21 @@ pytestmark = pytest.mark.e2e
 
 # 6 prompts or 2 a step of 8: most steps end in the middle of an epoch.
 VARIANTS: dict[str, tuple[int | None, list[str]]] = {
-    "mssr": (1, ["algorithm.name=mssr"]),
-    "mvsr": (2, ["algorithm.name=mvsr"]),
+    "mssr": (1, ["algorithm.name=mssr", "algorithm.shaping.visual=vppo"]),
+    # With the errors of the control of entropy so far.
+    "mvsr": (
+        2,
+        [
+            "algorithm.name=mvsr",
+            "algorithm.entropy_control.target=3",
+            "algorithm.entropy_control.proportional=0.1",
+            "algorithm.entropy_control.confident=0.001",
+            "algorithm.shaping.negative_fraction=0.5",
+        ],
+    ),
     "grpo": (3, ["algorithm.name=grpo", "rollout.n=3"]),
     "rloo_adaptive_kl": (1, ["algorithm.name=rloo", "rollout.n=3", "algorithm.kl.target=0.01"]),
-    "reinforce_pp": (2, ["algorithm.name=reinforce_pp"]),
+    "reinforce_pp": (2, ["algorithm.name=reinforce_pp", "algorithm.loss.name=flash_reinforce"]),
     # Draws uncertain prompts first, and remembers first values and the last response of each.
     "spo": (
         3,
@@ -65,5 +75,7 @@ def test_stopped_and_resumed_equals_straight_bitwise(
         steps = straight["metrics"][1:]
         if name.startswith("dynamic"):
             assert any(r["sampler/draws"] > 1 for r in steps)
+        if name.startswith("mvsr"):
+            assert len({r["shaping/entropy_alpha"] for r in steps}) == STEPS
         if name.startswith("spo"):
             assert len({r["policy/kl_coef"] for r in steps}) == STEPS  # it adapts

@@ -52,8 +52,6 @@ class Recipe:
     max_kl: float = 0.003
     visual: str = "none"
     visual_fraction: float | None = None
-    visual_floor: float = 0.9
-    visual_mix: float = 0.7
     negative_fraction: float = 1.0
     entropy_alpha: float = 0.0
     confident: float = 0.95
@@ -195,11 +193,12 @@ class NaiveStep:
                 if r.visual == "vppo":
                     above = means[s] - min(means.values())
                     spread = sum(means.values()) / len(means) - min(means.values())
-                    score, factor = kl[s], r.visual_floor + (1 - r.visual_floor) * above / spread
+                    above = above / spread if spread else 1.0
+                    score, factor = kl[s], 0.9 + 0.1 * above
                 else:
                     unlike = 1 - _unit(kl[s])
                     gap = 1 - _unit((entropy[s] - blind[s]).abs())
-                    score = (1 - unlike**r.visual_mix * gap ** (1 - r.visual_mix)) * _unit(entropy[s])
+                    score = (1 - unlike**0.7 * gap**0.3) * _unit(entropy[s])
                     factor = len(score) / _count(r.visual_fraction or 0.2, score)
                 chosen = _most(score, r.visual_fraction or (0.4 if r.visual == "vppo" else 0.2))
                 tokens[s].credit = factor * chosen

@@ -153,14 +153,18 @@ def test_only_eps_of_methods_that_divide_is_read() -> None:
 
 
 def test_swapping_the_method_keeps_the_rollout_budget_and_the_updates() -> None:
-    responses = dict.fromkeys(("mssr", "mvsr", "spo", "reinforce_pp"), 1)
-    responses |= dict.fromkeys(("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "lite_ppo"), 8)
+    responses = dict.fromkeys(("mssr", "mvsr", "spo", "reinforce_pp", "flash_reinforce"), 1)
+    responses |= dict.fromkeys(
+        ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "lite_ppo", "maxrl", "dbb"), 8
+    )
     assert set(responses) == set(algorithms.names())
     for name, n in responses.items():
-        config = load_config(DIGITS, [f"algorithm.name={name}"])
+        updates = 1 if name == "flash_reinforce" else 4  # it is defined for one
+        own = [] if updates == 4 else ["actor.updates_per_step=1"]
+        config = load_config(DIGITS, [f"algorithm.name={name}", *own])
         assert config.responses_per_prompt == n
         assert config.prompts_per_step * n == 256
-        assert config.actor.updates_per_step == 4
+        assert config.actor.updates_per_step == updates
         assert config.shapes_entropy == (name == "mssr")
 
 

@@ -33,6 +33,9 @@ METHODS: dict[str, tuple[dict[str, Any], int, int, str | None]] = {
     "rloo": ({}, 8, 2, None),
     "lite_ppo": ({"weighting": "sequence", "eps": 1e-6}, 8, 2, "token_mean"),
     "reinforce_pp": ({"weighting": "token", "eps": 1e-8}, 1, 1, None),
+    "flash_reinforce": ({}, 1, 1, "sequence_mean"),
+    "maxrl": ({"floor": 0.01}, 8, 2, None),
+    "dbb": ({k: v for k, v in MSSR.items() if k not in ("eps", "weighting")} | {"floor": 0.01}, 8, 1, None),
     "reinforce_pp_baseline": ({"weighting": "token", "eps": 1e-8}, 8, 2, None),
 }
 LOSSES: dict[str, tuple[dict[str, Any], str | None, bool]] = {
@@ -59,7 +62,7 @@ def test_methods_start_from_the_numbers_of_their_papers(name: str) -> None:
     algorithm = algorithms.create(name)
     assert algorithm.shapes_entropy == (name == "mssr")
     assert algorithm.default_sampler == ("uncertainty" if name == "spo" else "epochs")
-    assert algorithm.bounded_rewards == (name in ("mssr", "mvsr", "spo"))
+    assert algorithm.bounded_rewards == (name in ("mssr", "mvsr", "spo", "dbb", "maxrl"))
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -181,6 +181,7 @@ TOKEN_WISE = {
         ("ppo", "constant_length", "token"),
         ("cispo", "sequence_mean", "token"),
         ("sapo", "token_mean", "none"),
+        ("dis", "sequence_mean", "none"),
     ]
 } | {
     f"{option}={value}": dataclasses.replace(
@@ -195,6 +196,7 @@ TOKEN_WISE = {
         ("kl_estimator", "k1"),
         ("kl_estimator", "k2"),
         ("anchor_coef", 0.0),
+        ("negative_fraction", 0.4),
     ]
 }
 

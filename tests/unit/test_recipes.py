@@ -155,10 +155,7 @@ def test_the_literal_paper_is_allowed_and_its_signs_are_explained() -> None:
         (["algorithm.loss.name=dis", "algorithm.correction.weight=token"], "algorithm.loss.name=dis does it"),
         (["algorithm.loss.name=dis", "algorithm.correction.mask=token"], "algorithm.loss.name=dis does it"),
         (["algorithm.loss.max_kl=0.1"], "algorithm.loss.name=ppo (as null means here)"),
-        (
-            ["algorithm.shaping.visual_floor=0.5", "algorithm.shaping.visual=vepo"],
-            "algorithm.shaping.visual=vepo",
-        ),
+        (["algorithm.shaping.visual_fraction=0.5"], "algorithm.shaping.visual=none"),
         (["algorithm.entropy_control.integral=1"], "algorithm.entropy_control.target=null"),
         (["algorithm.name=grpo", "algorithm.shaping.coef=0.1"], "algorithm.shaping.enabled=false"),
         (["algorithm.loss.name=sapo", "algorithm.loss.clip_low=0.1"], "algorithm.loss.name=sapo"),

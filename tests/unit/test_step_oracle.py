@@ -112,7 +112,7 @@ CASES = {
         Recipe(aggregation="sequence_mean", kl_coef=0.2, mask="geometric", anchor_coef=0.1), empty=(1, 2)
     ),
     "dis, vppo": Case(
-        Recipe(loss="dis", clip_low=0.15, clip_high=0.35, visual="vppo", visual_floor=0.3, shaping="exact"),
+        Recipe(loss="dis", clip_low=0.15, clip_high=0.35, visual="vppo", shaping="exact"),
         updates=2,
         known=("old_log_probs",),
         empty=(1,),
@@ -129,7 +129,7 @@ CASES = {
         alive=("policy/dropped_fraction", LEFT_OUT),
     ),
     "vepo, negative tokens, control of entropy": Case(
-        Recipe(visual="vepo", visual_mix=0.4, negative_fraction=0.6, entropy_alpha=-0.7, confident=0.004),
+        Recipe(visual="vepo", negative_fraction=0.6, entropy_alpha=-0.7, confident=0.004),
         updates=2,
         alive=(LEFT_OUT,),
     ),
@@ -138,7 +138,7 @@ CASES = {
 SECTIONS = {
     "algorithm.loss": "clip_low clip_high dual_clip tau_positive tau_negative max_kl aggregation "
     "constant_length entropy_coef",
-    "algorithm.shaping": "visual visual_fraction visual_floor visual_mix negative_fraction",
+    "algorithm.shaping": "visual visual_fraction negative_fraction",
     "algorithm.entropy_control": "confident",
     "algorithm.correction": "weight max_weight mask mask_low mask_high",
     "actor": "max_grad_norm lr betas weight_decay",

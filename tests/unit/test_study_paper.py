@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +162,13 @@ def test_what_is_finished_is_not_done_again(here: Path, capsys: pytest.CaptureFi
     (here / "fails").unlink()
     assert called(*rows) == (0, [GRPO[2], COMPARE])
     assert called(*rows) == (0, [COMPARE])
+    newest = Path("out/3b/mssr/run/checkpoints/latest")
+    further = newest.with_name("step-000130")
+    shutil.copytree(newest.with_name("step-000120"), further)
+    newest.write_text("step-000130")
+    assert called(*rows, "--prune") == (0, [COMPARE])
+    assert further.exists()  # somebody trains on
+    newest.write_text("step-000120")
     # Without its checkpoints a row is as finished as before.
     assert called(*rows, "--prune") == (0, [COMPARE])
     assert not Path("out/3b/mssr/run/checkpoints").exists()

@@ -84,6 +84,12 @@ PASSES: list[tuple[list[str], tuple[str, ...], dict[str, int]]] = [
         (),
         {"policy graph": 2, "policy": 2 + 1 + 1},
     ),
+    # Visual credit needs both before every update, and the old log-probs are among them.
+    (
+        ["actor.updates_per_step=2", "algorithm.shaping.visual=vppo"],
+        (),
+        {"policy graph": 2, "policy": 2 + 2 + 1},
+    ),
     (
         ["actor.updates_per_step=2", "actor.kl_probe=held_out", "actor.kl_probe_fraction=0.3"],
         (),
@@ -114,7 +120,8 @@ def test_a_step_makes_the_passes_that_it_needs(
     found, metrics, operations = passes_of_a_step(updater, batch, monkeypatch)
     assert found == expected
     # Without images the prompt has no marks around them, either.
-    rel = 0.02 if "algorithm.loss.text_anchor_coef=0.1" in options else 1e-9
+    blind = {"algorithm.loss.text_anchor_coef=0.1", "algorithm.shaping.visual=vppo"}
+    rel = 0.02 if blind & {*options} else 1e-9
     assert metrics["perf/update_tera_operations"] * 1e12 == pytest.approx(operations, rel=rel)
     in_loss = "algorithm.kl.coef=0.1" in options and "algorithm.kl.placement=reward" not in options
     assert ("policy/kl_ref" in metrics) == in_loss
