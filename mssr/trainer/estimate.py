@@ -69,7 +69,7 @@ class Estimator:
         return replace(batch, kl_coef=kl_coef, entropy_alpha=self.entropy.alpha), metrics | signal
 
     def expected(self, prompt_ids: Sequence[str]) -> np.ndarray | None:
-        """(B,) baseline of the prompts as it is now; None for a method without one."""
+        """(B,) what the method's Beta baseline holds of the prompts now; None for a method without one."""
         baseline = self.algorithm.baseline
         return None if baseline is None else baseline.values(prompt_ids)
 
