@@ -1,5 +1,5 @@
 // Hovering and zooming of the curves that mssr/runs/charts.py draws; sizes, ticks and margins are its own.
-const W = 400, H = 200, LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 22;
+const W = 400, H = 200, LEFT = 56, RIGHT = 8, TOP = 8, BOTTOM = 22;
 const short = (v, digits = 3) => {
   for (const [size, letter] of [[1e9, "G"], [1e6, "M"], [1e3, "k"]])
     if (Math.abs(v) >= size) return +(v / size).toPrecision(4) + letter;
@@ -34,7 +34,7 @@ function liven(figure) {
     let low = Math.min(...values), high = Math.max(...values);
     if (!values.length) [low, high] = [0, 1];
     const margin = 0.05 * (high - low) || 0.1 * Math.abs(high) || 1;
-    low = data.bounds[0] ?? low - margin;
+    low = data.bounds[0] ?? (low < 0 ? low - margin : Math.max(low - margin, 0));
     high = data.bounds[1] ?? high + margin;
     if (low >= high) high = low + 1;
     const py = (y) => H - BOTTOM - (y - low) / (high - low) * (H - TOP - BOTTOM);

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 WIDTH, HEIGHT = 400, 200
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22
+LEFT, RIGHT, TOP, BOTTOM = 56, 8, 8, 22
 """Of the viewBox, and what axes take of it."""
 MOST_POINTS = 600
 """Of a curve with more, a point is the mean of an equal stretch."""
@@ -87,10 +87,11 @@ def short(value: float, digits: int = 3) -> str:
 
 
 def _extent(values: Sequence[float], bounds: Bounds) -> tuple[float, float]:
-    """Of an axis: the values with a margin, unless bounds say otherwise; never empty."""
+    """Of an axis: the values with a margin that does not cross 0, unless bounds say so; never empty."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
-    first = low - margin if bounds[0] is None else bounds[0]
+    least = low - margin if low < 0 else max(low - margin, 0.0)
+    first = least if bounds[0] is None else bounds[0]
     last = high + margin if bounds[1] is None else bounds[1]
     return (first, last) if first < last else (first, first + 1.0)
 

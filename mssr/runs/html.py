@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,17 @@ def render(room: str, template: str, filters: Mapping[str, Callable[[Any], Any]]
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters |= {"sha256": _sha256, **filters}
+    environment.filters |= {"sha256": _sha256, "code": _code, **filters}
     files = {"base_style": "pages.css", "charts_style": "charts.css", "charts_script": "charts.js"}
     shared = {name: Path(__file__).with_name(file).read_text("utf-8") for name, file in files.items()}
     return environment.get_template(template).render(**shared, **values)
+
+
+def _code(text: str) -> Any:
+    """What stands in backticks as code."""
+    import markupsafe
+
+    return markupsafe.Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", str(markupsafe.escape(text))))
 
 
 def _sha256(text: str) -> str:

@@ -75,12 +75,12 @@ def test_curves_are_there_without_a_script(tmp_path: Path) -> None:
     assert 'aria-label="entropy, nats per token: policy from 0.3 to 0.3"' in entropy
     # Every metric, with its meaning.
     assert ">policy/entropy, nats per token<" in page and "the policy explores no more" in page
-    assert ">watch/entropy_collapsed, 0 or 1<" in page
+    assert ">watch/entropy_collapsed, 0 or 1<" in page and "below <code>watch.entropy_floor</code>" in page
 
 
 def test_a_curve_by_value() -> None:
     figure = chart("a<b", [Series("x", [0, 10], [0.0, 1.0])], bounds=(0, 1), about='say "so"')
-    assert 'd="M46.0 178.0L392.0 8.0"' in figure
+    assert 'd="M56.0 178.0L392.0 8.0"' in figure
     assert "a&lt;b" in figure and "a<b" not in figure and "say &quot;so&quot;" in figure
     assert chart("t", [Series("</script><script>", [0], [1.0])] * 2).count("<script") == 1
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1]) and ticks(7, 93) == [20, 40, 60, 80]
