@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,22 @@ def make_workspace(path: Path, model_type: str = "qwen2_5_vl") -> Workspace:
     }
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     return Workspace(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_metric_is_explained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """All runs of all tests: a key that they write is in mssr/runs/glossary.txt."""
+    yield
+    from mssr.runs.glossary import find
+
+    for path in tmp_path_factory.getbasetemp().rglob("metrics.jsonl"):
+        config = path.with_name("config.yaml")
+        if not (config.is_file() and path.with_name("samples").is_dir()):
+            continue  # written by hand
+        own_loss = re.search(r"^  loss:\n(    .*\n)*?    name: .*\.py:", config.read_text(), re.MULTILINE)
+        for key in set(re.findall(r'"(\w+(?:/\w+)+)": ', path.read_text(errors="replace"))):
+            about = find(key)
+            assert about and (own_loss or about.key != "policy/*"), f"{key} of {path} is not in the glossary"
 
 
 @pytest.fixture(scope="session")

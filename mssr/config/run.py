@@ -135,7 +135,8 @@ class TrainerConfig:
     keep_checkpoints: int = option(2, "> 0")
     """Newest complete checkpoints to keep; that with the best validation accuracy is kept besides."""
     samples_every: int = option(10, ">= 0")
-    """Write train samples every so many steps; 0 never. Validation always writes its own."""
+    """Write train samples and the report every so many steps; 0 never (the report then at the end).
+    Validation always writes its own samples."""
     resume: str = option("auto")
     """auto (newest checkpoint of the run directory), never, or a checkpoint directory."""
     resume_force: bool = option(False)

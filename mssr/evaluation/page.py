@@ -7,9 +7,6 @@ but its own.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,11 +14,10 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mssr.data.images import image_sources, reason
 from mssr.evaluation.items import STATUSES
-from mssr.runs.html import data_uri, render
+from mssr.runs.html import cut, data_uri, render, thumbnail
 
 ImageOf = Callable[[str, str], bytes | Sequence[bytes] | None]
 """(benchmark, item id) -> the item's encoded image, or several, or None where there is none."""
@@ -55,7 +51,7 @@ def items_page(
     return render(
         "evaluation",
         "page.html",
-        {"sha256": _sha256, "cut": partial(_cut, most=max_characters)},
+        {"cut": partial(cut, most=max_characters)},
         title=title,
         responses=len(records),
         items=len(items),
@@ -64,11 +60,6 @@ def items_page(
         statuses={status: counts[status] for status in STATUSES},
         benchmarks=sorted({rows[0]["benchmark"] for rows in items}),
     )
-
-
-def _sha256(text: str) -> str:
-    """As a policy for the content of a page names it."""
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _choose(items: Sequence[list[Mapping[str, Any]]], most: int) -> list[list[Mapping[str, Any]]]:
@@ -93,14 +84,6 @@ def _choose(items: Sequence[list[Mapping[str, Any]]], most: int) -> list[list[Ma
     return [items[index] for index in sorted(chosen)]
 
 
-def _cut(text: str, most: int) -> str:
-    """A long text without its middle: the answer stands at the end."""
-    left_out = len(text) - most
-    if left_out <= 0:
-        return text
-    return f"{text[: most // 2]}\n[... {left_out} characters left out ...]\n{text[most // 2 + left_out :]}"
-
-
 def _pictures(row: Mapping[str, Any], image_of: ImageOf | None, side: int) -> dict[str, list[str]]:
     """Addresses of an item's images, and notes on those that are not shown or cannot be read."""
     data = image_of(row["benchmark"], row["id"]) if image_of else None
@@ -108,17 +91,9 @@ def _pictures(row: Mapping[str, Any], image_of: ImageOf | None, side: int) -> di
     addresses, notes = [], [] if images else ["no image"]
     for image in images[:MAX_IMAGES]:
         try:
-            addresses.append(data_uri(_jpeg(image, side), "jpeg"))
+            addresses.append(data_uri(thumbnail(image_sources(image)[0].decode(), side), "jpeg"))
         except Exception as error:  # PIL raises many types for a broken file
             notes.append(f"image cannot be shown: {reason(error)}")
     if len(images) > MAX_IMAGES:
         notes.append(f"{len(images) - MAX_IMAGES} more images")
     return {"addresses": addresses, "notes": notes}
-
-
-def _jpeg(data: bytes, side: int) -> bytes:
-    image = image_sources(data)[0].decode()
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=75)
-    return buffer.getvalue()

@@ -65,12 +65,3 @@ def write_samples(path: Path, samples: Iterable[dict[str, Any]], split: str) -> 
     """
     others = [x for x in read_records(path) if x["split"] != split] if path.is_file() else []
     path.write_text(to_lines([*others, *samples]), encoding="utf-8")
-
-
-def last_samples(run_dir: Path, split: str) -> tuple[str, list[dict[str, Any]]]:
-    """Name of the last step that has some of a split, and these."""
-    for path in sorted((run_dir / "samples").glob("step-*.jsonl"), reverse=True):
-        samples = [x for x in read_records(path) if x["split"] == split]
-        if samples:
-            return path.stem, samples
-    return "", []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -14,12 +15,15 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from mssr.config import Config, flatten, to_dict
-from mssr.config.loading import config_yaml
+from mssr.config.loading import config_yaml, file_layers, merge
 from mssr.config.options import FORM, LISTED, REFUSED, describe, nearest
 from mssr.config.secrets import redact
 from mssr.errors import UserError
 from mssr.models.files import replace_text
 from mssr.runs.manifest import read_manifest
+
+RECIPE, MACHINE = "recipe.json", "machine.json"
+"""What the last start was made from, and where; for the report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +37,11 @@ class Drift:
 
 
 @contextlib.contextmanager
-def prepare_run_directory(config: Config) -> Iterator[tuple[str, ...]]:
+def prepare_run_directory(config: Config, file: Path | None = None) -> Iterator[tuple[str, ...]]:
     """Make the directory, hold it, and write config.yaml; yields lines for the user.
+
+    Args:
+        file: that the config was read from, for recipe.json.
 
     Raises:
         UserError: the directory cannot be written, another process holds it, or it holds a run that this
@@ -49,6 +56,8 @@ def prepare_run_directory(config: Config) -> Iterator[tuple[str, ...]]:
             for part in ("samples", "checkpoints"):
                 (run_dir / part).mkdir(exist_ok=True)
             replace_text(saved, config_yaml(config))
+            if file is not None:
+                replace_text(run_dir / RECIPE, json.dumps(_recipe(config, file), default=str))
         except OSError as error:
             raise UserError(f"trainer.run_dir: {run_dir} cannot be written ({error.strerror})") from error
         yield notes
@@ -180,6 +189,20 @@ def check_checkpoint(config: Config, checkpoint: Path) -> tuple[str, ...]:
         "trainer.resume_force=true goes on from its state all the same",
         force=config.trainer.resume_force,
     )
+
+
+def _recipe(config: Config, file: Path) -> dict[str, Any]:
+    """What a config does otherwise than its file says: ``{"file": path, "changed": {key: [there, here]}}``.
+
+    ``changed`` is null where the file alone makes no config.
+    """
+    here = flatten(redact(to_dict(config)))
+    try:
+        there = flatten(redact(to_dict(merge(file_layers(file), (), lambda line: None))))
+    except UserError:
+        return {"file": str(file), "changed": None}
+    keys = [key for key in here | there if there.get(key) != here.get(key)]
+    return {"file": str(file), "changed": {key: [there.get(key), here.get(key)] for key in keys}}
 
 
 def _describe(drift: Drift, what: str, remedy: str, force: bool) -> tuple[str, ...]:

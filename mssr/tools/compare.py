@@ -18,7 +18,7 @@ from mssr.evaluation import results, statistics
 from mssr.evaluation.results import Evaluation
 from mssr.evaluation.tables import FILTERS
 from mssr.runs.html import render
-from mssr.tools.compare_figure import draw
+from mssr.tools import compare_page
 from mssr.tools.run_curves import AXES, Point, RunCurves, read_run
 
 SCHEMA = 1
@@ -30,7 +30,7 @@ def compare(
     metric: str = "val/accuracy",
     out: str | Path = "compare",
 ) -> Path:
-    """Write compare.md, compare.png and compare.json, and print the first; returns the directory.
+    """Write compare.html, compare.md and compare.json, and print the second; returns the directory.
 
     Args:
         paths: run and evaluation directories.
@@ -55,25 +55,33 @@ def compare(
     if evaluations:
         report["evaluations"] = {name: _numbers(e) for name, e in evaluations.items()}
         report["differences"] = _differences(evaluations)
-    text = render(
+    tables = {
+        "runs": runs,
+        "reached": report.get("reached"),
+        "evaluations": evaluations,
+        "benchmarks": sorted({name for e in evaluations.values() for name in e.summary["benchmarks"]}),
+        "differences": report.get("differences"),
+    }
+    text = render("tools", "compare.jinja", FILTERS, **tables)
+    page = render(
         "tools",
-        "compare.jinja",
+        "compare.html",
         FILTERS,
-        runs=runs,
-        reached=report.get("reached"),
-        evaluations=evaluations,
-        benchmarks=sorted({name for e in evaluations.values() for name in e.summary["benchmarks"]}),
-        differences=report.get("differences"),
+        **tables,
+        groups=compare_page.groups(runs),
+        curves=compare_page.curves(runs, targets),
+        config_differences=compare_page.config_differences(runs),
+        samples=compare_page.samples({name: run.path for name, run in runs.items()}),
     )
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "compare.json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
         (out / "compare.md").write_text(text)
-        draw(runs, evaluations, targets, metric, out / "compare.png")
+        (out / "compare.html").write_text(page)
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written ({error.strerror or error})") from error
-    print(f"{text}\nwritten: {out / 'compare.md'}, compare.png, compare.json")
+    print(f"{text}\nwritten: {out / 'compare.html'}, compare.md, compare.json")
     return out
 
 

@@ -6,14 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import OmegaConf
 
+from mssr.config.run import flatten
 from mssr.errors import UserError
 from mssr.runs.jsonl import read_records
 from mssr.runs.plot import read_metrics
+from mssr.runs.verdict import judge
 from mssr.trainer.initial_values import FILE as INIT_ROLLOUTS
 
 AXES: Mapping[str, str] = {"step": "steps", "rollouts": "rollouts", "hours": "hours"}
@@ -36,6 +38,11 @@ class Point:
 class RunCurves:
     """The curves of a run."""
 
+    path: Path
+    config: Mapping[str, Any]
+    """Its options by dotted key."""
+    verdict: str
+    """See `mssr.runs.verdict`."""
     method: str
     """algorithm.name."""
     validation: list[Point]
@@ -102,6 +109,9 @@ def read_run(run_dir: Path, metric: str = "val/accuracy") -> RunCurves:
         )
     assert before is not None
     return RunCurves(
+        path=run_dir,
+        config=flatten(cast(dict[str, Any], OmegaConf.to_container(config))),
+        verdict=judge(records).name,
         method=str(OmegaConf.select(config, "algorithm.name") or ""),
         validation=curves[metric],
         training=curves["reward/accuracy"],

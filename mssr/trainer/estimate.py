@@ -6,7 +6,7 @@ the control of entropy, and the last visits of the prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -67,6 +67,11 @@ class Estimator:
             batch = replace(batch, old_log_probs=known.policy, reference_log_probs=known.reference)
         kl_coef = self.kl.coef if self.config.kl_in_loss else 0.0
         return replace(batch, kl_coef=kl_coef, entropy_alpha=self.entropy.alpha), metrics | signal
+
+    def expected(self, prompt_ids: Sequence[str]) -> np.ndarray | None:
+        """(B,) what the method's Beta baseline holds of the prompts now; None for a method without one."""
+        baseline = self.algorithm.baseline
+        return None if baseline is None else baseline.values(prompt_ids)
 
     def observe(self, collected: Collected, metrics: Mapping[str, float]) -> dict[str, float]:
         """Let the method and the KL weight learn from a step; metrics are of `batch` and of the update."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from mssr.algorithms import Algorithm
 from mssr.cluster.base import Cluster
@@ -20,20 +19,16 @@ from mssr.rewards import Scorer
 from mssr.runs.checkpoint import CheckpointStore, read_state
 from mssr.runs.console import Console
 from mssr.runs.events import EventLog
-from mssr.runs.jsonl import write_samples
 from mssr.runs.loggers import MetricsLog
 from mssr.runs.signals import StopRequest
 from mssr.trainer.collect import RolloutCollector
 from mssr.trainer.estimate import Estimator
 from mssr.trainer.initial_values import initialize_values
 from mssr.trainer.pipeline import RolloutPipeline
+from mssr.trainer.samples import SampleRecorder
 from mssr.trainer.timing import PhaseTimer, speed
 from mssr.trainer.validation import Validation, ValidationPrompts
 from mssr.trainer.watch import CollapseWatch
-from mssr.types import Rollout
-
-TRAIN_SAMPLES = 16
-"""Train rollouts written to a samples file; validation writes all of its own."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +76,7 @@ class Trainer:
         self.pipeline = RolloutPipeline(config, self.collector, self.timer)
         self.validation = Validation(config, val, scorer, cluster)
         self.watch = CollapseWatch(config.watch)
+        self.recorder = SampleRecorder(config.run_dir, partial(self.events.record, "report_failed"))
         self.step = 0
         self._unlogged: dict[str, float] | None = None
         """Metrics of the step that is done, from its update until they are in metrics.jsonl: a stop between
@@ -113,7 +109,7 @@ class Trainer:
         Raises:
             WorkersLostError: the policy is gone; a new trainer is to go on from the last checkpoint.
         """
-        with contextlib.suppress(StopRequestedError), self.pipeline:
+        with contextlib.suppress(StopRequestedError), contextlib.closing(self.recorder), self.pipeline:
             self._run_steps()
         if self.stop.requested:
             self._begin_save()
@@ -151,6 +147,7 @@ class Trainer:
             collected = self.pipeline.take(self.step)
             self.pipeline.begin_next(self.step + 1)
             batch, metrics = self.estimator.batch(collected)
+            expected = self.estimator.expected(collected.prompt_ids)
             with self.timer("update"):
                 metrics |= self.cluster.update(batch, self.step)
             metrics |= self.estimator.observe(collected, metrics)
@@ -162,8 +159,7 @@ class Trainer:
         if self.step in self.config.trainer.profile_steps:
             self.cluster.write_timeline(str(self.config.run_dir / f"profiles/step-{self.step:06d}-ray.json"))
         if self._due(self.config.trainer.samples_every):
-            shown = collected.rollouts[:TRAIN_SAMPLES], collected.scores[:TRAIN_SAMPLES]
-            self._write_samples("train", self.train, *shown)
+            self.recorder.train(self.step, self.train, collected, batch, expected)
 
     def _finish_step(self) -> None:
         """Validate where it is due, log, checkpoint where it is due."""
@@ -183,6 +179,8 @@ class Trainer:
             where = self.config.run_dir / "nonfinite"
             self.events.record("updates_skipped", f"{skipped:.0f} were not finite; see {where}")
         self.console.step(self.step, metrics)
+        if self._due(self.config.trainer.samples_every):
+            self.recorder.begin_report()
         if self.store.written:
             self._finish_save()
         collapsed = self.watch.collapsed and self.config.trainer.stop_on_collapse
@@ -201,7 +199,7 @@ class Trainer:
         for prompts in self.validation.due(self.step):
             with self.timer("val"):
                 rollouts, scores, found = self.validation.ask(prompts)
-            self._write_samples(prompts.set.key, prompts.dataset, rollouts, scores)
+            self.recorder.validation(self.step, prompts.set.key, prompts.dataset, rollouts, scores)
             metrics |= found
         return metrics
 
@@ -248,25 +246,6 @@ class Trainer:
         """Whether something that is done every so many steps (0 never) is to be done now."""
         last = at_end and self.step == self.config.trainer.steps
         return every > 0 and (last or self.step % every == 0)
-
-    def _write_samples(
-        self, split: str, dataset: PromptDataset, rollouts: Sequence[Rollout], scores: np.ndarray
-    ) -> None:
-        rows = (dataset.row(r.prompt_id) for r in rollouts)
-        records = [
-            {
-                "split": split,
-                "id": rollout.prompt_id.removeprefix("" if split == "train" else f"{split}/"),
-                "question": row.question,
-                "response": rollout.text,
-                "answer": row.answer,
-                "score": None if np.isnan(score) else float(score),
-                "finish_reason": rollout.finish_reason,
-                "response_tokens": len(rollout.response_token_ids),
-            }
-            for rollout, row, score in zip(rollouts, rows, scores, strict=True)
-        ]
-        write_samples(self.config.run_dir / "samples" / f"step-{self.step:06d}.jsonl", records, split)
 
 
 def make_sampler(config: Config, dataset: PromptDataset, algorithm: Algorithm) -> PromptSampler:

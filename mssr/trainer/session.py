@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -12,7 +14,9 @@ from mssr.cluster import machine
 from mssr.cluster.base import Cluster
 from mssr.cluster.launch import launch
 from mssr.config import Config
+from mssr.config.secrets import redact
 from mssr.errors import EXIT_OK, StopRequestedError, WorkersLostError
+from mssr.models.files import replace_text
 from mssr.models.loading import resolve_device
 from mssr.rewards import Scorer
 from mssr.runs.checkpoint import CheckpointStore, read_state
@@ -21,7 +25,7 @@ from mssr.runs.console import Console
 from mssr.runs.events import EventLog
 from mssr.runs.loggers import MetricsLog, discard_after
 from mssr.runs.plot import plot, write_report
-from mssr.runs.run_directory import check_checkpoint
+from mssr.runs.run_directory import MACHINE, check_checkpoint
 from mssr.runs.signals import StopRequest
 from mssr.trainer.data import RunData, load_data
 from mssr.trainer.fit import shortages
@@ -64,7 +68,9 @@ def run_session(config: Config, terminal: TextIO) -> int:
         log = MetricsLog(config, step_of(checkpoint))
         stack.callback(log.close)
         stop = stack.enter_context(StopRequest(console.note))
-        for line in shortages(config, resolve_device(config.cluster.device), machine.describe()):
+        here = machine.describe()
+        replace_text(config.run_dir / MACHINE, json.dumps(redact(asdict(here))))
+        for line in shortages(config, resolve_device(config.cluster.device), here):
             console.announce(f"note: likely not to fit: {line} (mssr plan has the arithmetic)")
         run = Run(config, store, log, events, console, stop)
         console.note(f"starting {config.actor.num_ranks} actor ranks, {config.rollout.workers} engines")

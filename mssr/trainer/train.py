@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mssr.config.recipes import find
 from mssr.models.loading import check_model_path, importing
 from mssr.runs.config import load_config
 from mssr.runs.console import captured_output
@@ -19,7 +20,7 @@ def train(config_file: str | Path, overrides: Sequence[str] = ()) -> int:
     """
     config = load_config(config_file, overrides, note=lambda line: print(f"mssr: {line}", flush=True))
     check_model_path(config.model, config.rollout.tensor_parallel)
-    with prepare_run_directory(config) as notes:
+    with prepare_run_directory(config, find(config_file)) as notes:
         for line in (f"run directory {config.run_dir}", *notes):
             print(f"mssr: {line}", flush=True)
         with captured_output(config.run_dir / "logs" / "driver.log") as terminal:

@@ -47,9 +47,8 @@ def test_mssr_learns_digits(
     assert records[-1]["memory/total_rss_gib"] < 8
     check_baseline_and_shaping(records[1:], read_state(run_dir / "checkpoints/step-000005"))
     assert any(f"{before:.3f} -> {after:.3f}" in x for x in lines)  # the summary at the end
-    assert (run_dir / "plots/curves.png").stat().st_size > 10_000
     report = (run_dir / "report.html").read_text()
-    assert f"{before:.3f} -&gt; {after:.3f}" in report and "data:image/png;base64," in report
+    assert f"{before:.3f} -&gt; {after:.3f}" in report and "data:image/jpeg;base64," in report
     out = tmp_path / "evaluation"
     val = digits / "val.parquet"
     # One engine: that two give the same is in test_evaluation.py.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from PIL import Image
 
 from mssr.evaluation import results
+from mssr.tools import compare_page
 from mssr.tools.cli import main
 from mssr.tools.run_curves import read_run
 from tests.unit.evaluation_records import a_record
@@ -116,8 +117,57 @@ def test_half_the_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "| mssr | 2 | 0.50 | 200 | 0.50 | 0.030 | 0.75 |" in text and "| slow | not reached |" in text
     assert "| grpo | grpo | 4 | 400 | 0.04 | 20.0 | 60.0 | 4 | 60.0 | 40.0 | 1.000 -> 0.250 |" in text
     assert text in capsys.readouterr().out
-    with Image.open(tmp_path / "out/compare.png") as image:
-        assert image.size[0] > 1000 and len(image.convert("RGB").getcolors(1 << 20) or []) > 50
+    page = (tmp_path / "out/compare.html").read_text()
+    assert "validation accuracy over rollouts" in page and "<td>stalled</td>" not in page
+    assert '<th scope="row">slow</th><td colspan="6">not reached</td>' in page
+
+
+def test_runs_that_differ_in_the_seed_are_one_curve(tmp_path: Path) -> None:
+    values = {"a": 0.4, "b": 0.6, "other": 0.5}
+    for k, (name, value) in enumerate(values.items()):
+        path = write_run(
+            tmp_path / name, {0: 0.2, 2: value, **({4: 0.9} if name == "a" else {})}, seconds=36.0 * (k + 1)
+        )
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        config |= {
+            "seed": k,
+            "trainer": {"run_dir": str(path)},
+            "actor": {"lr": 2.0 if name == "other" else 1.0},
+        }
+        (path / "config.yaml").write_text(yaml.safe_dump(config))
+    runs = {name: read_run(tmp_path / name) for name in values}
+    assert compare_page.groups(runs) == {"a": ["a", "b"], "other": ["other"]}
+    assert compare_page.config_differences(runs) == [("actor.lr", [1.0, 2.0])]
+    charts = compare_page.curves(runs, [0.7])
+    data = [json.loads(re.findall(r"<script[^>]*>(.*)</script>", chart)[0]) for chart in charts]
+    assert [d["x"] for d in data] == ["steps", "rollouts", "hours"] * 3
+    both, alone, target = data[2]["series"]
+    assert (both["name"], alone["name"], target["y"]) == ("a (2 seeds)", "other", [0.7, 0.7])
+    # At the steps that both have, where they are on average: after 2 steps of 36 and of 72 seconds.
+    assert both["x"] == [0, 0.03] and both["y"] == [0.2, 0.5]
+    assert (both["low"], both["high"], alone["low"]) == ([0.2, 0.4], [0.2, 0.6], [])
+
+
+def test_samples_side_by_side(tmp_path: Path) -> None:
+    for name, scores in {"a": [1, 0, 1], "b": [1, 1, None]}.items():
+        write_run(tmp_path / name, {0: 0.1})
+        (tmp_path / name / "samples").mkdir()
+        lines = [
+            {"split": "val", "id": f"p{k}", "question": "?", "response": f"<{name}{k}>", "answer": "8",
+             "score": score, "finish_reason": "stop", "response_tokens": 3, "chosen": "best", "images": []}
+            for k, score in enumerate(scores)
+        ]  # fmt: skip
+        lines += [lines[0] | {"id": f"only {name}"}]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "samples/step-000004.jsonl").write_text(text)
+    found = compare_page.samples({name: tmp_path / name for name in "ab"})
+    assert [prompt["id"] for prompt, _ in found] == ["p1", "p2", "p0"]  # different verdicts first
+    assert [(name, v["verdict"], v["response"]) for name, v in found[0][1]] == [
+        ("a", "wrong", "<a1>"), ("b", "right", "<b1>"),
+    ]  # fmt: skip
+    run(tmp_path / "a", tmp_path / "b")
+    page = (tmp_path / "out/compare.html").read_text()
+    assert "&lt;b1&gt;" in page and "<b1>" not in page and "They do not differ" in page
 
 
 def test_given_accuracies(tmp_path: Path) -> None:
@@ -172,7 +222,7 @@ def test_two_evaluations(tmp_path: Path) -> None:
     text = (tmp_path / "out/compare.md").read_text()
     assert "| mssr | mmk12 | +6.0 | +2.0 to +11.0 |" in text and "| mssr | average | +3.0 |" in text
     assert "| base | – | 50.0 (40.0 to 60.0) | 50.0 (" in text and "## Runs" not in text
-    assert "runs" not in report and (tmp_path / "out/compare.png").stat().st_size > 5_000
+    assert "runs" not in report and "50.0 (40.0 to 60.0)" in (tmp_path / "out/compare.html").read_text()
 
 
 def test_runs_and_evaluations_together(tmp_path: Path) -> None:
@@ -191,9 +241,9 @@ def test_the_report_has_the_same_bytes_again(tmp_path: Path) -> None:
     paths = [write_evaluation(tmp_path / n, {"mmk12": [True, n == "a"] * 9}) for n in "ab"]
     paths.append(write_run(tmp_path / "run", {0: 0.1, 4: 0.5}))
     run(*paths)
-    before = [(tmp_path / "out" / f"compare.{end}").read_bytes() for end in ("json", "md", "png")]
+    before = [(tmp_path / "out" / f"compare.{end}").read_bytes() for end in ("json", "md", "html")]
     run(*paths)
-    assert before == [(tmp_path / "out" / f"compare.{end}").read_bytes() for end in ("json", "md", "png")]
+    assert before == [(tmp_path / "out" / f"compare.{end}").read_bytes() for end in ("json", "md", "html")]
 
 
 # What the user can get wrong

@@ -37,6 +37,7 @@ from mssr.data.dataset import PromptDataset
 from mssr.errors import TrainingError
 from mssr.rewards import Scorer
 from mssr.runs.config import load_config
+from mssr.runs.jsonl import read_records
 from mssr.trainer.loop import Trainer
 from mssr.types import Rollout, RolloutRequest, SamplingParams, TrainBatch
 from tests.conftest import Workspace, make_rows, write_rows
@@ -153,6 +154,22 @@ def test_advantages_take_the_values_from_before_the_step(workspace: Workspace, t
     assert [r["baseline/unseen_fraction"] for r in records] == [1, 0, 0]
     assert [r["reward/accuracy"] for r in records] == [0.25, 0.5, 0.75]
     assert all(r["advantage/std"] == pytest.approx(1, abs=1e-5) for r in records)
+
+
+def test_samples_tell_the_baseline_from_before_the_step_and_the_report_is_written(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / "samples").mkdir(parents=True)
+    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')  # the driver's log is none here
+    drive(workspace, tmp_path, **{"trainer.samples_every": 2})
+    assert [path.name for path in (run_dir / "samples").iterdir()] == ["step-000002.jsonl"]
+    lines = read_records(run_dir / "samples/step-000002.jsonl")
+    assert [x["id"] for x in lines] == ["B", "C", "A", "B"]
+    assert [x["baseline"] for x in lines] == pytest.approx([0.240395, 0.240395, 0.486707, 0.240395], abs=1e-6)
+    assert [x["advantage"] for x in lines] == pytest.approx(ADVANTAGES[1], abs=1e-5)
+    assert {x["chosen"] for x in lines} == {"best", "worst"}
+    assert "baseline 0.487, advantage +0.705" in (run_dir / "report.html").read_text()
 
 
 def test_a_fixed_eta_and_a_prior_of_its_own_give_other_values(workspace: Workspace, tmp_path: Path) -> None:
