@@ -23,7 +23,7 @@ from mssr.algorithms.base import Algorithm
 from mssr.algorithms.baseline import BetaBaseline
 from mssr.algorithms.discount import AdaptiveDiscount
 from mssr.algorithms.kl_control import KLController
-from mssr.algorithms.methods import Estimator, Method, choose, create, get, names, options, register
+from mssr.algorithms.methods import Estimator, Method, create, get, names, options, register
 
 __all__ = [
     "AdaptiveDiscount",
@@ -32,7 +32,6 @@ __all__ = [
     "Estimator",
     "KLController",
     "Method",
-    "choose",
     "correction",
     "create",
     "get",

@@ -241,38 +241,28 @@ ALGORITHMS.known |= {
 register, names = ALGORITHMS.register, ALGORITHMS.names
 
 
-def get(name: str) -> Method | type[Algorithm]:
-    """The `Method` or the class that is called ``name``, or stands in ``path/to/file.py:attribute``.
+def get(name: str, **choices: Any) -> Method | type[Algorithm]:
+    """The method ``name``, with another ``baseline``, ``normalisation`` or ``shrinkage`` where not None.
 
     Raises:
-        ValueError: There is no such method.
-        UserError: The file or the attribute cannot be had, or is no method.
+        ValueError: There is no such method or choice, two do not go together, or the method is a class.
+        UserError: The file or the attribute of ``path/to/file.py:attribute`` cannot be had, or is no method.
     """
     method = ALGORITHMS.get(name)
-    return replace(method, name=name) if isinstance(method, Method) else method
-
-
-def choose(name: str, **choices: Any) -> Method | type[Algorithm]:
-    """The method ``name`` with another ``baseline``, ``normalisation`` or ``shrinkage`` where not None.
-
-    Raises:
-        ValueError: There is no such choice, two do not go together, or the method is a class.
-    """
-    method = get(name)
     asked = {k: v for k, v in choices.items() if v is not None}
-    if not asked:
-        return method
-    if not isinstance(method, Method):
+    if isinstance(method, Method):
+        return replace(method, name=name, n=method.default_n, **asked)
+    if asked:
         raise ValueError(f"{name} has an estimator of its own: baseline and normalisation must stay null")
-    return replace(method, n=method.default_n, **asked)
+    return method
 
 
 def create(name: str, choices: Mapping[str, Any] | None = None, /, **settings: Any) -> Algorithm:
-    """Build a method, for example ``create("mssr", kl_target=0.02)``; ``choices`` are of `choose`."""
-    algorithm: Algorithm = ALGORITHMS.bind(name, settings, choose(name, **(choices or {})))()
+    """Build a method, for example ``create("mssr", kl_target=0.02)``; ``choices`` are of `get`."""
+    algorithm: Algorithm = ALGORITHMS.bind(name, settings, get(name, **(choices or {})))()
     return algorithm
 
 
 def options(name: str, choices: Mapping[str, Any] | None = None, /) -> dict[str, Any]:
     """The options of a method with these choices, and their defaults."""
-    return {k: p.default for k, p in inspect.signature(choose(name, **(choices or {}))).parameters.items()}
+    return {k: p.default for k, p in inspect.signature(get(name, **(choices or {}))).parameters.items()}

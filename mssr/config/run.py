@@ -208,11 +208,11 @@ class Config:
     @property
     def method(self) -> algorithms.Method | type[algorithms.Algorithm]:
         """What ``algorithm.name`` means."""
-        return algorithms.choose(self.algorithm.name, **self.choices)
+        return algorithms.get(self.algorithm.name, **self.choices)
 
     @property
     def choices(self) -> dict[str, Any]:
-        """Baseline and normalisation in place of the method's own, see `mssr.algorithms.choose`."""
+        """Baseline and normalisation in place of the method's own, see `mssr.algorithms.get`."""
         own = self.algorithm
         return {
             "baseline": own.baseline.name,

@@ -131,9 +131,9 @@ def test_what_does_not_go_together_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             algorithms.create(name, choices)
-    assert algorithms.choose("mssr", baseline="beta", shrinkage=False) == algorithms.get("mssr")
+    assert algorithms.get("mssr", baseline="beta", shrinkage=False) == algorithms.get("mssr")
     spo = algorithms.create("spo", {"normalisation": "none"})
     assert (spo.init_rollouts, spo.kl_source, spo.default_sampler) == (8, "last_visit", "uncertainty")
-    assert algorithms.choose("spo", baseline="batch_mean").default_sampler == "epochs"
-    assert algorithms.choose("mssr", baseline="group_mean").shapes_entropy
-    assert algorithms.choose("mssr", baseline="group_mean").default_n == 8
+    assert algorithms.get("spo", baseline="batch_mean").default_sampler == "epochs"
+    assert algorithms.get("mssr", baseline="group_mean").shapes_entropy
+    assert algorithms.get("mssr", baseline="group_mean").default_n == 8
