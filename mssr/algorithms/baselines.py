@@ -29,7 +29,7 @@ def none(step: Step) -> Floats:
 
 def batch_mean(step: Step) -> Floats:
     """D = r - mean of the batch."""
-    return replace(step, groups=np.zeros_like(step.groups)).centred
+    return replace(step, prompt_ids=[""] * len(step.rewards)).centred
 
 
 def group_mean(step: Step) -> Floats:
@@ -118,6 +118,8 @@ class Beta:
 
     def difference(self, step: Step) -> Floats:
         v = self.tracker.values(step.prompt_ids).astype(np.float64)
+        if not (self.posterior or self.shrinkage):
+            return step.rewards - v
         a, b = self.tracker.counts(step.prompt_ids).T
         if self.posterior:
             eta, size = self.discount.eta, step.size[step.groups]

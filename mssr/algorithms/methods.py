@@ -149,7 +149,7 @@ class Estimator(Algorithm):
         """Of (B,) advantages, or (N,) of the tokens. A batch that is scaled as one lacks a signal as one."""
         compared = self.method.baseline in _OF_A_GROUP and not self.method.shrinkage
         if self.method.normalisation in ("batch_std", "whiten"):
-            silent = (compared & step.constant) | (not a.any())
+            silent = (compared and step.constant) | (not a.any())
         else:
             silent = step.constant if compared else a == 0
         metrics = {

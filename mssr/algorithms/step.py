@@ -25,8 +25,6 @@ class Step:
     """(B,) r."""
     lengths: Ints
     """(B,) of the responses in tokens, >= 0."""
-    groups: Ints
-    """(B,) 0 .. G-1, equal for the responses of one prompt, numbered by first occurrence."""
 
     @classmethod
     def of(cls, prompt_ids: Sequence[str], rewards: ArrayLike, lengths: ArrayLike) -> Step:
@@ -50,7 +48,12 @@ class Step:
         if not len(r):
             raise ValueError("rewards must be a non-empty vector: a step has responses")
         check_finite("rewards", r)
-        return cls(prompt_ids, r, tokens.astype(np.int64), group_indices(prompt_ids))
+        return cls(prompt_ids, r, tokens.astype(np.int64))
+
+    @cached_property
+    def groups(self) -> Ints:
+        """(B,) see `group_indices`."""
+        return group_indices(self.prompt_ids)
 
     @cached_property
     def size(self) -> Ints:
