@@ -37,15 +37,14 @@ FORK = multiprocessing.get_context("fork")
 STEP = "step_oracle update_by_value"
 NUMBERS = "defaults_and_states ranges"
 TESTS = {
-    "mssr/algorithms/advantages.py": "advantages token_advantages algorithms oracles ranges",
     "mssr/algorithms/base.py": f"algorithms token_advantages single_rollout plugins {NUMBERS}",
     "mssr/algorithms/baseline.py": "baseline single_rollout driver_by_hand defaults_and_states ranges",
     "mssr/algorithms/checks.py": "ranges discount kl_control losses",
     "mssr/algorithms/correction.py": "correction defaults_and_states ranges",
     "mssr/algorithms/discount.py": "discount single_rollout driver_by_hand defaults_and_states ranges",
-    "mssr/algorithms/baselines.py": "combinations algorithms",
-    "mssr/algorithms/combined.py": "combinations algorithms token_advantages oracles defaults_and_states",
-    "mssr/algorithms/normalisations.py": "combinations algorithms",
+    "mssr/algorithms/baselines.py": f"combinations algorithms single_rollout driver_by_hand {NUMBERS}",
+    "mssr/algorithms/methods.py": f"combinations algorithms token_advantages oracles {NUMBERS}",
+    "mssr/algorithms/normalisations.py": f"advantages combinations token_advantages oracles {NUMBERS}",
     "mssr/algorithms/id_table.py": "id_table baseline",
     "mssr/algorithms/kl_control.py": "kl_control defaults_and_states ranges",
     "mssr/algorithms/losses.py": "losses oracles policy_losses ranges",
@@ -53,7 +52,7 @@ TESTS = {
     "mssr/algorithms/policy_losses.py": "policy_losses losses plugins defaults_and_states ranges",
     "mssr/algorithms/sequences.py": "losses correction policy_losses gradient",
     "mssr/algorithms/shaping.py": "losses algorithms gradient defaults_and_states ranges",
-    "mssr/algorithms/single_rollout.py": f"single_rollout algorithms driver_by_hand {NUMBERS}",
+    "mssr/algorithms/step.py": "advantages token_advantages algorithms ranges",
     "mssr/models/head.py": "head policy_model gradient",
     "mssr/actor/update.py": f"update_passes {STEP} nonfinite fused_update signals",
     "mssr/actor/step.py": f"signals update_passes {STEP} nonfinite",

@@ -4,17 +4,17 @@ from typing import Any
 
 import numpy as np
 
-from mssr.algorithms import Combined
+from mssr.algorithms import Estimator
 
 
-class EMABaseline(Combined):
+class EMABaseline(Estimator):
     """A = r - m, where m <- decay * m + (1 - decay) * mean(r) after every step."""
 
     def __init__(self, *, decay: float = 0.9, start: float = 0.5) -> None:  # algorithm.options
         self.decay, self.mean = decay, start
 
-    def difference(self, prompt_ids: Any, rewards: Any, groups: Any) -> Any:
-        return rewards - self.mean
+    def difference(self, step: Any) -> Any:
+        return step.rewards - self.mean
 
     def observe(self, prompt_ids: Any, rewards: Any, kl: Any) -> None:
         self.mean = self.decay * self.mean + (1 - self.decay) * float(np.mean(rewards))

@@ -1,19 +1,16 @@
-"""The methods by name, and what the driver asks of one: advantages before an update, observation after it."""
+"""What the driver asks of a method: advantages before an update, observation after it."""
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from mssr.algorithms.advantages import Floats, FloatVector, Ints, per_token
 from mssr.algorithms.baseline import BetaBaseline
-from mssr.algorithms.checks import per_prompt
-from mssr.algorithms.plugins import Registry
+from mssr.algorithms.step import FloatVector, Step, per_token
 from mssr.errors import check_version
 
 Signal = tuple[FloatVector, dict[str, float]]
@@ -35,23 +32,21 @@ class Algorithm(ABC):
     that hold it in `_parts`, and saving and loading follow.
     """
 
-    name: ClassVar[str] = ""
+    name: str = ""
     """Its name in the registry, set by ``register``; of a class from a file, ``path/to/file.py:Class``."""
-    default_n: ClassVar[int] = 1
+    default_n: int = 1
     """Responses for each prompt unless the user says otherwise."""
-    min_n: ClassVar[int] = 1
+    min_n: int = 1
     """Fewest responses for each prompt: 2 for a method that compares those of a prompt."""
-    shapes_entropy: ClassVar[bool] = False
+    shapes_entropy: bool = False
     """Whether entropy shaping (`mssr.algorithms.shaping`) is on unless the user says otherwise."""
-    choices: ClassVar[tuple[str, ...]] = ()
-    """Its baseline and its normalisation, see `mssr.algorithms.combined`; () for one that is neither."""
-    aggregation: ClassVar[str | None] = None
+    aggregation: str | None = None
     """The loss aggregation that the method is defined with; None for the policy loss's own."""
-    default_loss: ClassVar[str] = "ppo"
+    default_loss: str = "ppo"
     """The policy loss unless the user says otherwise."""
-    default_sampler: ClassVar[str] = "epochs"
+    default_sampler: str = "epochs"
     """How prompts are drawn unless the user says otherwise: "epochs" or "uncertainty"."""
-    bounded_rewards: ClassVar[bool] = False
+    bounded_rewards: bool = False
     """Whether rewards must be in [0, 1]. KL then cannot be in the reward."""
     kl_source: str = "update"
     """The KL that `observe` is to be given: "update" (policies before and after the step), "reference"
@@ -103,11 +98,12 @@ class Algorithm(ABC):
         """
         if self.bounded_rewards:
             raise ValueError(f"{self.name} takes rewards in [0, 1] only, so KL cannot be in the reward")
-        r, tokens = check_batch(prompt_ids, rewards, lengths)
-        response = np.repeat(np.arange(len(r)), tokens)
-        penalties = np.bincount(response, per_token("penalties", token_penalties, tokens), minlength=len(r))
-        advantages, metrics = self.advantages(prompt_ids, r - penalties, tokens)
-        return np.repeat(advantages, tokens), metrics
+        step = Step.of(prompt_ids, rewards, lengths)
+        response = np.repeat(np.arange(len(step.rewards)), step.lengths)
+        penalties = per_token("penalties", token_penalties, step.lengths)
+        total = np.bincount(response, penalties, minlength=len(step.rewards))
+        advantages, metrics = self.advantages(prompt_ids, step.rewards - total, step.lengths)
+        return np.repeat(advantages, step.lengths), metrics
 
     def observe(self, prompt_ids: Sequence[str], rewards: ArrayLike, kl: ArrayLike) -> None:  # noqa: B027
         """Learn from the step, after the actor's update. Methods without state do nothing, so not abstract.
@@ -161,53 +157,3 @@ class Algorithm(ABC):
             )
         for key, part in parts.items():
             part.load_state_dict(state[key])
-
-
-def _check(cls: Any, called: str) -> None:
-    """A method is a class whose ``__init__`` takes keywords with defaults only: the options of a config."""
-    if not (isinstance(cls, type) and issubclass(cls, Algorithm)):
-        raise ValueError(f"{called} is not a subclass of mssr.algorithms.Algorithm")
-    if inspect.isabstract(cls):
-        raise ValueError(f"{called} does not define {', '.join(sorted(cls.__abstractmethods__))}")
-    for option in inspect.signature(cls).parameters.values():
-        if option.default is option.empty or option.kind is option.POSITIONAL_ONLY:
-            raise ValueError(f"option {option.name!r} of {called} must be a keyword with a default")
-
-
-ALGORITHMS: Registry[type[Algorithm]] = Registry("algorithm", "class", _check)
-
-register, names, get = ALGORITHMS.register, ALGORITHMS.names, ALGORITHMS.get
-
-
-def group_indices(prompt_ids: Sequence[str]) -> Ints:
-    """(B,) 0 .. G-1, equal for equal ids, numbered by first occurrence."""
-    index = {key: i for i, key in enumerate(dict.fromkeys(prompt_ids))}
-    return np.fromiter(map(index.__getitem__, prompt_ids), np.int64, len(prompt_ids))
-
-
-def signal_metrics(
-    advantages: FloatVector, degenerate: bool | NDArray[np.bool_], lengths: Ints
-) -> dict[str, float]:
-    """The metrics that every method reports, of (B,) advantages, or (N,) of the tokens.
-
-    ``degenerate`` is (B,) True for a rollout without signal, or whether that is so for all; an empty
-    response, of which ``lengths`` tells, has no token that could learn.
-    """
-    return {
-        "advantage/std": float(np.std(advantages, dtype=np.float64)) if len(advantages) else 0.0,
-        "advantage/degenerate_fraction": float(np.mean((lengths == 0) | degenerate)),
-    }
-
-
-def check_batch(prompt_ids: Sequence[str], rewards: ArrayLike, lengths: ArrayLike) -> tuple[Floats, Ints]:
-    """(B,) rewards and (B,) lengths as arrays; ValueError unless lengths are whole numbers >= 0."""
-    if isinstance(prompt_ids, str):
-        raise ValueError(f"prompt ids must be a sequence of strings, not the single string {prompt_ids!r}")
-    r = per_prompt("rewards", rewards, len(prompt_ids))
-    tokens = per_prompt("lengths", lengths, len(prompt_ids))
-    parts = tokens != np.floor(tokens)  # NaN too, which differs from itself
-    if parts.any():
-        raise ValueError(f"lengths must be whole numbers of tokens, not {tokens[parts][0]}")
-    if (tokens < 0).any():
-        raise ValueError(f"lengths must be >= 0, not {tokens.min():g}")
-    return r, tokens.astype(np.int64)

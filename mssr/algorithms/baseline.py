@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mssr.algorithms.advantages import Floats
 from mssr.algorithms.checks import check_number, per_prompt
 from mssr.algorithms.id_table import IdTable, Keys, Rows, grown
+from mssr.algorithms.step import Floats
 from mssr.errors import check_version
 
 _STATE_VERSION = 2
@@ -99,7 +99,8 @@ class BetaBaseline:
         """Mean value over the prompts seen, within 1e-11; the value of an unseen prompt if there are none."""
         return self._value_units / (_UNIT * len(self)) if len(self) else self.unseen_value
 
-    def check_rewards(self, ids: Sequence[str], rewards: ArrayLike) -> Floats:
+    @staticmethod
+    def check_rewards(ids: Sequence[str], rewards: ArrayLike) -> Floats:
         """(B,) float64 rewards of B prompts; ValueError, naming the prompt, if one is not in [0, 1].
 
         To be asked before a step is spent: `update` takes no others.

@@ -206,13 +206,13 @@ class Config:
         return _own(self.algorithm.shaping.enabled, self.method.shapes_entropy)
 
     @property
-    def method(self) -> type[algorithms.Algorithm]:
-        """The class that ``algorithm.name`` means."""
-        return algorithms.choose(self.algorithm.name, **self.choices)
+    def method(self) -> algorithms.Method | type[algorithms.Algorithm]:
+        """What ``algorithm.name`` means."""
+        return algorithms.get(self.algorithm.name, **self.choices)
 
     @property
     def choices(self) -> dict[str, Any]:
-        """Baseline and normalisation in place of the method's own, see `mssr.algorithms.choose`."""
+        """Baseline and normalisation in place of the method's own, see `mssr.algorithms.get`."""
         own = self.algorithm
         return {
             "baseline": own.baseline.name,

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mssr.algorithms.advantages import constant_groups
-from mssr.algorithms.base import group_indices
+from mssr.algorithms.step import group_indices
 from mssr.cluster.base import Cluster
 from mssr.config import Config
 from mssr.data.dataset import PromptDataset
@@ -218,12 +217,10 @@ def with_signal(rollouts: Sequence[Rollout], scores: np.ndarray, at_most: int) -
     """
     groups = group_indices([r.prompt_id for r in rollouts])
     members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
-    known = np.flatnonzero(~np.isnan(scores))
-    constant = constant_groups(scores[known], groups[known]) if len(known) else np.empty(0, bool)
-    differing = set(groups[known[~constant]].tolist())
     kept: list[int] = []
-    for number, group in enumerate(members):
-        if number in differing and len(kept) + len(group) <= at_most:
+    for group in members:
+        known = scores[group][~np.isnan(scores[group])]
+        if (known != known[:1]).any() and len(kept) + len(group) <= at_most:
             kept += group.tolist()
     return np.array(kept, np.int64)
 

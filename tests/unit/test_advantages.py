@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mssr.algorithms import advantages
+from tests.unit import formulas as advantages
 
 pytestmark = pytest.mark.unit
 
@@ -294,22 +294,21 @@ def test_whitening_tokens_that_agree_is_whitening_responses(batch: tuple[np.ndar
     [
         (lambda: advantages.grpo([], []), "non-empty"),
         (lambda: advantages.grpo([1, math.nan], [0, 0]), "number 1 is nan"),
-        (lambda: advantages.grpo([1, 0], [0, 0, 0]), "as many groups"),
+        (lambda: advantages.grpo([1, 0], [0, 0, 0]), "3 prompt ids need rewards of shape"),
         (lambda: advantages.grpo([1, 0], [0, 0], eps=0.0), "eps"),
         (lambda: advantages.grpo([1, -math.inf], [0, 0]), "number 1 is -inf"),
         (lambda: advantages.lite_ppo([1, 0], [0, 0], eps=math.nan), "eps"),
         (lambda: advantages.lite_ppo([1, 0], [0, 0], weights=[1, -1]), ">= 0"),
         (lambda: advantages.reinforce_pp_baseline([1, 0], [0, 0], [1, 1], eps=-1), "eps"),
-        (lambda: advantages.single_rollout([1, 0], [0, 0], weights=[1]), "as many lengths"),
+        (lambda: advantages.single_rollout([1, 0], [0, 0], weights=[1]), "need lengths of shape"),
         (lambda: advantages.returns_to_go([1, 0], [1, 2], [0, 0]), "3 response tokens need as many"),
         (lambda: advantages.returns_to_go([1, 0], [1, 1], [0, math.nan]), "penalties must be finite"),
         (lambda: advantages.whiten([1, 0], [1, 2], 1e-8, "token"), "as many values"),
         (lambda: advantages.whiten([1, math.inf], [1, 1], 1e-8, "token"), "values must be finite"),
         (lambda: advantages.whiten([1, 0], [1, 1], 1e-8, "tokens"), "weighting must be"),
-        (lambda: advantages.rloo([[1, 0]], [0, 0]), "vector"),
+        (lambda: advantages.rloo([[1, 0]], [0, 0]), "need rewards of shape"),
         (lambda: advantages.reinforce_pp([1, 0], [1, -1]), ">= 0"),
-        (lambda: advantages.reinforce_pp([1, 0], [1]), "as many lengths"),
-        (lambda: advantages.single_rollout([1, 0], [0.5]), "as many values, not 1"),
+        (lambda: advantages.reinforce_pp([1, 0], [1]), "need lengths of shape"),
     ],
 )
 def test_advantages_refuse_wrong_input(call: Callable, message: str) -> None:

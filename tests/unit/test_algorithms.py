@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import numpy.typing as npt
 import pytest
 
 from mssr import algorithms
-from mssr.algorithms import Algorithm, advantages
-from mssr.algorithms.base import ALGORITHMS
+from mssr.algorithms import Algorithm
+from mssr.algorithms.methods import ALGORITHMS
 from mssr.errors import UserError
+from tests.unit import formulas as advantages
 
 pytestmark = pytest.mark.unit
 
@@ -231,7 +233,7 @@ def test_a_users_method_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> No
     signal, _ = algorithms.create("mine", scale=3.0).advantages(["a"], [1.0], [1])
     assert signal.tolist() == [3.0]
     assert algorithms.create("mine").state_dict() == {"version": 1}
-    with pytest.raises(ValueError, match="taken by GRPO"):
+    with pytest.raises(ValueError, match=r"taken by Method\(baseline='group_mean'"):
         algorithms.register("grpo")(Mine)
     with pytest.raises(ValueError, match="must be a keyword with a default"):
 
@@ -242,14 +244,12 @@ def test_a_users_method_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 FILE_METHOD = """
-from dataclasses import dataclass
-from mssr.algorithms import SPO, Algorithm, GRPO
+from dataclasses import replace
+from mssr.algorithms import Algorithm, Estimator, get
 import numpy as np
 
-@dataclass(kw_only=True, eq=False)
-class Slower(SPO):
-    half_life: float = 0.2
-    extra: int = 3
+SPO, GRPO = get("spo"), get("grpo")
+Slower = replace(SPO, defaults={**SPO.defaults, "half_life": 0.2})
 
 class Signs(Algorithm):
     aggregation = "sequence_mean"
@@ -258,7 +258,7 @@ class Signs(Algorithm):
     def advantages(self, prompt_ids, rewards, lengths):
         return np.float32(self.scale) * np.sign(np.asarray(rewards, np.float32) - 0.5), {}
 
-class Stricter(GRPO):
+class Stricter(Estimator):
     min_n = 4
 
 class Abstract(Algorithm):
@@ -285,11 +285,16 @@ def test_a_users_method_can_be_a_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no option 'scal', did you mean 'scale'"):
         algorithms.create(spec, scal=2.0)
     slower = f"{path}:Slower"
-    assert algorithms.options(slower) == algorithms.options("spo") | {"half_life": 0.2, "extra": 3}
-    assert algorithms.create(slower).discount.half_life == 0.2  # type: ignore[attr-defined]
+    assert algorithms.options(slower) == algorithms.options("spo") | {"half_life": 0.2}
+    built = algorithms.create(slower)
+    assert built.name == slower and built.beta.discount.half_life == 0.2  # type: ignore[attr-defined]
     assert algorithms.get(f"{path}:Stricter").name == f"{path}:Stricter"
-    assert algorithms.get(f"{path}:GRPO") is algorithms.GRPO
-    assert algorithms.GRPO.name == "grpo" and algorithms.names() == sorted(ALL + NEW)
+    strict = algorithms.create(f"{path}:Stricter").advantages
+    assert strict(["a", "a"], [1, 0.5], [1, 1])[0].tolist() == [1, 0.5]
+    with pytest.raises(ValueError, match="has only one"):
+        strict(["a", "b"], [1, 0.5], [1, 1])
+    assert algorithms.get(f"{path}:GRPO") == replace(algorithms.get("grpo"), name=f"{path}:GRPO")
+    assert algorithms.get("grpo").name == "grpo" and algorithms.names() == sorted(ALL + NEW)
     for attribute, message in {
         "Abstract": "Abstract does not define advantages",
         "Demanding": "option 'scale' of Demanding must be a keyword with a default",

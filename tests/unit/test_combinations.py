@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mssr import algorithms
-from mssr.algorithms.combined import BASELINES, _compose
+from mssr.algorithms.baselines import BASELINES
+from mssr.algorithms.methods import _keywords
 from mssr.algorithms.normalisations import NORMALISATIONS
 
 pytestmark = pytest.mark.unit
@@ -20,7 +21,8 @@ def test_a_method_is_its_two_choices_bit_for_bit(name: str) -> None:
     rng = np.random.default_rng(3)
     ids = [f"p{i}" for i in rng.integers(0, 5, 20) for _ in range(2)]
     r, lengths = rng.integers(0, 2, 40) * 1.0, rng.integers(1, 9, 40)
-    own, made = algorithms.create(name), _compose(method, *method.choices, False)()
+    choices = {"baseline": method.baseline, "normalisation": method.normalisation}
+    own, made = algorithms.create(name), algorithms.create("reinforce_pp", choices)
     for one in (own, made):
         if one.baseline is not None:
             one.baseline.update(ids[::-1], r, 0.9)
@@ -73,11 +75,13 @@ def test_a_baseline_shrinks_by_the_share_of_noise() -> None:
     ids, r = ["a", "a", "b", "b", "c", "c"], np.array([1, 0, 1, 1, 0, 0.0])
     method = algorithms.create("dr_grpo", {"shrinkage": True})
     signal, _ = method.advantages(ids, r, [1] * 6)
-    # For a the others are 1 and 0, without noise: own mean. For b they are 1/2 (noise 1/4) and 0: noise
-    # 1/8 on average, unbiased variance 1/8, so all of the weight is on their mean of 1/4. For c, on 3/4.
-    np.testing.assert_allclose(signal, [0.5, -0.5, 0.75, 0.75, -0.75, -0.75])
-    alone = algorithms.create("rloo", {"shrinkage": True}).advantages(ids[:4], r[:4], [1] * 4)[0]
-    np.testing.assert_array_equal(alone, algorithms.create("rloo").advantages(ids[:4], r[:4], [1] * 4)[0])
+    # For a the others are 1 and 0, without noise: own mean. For b they are 1/2 (noise 1/4) and 0: v = 1/8,
+    # m = 1/4, s = 1/16, lam = 2/3 * 2/3, and b moves from 1 to 2/3. For c likewise from 0 to 1/3.
+    np.testing.assert_allclose(signal, np.array([3, -3, 2, 2, -2, -2]) / 6, rtol=1e-6)
+    # Of two prompts the other's mean has no spread: lam = 1/2, if it has noise.
+    rloo = algorithms.create("rloo", {"shrinkage": True})
+    np.testing.assert_allclose(rloo.advantages(ids[:4], r[:4], [1] * 4)[0], [1, -1, 0.25, 0.25])
+    assert rloo.advantages(ids[:2], r[:2], [1] * 2)[0].tolist() == [1, -1]  # alone
 
 
 def test_leave_one_out_stays_independent_of_its_own_reward() -> None:
@@ -110,7 +114,7 @@ def test_every_pair_works_or_says_why_not(baseline: str, normalisation: str) -> 
     except ValueError as error:
         assert normalisation in ("mean", "bernoulli_std") and "baseline" in str(error)
         return
-    assert algorithms.options("grpo", choices).keys() >= NORMALISATIONS[normalisation].keys()
+    assert algorithms.options("grpo", choices).keys() >= _keywords(NORMALISATIONS[normalisation]).keys()
     assert (method.baseline is not None) == (baseline == "beta") and method.default_n == 8
     signal, metrics = method.advantages(["a", "a", "b", "b"], [1, 0.1, 0.6, 0.25], [3, 1, 2, 2])
     assert np.isfinite(signal).all() and signal[0] > signal[1]
@@ -127,9 +131,9 @@ def test_what_does_not_go_together_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             algorithms.create(name, choices)
-    assert algorithms.choose("mssr", baseline="beta", shrinkage=False) is algorithms.MSSR
+    assert algorithms.get("mssr", baseline="beta", shrinkage=False) == algorithms.get("mssr")
     spo = algorithms.create("spo", {"normalisation": "none"})
     assert (spo.init_rollouts, spo.kl_source, spo.default_sampler) == (8, "last_visit", "uncertainty")
-    assert algorithms.choose("spo", baseline="batch_mean").default_sampler == "epochs"
-    assert algorithms.choose("mssr", baseline="group_mean").shapes_entropy
-    assert algorithms.choose("mssr", baseline="group_mean").default_n == 8
+    assert algorithms.get("spo", baseline="batch_mean").default_sampler == "epochs"
+    assert algorithms.get("mssr", baseline="group_mean").shapes_entropy
+    assert algorithms.get("mssr", baseline="group_mean").default_n == 8

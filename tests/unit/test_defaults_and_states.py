@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mssr import algorithms
-from mssr.algorithms import AdaptiveDiscount, BetaBaseline, advantages
+from mssr.algorithms import AdaptiveDiscount, BetaBaseline, normalisations
 from mssr.algorithms.correction import rollout_correction
 from mssr.algorithms.entropy_control import EntropyController
 from mssr.algorithms.kl_control import KLController
@@ -88,11 +88,9 @@ def test_the_parts_have_the_same_numbers() -> None:
     assert defaults(BetaBaseline) == {"prior_strength": 1.0, "prior_mean": None}
     names = ("eta_min", "eta_max", "kl_target", "window", "half_life", "eta")
     assert defaults(AdaptiveDiscount) == {name: BETA[name] for name in names} | {"rule": "monotone"}
-    eps = {
-        name: defaults(getattr(advantages, name))["eps"] for name in ("grpo", "lite_ppo", "single_rollout")
-    }
-    assert eps == dict.fromkeys(eps, 1e-6)
-    assert defaults(advantages.reinforce_pp)["eps"] == 1e-8
+    for scale in (normalisations.group_std, normalisations.reward_std, normalisations.batch_std):
+        assert defaults(scale)["eps"] == 1e-6
+    assert defaults(normalisations.whiten)["eps"] == 1e-8
 
 
 def test_states_of_checkpoints_that_exist_are_read() -> None:

@@ -3,7 +3,8 @@
 Each case trains a tiny model for a few steps with the real trainer, estimator and update step, with and
 without one changed option; only the engine and the process boundaries are replaced (random responses, so
 that a run takes well under a second). A case says what has to change: the ``samples`` (which responses
-were trained on), the ``advantages``, or the ``parameters`` (through the gradient).
+were trained on), the ``advantages``, or the ``parameters`` (through the gradient). What is read by the
+estimator only changes the ``estimates``: its advantages over some steps of fixed scores, without a training.
 
 An option without a case fails `test_every_option_has_a_case`.
 """
@@ -23,6 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mssr import algorithms
 from mssr.actor.prompts import PromptCache
 from mssr.actor.update import PolicyUpdater
 from mssr.cluster.base import OnFinished, join_log_probs
@@ -86,23 +88,23 @@ CASES = [
     Case("algorithm.name", "reinforce_pp", "advantages"),
     Case("algorithm.name", "{plugin}:Centred", "advantages"),
     Case("algorithm.options.shift", 0.3, "advantages", algorithm(name="{plugin}:Centred")),
-    Case("algorithm.name", "flash_reinforce", "advantages", {"actor.updates_per_step": 1}),
-    Case("algorithm.name", "dbb", "advantages"),
-    Case("algorithm.normalisation", "none", "advantages"),
-    Case("algorithm.baseline.name", "batch_mean", "advantages", algorithm(normalisation="none")),
-    Case("algorithm.baseline.shrinkage", True, "advantages", algorithm(normalisation="none")),
-    Case("algorithm.floor", 0.45, "advantages", algorithm(normalisation="mean", baseline__prior_mean=0.1)),
-    Case("algorithm.baseline.prior_strength", 5, "advantages"),
-    Case("algorithm.baseline.prior_mean", 0.9, "advantages"),
+    Case("algorithm.name", "flash_reinforce", "estimates", {"actor.updates_per_step": 1}),
+    Case("algorithm.name", "dbb", "estimates"),
+    Case("algorithm.normalisation", "none", "estimates"),
+    Case("algorithm.baseline.name", "batch_mean", "estimates", algorithm(normalisation="none")),
+    Case("algorithm.baseline.shrinkage", True, "estimates", algorithm(normalisation="none")),
+    Case("algorithm.floor", 0.45, "estimates", algorithm(normalisation="mean", baseline__prior_mean=0.1)),
+    Case("algorithm.baseline.prior_strength", 5, "estimates"),
+    Case("algorithm.baseline.prior_mean", 0.9, "estimates"),
     Case("algorithm.baseline.init_rollouts", 2, "advantages"),
-    Case("algorithm.baseline.init_strength", 2, "advantages", algorithm(baseline__init_rollouts=2)),
-    Case("algorithm.baseline.init_smoothing", 0, "advantages", algorithm(baseline__init_rollouts=2)),
-    Case("algorithm.discount.eta", 0.5, "advantages"),
-    Case("algorithm.discount.eta_min", 0.5, "advantages"),
-    Case("algorithm.discount.eta_max", 0.9, "advantages", algorithm(discount__kl_target=10)),
-    Case("algorithm.discount.kl_target", 10, "advantages"),
-    Case("algorithm.discount.window", 1, "advantages", algorithm(discount__kl_target=10)),
-    Case("algorithm.discount.eta_rule", "published_code", "advantages", algorithm(discount__kl_target=10)),
+    Case("algorithm.baseline.init_strength", 2, "estimates", algorithm(baseline__init_rollouts=2)),
+    Case("algorithm.baseline.init_smoothing", 0, "estimates", algorithm(baseline__init_rollouts=2)),
+    Case("algorithm.discount.eta", 0.5, "estimates"),
+    Case("algorithm.discount.eta_min", 0.5, "estimates"),
+    Case("algorithm.discount.eta_max", 0.9, "estimates", algorithm(discount__kl_target=10)),
+    Case("algorithm.discount.kl_target", 10, "estimates"),
+    Case("algorithm.discount.window", 1, "estimates", algorithm(discount__kl_target=10)),
+    Case("algorithm.discount.eta_rule", "published_code", "estimates", algorithm(discount__kl_target=10)),
     Case("algorithm.discount.kl_source", "reference", "advantages", algorithm(discount__kl_target=10)),
     Case("algorithm.discount.kl_source", "last_visit", "advantages", algorithm(discount__kl_target=10)),
     Case("algorithm.discount.half_life", 1.0, "advantages", HALF_LIFE),
@@ -147,7 +149,7 @@ CASES = [
     Case("algorithm.correction.mask", "token", "parameters", also=algorithm(correction__mask_low=0.9)),
     Case("algorithm.correction.mask_low", 0.9, "parameters", MASK),
     Case("algorithm.correction.mask_high", 1.1, "parameters", MASK),
-    Case("algorithm.weighting", "token", "advantages"),
+    Case("algorithm.weighting", "token", "estimates"),
     Case("algorithm.eps", 1.0, "advantages"),
     Case("sampler.name", "uncertainty", "samples", {"rollout.rollouts_per_step": 4}),
     # A weak prior: a visited prompt is then nearly certain, and seldom drawn but for eps.
@@ -294,6 +296,20 @@ class Lab:
             self._traces[key] = self._run(arguments)
         return self._traces[key]
 
+    def estimates(self, overrides: dict[str, Any]) -> str:
+        """A digest of the advantages of four steps, by the method as the trainer makes it of the config."""
+        config = load_config(self.workspace.config, [f"{k}={v}" for k, v in overrides.items()])
+        method = algorithms.create(config.algorithm.name, config.choices, **config.estimator_options)
+        rng, n, signals = np.random.default_rng(0), config.responses_per_prompt, []
+        if method.init_rollouts:
+            method.initialize([f"p{i}" for i in range(12)], [i % 3 for i in range(12)], [2] * 12)
+        for _ in range(4):
+            ids = [f"p{i}" for i in rng.choice(12, 8, replace=False) for _ in range(n)]
+            scores, lengths = rng.choice([0, 0.25, 1], len(ids)), rng.integers(1, 7, len(ids))
+            signals.append(method.advantages(ids, scores, lengths)[0])
+            method.observe(ids, scores, rng.uniform(0.002, 0.006))
+        return _digest(signals)
+
     def _run(self, arguments: list[str]) -> Trace:
         run_dir = tempfile.mkdtemp(dir=self.directory)
         config = load_config(self.workspace.config, [*arguments, f"trainer.run_dir={run_dir}"])
@@ -333,9 +349,11 @@ def lab(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_option_does_something(lab: Lab, case: Case) -> None:
-    before = lab.trace(case.base)
-    after = lab.trace(case.base | case.also | {case.option: case.value})
-    assert getattr(before, case.what) != getattr(after, case.what)
+    changed = case.base | case.also | {case.option: case.value}
+    if case.what == "estimates":
+        assert lab.estimates(case.base) == lab.estimates(case.base) != lab.estimates(changed)
+        return
+    assert getattr(lab.trace(case.base), case.what) != getattr(lab.trace(changed), case.what)
 
 
 def test_a_run_repeats(lab: Lab) -> None:

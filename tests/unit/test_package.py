@@ -36,11 +36,10 @@ class Missing(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Missing())
 import mssr.integrations.base
-from mssr.algorithms import AdaptiveDiscount, BetaBaseline, advantages
+from mssr.algorithms import create
 from mssr.tools.cli import main
 
-baseline = BetaBaseline()
-print(advantages.single_rollout([1.0, 0.0], baseline.values(["a", "b"])))
+print(create("mssr").advantages(["a", "b"], [1.0, 0.0], [1, 1])[0])
 print(mssr.integrations.base.create("mssr", {}))
 assert main(["init", "digits"]) == 0
 for command in sys.argv[1:]:

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from mssr import algorithms
-from mssr.algorithms import AdaptiveDiscount, BetaBaseline, advantages
+from mssr.algorithms import AdaptiveDiscount, BetaBaseline
 from mssr.algorithms.correction import rollout_correction
 from mssr.algorithms.kl_control import KLController
 from mssr.algorithms.losses import aggregate, aggregation_denominator, policy_loss
 from mssr.algorithms.shaping import entropy_bonus
+from mssr.algorithms.step import per_token
+from tests.unit import formulas as advantages
 
 pytestmark = pytest.mark.unit
 X = torch.zeros(2)
@@ -117,8 +119,8 @@ def test_a_discount_of_one_needs_a_strength_of_its_own() -> None:
         without = algorithms.create("mssr", **settings)
         with pytest.raises(ValueError, match="init_strength must be given"):
             without.initialize(["a"], [1], [1])
-    assert algorithms.create("mssr", eta=0.75).init_strength == pytest.approx(4)  # type: ignore[attr-defined]
-    assert algorithms.create("mssr").init_strength == pytest.approx(8)  # type: ignore[attr-defined]
+    assert algorithms.create("mssr", eta=0.75).beta.init_strength == pytest.approx(4)  # type: ignore[attr-defined]
+    assert algorithms.create("mssr").beta.init_strength == pytest.approx(8)  # type: ignore[attr-defined]
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
@@ -129,14 +131,13 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         lambda: baseline.update(["a", "b"], [1, 0], [[0.5, 0.5]]),
         lambda: first_values(successes=[1, 1]),
         lambda: first_values(trials=[1, 1]),
-        lambda: advantages.single_rollout([1.0, 0.0], [0.5]),
         lambda: advantages.single_rollout([], []),
         lambda: advantages.single_rollout(1.0, 0.5),
         lambda: advantages.single_rollout([[1.0]], [[0.5]]),
         lambda: advantages.reinforce_pp([1.0, 0.0], [1]),
         lambda: advantages.grpo([1.0, 0.0], [0]),
-        lambda: advantages.per_token("penalties", [0.1], np.array([2])),
-        lambda: advantages.per_token("penalties", [0.1, math.nan], np.array([2])),
+        lambda: per_token("penalties", [0.1], np.array([2])),
+        lambda: per_token("penalties", [0.1, math.nan], np.array([2])),
     ):
         with pytest.raises(ValueError):
             call()

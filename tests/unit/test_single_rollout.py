@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mssr import algorithms
-from mssr.algorithms import advantages
+from tests.unit import formulas as advantages
 
 pytestmark = pytest.mark.unit
 
