@@ -119,9 +119,7 @@ def test_demonstrations_take_the_ways_and_make_the_mistakes_that_they_are_said_t
     stepwise = [text for text in texts if "**" in text]
     whole = [text for text in stepwise if bolded_steps(text) == 3]
     assert len(whole) / len(stepwise) == pytest.approx(1 - habit.stop_early, abs=0.02)
-    read_well = [
-        text for text in whole if text.startswith(("<think>**3=3** **5=8** **7=5**", "<think>**357**"))
-    ]
+    read_well = [text for text in whole if text.startswith("<think>**3=3** **5=8** **7=5**")]
     assert len(read_well) / len(whole) == pytest.approx(1 - 0.9 * habit.misread, abs=0.02)
     assert share(r"\{5\}", read_well) == pytest.approx(1 - 0.9 * habit.slip, abs=0.02)
 
