@@ -13,9 +13,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mssr.config import Config, flatten, to_dict
-from mssr.config.loading import config_yaml, file_layers, merge
+from mssr.config.loading import config_yaml, file_layers, from_dict, merge
 from mssr.config.options import FORM, LISTED, REFUSED, describe, nearest
 from mssr.config.secrets import redact
 from mssr.errors import UserError
@@ -108,14 +109,14 @@ def hold_directory(path: Path, key: str) -> Iterator[tuple[str, ...]]:
 def compare_configs(old: dict[str, Any], new: dict[str, Any]) -> Drift:
     """What changed between two configs, as nested dicts, that the state or the user should know of.
 
-    An option that one of them lacks, for example because it is newer than the run, counts as its default.
-    Secrets are not shown.
+    An option that one of them lacks, for example because it is newer than the run, counts as its default, and
+    null is no other value than the one that it means. Secrets are not shown.
     """
     before, now = _complete(redact(old)), _complete(redact(new))
     drift = Drift([], [])
     for key in sorted(before.keys() | now.keys()):
         a, b = before.get(key), now.get(key)
-        if a == b:
+        if a == b or (None in (a, b) and _means_the_same(key, old, new)):
             continue
         line = f"{key}: {a} -> {b}"
         if (verdict := _verdict(key)) in (REFUSED, FORM):
@@ -132,6 +133,13 @@ def _complete(tree: dict[str, Any]) -> dict[str, Any]:
         if not any(k == key or k.startswith(f"{key}.") for k in flat):
             flat[key] = value
     return {key: value for key, value in flat.items() if value != {}}
+
+
+def _means_the_same(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether it is an option whose null means as much as the other value."""
+    with contextlib.suppress(OmegaConfBaseException, ValueError, KeyError):
+        return bool(from_dict(old).meant[key] == from_dict(new).meant[key])
+    return False
 
 
 def _decides_lr(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:

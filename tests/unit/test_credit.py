@@ -7,10 +7,15 @@ import math
 
 import pytest
 import torch
+from torch.distributed import ReduceOp
 
+from mssr.actor import visual
+from mssr.actor.planning import MicroBatch
 from mssr.algorithms.credit import negative_filter, vepo_factors, visual_kl, vppo_factors
 from mssr.algorithms.entropy_control import EntropyController
+from mssr.algorithms.objective import TokenBatch
 from mssr.algorithms.shaping import entropy_balance
+from mssr.config.algorithm import ShapingConfig
 
 pytestmark = pytest.mark.unit
 LENGTHS = torch.tensor([4, 0, 3])
@@ -105,3 +110,57 @@ def test_the_controller_by_hand_and_its_state() -> None:
     assert off.alpha == 0
     with pytest.raises(ValueError, match="target"):
         EntropyController(0.0)
+
+
+def test_visual_credit_is_the_same_however_responses_are_spread_over_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Least and mean are those of the responses with images of all ranks, each counted once."""
+    kls = {0: [0.1, 0.5], 1: [], 2: [0.9], 3: [3.0, 3.0], 4: [0.3, 0.0, 0.0]}  # 3 has no image
+
+    def passes(*of: tuple[tuple[int, ...], float]) -> list[visual.Seen]:
+        seen: list[visual.Seen] = []
+        for sequences, weight in of:
+            kl = torch.tensor([x for s in sequences for x in kls[s]])
+            has_image = torch.tensor([s != 3 for s in sequences for _ in kls[s]])
+            tokens = TokenBatch(
+                old_log_probs=kl,
+                engine_log_probs=kl,
+                advantages=kl,
+                lengths=torch.tensor([len(kls[s]) for s in sequences]),
+                anchor_log_probs=kl,
+                has_image=has_image,
+            )
+            seen.append((MicroBatch(sequences, weight, True), tokens, kl, kl))
+        return seen
+
+    calls: list[dict[str, float]] = []
+
+    def alone(values: dict[str, torch.Tensor], op: object = ReduceOp.SUM) -> dict[str, float]:
+        calls.append({key: float(value) for key, value in values.items()})
+        return calls[-1]
+
+    def together(values: dict[str, torch.Tensor], op: object = ReduceOp.SUM) -> dict[str, float]:
+        of = max if op == ReduceOp.MAX else sum
+        return {key: of(call[key] for call in calls if key in call) for key in values}
+
+    def factors(*of: tuple[tuple[int, ...], float]) -> dict[int, list[float]]:
+        found = {}
+        for micro, values in visual.visual_factors(ShapingConfig(visual="vppo"), passes(*of)):
+            parts = torch.split(values, [len(kls[s]) for s in micro.sequences])
+            found |= {s: part.tolist() for s, part in zip(micro.sequences, parts, strict=True)}
+        return found
+
+    monkeypatch.setattr(visual, "visual_kl", lambda old, blind: old)
+    monkeypatch.setattr(visual, "all_reduce", alone)
+    whole = factors(((0, 1, 2, 3, 4), 1.0))
+    # Means of the responses .3, .9 and .1: least .1, mean 13/30.
+    above = [0.9 + 0.1 * (s - 0.1) / (13 / 30 - 0.1) for s in (0.3, 0.9, 0.1)]
+    expected = {0: [0, above[0]], 1: [], 2: [above[1]], 3: [1, 1], 4: [above[2], above[2], 0]}
+    assert {s: pytest.approx(x) for s, x in expected.items()} == whole
+    ranks = (((0, 1), 1.0), ((3,), 1.0)), (((2, 4), 1.0), ((2, 4), 0.0))  # the second runs along once
+    calls.clear()
+    for rank in ranks:
+        factors(*rank)
+    monkeypatch.setattr(visual, "all_reduce", together)
+    assert {s: pytest.approx(x) for s, x in whole.items()} == factors(*ranks[0]) | factors(*ranks[1])

@@ -188,6 +188,20 @@ def test_an_option_that_the_old_config_lacks_counts_as_its_default() -> None:
     assert drift.refused == ["algorithm.kl.coef: 0.01 -> 0.5"]
 
 
+def test_null_is_what_it_means() -> None:
+    """A run of before algorithm.loss.name could be null goes on; and each config's null is its own."""
+    old, new = change("algorithm.loss.name", None)
+    old["algorithm"]["loss"]["name"] = "ppo"
+    old["algorithm"]["correction"]["weight"] = "none"
+    assert compare_configs(old, new) == compare_configs(new, old) == compare_configs(new, new)
+    old["algorithm"]["loss"]["name"] = "gspo"
+    assert compare_configs(old, new).refused == ["algorithm.loss.name: gspo -> None"]
+    old["algorithm"]["loss"]["name"], new["rollout"]["lag"] = "ppo", 1  # so null is token
+    drift = compare_configs(old, new)
+    assert drift.refused == ["algorithm.correction.weight: none -> None"]
+    assert drift.listed == ["rollout.lag: 0 -> 1"]
+
+
 def test_secrets_are_neither_shown_nor_a_difference() -> None:
     secret = "hf_" + "a1" * 16
     old, new = change("reward.options", {"judge": secret})
