@@ -30,6 +30,12 @@ _FACTS = (
 )
 
 
+def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
+    """The options of a baseline or a normalisation, and their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
 @dataclass(frozen=True)
 class Method:
     """A baseline, a normalisation, and what goes with them; called with options it is an `Estimator`.
@@ -57,6 +63,9 @@ class Method:
     def __post_init__(self) -> None:
         check_choice("baseline", self.baseline, list(BASELINES))
         check_choice("normalisation", self.normalisation, list(NORMALISATIONS))
+        for option in self.defaults:
+            known = set[str]().union(*map(_keywords, (*BASELINES.values(), *NORMALISATIONS.values())))
+            check_choice("each of defaults", option, sorted(known))
         b, scale = self.baseline, self.normalisation
         if scale in _SHARES and b == "none":
             raise ValueError(f"normalisation {scale!r} divides by the baseline, and baseline is none")
@@ -178,12 +187,6 @@ class Estimator(Algorithm):
 
     def _parts(self) -> dict[str, Any]:
         return {} if self.beta is None else {"baseline": self.beta.tracker, "discount": self.beta.discount}
-
-
-def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
-    """The options of a baseline or a normalisation, and their defaults."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def _check(thing: Any, called: str) -> None:

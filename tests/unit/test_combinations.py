@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,6 +132,10 @@ def test_what_does_not_go_together_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             algorithms.create(name, choices)
+    with pytest.raises(ValueError, match=r"each of defaults must be one of .*half_life.*, not 'half_lif'"):
+        replace(algorithms.get("spo"), defaults={"half_lif": 0.2})  # type: ignore[type-var]
+    with pytest.raises(TypeError, match="half_lif"):
+        algorithms.get("spo")(half_lif=0.2)
     assert algorithms.get("mssr", baseline="beta", shrinkage=False) == algorithms.get("mssr")
     spo = algorithms.create("spo", {"normalisation": "none"})
     assert (spo.init_rollouts, spo.kl_source, spo.default_sampler) == (8, "last_visit", "uncertainty")
