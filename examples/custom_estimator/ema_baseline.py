@@ -10,6 +10,8 @@ from mssr.algorithms import Estimator
 class EMABaseline(Estimator):
     """A = r - m, where m <- decay * m + (1 - decay) * mean(r) after every step."""
 
+    state = ("mean",)  # what a resumed run needs
+
     def __init__(self, *, decay: float = 0.9, start: float = 0.5) -> None:  # algorithm.options
         self.decay, self.mean = decay, start
 
@@ -21,9 +23,3 @@ class EMABaseline(Estimator):
 
     def metrics(self) -> dict[str, float]:
         return {"baseline/mean": self.mean}
-
-    def state_dict(self) -> dict[str, Any]:  # what a resumed run needs
-        return {"mean": self.mean}
-
-    def load_state_dict(self, state: Any) -> None:
-        self.mean = state["mean"]

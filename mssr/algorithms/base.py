@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -28,10 +29,12 @@ class Algorithm(ABC):
     With KL in the reward it calls `token_advantages` in place of `advantages`.
 
     A subclass takes its own options as keyword arguments with defaults and calls
-    ``@register("name")``, or is given as ``path/to/file.py:Class``. If it keeps state, it lists the parts
-    that hold it in `_parts`, and saving and loading follow.
+    ``@register("name")``, or is given as ``path/to/file.py:Class``. If it keeps state, it lists the attributes
+    that hold it in `state`, and saving and loading follow.
     """
 
+    state: tuple[str, ...] = ()
+    """Attributes that a step changes, numbers or arrays: what a resumed run needs."""
     name: str = ""
     """Its name in the registry, set by ``register``; of a class from a file, ``path/to/file.py:Class``."""
     default_n: int = 1
@@ -139,7 +142,8 @@ class Algorithm(ABC):
     def state_dict(self) -> dict[str, Any]:
         """All that `advantages` depends on beside its arguments and the options."""
         parts = {key: part.state_dict() for key, part in self._parts().items()}
-        return {"version": _STATE_VERSION, **parts}
+        own = {key: copy.deepcopy(getattr(self, key)) for key in self.state}
+        return {"version": _STATE_VERSION, **parts, **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken. MVSR, MSSR and SPO read each other's state.
@@ -150,10 +154,12 @@ class Algorithm(ABC):
         check_version(state, _STATE_VERSION, self.name)
         parts = self._parts()
         # Both ways: a missing part would be silently fresh, a surplus one silently lost.
-        if set(state) - {"version"} != set(parts):
+        if set(state) - {"version"} != (kept := {*parts, *self.state}):
             raise ValueError(
-                f"{self.name} keeps {sorted(parts) or 'no state'}, but this state has"
+                f"{self.name} keeps {sorted(kept) or 'no state'}, but this state has"
                 f" {sorted(set(state) - {'version'}) or 'none'}: it is of another algorithm"
             )
         for key, part in parts.items():
             part.load_state_dict(state[key])
+        for key in self.state:
+            setattr(self, key, copy.deepcopy(state[key]))
