@@ -29,8 +29,8 @@ class Algorithm(ABC):
     With KL in the reward it calls `token_advantages` in place of `advantages`.
 
     A subclass takes its own options as keyword arguments with defaults and calls
-    ``@register("name")``, or is given as ``path/to/file.py:Class``. If it keeps state, it lists the attributes
-    that hold it in `state`, and saving and loading follow.
+    ``@register("name")``, or is given as ``path/to/file.py:Class``. If it keeps state, it names the
+    attributes that hold it in `state`, and saving and loading follow.
     """
 
     state: tuple[str, ...] = ()

@@ -278,9 +278,9 @@ def flash_reinforce(
 
     The binary KL of a token is p log(p/q) + (1 - p) log((1 - p)/(1 - q)), with p the engine's and q the
     policy's probability of it, both kept in [1e-6, 1 - 1e-6]. FlashREINFORCE, as in its authors' code
-    (github.com/yifanzhang-pro/FlashREINFORCE): no weight is truncated, and dropped sequences still count in the denominator, so aggregate it as
-    ``sequence_mean``. It is defined for one update a step. max_kl > 0; infinity drops none. Default: its
-    setting for Qwen2.5-Math-1.5B (5e-3 for R1-Distill-Qwen-1.5B).
+    (github.com/yifanzhang-pro/FlashREINFORCE): no weight is truncated, and dropped sequences still count in
+    the denominator, so aggregate it as ``sequence_mean``. It is defined for one update a step. max_kl > 0;
+    infinity drops none. Default: its setting for Qwen2.5-Math-1.5B (5e-3 for R1-Distill-Qwen-1.5B).
     ``dropped_fraction`` marks tokens of dropped sequences, ``binary_kl`` is that of the token.
     """
     if not max_kl > 0:
