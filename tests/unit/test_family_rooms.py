@@ -24,6 +24,13 @@ KNOWN = {
     "tools/cli.py": "qwen2_5_vl|qwen_vl_utils",  # likewise; the package is one of the trainer's
     "config/recipes.py": "qwen2_5_vl",  # in names of recipes
     "tools/convert_options.py": "^visual$",  # in names of modules, in others' configs
+    # Visual credit, which has nothing to do with the tower of that name.
+    "algorithms/credit.py": "^visual_kl$",
+    "actor/visual.py": "^visual(_factors|_kl|_fraction)?$",
+    "actor/operations.py": "^visual$",
+    "actor/update.py": r"^(mssr\.actor\.)?visual(_factors)?$",
+    "config/algorithm.py": "^visual(_fraction| != none)?$",
+    "models/loading.py": r"^algorithm\.shaping\.visual$",
 }
 """File -> the family's name that may stand there."""
 
