@@ -42,10 +42,10 @@ expect "$(mssr --version)" "mssr $(sed -n 's/^__version__ = "\(.*\)"/\1/p' "$REP
 expect "$(mssr init digits)" "3 configs are in configs/digits"
 expect "$(mssr train digits 2>&1 || echo "exit $?")" 'pip install "mssr[train,cpu]"'
 python - <<'PYTHON'
-from mssr.algorithms import AdaptiveDiscount, BetaBaseline, advantages
+from mssr.algorithms import AdaptiveDiscount, BetaBaseline, create
 
 baseline, discount, ids = BetaBaseline(), AdaptiveDiscount(), ["a", "b"]
-print("advantages", advantages.single_rollout([1.0, 0.0], baseline.values(ids)))
+print("advantages", *create("mvsr").advantages(ids, [1.0, 0.0], [5, 5]))
 discount.observe(0.01)
 baseline.update(ids, [1.0, 0.0], discount.eta)
 low, high = sorted(baseline.values(ids))
