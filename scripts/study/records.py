@@ -117,6 +117,12 @@ def best(record: Record) -> float:
     return max(smooth(record["curves"]["accuracy"]))
 
 
+def peak(record: Record) -> int:
+    """Step at which that is reached first."""
+    means = smooth(record["curves"]["accuracy"])
+    return WINDOW + means.index(max(means))
+
+
 def end(record: Record, curve: str = "accuracy") -> float:
     """Mean of a curve over the last LAST steps."""
     return fmean(record["curves"][curve][-LAST:])

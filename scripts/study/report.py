@@ -46,6 +46,7 @@ def speed(first: Record, second: Record, level: float | None = None) -> float:
 MEASURES: dict[str, Callable[[Record], float]] = {
     "mean": study.mean,
     "best": study.best,
+    "peak": study.peak,
     "end": study.end,
     "fall": study.fall,
     "entropy": partial(study.end, curve="entropy"),

@@ -97,6 +97,7 @@ def test_what_is_measured_in_a_run() -> None:
     assert study.best(run) == pytest.approx(0.9)
     assert study.end(run) == pytest.approx(0.75)
     assert study.fall(run) == pytest.approx(0.15)
+    assert study.peak(run) == 10
     assert study.mean(run) == pytest.approx((5 * 0.4 + 10 * 0.9 + 5 * 0.6) / 20)
 
 
