@@ -36,13 +36,13 @@ def explained(failure: Failure) -> BaseException:
     """What is raised of a failure that no restart mends."""
     if not _is_out_of_memory(failure.error):
         return failure.error
-    told = str(failure)
-    if not isinstance(failure.error, EngineError):  # which says itself what to do
-        told += (
-            "; lower actor.micro_batch_tokens or actor.head_chunk_tokens, set "
+    if isinstance(failure.error, EngineError):  # which says itself what to do
+        error = TrainingError(str(failure))
+    else:
+        error = TrainingError(
+            f"{failure}; lower actor.micro_batch_tokens or actor.head_chunk_tokens, set "
             "actor.activation_checkpointing=true, actor.offload or actor.offload_reference, or lower "
             "rollout.gpu_memory_utilization where engines share the GPUs; mssr plan shows what takes how much"
         )
-    error = TrainingError(told)
     error.__cause__ = failure.error
     return error

@@ -269,7 +269,8 @@ def check(config: RewardConfig, rows: RowAccess | None = None) -> list[functions
             loaded.append(functions.load(one, rows))
             continue
         if one.options:
-            raise UserError(f"reward.options: {one.name} takes none; reward.{one.name} and reward.server")
+            own = "reward.judge" if one.name == JUDGE else "reward.url"
+            raise UserError(f"reward.options: {one.name} takes none; set {own} and reward.server")
         open_server(one)
         loaded.append(None)
     return loaded

@@ -113,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     option("checkpoint", help="a run directory (its latest), or a checkpoint")
     option("--out", required=True, help="directory to write")
 
+    option = add("explain", "mssr.tools.errors:explain", "cause and cure of an error message")
+    option("message", nargs="*", help="the line, or its end; else what stdin has, e.g. a log")
+
     option = add("plot", "mssr.runs.plot:plot", "draw a run's curves and write report.html")
     option("run_dir")
 

@@ -67,8 +67,8 @@ def test_the_navigation_has_every_page() -> None:
     assert sorted(shown) == sorted(page.name for page in DOCS.glob("*.md"))
 
 
-OTHERS = ("convert.md", "from_others.md", "plugins.md", "CHANGELOG.md")
-"""Pages that name options of other projects, or of before."""
+OTHERS = ("convert.md", "errors.md", "from_others.md", "plugins.md", "CHANGELOG.md")
+"""Pages that name options of other projects, or of before. (Of errors.md: test_errors.py.)"""
 FREE = ("reward.options.", "algorithm.options.", "algorithm.loss.options.", "cluster.env.")
 """Options under these are of what is chosen."""
 FILES = (".html", ".json", ".jsonl", ".md", ".py", ".safetensors", ".sh")
