@@ -1,15 +1,12 @@
 """Every error: errors.txt, for `mssr explain` and ``python -m mssr.tools.errors > docs/errors.md``.
 
-A line of it that is no heading is ``message | cause | what to do``, the last only where the message does not
-say it. In a message ``{name}`` is what varies, as in the f-string of the code, and ``{...}`` one of several
-ends.
+A line that is no heading is ``message | cause | what to do``, the last only where the message does not say it.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-import string
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,18 +16,11 @@ from mssr.errors import UserError
 
 HEAD = """# Every error
 
-What commands and runs say in one line, by its text, with cause and cure. `mssr explain` reads the same list:
-
-```bash
-mssr explain "data file train.parquet does not exist"
-mssr explain < output.txt  # all errors in what was printed
-```
-
-`{name}` stands for what varies, `{...}` for one of several endings. A message may begin with the setting,
-file or row that it is about, and may quote another one: then look for that one, too.
-
-Written by `python -m mssr.tools.errors > docs/errors.md` from [`errors.txt`](../mssr/tools/errors.txt).
+Written by `python -m mssr.tools.errors > docs/errors.md` from [`errors.txt`](../mssr/tools/errors.txt), which
+`mssr explain` reads, too: give it a message, or on stdin what a command printed. `{name}` is what varies,
+`{...}` one of several ends. A message may begin with what it is about, and may quote another one of these.
 """
+NAME = re.compile(r"\{[\w.]+\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,25 +32,18 @@ class Entry:
     cause: str
     cure: str = ""
 
-    def texts(self) -> list[str]:
-        """What stands around the names of the message."""
-        texts = [""]
-        for text, name, *_ in string.Formatter().parse(self.message):
-            texts[-1] += text
-            texts += [""] * (name is not None)
-        return texts
-
 
 @functools.cache
-def entries() -> tuple[Entry, ...]:
-    """All of them, in the order of the file."""
-    found, group = [], ""
+def entries() -> dict[Entry, re.Pattern[str]]:
+    """All of them, in the order of the file, each with a pattern of the messages that it is about."""
+    found, group = {}, ""
     for line in Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("# "):
             group = line.removeprefix("# ")
         elif line:
-            found.append(Entry(group, *line.split(" | ")))
-    return tuple(found)
+            entry = Entry(group, *line.split(" | "))
+            found[entry] = re.compile("(.*?)".join(map(re.escape, NAME.split(entry.message))))
+    return found
 
 
 def find(message: str) -> list[Entry]:
@@ -69,26 +52,15 @@ def find(message: str) -> list[Entry]:
     What stands before a colon may be the setting, file or row that it is about.
     """
     ends = [message[colon.end() :] for colon in re.finditer("^|: ", message)]
-    fits = [
-        (entry, match) for entry in entries() for end in ends if (match := _pattern(entry).fullmatch(end))
-    ]
-    if not fits:
+    tried = ((entry, pattern.fullmatch(end)) for entry, pattern in entries().items() for end in ends)
+    if not (fits := [(entry, match) for entry, match in tried if match]):
         return []
-    best, match = max(fits, key=lambda fit: len("".join(fit[0].texts())))
+    best, match = max(fits, key=lambda fit: len(NAME.sub("", fit[0].message)))
     return list(dict.fromkeys([best, *(entry for part in match.groups() for entry in find(part))]))
 
 
-@functools.cache
-def _pattern(entry: Entry) -> re.Pattern[str]:
-    return re.compile("(.*?)".join(map(re.escape, entry.texts())))
-
-
 def explain(message: Sequence[str]) -> None:
-    """`mssr explain`: print cause and cure of a message, or of all that stdin has.
-
-    Raises:
-        UserError: none of it is in the list.
-    """
+    """`mssr explain`: print cause and cure of a message, or of all on stdin; a UserError if there is none."""
     lines = [" ".join(message)] if message else sys.stdin.read().splitlines()
     errors = [line for line in lines if "mssr: error: " in line]
     found = dict.fromkeys(entry for line in errors or lines for entry in find(line.strip()))
@@ -100,17 +72,14 @@ def explain(message: Sequence[str]) -> None:
 
 def reference() -> str:
     """The page: a list a group."""
-    lines = [HEAD]
+    page = HEAD
     for group in dict.fromkeys(entry.group for entry in entries()):
-        lines += [f"## {group}", ""]
+        page += f"\n## {group}\n\n"
         for entry in entries():
             if entry.group == group:
-                message = entry.message.replace("{{", "{").replace("}}", "}")
-                quote = "``" if "`" in message else "`"
                 cure = f" **Do:** {entry.cure}" if entry.cure else ""
-                lines.append(f"- {quote}{message}{quote}<br>{entry.cause}{cure}")
-        lines.append("")
-    return "\n".join(lines)
+                page += f"- ``{entry.message}``<br>{entry.cause}{cure}\n"
+    return page
 
 
 if __name__ == "__main__":
