@@ -1,6 +1,6 @@
 """Every error: errors.txt, for `mssr explain` and ``python -m mssr.tools.errors > docs/errors.md``.
 
-A line that is no heading is ``message | cause | what to do``, the last only where the message does not say it.
+Its lines are headings, or ``message | cause | what to do``, the last only where the message does not say it.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mssr.tools import errors
 from mssr.tools.cli import main
 from tests.conftest import Workspace, make_rows, write_rows
 
@@ -35,6 +36,7 @@ def fails(
         assert main(["train", *arguments]) == 2
         error = capfd.readouterr().err
         assert error.startswith("mssr: error: ") and error.count("\n") == 1
+        assert errors.find(error.strip()), f"mssr explain does not know {error}"
         return error
 
     return run

@@ -41,3 +41,14 @@ def test_keys_that_stand_in_the_code_are_explained() -> None:
     keys = set(re.findall(r'"((?:policy|rollout|sampler|perf|memory|watch|baseline|shaping)/[a-z_]+)"', text))
     assert len(keys) > 40
     assert not {key for key in keys if (m := glossary.find(key)) is None or m.key == "policy/*"}
+
+
+def test_metrics_that_the_docs_name_are_explained() -> None:
+    spaces = {m.key.partition("/")[0] for m in glossary.metrics() if "/" in m.key}
+    text = "\n".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    keys = {key for key in re.findall(r"`([a-z]+/\w+)`", text) if key.partition("/")[0] in spaces}
+    of_others = {"perf/throughput"}  # EasyR1's
+    modules = {key for key in keys if (ROOT / "mssr" / f"{key}.py").exists()}
+    found = {key: glossary.find(key) for key in keys - of_others - modules}
+    assert len(found) > 60
+    assert not {key for key, metric in found.items() if metric is None or metric.key == "policy/*"}

@@ -24,6 +24,7 @@ from mssr.evaluation.responses import Response
 from mssr.evaluation.verdicts import VerdictBook
 from mssr.rewards import Scorer
 from mssr.runs.config import load_config
+from mssr.tools import errors
 from mssr.tools.cli import main
 from mssr.trainer.collect import RolloutCollector
 from mssr.trainer.data import load_data
@@ -93,6 +94,7 @@ def both(
         if code == 2:
             for text in (shown.err, trained_shown.err):
                 assert text.startswith("mssr: error: ") and text.count("\n") == 1, text
+                assert errors.find(text.strip()), f"mssr explain does not know {text}"
             same = trained_shown.err.replace(f"{tmp_path / 'train'}", f"{tmp_path / 'data'}")
             assert shown.err == same
             return shown.err, shown.out
