@@ -62,8 +62,8 @@ def find(message: str) -> list[Entry]:
 def explain(message: Sequence[str]) -> None:
     """`mssr explain`: print cause and cure of a message, or of all on stdin; a UserError if there is none."""
     lines = [" ".join(message)] if message else sys.stdin.read().splitlines()
-    errors = [line for line in lines if "mssr: error: " in line]
-    found = dict.fromkeys(entry for line in errors or lines for entry in find(line.strip()))
+    errors = [text for line in lines if (text := line.partition("mssr: error: ")[2])] or lines
+    found = dict.fromkeys(entry for text in errors for entry in find(text.strip()))
     if not found:
         raise UserError("mssr explain: no error of mssr is like that; docs/errors.md has all of them")
     for entry in found:
