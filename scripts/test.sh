@@ -27,6 +27,7 @@ else
     # Two at a time, because much of a run is one process starting. A file stays in one process, which makes
     # what its tests share once; the long files first, so that small ones are left to fill the end.
     phase "tests" pytest tests/e2e tests/unit examples -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+    phase "docs" ./scripts/docs.sh
     phase "wheel" ./scripts/test_wheel.sh
     phase "plugins" ./scripts/test_plugins.sh
 fi
