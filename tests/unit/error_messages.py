@@ -51,6 +51,11 @@ class Module:
                     texts = found if isinstance(found, list) else []
                     found = [text.removeprefix(PREFIX) for text in texts if text.startswith(PREFIX)]
                 yield call.lineno, found
+        for node in self.nodes:  # why a response has no score, or a row is not used: quoted by errors
+            if isinstance(node, ast.Call) and _name(node) == "Failure":
+                yield node.lineno, self._or_any(node.args[0], ())
+            elif isinstance(node, ast.Tuple) and {*map(_name, node.elts[:1])} & {"BAD", "DUPLICATE"}:
+                yield node.lineno, self._or_any(node.elts[1], ())
 
     def read(self, node: ast.expr, inside: tuple[str, ...] = ()) -> list[str]:
         """What an expression may say; ``inside`` are the variables and functions that led to it."""
